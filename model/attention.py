@@ -1,0 +1,87 @@
+"""Grouped-query attention, causal, without positions unless the config has `rope_theta`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+
+from model.batch import Batch
+from model.config import JambaConfig
+
+
+class Attention(nn.Module):
+    """`index` counts the attention layers: which of a state's KV is this layer's.
+
+    `rope_scale` multiplies the rotary angles: a model trained with positions can be weaned of them, 1 to 0.
+    """
+
+    rope_scale: float = 1.0
+
+    def __init__(self, config: JambaConfig, index: int) -> None:
+        super().__init__()
+        self.index, self.head_dim, self.rope_theta = index, config.head_dim, config.rope_theta
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        """(T, d) -> (T, d); appends to the states' KV."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.rope_theta is not None:
+            cos, sin = rotation(batch.positions(), self.rope_theta, self.rope_scale, self.head_dim)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = self._attend_states(q, k, v, batch) if batch.states else _attend_fresh(q, k, v, batch)
+        return self.o_proj(out.flatten(-2))
+
+    def _attend_states(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+        outputs = []
+        parts = (x.split(batch.lengths) for x in (q, k, v))
+        for state, q_own, k_own, v_own in zip(batch.states, *parts, strict=True):
+            keys, values = state.append_kv(self.index, k_own, v_own)
+            outputs.append(_attend_past(q_own, keys, values))
+        return torch.cat(outputs)
+
+
+def rotation(positions: Tensor, theta: float, scale: float, head_dim: int) -> tuple[Tensor, Tensor]:
+    """positions (T,) -> cos and sin (T, 1, p) in float32; `scale` multiplies every angle."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device) / head_dim
+    angles = positions[:, None, None] * (scale * theta**-exponents)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (T, heads, p) turned, one half of p with the other. Source: transformers modeling_llama.py."""
+    low, high = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-high, low], dim=-1) * sin).to(x.dtype)
+
+
+def _attend_fresh(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+    """Sequences of one length without a past. q (T, h, p), k, v (T, g, p) -> (T, h, p)."""
+    (group,) = batch.groups
+    q, k, v = (x.unflatten(0, (group.b, group.t)).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _attend_past(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The last t of s+t tokens attend to all before them. q (t, h, p), keys, values (s+t, g, p) -> (t, h, p).
+
+    The heads of a group share their keys by view (a second batch dimension of stride 0): KV is never copied.
+    """
+    t, total, kv_heads = len(q), len(keys), keys.shape[1]
+    q = q.unflatten(1, (kv_heads, -1))  # (t, g, h/g, p)
+    keys, values = (x.transpose(0, 1)[None] for x in (keys, values))  # (1, g, s+t, p)
+    if t == 1:
+        return F.scaled_dot_product_attention(q, keys, values).flatten(1, 2)
+    q = q.permute(2, 1, 0, 3)  # (h/g, g, t, p)
+    keys, values = (x.expand(len(q), -1, -1, -1) for x in (keys, values))
+    if t == total:
+        out = F.scaled_dot_product_attention(q, keys, values, is_causal=True)
+    else:
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=causal_lower_right(t, total))
+    return out.permute(2, 1, 0, 3).flatten(1, 2)

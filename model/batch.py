@@ -1,0 +1,96 @@
+"""One call's sequences, packed end to end without padding, and how their tokens find their states.
+
+Token-wise layers see (T, d) and need nothing of this. Attention walks the sequences; Mamba walks the groups of equal
+length, so that one decode step of many sequences is one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from model.state import HybridState
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Sequences of one length t: a rectangle (b, t) among the packed tokens."""
+
+    b: int
+    t: int
+    rows: Tensor | None  # (b*t,) where these tokens stand in the packed T; None: they are all of it, in order
+    states: tuple[HybridState, ...]  # b of them, or none
+    conv: Tensor | None  # (n_mamba, b, e, w-1): the states' own memory when b = 1, otherwise gathered
+    ssm: Tensor | None  # (n_mamba, b, e, n)
+
+    def cut(self, x: Tensor) -> Tensor:
+        """(T, c) -> (b, t, c)"""
+        return (x if self.rows is None else x[self.rows]).unflatten(0, (self.b, self.t))
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What the mixers must know about a call. `states` is empty in training: every sequence starts afresh."""
+
+    lengths: tuple[int, ...]
+    states: tuple[HybridState, ...]
+    groups: tuple[Group, ...]
+    device: torch.device
+
+    @classmethod
+    def fresh(cls, b: int, t: int, device: torch.device) -> Self:
+        """b sequences of t tokens without states, for training."""
+        return cls((t,) * b, (), (Group(b, t, None, (), None, None),), device)
+
+    @classmethod
+    def of_states(cls, lengths: Sequence[int], states: Sequence[HybridState], device: torch.device) -> Self:
+        """One sequence a state. Room for the new tokens' KV is made here, before anything is computed."""
+        for length, state in zip(lengths, states, strict=True):
+            state.reserve(state.num_tokens + length)
+        groups = tuple(_group(t, lengths, states, device) for t in dict.fromkeys(lengths))
+        return cls(tuple(lengths), tuple(states), groups, device)
+
+    def positions(self) -> Tensor:
+        """(T,) the place of each token in its sequence."""
+        pasts = [state.num_tokens for state in self.states] or [0] * len(self.lengths)
+        return torch.cat([torch.arange(s, s + t) for s, t in zip(pasts, self.lengths, strict=True)]).to(self.device)
+
+    def last_rows(self) -> Tensor:
+        """(number of sequences,) the row of the last token of each."""
+        return (torch.tensor(self.lengths).cumsum(0) - 1).to(self.device)
+
+    def map_groups(self, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """`run(group, *inputs cut to (b, t, c))` for each group; its (b, t, e) results packed again to (T, e)."""
+        if len(self.groups) == 1:
+            (group,) = self.groups
+            return run(group, *map(group.cut, inputs)).flatten(0, 1)
+        packed = None
+        for group in self.groups:
+            out = run(group, *map(group.cut, inputs)).flatten(0, 1)
+            packed = out.new_empty(len(inputs[0]), out.shape[-1]) if packed is None else packed
+            packed[group.rows] = out
+        return packed
+
+    def commit(self) -> None:
+        """Write gathered states back and count the tokens as seen; called once, when every layer has run."""
+        for group in self.groups:
+            if group.b > 1:
+                for i, state in enumerate(group.states):
+                    state.conv.copy_(group.conv[:, i])
+                    state.ssm.copy_(group.ssm[:, i])
+        for length, state in zip(self.lengths, self.states, strict=True):
+            state.num_tokens += length
+
+
+def _group(t: int, lengths: Sequence[int], states: Sequence[HybridState], device: torch.device) -> Group:
+    members = [i for i, length in enumerate(lengths) if length == t]
+    own = tuple(states[i] for i in members)
+    starts = torch.tensor([0, *accumulate(lengths)])[members]
+    rows = (starts[:, None] + torch.arange(t)).flatten().to(device) if len(members) < len(lengths) else None
+    gather = (lambda xs: xs[0][:, None]) if len(own) == 1 else (lambda xs: torch.stack(xs, dim=1))
+    return Group(len(own), t, rows, own, gather([s.conv for s in own]), gather([s.ssm for s in own]))

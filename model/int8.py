@@ -1,0 +1,81 @@
+"""W8A16: linear weights as int8 rows with a float32 scale each, activations as they are.
+
+Quantized: every nn.Linear and all experts. Left alone: embedding (and a head tied to it), norms, conv, A, D, router,
+dt_proj. A pair, as in gpt-fast: `quantize_rows` makes the weights, `swap_linears` puts in the layers that use them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.jamba import Jamba
+from model.kernels import cpu
+from model.moe import Experts
+
+_LEFT_ALONE = ("router", "dt_proj")
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (..., out, in) -> int8 of the same shape and float32 scale (..., out); weight is about q * scale."""
+    weight = weight.float()
+    scale = (weight.abs().amax(-1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    return (weight / scale[..., None]).round_().to(torch.int8), scale
+
+
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) @ (weight (out, in) * scale (out,)).T + bias, in x.dtype."""
+    if cpu.supports(x):
+        return cpu.int8_linear(x, weight, scale, bias)
+    out = F.linear(x, weight.to(x.dtype)) * scale
+    return (out if bias is None else out + bias).to(x.dtype)
+
+
+class Int8Linear(nn.Module):
+    """In the place of an nn.Linear; its weights are still to be loaded."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.scale = _empty_int8(linear.weight)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return int8_linear(x, self.weight, self.scale, self.bias)
+
+
+class Int8Experts(nn.Module):
+    """In the place of `Experts`; its weights are still to be loaded."""
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.gate_up_proj, self.gate_up_scale = _empty_int8(experts.gate_up_proj)
+        self.down_proj, self.down_scale = _empty_int8(experts.down_proj)
+
+    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
+        """As `Experts.forward`."""
+        weights = (self.gate_up_proj, self.gate_up_scale, self.down_proj, self.down_scale)
+        parts = zip(x.split(counts), *(weight.unbind() for weight in weights), strict=True)
+        return torch.cat([_swiglu(rows, *expert) for rows, *expert in parts if len(rows)])
+
+
+def swap_linears(model: Jamba) -> None:
+    """Replace the layers whose weights can be int8 by such with empty weights, in place."""
+    embedding = model.embed_tokens.weight
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, Experts):
+                setattr(module, name, Int8Experts(child))
+            elif isinstance(child, nn.Linear) and name not in _LEFT_ALONE and child.weight is not embedding:
+                setattr(module, name, Int8Linear(child))
+
+
+def _swiglu(x: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, down_scale: Tensor) -> Tensor:
+    gate, up = int8_linear(x, gate_up, gate_up_scale).chunk(2, dim=-1)
+    return int8_linear(F.silu(gate) * up, down, down_scale)
+
+
+def _empty_int8(weight: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
+    values = torch.empty_like(weight, dtype=torch.int8)
+    scale = torch.empty(weight.shape[:-1], dtype=torch.float32, device=weight.device)
+    return nn.Parameter(values, requires_grad=False), nn.Parameter(scale, requires_grad=False)

@@ -1,0 +1,167 @@
+"""The network: embedding, layers of (attention or Mamba) + (MLP or experts), norm, head. Start at `Jamba.forward`.
+
+Module and parameter names are the checkpoint's. Shape letters, here and everywhere in model/ (lower case because A, B,
+C, D are the SSM's): b batch, t tokens of this call, s tokens already in the state, T tokens of this call over all
+sequences, d hidden, e expand*d, n d_state, r dt_rank, w d_conv, h query heads, g KV heads, p head dim, f intermediate,
+m experts, k experts a token, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.attention import Attention
+from model.batch import Batch
+from model.config import JambaConfig
+from model.cpu_decode import DecodeLayer, can_decode
+from model.mamba import MambaMixer
+from model.moe import MLP, MoE
+from model.state import HybridState, StateLayout
+
+
+class JambaLayer(nn.Module):
+    def __init__(self, config: JambaConfig, layer: int) -> None:
+        super().__init__()
+        attention_before = sum(map(config.is_attention, range(layer)))
+        self.is_attention = config.is_attention(layer)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if self.is_attention:
+            self.self_attn = Attention(config, index=attention_before)
+        else:
+            self.mamba = MambaMixer(config, index=layer - attention_before)
+        self.pre_ff_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.feed_forward = MoE(config) if config.is_moe(layer) else MLP(config)
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        mixer = self.self_attn if self.is_attention else self.mamba
+        x = x + mixer(self.input_layernorm(x), batch)
+        return x + self.feed_forward(self.pre_ff_layernorm(x))
+
+
+class Jamba(nn.Module):
+    """`gradient_checkpointing` trades a second forward of each layer for the memory of its activations."""
+
+    gradient_checkpointing: bool = False
+
+    def __init__(self, config: JambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(JambaLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.final_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._decode: list[DecodeLayer] | None = None
+        nn.init.normal_(self.embed_tokens.weight, std=0.02)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Let the head share the embedding's parameter, where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    @property
+    def state_layout(self) -> StateLayout:
+        return StateLayout.of(self.config, self.embed_tokens.weight.dtype)
+
+    def new_state(self) -> HybridState:
+        """The empty memory of one new sequence, where the weights are and in their dtype."""
+        return HybridState(self.state_layout, self.embed_tokens.weight.device)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        state: HybridState | Sequence[HybridState] | None = None,
+        logits: Literal["all", "last"] = "all",
+    ) -> Tensor:
+        """token_ids (b, t) int64 -> logits (b, t, v), or (b, v) of the last tokens.
+
+        Without a state every sequence starts afresh and the result is differentiable. With one state a sequence
+        (b of them) the states are advanced in place and no gradient is kept.
+        """
+        b, t = token_ids.shape
+        if state is None:
+            out = self._run(token_ids.flatten(), Batch.fresh(b, t, token_ids.device), logits)
+        else:
+            states = [state] if isinstance(state, HybridState) else state
+            out = self.forward_packed(token_ids.flatten(), [t] * b, states, logits)
+        return out.unflatten(0, (b, t)) if logits == "all" else out
+
+    @torch.no_grad()
+    def forward_packed(
+        self,
+        token_ids: Tensor,
+        lengths: Sequence[int],
+        states: Sequence[HybridState],
+        logits: Literal["all", "last"] = "last",
+    ) -> Tensor:
+        """Sequences of any lengths end to end: token_ids (T,) -> logits (T, v), or (len(lengths), v) of the last ones.
+
+        `states[i]` belongs to the i-th sequence and is advanced in place by `lengths[i]` tokens. Raises ValueError,
+        before anything is changed, when lengths, states and token_ids do not fit each other; after any other
+        exception the states are of no use.
+        """
+        self._check_packed(token_ids, lengths, states)
+        batch = Batch.of_states(lengths, states, token_ids.device)
+        out = self._run(token_ids, batch, logits)
+        batch.commit()
+        return out
+
+    @property
+    def collect_router_stats(self) -> bool:
+        """Whether each MoE layer keeps the router statistics of its last call; set it before that call."""
+        return any(moe.collect_stats for moe in self._moe_layers())
+
+    @collect_router_stats.setter
+    def collect_router_stats(self, collect: bool) -> None:
+        for moe in self._moe_layers():
+            moe.collect_stats, moe.stats = collect, None
+
+    def load_balancing_loss(self, alpha: float = 1.0) -> Tensor:
+        """alpha * m * sum f_e P_e of the last forward, averaged over the MoE layers; alpha when perfectly balanced."""
+        losses = [moe.stats.load_balancing_loss() for moe in self._moe_layers() if moe.stats]
+        if not losses:
+            raise RuntimeError("no router statistics: set collect_router_stats before the forward; needs experts")
+        return alpha * torch.stack(losses).mean()
+
+    def expert_utilisation(self) -> Tensor:
+        """(MoE layers, m): share of the assignments each expert got in the last forward; rows sum to 1."""
+        return torch.stack([moe.stats.share for moe in self._moe_layers() if moe.stats])
+
+    def _run(self, token_ids: Tensor, batch: Batch, logits: Literal["all", "last"]) -> Tensor:
+        """(T,) -> (T, v) or (b, v)"""
+        x = self.embed_tokens(token_ids)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        in_c = can_decode(x, batch) and not self.collect_router_stats  # which nothing in C collects
+        for layer in self._decode_layers() if in_c else self.layers:
+            x = checkpoint(layer, x, batch, use_reentrant=False) if recompute else layer(x, batch)
+        if logits == "last":
+            x = x.index_select(0, batch.last_rows())
+        return self.lm_head(self.final_layernorm(x))
+
+    def _decode_layers(self) -> list[DecodeLayer]:
+        """The same layers for a few tokens on the CPU; they hold addresses of the weights, see `_apply`."""
+        if self._decode is None:
+            self._decode = [DecodeLayer(layer) for layer in self.layers]
+        return self._decode
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        """Every way to move or cast the weights comes through here."""
+        self._decode = None
+        return super()._apply(*args, **kwargs)
+
+    def _moe_layers(self) -> Iterator[MoE]:
+        return (layer.feed_forward for layer in self.layers if isinstance(layer.feed_forward, MoE))
+
+    def _check_packed(self, token_ids: Tensor, lengths: Sequence[int], states: Sequence[HybridState]) -> None:
+        if len(lengths) != len(states) or len({id(state) for state in states}) != len(states):
+            raise ValueError(f"{len(lengths)} sequences need as many different states, got {len(states)}")
+        if min(lengths, default=0) < 1 or sum(lengths) != token_ids.numel():
+            raise ValueError(f"lengths {list(lengths)} must be positive and sum to the {token_ids.numel()} tokens")
+        layout = self.state_layout
+        if any(state.layout != layout for state in states):
+            raise ValueError("a state belongs to a model of another shape or dtype; make it with new_state()")

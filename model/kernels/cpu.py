@@ -1,0 +1,237 @@
+"""The operations of a layer on the CPU, in C: tensors in, tensors out. The definitions are the `_ref` beside each.
+
+Callers ask `available()` first and stay with PyTorch where it says no (no compiler). Nothing here is differentiable.
+Activations float32 or bfloat16, accumulation and recurrent states float32. How the library is made: cpu_build.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.kernels.cpu_build import load_library
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_FEW_ROWS = 32
+Pointer, Int64 = ctypes.c_void_p, ctypes.c_int64
+Pointers, _int64s = ctypes.POINTER(Pointer), ctypes.POINTER(Int64)
+
+
+class Rows(ctypes.Structure):
+    """Of cpu.h, as are the next two."""
+
+    _fields_ = [("data", Pointer), ("stride", Int64), ("dtype", Int64)]
+
+    @classmethod
+    def of(cls, x: Tensor) -> Rows:
+        return cls(x.data_ptr(), x.stride(-2), _DTYPES[x.dtype])
+
+
+class Vec(ctypes.Structure):
+    _fields_ = [("data", Pointer), ("dtype", Int64)]
+
+    @classmethod
+    def of(cls, x: Tensor | None) -> Vec:
+        return cls() if x is None else cls(_address(x), _DTYPES[x.dtype])
+
+
+class Linear(ctypes.Structure):
+    """Of cpu_linear.h: a weight (out, in), its scale (out,) when it is int8, its bias (out,) if any; all contiguous."""
+
+    _fields_ = [("weight", Pointer), ("scale", Pointer), ("bias", Vec)]
+    _fields_ += [(name, Int64) for name in ("dtype", "in_features", "out_features")]
+
+    @classmethod
+    def of(cls, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Linear:
+        out, in_ = weight.shape
+        scale_at = None if scale is None else _address(scale)
+        return cls(_address(weight), scale_at, Vec.of(bias), _DTYPES[weight.dtype], in_, out)
+
+
+class _ScanArgs(ctypes.Structure):
+    _fields_ = [(name, Rows) for name in ("u", "delta", "z", "out", "B", "C")]
+    _fields_ += [(name, Vec) for name in ("A", "D", "bias")] + [("starts", _int64s), ("states", Pointers)]
+    _fields_ += [(name, Int64) for name in ("A_is_log", "num_sequences", "e", "n", "threads")]
+
+
+class _ConvArgs(ctypes.Structure):
+    _fields_ = [("x", Rows), ("out", Rows), ("weight", Vec), ("bias", Vec), ("starts", _int64s), ("states", Pointers)]
+    _fields_ += [(name, Int64) for name in ("state_dtype", "num_sequences", "e", "w", "threads")]
+
+
+class _LinearArgs(ctypes.Structure):
+    _fields_ = [("x", Rows), ("y", Rows), ("linear", Linear), ("m", Int64), ("threads", Int64)]
+
+
+class _NormArgs(ctypes.Structure):
+    _fields_ = [("x", Rows), ("out", Rows), ("weight", Vec)]
+    _fields_ += [(name, Int64) for name in ("m", "d", "threads")] + [("eps", ctypes.c_double)]
+
+
+class _GateArgs(ctypes.Structure):
+    _fields_ = [("gate", Rows), ("up", Rows), ("out", Rows), ("m", Int64), ("f", Int64), ("threads", Int64)]
+
+
+def available() -> bool:
+    """Whether the kernels can run here; the first call may spend seconds compiling them."""
+    return load_library() is not None
+
+
+def supports(*tensors: Tensor | None) -> bool:
+    """Whether these tensors can go to the kernels: on the CPU, float32 or bfloat16, and no gradient asked for."""
+    given = [x for x in tensors if x is not None]
+    fits = all(x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) for x in given)
+    return fits and not (torch.is_grad_enabled() and any(x.requires_grad for x in given)) and available()
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    state: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+) -> Tensor:
+    """`selective_scan.selective_scan` on the CPU; with `delta_bias` (e,) delta is softplus(delta + delta_bias).
+
+    Cutting t over calls gives the same bits. `state` is contiguous and updated in place.
+    """
+    (b, t, e), n = u.shape, A.shape[1]
+    if not (u.shape == delta.shape == z.shape and B.shape == C.shape == (b, t, n) and len(A) == len(D) == e):
+        raise ValueError(f"shapes do not fit: {', '.join(str(tuple(x.shape)) for x in (u, delta, A, B, C, D, z))}")
+    state = u.new_zeros(b, e, n, dtype=torch.float32) if state is None else state
+    _check_state(state, (b, e, n), (torch.float32,))
+    out = torch.empty(b, t, e, dtype=u.dtype)
+    A, D, B, C = (x.contiguous() for x in (A, D, B.float(), C.float()))
+    u, delta, z = map(_packable, (u, delta, z))
+    arguments = _ScanArgs(
+        *map(Rows.of, (u, delta, z, out, B, C)),
+        *map(Vec.of, (A, D, delta_bias)),
+        *(row_starts(b, t), addresses(state)),
+        *(0, b, e, n, torch.get_num_threads()),
+    )
+    call("selective_scan", arguments)
+    return out
+
+
+def causal_conv(x: Tensor, state: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`causal_conv.causal_conv` on the CPU; cutting t over calls gives the same bits. `state` is contiguous."""
+    (b, t, e), w = x.shape, weight.shape[1]
+    state = x.new_zeros(b, e, w - 1) if state is None else state
+    _check_state(state, (b, e, w - 1), (torch.float32, x.dtype))
+    out = torch.empty(b, t, e, dtype=x.dtype)
+    x, weight = _packable(x), weight.contiguous()
+    arguments = _ConvArgs(
+        *map(Rows.of, (x, out)),
+        *(Vec.of(weight), Vec.of(bias)),
+        *(row_starts(b, t), addresses(state)),
+        *(_DTYPES[state.dtype], b, e, w, torch.get_num_threads()),
+    )
+    call("causal_conv", arguments)
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`F.rms_norm` over the last dimension in one pass; x may be a slice of wider rows."""
+    rows, out = _as_rows(x), torch.empty(x.shape, dtype=x.dtype)
+    shape = (*rows.shape, torch.get_num_threads())
+    call("rms_norm_rows", _NormArgs(Rows.of(rows), Rows.of(_as_rows(out)), Vec.of(weight), *shape, eps))
+    return out
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up in one pass; both may be slices of wider rows."""
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    matrices = tuple(map(_as_rows, (gate, up, out)))
+    call("gate_rows", _GateArgs(*map(Rows.of, matrices), *matrices[0].shape, torch.get_num_threads()))
+    return out
+
+
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) @ (weight * scale[:, None]).T + bias -> (..., out) in x.dtype.
+
+    weight (out, in) int8, scale (out,) float32, both contiguous. Few rows read the weights as they are, and a row's
+    result is the same bits in any company; for many the weights are unpacked to x.dtype and oneDNN or MKL multiplies.
+    """
+    if x.shape[:-1].numel() <= _FEW_ROWS:
+        return linear_few(x, weight, scale, bias)
+    unpacked = torch.empty(weight.shape, dtype=x.dtype)
+    pointers, sizes = (_address(weight), _address(scale)), (*weight.shape, torch.get_num_threads())
+    call("unpack_int8", *map(Pointer, pointers), Rows.of(unpacked), *map(Int64, sizes))
+    return F.linear(x, unpacked, bias)
+
+
+def linear_few(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` for few rows of x, in one reading of the weight (int8 with its scale, bfloat16 or float32)."""
+    out, in_ = weight.shape
+    rows, y = _as_rows(x), torch.empty(*x.shape[:-1], out, dtype=x.dtype)
+    if rows.shape[1] != in_:
+        raise ValueError(f"x has {rows.shape[1]} columns, the weight takes {in_}")
+    linear, threads = Linear.of(weight, scale, bias), torch.get_num_threads()
+    call("linear_few", _LinearArgs(Rows.of(rows), Rows.of(_as_rows(y)), linear, len(rows), threads))
+    return y
+
+
+def int8_linear_ref(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The definition of `int8_linear`, in float32."""
+    return F.linear(x.float(), weight.float() * scale[:, None], None if bias is None else bias.float()).to(x.dtype)
+
+
+def call(name: str, *arguments: ctypes.Structure | ctypes._SimpleCData) -> None:
+    """Run a function of the library; a single structure goes by reference, as its C functions take it."""
+    if len(arguments) == 1:
+        _function(name)(ctypes.byref(arguments[0]))
+    else:
+        _function(name)(*arguments)
+
+
+@cache
+def _function(name: str) -> ctypes._CFuncPtr:
+    function = getattr(load_library(), name)
+    function.restype = None
+    return function
+
+
+def _packable(x: Tensor) -> Tensor:
+    """(b, t, c) as rows one stride apart, columns together; a copy only where x is not so already."""
+    fits = x.stride(-1) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
+    return x if fits else x.contiguous()
+
+
+def _address(x: Tensor) -> int:
+    if not x.is_contiguous():
+        raise ValueError(f"a weight must be contiguous, got strides {x.stride()} for {tuple(x.shape)}")
+    return x.data_ptr()
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """(..., c) as (rows, c), columns together; a copy only where no view can be."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def row_starts(b: int, t: int) -> ctypes.Array:
+    """Where each of b sequences of t tokens begins, and the end."""
+    return (Int64 * (b + 1))(*range(0, (b + 1) * t, t))
+
+
+def addresses(state: Tensor) -> ctypes.Array:
+    """Where each of the b sequences' part of `state` (b, ...) begins."""
+    first, step = state.data_ptr(), state.stride(0) * state.element_size()
+    return (Pointer * len(state))(*range(first, first + len(state) * step, step))
+
+
+def _check_state(state: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype]) -> None:
+    if state.shape != torch.Size(shape) or state.dtype not in dtypes or not state.is_contiguous():
+        raise ValueError(
+            f"state must be contiguous {tuple(shape)} of {' or '.join(map(str, dtypes))}, "
+            f"got {tuple(state.shape)} of {state.dtype} with strides {state.stride()}"
+        )

@@ -1,0 +1,105 @@
+"""The selective scan of Mamba: h' = exp(delta A) h + delta B u, y = C h + D u, gated by SiLU(z).
+
+`selective_scan_ref` is the definition; `selective_scan` gives the same by the fastest means at hand. Letters as in
+model/jamba.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from model.kernels import cpu
+
+try:
+    from model.kernels.selective_scan_triton import selective_scan_triton
+except ImportError:  # a PyTorch without Triton, as the CPU wheels are
+    selective_scan_triton = None
+
+_TILE_STEPS = 32
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    state: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+) -> Tensor:
+    """Run the selective scan over t tokens, starting from `state` (None: zeros) and updating it in place.
+
+    Shapes: u, delta, z (b, t, e); A (e, n); B, C (b, t, n); D (e,); state (b, e, n) float32 -> (b, t, e) in u.dtype.
+    delta is after softplus, or before it when `delta_bias` (e,) is given: then softplus(delta + delta_bias) is used.
+    t may be any length >= 1; splitting t over calls gives the same result. Differentiable when `state` is None.
+    Source: Mamba, section 3.2, algorithm 2; state-spaces/mamba ops/selective_scan_interface.py::selective_scan_ref.
+    """
+    if cpu.supports(u, delta, A, B, C, D, z, delta_bias):
+        return cpu.selective_scan(u, delta, A, B, C, D, z, state, delta_bias)
+    if delta_bias is not None:
+        delta = F.softplus(delta.float() + delta_bias.float())
+    if u.is_cuda and selective_scan_triton is not None:
+        return selective_scan_triton(u, delta, A, B, C, D, z, state)
+    return selective_scan_torch(u, delta, A, B, C, D, z, state)
+
+
+def selective_scan_torch(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, state: Tensor | None = None
+) -> Tensor:
+    """`selective_scan` in PyTorch alone: a loop over tiles, all steps of a tile at once."""
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    A = A.to(dtype)
+    h = u.new_zeros(u.shape[0], *A.shape, dtype=dtype) if state is None else state
+    outputs = []
+    tiles = zip(*(x.split(_TILE_STEPS, dim=1) for x in (u, delta, B, C)), strict=True)
+    for tile in tiles:
+        arguments = [*(x.to(dtype) for x in tile), A, h]
+        # a tile needs n times the memory of its inputs: it is computed again for the gradient, not kept
+        recompute = torch.is_grad_enabled()
+        y, h = checkpoint(_scan_tile, *arguments, use_reentrant=False) if recompute else _scan_tile(*arguments)
+        outputs.append(y)
+    if state is not None:
+        state.copy_(h)
+    y = torch.cat(outputs, dim=1) + D.to(dtype) * u
+    return (y * F.silu(z.to(dtype))).to(u.dtype)
+
+
+def _scan_tile(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """(b, l, ...) inputs and h (b, e, n) -> outputs (b, l, e) and the next h.
+
+    Doubling: after the round with `shift`, `states` holds the last 2*shift steps' contributions and `decay` their
+    product. Only products of decays <= 1 are formed, so nothing overflows and nothing is divided.
+    """
+    decay = torch.exp(delta[..., None] * A)  # (b, l, e, n)
+    states = (delta * u)[..., None] * B[:, :, None]
+    shift = 1
+    while shift < u.shape[1]:
+        carried = states[:, shift:] + decay[:, shift:] * states[:, :-shift]
+        states = torch.cat([states[:, :shift], carried], dim=1)
+        decay = torch.cat([decay[:, :shift], decay[:, shift:] * decay[:, :-shift]], dim=1)
+        shift *= 2
+    states = states + decay * h[:, None]
+    return (states @ C[..., None]).squeeze(-1), states[:, -1]
+
+
+def selective_scan_ref(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, state: Tensor | None = None
+) -> Tensor:
+    """The definition, a step at a time; arguments as in `selective_scan`."""
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    u32, delta, A, B, C, D, z = (x.to(dtype) for x in (u, delta, A, B, C, D, z))
+    h = torch.zeros_like(A).repeat(u.shape[0], 1, 1) if state is None else state
+    outputs = []
+    for i in range(u.shape[1]):
+        decay = torch.exp(delta[:, i, :, None] * A)  # (b, e, n)
+        h = decay * h + (delta[:, i] * u32[:, i])[..., None] * B[:, i, None]
+        outputs.append((h * C[:, i, None]).sum(-1))
+    if state is not None:
+        state.copy_(h)
+    y = torch.stack(outputs, dim=1) + D * u32
+    return (y * F.silu(z)).to(u.dtype)

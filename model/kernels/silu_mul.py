@@ -1,0 +1,20 @@
+"""The gate of SwiGLU, silu(gate) * up, in one pass."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.kernels import cpu
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """gate, up (..., f), both perhaps halves of one product -> (..., f). Differentiable."""
+    return cpu.silu_mul(gate, up) if cpu.supports(gate, up) else F.silu(gate) * up
+
+
+def silu_mul_ref(gate: Tensor, up: Tensor) -> Tensor:
+    """The definition, in float32."""
+    dtype = torch.promote_types(gate.dtype, torch.float32)
+    return (F.silu(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)

@@ -1,0 +1,59 @@
+"""The Mamba mixer as Jamba has it: Mamba 1 with RMSNorm on dt, B and C."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.batch import Batch, Group
+from model.config import JambaConfig
+from model.kernels.causal_conv import causal_conv
+from model.kernels.selective_scan import selective_scan
+
+
+class MambaMixer(nn.Module):
+    """`index` counts the Mamba layers: which of a state's conv and ssm is this layer's."""
+
+    def __init__(self, config: JambaConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        d_inner, d_state, dt_rank = config.mamba_d_inner, config.mamba_d_state, config.mamba_dt_rank
+        self.in_proj = nn.Linear(config.hidden_size, 2 * d_inner, bias=config.mamba_proj_bias)
+        self.conv1d = nn.Conv1d(d_inner, d_inner, config.mamba_d_conv, groups=d_inner, bias=config.mamba_conv_bias)
+        self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(dt_rank, d_inner, bias=True)
+        self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(d_inner, 1))
+        self.D = nn.Parameter(torch.ones(d_inner))
+        self.out_proj = nn.Linear(d_inner, config.hidden_size, bias=config.mamba_proj_bias)
+        self.dt_layernorm = nn.RMSNorm(dt_rank, eps=config.rms_norm_eps)
+        self.b_layernorm = nn.RMSNorm(d_state, eps=config.rms_norm_eps)
+        self.c_layernorm = nn.RMSNorm(d_state, eps=config.rms_norm_eps)
+        self.widths = [dt_rank, d_state, d_state]
+        self._init_dt()
+
+    @torch.no_grad()
+    def _init_dt(self, low: float = 1e-3, high: float = 0.1) -> None:
+        """Let delta start between `low` and `high`, evenly in its logarithm. Source: Mamba, section 3.6."""
+        nn.init.uniform_(self.dt_proj.bias, math.log(low), math.log(high)).exp_()
+        self.dt_proj.bias += torch.log(-torch.expm1(-self.dt_proj.bias))  # the inverse of softplus
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        """(T, d) -> (T, d); advances the states' conv and ssm."""
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u = batch.map_groups(self._convolve, u)
+        dt, B, C = self.x_proj(u).split(self.widths, dim=-1)
+        dt = F.linear(self.dt_layernorm(dt), self.dt_proj.weight)  # its bias is added in float32, within the scan
+        y = batch.map_groups(self._scan, u, dt, self.b_layernorm(B), self.c_layernorm(C), z)
+        return self.out_proj(y)
+
+    def _convolve(self, group: Group, u: Tensor) -> Tensor:
+        state = None if group.conv is None else group.conv[self.index]
+        return causal_conv(u, state, self.conv1d.weight.squeeze(1), self.conv1d.bias)
+
+    def _scan(self, group: Group, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor) -> Tensor:
+        state = None if group.ssm is None else group.ssm[self.index]
+        A = -torch.exp(self.A_log.float())
+        return selective_scan(u, dt, A, B, C, self.D, z, state, self.dt_proj.bias)

@@ -1,0 +1,204 @@
+"""The memory of one sequence: KV of the attention layers, conv and SSM of the Mamba layers.
+
+Not here: who keeps which state for how long (prefix_cache.py), or how a call finds its states (batch.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from model.config import JambaConfig
+
+_HEADER = struct.Struct("<8s16s16sQ16x")  # magic, layout fingerprint, checksum, num_tokens: 64 bytes
+_MAGIC = b"jambast1"
+_MIN_CAPACITY_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class StateLayout:
+    """Shapes and dtypes of a state; letters as in jamba.py. States of equal layouts can exchange their bytes."""
+
+    n_attn: int
+    n_mamba: int
+    g: int
+    p: int
+    e: int
+    n: int
+    w: int
+    kv_dtype: torch.dtype
+    conv_dtype: torch.dtype
+    version: int = 1
+
+    @classmethod
+    def of(cls, config: JambaConfig, dtype: torch.dtype) -> Self:
+        """The layout of a model whose activations have `dtype`."""
+        return cls(
+            n_attn=config.num_attention_layers,
+            n_mamba=config.num_mamba_layers,
+            g=config.num_key_value_heads,
+            p=config.head_dim,
+            e=config.mamba_d_inner,
+            n=config.mamba_d_state,
+            w=config.mamba_d_conv,
+            kv_dtype=dtype,
+            conv_dtype=dtype,
+        )
+
+    def fingerprint(self) -> bytes:
+        """16 bytes that differ whenever any field does."""
+        return hashlib.blake2b(repr(astuple(self)).encode(), digest_size=16).digest()
+
+    @property
+    def conv_shape(self) -> tuple[int, int, int]:
+        return self.n_mamba, self.e, self.w - 1
+
+    @property
+    def ssm_shape(self) -> tuple[int, int, int]:
+        return self.n_mamba, self.e, self.n
+
+    def kv_shape(self, num_tokens: int) -> tuple[int, int, int, int, int]:
+        return self.n_attn, 2, num_tokens, self.g, self.p
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The recurrent part of a state after `num_tokens` tokens: useless without the KV of exactly these tokens."""
+
+    num_tokens: int
+    conv: Tensor  # (n_mamba, e, w-1)
+    ssm: Tensor  # (n_mamba, e, n) float32
+
+    @property
+    def nbytes(self) -> int:
+        return self.conv.nbytes + self.ssm.nbytes
+
+
+class HybridState:
+    """Starts empty; a forward pass advances it in place."""
+
+    def __init__(self, layout: StateLayout, device: torch.device | str = "cpu") -> None:
+        self.layout, self.num_tokens = layout, 0
+        with torch.inference_mode(False):  # an inference tensor could not be advanced outside inference mode
+            self.conv = torch.zeros(layout.conv_shape, dtype=layout.conv_dtype, device=device)
+            self.ssm = torch.zeros(layout.ssm_shape, dtype=torch.float32, device=device)
+        self._kv = self._new_kv(0)  # (n_attn, 2, capacity, g, p); beyond num_tokens: anything
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held, the room for tokens to come included."""
+        return self.conv.nbytes + self.ssm.nbytes + self._kv.nbytes
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for the KV of `num_tokens` tokens in all; the room doubles, so appending is cheap."""
+        capacity = self._kv.shape[2]
+        if num_tokens > capacity:
+            grown = self._new_kv(max(num_tokens, 2 * capacity, _MIN_CAPACITY_TOKENS))
+            grown[:, :, : self.num_tokens] = self._kv[:, :, : self.num_tokens]
+            self._kv = grown
+
+    def append_kv(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (t, g, p) behind the tokens seen so far, in reserved room.
+
+        Returns all keys and values of attention layer `layer` as views (s+t, g, p). `num_tokens` is left as it is.
+        """
+        end = self.num_tokens + len(k)
+        keys, values = self._kv[layer, :, :end].unbind()
+        keys[self.num_tokens :], values[self.num_tokens :] = k, v
+        return keys, values
+
+    def read_kv(self, start: int, end: int) -> Tensor:
+        """A contiguous copy of the KV of tokens start..end: (n_attn, 2, end-start, g, p)."""
+        if not 0 <= start <= end <= self.num_tokens:
+            raise ValueError(f"KV of tokens {start}..{end} asked of a state that has seen {self.num_tokens}")
+        return self._kv[:, :, start:end].clone(memory_format=torch.contiguous_format)
+
+    def snapshot(self) -> Snapshot:
+        """A copy of the recurrent part, as it is now."""
+        return Snapshot(self.num_tokens, self.conv.clone(), self.ssm.clone())
+
+    def restore(self, snapshot: Snapshot, kv: Sequence[Tensor]) -> None:
+        """Fill this empty state. The pieces of `kv`, in order, are the KV of exactly the snapshot's tokens.
+
+        Raises ValueError, and stays empty, when the state is not empty or anything does not fit its layout.
+        """
+        if self.num_tokens:
+            raise ValueError(f"restore needs an empty state, this one has seen {self.num_tokens} tokens")
+        covered = sum(piece.shape[2] for piece in kv)
+        if covered != snapshot.num_tokens:
+            raise ValueError(f"KV of {covered} tokens does not cover the snapshot's {snapshot.num_tokens}")
+        layout = self.layout
+        _check_fit("conv", snapshot.conv, layout.conv_shape, layout.conv_dtype)
+        _check_fit("ssm", snapshot.ssm, layout.ssm_shape, torch.float32)
+        for piece in kv:
+            _check_fit("KV", piece, layout.kv_shape(piece.shape[2]), layout.kv_dtype)
+        self.reserve(covered)
+        start = 0
+        for piece in kv:
+            self._kv[:, :, start : start + piece.shape[2]] = piece
+            start += piece.shape[2]
+        self.conv.copy_(snapshot.conv)
+        self.ssm.copy_(snapshot.ssm)
+        self.num_tokens = covered
+
+    def to_bytes(self) -> bytes:
+        """Everything, self-checking: 64 bytes of header, then conv, SSM and KV as they lie in memory."""
+        parts = (self.conv, self.ssm, self.read_kv(0, self.num_tokens))
+        payload = b"".join(memoryview(part.cpu().contiguous().flatten().view(torch.uint8).numpy()) for part in parts)
+        fingerprint = self.layout.fingerprint()
+        return _HEADER.pack(_MAGIC, fingerprint, _checksum(payload, self.num_tokens), self.num_tokens) + payload
+
+    @classmethod
+    def from_bytes(
+        cls, layout: StateLayout, data: bytes | bytearray | memoryview, device: torch.device | str = "cpu"
+    ) -> Self:
+        """The state that `to_bytes` wrote, bit for bit. Raises ValueError when damaged or of another layout."""
+        data = memoryview(data).cast("B")
+        if len(data) < _HEADER.size or bytes(data[: len(_MAGIC)]) != _MAGIC:
+            raise ValueError(f"{len(data)} bytes that do not start like a state")
+        _, fingerprint, checksum, num_tokens = _HEADER.unpack(data[: _HEADER.size])
+        if fingerprint != layout.fingerprint():
+            raise ValueError(f"a state of another layout than {layout}")
+        payload = data[_HEADER.size :]
+        if _checksum(payload, num_tokens) != checksum:
+            raise ValueError(f"a damaged state: checksum of {len(payload)} bytes for {num_tokens} tokens differs")
+        payload, offset = bytearray(payload), 0
+        pieces = []
+        for shape, dtype in (
+            (layout.conv_shape, layout.conv_dtype),
+            (layout.ssm_shape, torch.float32),
+            (layout.kv_shape(num_tokens), layout.kv_dtype),
+        ):
+            nbytes = math.prod(shape) * dtype.itemsize
+            pieces.append(_tensor(payload, offset, nbytes).view(dtype).view(shape))
+            offset += nbytes
+        conv, ssm, kv = pieces
+        state = cls(layout, device)
+        state.restore(Snapshot(num_tokens, conv, ssm), [kv])
+        return state
+
+    def _new_kv(self, capacity: int) -> Tensor:
+        with torch.inference_mode(False):
+            return torch.empty(self.layout.kv_shape(capacity), dtype=self.layout.kv_dtype, device=self.conv.device)
+
+
+def _check_fit(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tensor.shape != shape or tensor.dtype != dtype:
+        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, this state needs {dtype} {shape}")
+
+
+def _checksum(payload: bytes | memoryview, num_tokens: int) -> bytes:
+    return hashlib.blake2b(payload, digest_size=16, salt=struct.pack("<Q", num_tokens)).digest()
+
+
+def _tensor(buffer: bytearray, offset: int, nbytes: int) -> Tensor:
+    if not nbytes:  # which frombuffer refuses
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes, offset=offset).clone()

@@ -1,0 +1,267 @@
+"""safetensors -> modules: by memory map, a tensor at a time, quantizing on the way; says exactly what does not fit.
+
+A checkpoint may hold experts one by one (as on the hub) or fused (as `transformers` 5 has them in memory); inside this
+file there is only the first form. Matrices may be stored as float, as int8 (`<name>` and `<name>.scale`, float32, a row
+each) or as int4 (`<name>.qweight` and `<name>.scales`, see int4.py). Start at `load_model`; convert.py writes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from model.config import JambaConfig, UnsupportedWeights
+from model.int4 import GROUP_SIZE, unpack_int4
+from model.int8 import Int8Experts, quantize_rows, swap_linears
+from model.jamba import Jamba
+from model.moe import Experts
+
+INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+QUANT_METHODS = ("jamba_rag_int8", "jamba_rag_int4")
+_ALWAYS_FLOAT32 = ("A_log", "D", "scale")
+_FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
+
+
+def load_model(
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    quantize: Literal["int8"] | None = None,
+) -> Jamba:
+    """Load a checkpoint directory into a model on `device`, in evaluation mode.
+
+    dtype: of weights and activations; None means float32 on a CPU and bfloat16 elsewhere. A and D stay float32.
+    quantize: "int8" holds the linear layers and experts as int8, see int8.py.
+    Raises UnsupportedWeights, naming every field or tensor, before anything large is read.
+    """
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize is {quantize!r}, must be 'int8' or None")
+    reader, device = CheckpointReader(Path(path)), torch.device(device)
+    with torch.device("meta"):
+        model = Jamba(reader.config)
+    if quantize:
+        swap_linears(model)
+    reader.check({name: tuple(slot.values.shape) for name, slot in find_slots(model).items()})
+    _allocate(model, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16), device)
+    slots = find_slots(model)
+    for name, stored in reader:
+        slots[name].fill(stored)
+    return model.eval()
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor as the checkpoint holds it: float, int8 with a scale a row, or int4 with scales a group."""
+
+    values: Tensor
+    scale: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """The weights as floats: as stored, or float32 when they were quantized."""
+        if self.scale is None:
+            return self.values
+        if self.values.dtype == torch.uint8:
+            return unpack_int4(self.values, self.scale)
+        return self.values.float() * self.scale[:, None]
+
+    def int8(self) -> tuple[Tensor, Tensor]:
+        """The weights as int8 rows and their scales: as stored, or rounded now."""
+        if self.scale is not None and self.values.dtype == torch.int8:
+            return self.values, self.scale
+        return quantize_rows(self.dense())
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The place in a model that a checkpoint's tensor goes to."""
+
+    values: Tensor
+    scale: Tensor | None = None  # of an int8 layer
+
+    def fill(self, stored: StoredTensor) -> None:
+        if self.scale is None:
+            self.values.copy_(stored.dense())
+        else:
+            values, scale = stored.int8()
+            self.values.copy_(values)
+            self.scale.data.copy_(scale)
+
+
+def find_slots(model: Jamba) -> dict[str, Slot]:
+    """Every tensor that a checkpoint of this model holds, by its name there, experts one by one."""
+    slots: dict[str, Slot] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Experts | Int8Experts):
+            slots |= {f"{path}.{name}": slot for name, slot in _expert_slots(module)}
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if leaf != "scale":
+                scale = getattr(module, "scale", None) if leaf == "weight" else None
+                slots[f"{path}.{leaf}"] = Slot(parameter.data, scale)
+    if model.config.tie_word_embeddings:
+        del slots["lm_head.weight"]
+    return {name if name == "lm_head.weight" else f"model.{name}": slot for name, slot in slots.items()}
+
+
+def _expert_slots(experts: Experts | Int8Experts) -> Iterator[tuple[str, Slot]]:
+    gate_up, down = experts.gate_up_proj.data, experts.down_proj.data
+    gate_up_scale = getattr(experts, "gate_up_scale", None)
+    down_scale = getattr(experts, "down_scale", None)
+    f = down.shape[-1]
+    for i in range(len(down)):
+        for name, rows in (("gate_proj", slice(0, f)), ("up_proj", slice(f, 2 * f))):
+            scale = None if gate_up_scale is None else gate_up_scale.data[i, rows]
+            yield f"{i}.{name}.weight", Slot(gate_up[i, rows], scale)
+        yield f"{i}.down_proj.weight", Slot(down[i], None if down_scale is None else down_scale.data[i])
+
+
+def _allocate(model: Jamba, dtype: torch.dtype, device: torch.device) -> None:
+    """Give the parameters of a model on "meta" their memory, uninitialised."""
+    for name, parameter in list(model.named_parameters()):
+        own = torch.float32 if name.endswith(_ALWAYS_FLOAT32) else dtype
+        own = own if parameter.is_floating_point() else parameter.dtype
+        path, _, leaf = name.rpartition(".")
+        memory = torch.empty(parameter.shape, dtype=own, device=device)
+        setattr(model.get_submodule(path), leaf, nn.Parameter(memory, requires_grad=parameter.requires_grad))
+    model.tie_weights()
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    file: str
+    stored_name: str  # without the suffixes of int4
+    shape: tuple[int, ...]
+    part: tuple[int, slice] | None = None  # of a fused tensor
+
+
+class CheckpointReader:
+    """The tensors of a checkpoint directory by their hub names; iterates over them in the order they lie on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.raw_config: dict[str, Any] = _read_json(path / "config.json")
+        self.config = JambaConfig.from_dict(self.raw_config, source=str(path / "config.json"))
+        method = (self.raw_config.get("quantization_config") or {}).get("quant_method")
+        if method not in (None, *QUANT_METHODS):
+            raise UnsupportedWeights(f"{path} is quantized by {method!r}, supported are {', '.join(QUANT_METHODS)}")
+        self._open_shards: dict[str, Any] = {}
+        self._file_of = self._find_files()
+        self._entries = dict(self._find_entries())
+        self._drop_tied_head()
+
+    def __iter__(self) -> Iterator[tuple[str, StoredTensor]]:
+        return ((name, self[name]) for name in self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        entry = self._entries[name]
+        stored = entry.stored_name
+        if f"{stored}.qweight" in self._file_of:
+            return StoredTensor(self._read(f"{stored}.qweight"), self._read(f"{stored}.scales"))
+        scale = self._read(f"{stored}.scale") if f"{stored}.scale" in self._file_of else None
+        return StoredTensor(self._read(stored, entry.part), scale)
+
+    def check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises UnsupportedWeights naming all tensors that are missing, unknown or of another shape."""
+        found = {name: entry.shape for name, entry in self._entries.items()}
+        problems = [f"missing {name}" for name in wanted if name not in found]
+        problems += [f"unknown {name}" for name in found if name not in wanted]
+        problems += [
+            f"{name} is {shape}, config.json says {wanted[name]}"
+            for name, shape in found.items()
+            if wanted.get(name, shape) != shape
+        ]
+        if problems:
+            raise UnsupportedWeights(f"{self.path} does not fit its config.json: {'; '.join(problems)}")
+
+    def _find_files(self) -> dict[str, str]:
+        """The file of each stored tensor."""
+        index = self.path / INDEX_NAME
+        if index.exists():
+            file_of = _read_json(index).get("weight_map", {})
+            if strangers := {file for file in file_of.values() if Path(file).name != file}:
+                raise UnsupportedWeights(f"{index} points out of its directory: {', '.join(sorted(strangers))}")
+            return dict(sorted(file_of.items(), key=lambda item: item[::-1]))
+        if not (self.path / SINGLE_NAME).exists():
+            raise UnsupportedWeights(f"{self.path} holds neither {SINGLE_NAME} nor {INDEX_NAME}")
+        return dict.fromkeys(sorted(self._shard(SINGLE_NAME).keys()), SINGLE_NAME)
+
+    def _find_entries(self) -> Iterator[tuple[str, _Entry]]:
+        """Names and shapes from the shards' headers alone. A scale belongs to its matrix and is no entry."""
+        for name, file in self._file_of.items():
+            is_scale = name.endswith(".scale") and name.removesuffix(".scale") in self._file_of
+            is_scale |= name.endswith(".scales") and f"{name.removesuffix('.scales')}.qweight" in self._file_of
+            if is_scale:
+                continue
+            view = self._view(name)
+            shape, stored = tuple(view.get_shape()), name.removesuffix(".qweight")
+            if name != stored:
+                shape = (*shape[:-1], 2 * shape[-1])
+                self._check_scale(f"{stored}.scales", (shape[0], shape[1] // GROUP_SIZE), stored)
+            elif view.get_dtype() == "I8":
+                self._check_scale(f"{stored}.scale", shape[:1], stored)
+            elif view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                raise UnsupportedWeights(f"{self.path}: {name} is {view.get_dtype()}, neither float nor a known format")
+            yield from _split_fused(_Entry(file, stored, shape))
+
+    def _check_scale(self, name: str, shape: tuple[int, ...], owner: str) -> None:
+        if name not in self._file_of:
+            raise UnsupportedWeights(f"{self.path}: {owner} is quantized but {name} is missing")
+        if (found := tuple(self._view(name).get_shape())) != shape:
+            raise UnsupportedWeights(f"{self.path}: {name} is {found}, {owner} needs {shape}")
+
+    def _drop_tied_head(self) -> None:
+        """A tied head may be stored all the same; it must then be the embedding."""
+        if self.config.tie_word_embeddings and "lm_head.weight" in self._entries:
+            if not torch.equal(self["lm_head.weight"].dense(), self["model.embed_tokens.weight"].dense()):
+                raise UnsupportedWeights(f"{self.path}: lm_head.weight is tied by config.json but is not the embedding")
+            del self._entries["lm_head.weight"]
+
+    def _read(self, name: str, part: tuple[int, slice] | None = None) -> Tensor:
+        return self._view(name)[part or slice(None)]
+
+    def _view(self, name: str) -> Any:
+        try:
+            return self._shard(self._file_of[name]).get_slice(name)
+        except SafetensorError as error:
+            raise UnsupportedWeights(f"{self.path / self._file_of[name]}: {error}") from error
+
+    def _shard(self, file: str) -> Any:
+        """The memory map of one shard."""
+        if file not in self._open_shards:
+            try:
+                self._open_shards[file] = safe_open(self.path / file, framework="pt")
+            except (SafetensorError, FileNotFoundError) as error:
+                raise UnsupportedWeights(f"{self.path / file} cannot be read: {error}") from error
+        return self._open_shards[file]
+
+
+def _split_fused(entry: _Entry) -> Iterator[tuple[str, _Entry]]:
+    match = _FUSED.fullmatch(entry.stored_name)
+    if match is None or len(entry.shape) != 3:
+        yield entry.stored_name, entry
+        return
+    (base, kind), (m, rows, columns) = match.groups(), entry.shape
+    names = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+    step = rows // len(names)
+    for i in range(m):
+        for j, name in enumerate(names):
+            part = (i, slice(j * step, (j + 1) * step))
+            yield f"{base}.{i}.{name}.weight", _Entry(entry.file, entry.stored_name, (step, columns), part)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UnsupportedWeights(f"{path} cannot be read: {error}") from error

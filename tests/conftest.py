@@ -1,0 +1,77 @@
+"""Shared fixtures: random Jamba checkpoints, written by `transformers` as a user's would be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import JambaConfig, JambaForCausalLM
+from transformers.utils import logging
+
+WriteJamba = Callable[..., JambaForCausalLM]
+
+# every kind of layer: attention and Mamba, each with and without experts
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "attn_layer_period": 3,
+    "attn_layer_offset": 1,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+    "mamba_d_state": 8,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_and_single_threaded() -> None:
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def write_jamba() -> WriteJamba:
+    """write_jamba(path, seed=0, save={}, **config fields) writes a random checkpoint and returns its HF model."""
+    return _write_jamba
+
+
+@pytest.fixture(scope="session")
+def tiny_jamba_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random 6-layer checkpoint in float32 with all kinds of layers; do not write into it."""
+    path = tmp_path_factory.mktemp("tiny-jamba")
+    _write_jamba(path)
+    return path
+
+
+def _write_jamba(path: Path, seed: int = 0, save: dict | None = None, **overrides: object) -> JambaForCausalLM:
+    config = JambaConfig(**TINY | overrides, attn_implementation="eager")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = JambaForCausalLM(config).eval()
+        for name, parameter in model.named_parameters():
+            _randomize(name, parameter.data)
+    model.save_pretrained(path, **save or {})
+    return model
+
+
+def _randomize(name: str, weight: torch.Tensor) -> None:
+    """Every weight counts, and no activation vanishes: with the usual 0.02 a broken layer could hide in rounding."""
+    if name.endswith("A_log"):
+        weight += 0.3 * torch.randn_like(weight)
+    elif name.endswith("dt_proj.bias"):
+        weight.uniform_(-4, 0)
+    elif name.endswith("embed_tokens.weight"):
+        weight.normal_()
+    elif weight.ndim == 1:  # norms, D, other biases
+        weight += 0.2 * torch.randn_like(weight)
+    else:
+        weight.normal_(std=weight.shape[-1] ** -0.5)
