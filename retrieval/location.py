@@ -1,0 +1,32 @@
+"""Where a span of a document's text stands: its pages and the headings it is under."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+from .types import Heading, Location, Page
+
+
+def locate(pages: Sequence[Page], headings: Sequence[Heading], char_start: int, char_end: int) -> Location:
+    """Return the location of text[char_start:char_end]; `pages` and `headings` in the order of the text.
+
+    The headings are those in force at `char_start`. Text between two pages belongs to the earlier one.
+    """
+    page_start = page_end = None
+    if pages:
+        starts = [page.char_start for page in pages]
+        last = max(char_start, char_end - 1)
+        page_start = pages[max(0, bisect_right(starts, char_start) - 1)].page
+        page_end = pages[max(0, bisect_right(starts, last) - 1)].page
+    return Location(char_start, char_end, page_start, page_end, heading_path(headings, char_start))
+
+
+def heading_path(headings: Sequence[Heading], position: int) -> tuple[str, ...]:
+    """Return the titles above `position`, outermost first."""
+    path: list[Heading] = []
+    for heading in headings:
+        if heading.char_start > position:
+            break
+        while path and path[-1].level >= heading.level:
+            path.pop()
+        path.append(heading)
+    return tuple(heading.title for heading in path)

@@ -1,0 +1,93 @@
+"""The schema, as numbered steps from an empty file; `PRAGMA user_version` counts the steps taken.
+
+A published step is never edited: a change of the schema is a new step at the end.
+Content (texts, chunks, vectors, words) belongs to the version of a document that answers now; `versions` also holds
+the one that is still on its way. Row ids of chunks are never reused: FAISS knows chunks by them.
+"""
+
+import sqlite3
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+        """CREATE TABLE collections (
+            row INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE,
+            next_ordinal INTEGER NOT NULL DEFAULT 1, created_at REAL NOT NULL)""",
+        "INSERT INTO collections(name, created_at) VALUES ('default', strftime('%s', 'now') + 0.0)",
+        """CREATE TABLE documents (
+            row INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
+            collection_row INTEGER NOT NULL REFERENCES collections(row),
+            newest_version INTEGER NOT NULL, current_version INTEGER,
+            deleting INTEGER NOT NULL DEFAULT 0, created_at REAL NOT NULL)""",
+        "CREATE INDEX documents_by_collection ON documents(collection_row)",
+        """CREATE TABLE versions (
+            document_row INTEGER NOT NULL REFERENCES documents(row) ON DELETE CASCADE, version INTEGER NOT NULL,
+            ordinal INTEGER NOT NULL, filename TEXT NOT NULL, media_type TEXT NOT NULL, bytes INTEGER NOT NULL,
+            sha256 TEXT NOT NULL, metadata TEXT NOT NULL, title TEXT,
+            status TEXT NOT NULL DEFAULT 'queued', done INTEGER NOT NULL DEFAULT 0, total INTEGER NOT NULL DEFAULT 0,
+            unit TEXT NOT NULL DEFAULT '', attempts INTEGER NOT NULL DEFAULT 0, error TEXT,
+            not_before REAL NOT NULL DEFAULT 0, lease_owner TEXT, lease_until REAL,
+            pages INTEGER, chunks INTEGER NOT NULL DEFAULT 0, tokens INTEGER NOT NULL DEFAULT 0,
+            updated_at REAL NOT NULL, PRIMARY KEY (document_row, version)) WITHOUT ROWID""",
+        "CREATE INDEX versions_by_sha256 ON versions(sha256)",
+        "CREATE INDEX versions_unfinished ON versions(status) WHERE status NOT IN ('ready', 'failed')",
+        """CREATE TABLE contents (
+            document_row INTEGER PRIMARY KEY REFERENCES documents(row) ON DELETE CASCADE,
+            text TEXT NOT NULL, pages TEXT NOT NULL, headings TEXT NOT NULL)""",
+        """CREATE TABLE chunks (
+            row INTEGER PRIMARY KEY AUTOINCREMENT,
+            document_row INTEGER NOT NULL REFERENCES documents(row) ON DELETE CASCADE,
+            ordinal INTEGER NOT NULL, generation INTEGER NOT NULL, id TEXT NOT NULL,
+            char_start INTEGER NOT NULL, char_end INTEGER NOT NULL, page_start INTEGER, page_end INTEGER,
+            heading_path TEXT NOT NULL, tokens INTEGER NOT NULL, context TEXT NOT NULL, text TEXT NOT NULL)""",
+        "CREATE UNIQUE INDEX chunks_by_document ON chunks(document_row, ordinal)",
+        "CREATE INDEX chunks_by_generation ON chunks(generation)",
+        """CREATE TABLE vectors (
+            chunk_row INTEGER PRIMARY KEY REFERENCES chunks(row) ON DELETE CASCADE, vector BLOB NOT NULL)""",
+        # Holds the inverted index alone: text and context stand in chunks, and are given again when a row is removed.
+        """CREATE VIRTUAL TABLE chunk_words USING fts5(
+            text, context, content='', tokenize="porter unicode61 remove_diacritics 2")""",
+        "INSERT INTO chunk_words(chunk_words, rank) VALUES ('rank', 'bm25(1.0, 0.5)')",
+        "CREATE TABLE generations (generation INTEGER PRIMARY KEY)",
+        """CREATE TABLE removed_chunks (
+            generation INTEGER NOT NULL, chunk_row INTEGER NOT NULL,
+            PRIMARY KEY (generation, chunk_row)) WITHOUT ROWID""",
+        """CREATE TABLE api_keys (
+            id TEXT PRIMARY KEY, hash TEXT NOT NULL UNIQUE, name TEXT NOT NULL, role TEXT NOT NULL,
+            collections TEXT, created_at REAL NOT NULL, revoked_at REAL) WITHOUT ROWID""",
+        """CREATE TABLE replies (
+            key TEXT PRIMARY KEY, fingerprint TEXT NOT NULL, status INTEGER NOT NULL, body TEXT NOT NULL,
+            created_at REAL NOT NULL) WITHOUT ROWID""",
+    ),
+)
+_APPLICATION_ID = 0x4A524147  # "JRAG", in the file's header: another program's database is not ours to change
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Bring the database to the newest schema, each step in its own transaction; safe to interrupt and repeat.
+
+    Raises ValueError when the file is another program's or a newer version of this one wrote it.
+    """
+    while (done := _steps_done(connection)) < len(MIGRATIONS):
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            if _steps_done(connection) == done:  # else another process was faster
+                for statement in MIGRATIONS[done]:
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+                connection.execute(f"PRAGMA user_version = {done + 1}")
+            connection.execute("COMMIT")
+        finally:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+
+
+def _steps_done(connection: sqlite3.Connection) -> int:
+    (done,) = connection.execute("PRAGMA user_version").fetchone()
+    (application_id,) = connection.execute("PRAGMA application_id").fetchone()
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if application_id != _APPLICATION_ID and (done or tables):
+        raise ValueError("this database belongs to another program; choose another data directory")
+    if done > len(MIGRATIONS):
+        raise ValueError(f"schema {done} is newer than {len(MIGRATIONS)}, the newest this version knows; upgrade it")
+    return done

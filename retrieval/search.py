@@ -1,0 +1,137 @@
+"""A question to ranked chunks: dense and lexical candidates, one score, hits from the store.
+
+Not what the model reads: that is packing.py. Start at `Retriever.search`.
+"""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .embedder import Embedder
+from .index import VectorIndex
+from .lexical import build_query
+from .store import DocumentStore, Selection
+from .types import Fusion, Hit, SearchParams
+
+_RRF_OFFSET = 60  # Source: Cormack, Clarke, Buettcher 2009
+_KEPT_SELECTIONS = 16
+
+Scores = Mapping[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class FusionWeights:
+    """How the two halves of a hybrid search are put together.
+
+    `minmax`: each half scaled from no similarity = 0 to its best = 1, weighted, summed; `rrf`: weighted reciprocal
+    ranks. `candidates`: how many each half gives, at least.
+    Source: Bruch, Gai, Ingber 2023, section 4: the floor of a score is its theoretical one, not the worst seen.
+    """
+
+    dense: float = 0.5
+    lexical: float = 0.5
+    fusion: Fusion = "minmax"
+    candidates: int = 100
+
+    def __post_init__(self) -> None:
+        if min(self.dense, self.lexical) < 0 or self.dense + self.lexical <= 0:
+            raise ValueError(f"weights must be >= 0 and not both 0, got dense {self.dense}, lexical {self.lexical}")
+
+
+class Retriever:
+    """Searches the store and the index. Thread safe; sees every write that ended before the search began."""
+
+    def __init__(
+        self, store: DocumentStore, index: VectorIndex, embedder: Embedder, weights: FusionWeights | None = None
+    ) -> None:
+        """Raises EmbedderMismatch if the store's vectors are another embedder's."""
+        store.require_embedder(embedder.name, embedder.dim)
+        self._store = store
+        self._index = index
+        self._embedder = embedder
+        self._weights = weights or FusionWeights()
+        self._selections: OrderedDict[tuple[int, str], Selection] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def search(self, query: str, collections: Sequence[str], params: SearchParams | None = None) -> list[Hit]:
+        """Best chunks first, equal scores in the order of storing; empty for a query without words.
+
+        Raises CollectionNotFound; ValueError when max_num_results is below 1.
+        """
+        params = params or SearchParams()
+        if params.max_num_results < 1:
+            raise ValueError(f"max_num_results is {params.max_num_results}, must be at least 1")
+        selection = self._select(collections, params)
+        if selection.is_empty or not query.strip():
+            return []
+        limit = max(self._weights.candidates, 2 * params.max_num_results)
+        dense: Scores = {}
+        lexical: Scores = {}
+        if params.mode != "dense":
+            lexical = self._search_lexical(query, selection, limit)
+        if params.mode != "lexical":
+            dense = self._search_dense(query, selection, limit, also=list(lexical))
+        score = fuse_scores(dense, lexical, self._weights) if params.mode == "hybrid" else dense or lexical
+        ranked = sorted(score, key=lambda row: (-score[row], row))[: 2 * params.max_num_results]
+        found = self._store.load_hits(ranked)  # a row may have gone since it was found
+        hits = [_scored(found[row], row, score, dense, lexical, params) for row in ranked if row in found]
+        return hits[: params.max_num_results]
+
+    def _search_lexical(self, query: str, selection: Selection, limit: int) -> Scores:
+        words = build_query(query)
+        return dict(self._store.search_lexical(words, selection, limit)) if words else {}
+
+    def _search_dense(self, query: str, selection: Selection, limit: int, also: Sequence[int]) -> Scores:
+        """Cosines of the nearest chunks, and of the rows `also`, so that fusion compares like with like."""
+        self._index.catch_up(self._store)
+        vector = self._embedder.embed_query(query)
+        rows, scores = self._index.search(vector, limit, selection.chunk_rows)
+        dense = dict(zip(rows.tolist(), scores.tolist(), strict=True))
+        if missing := sorted(row for row in also if row not in dense):
+            rows, scores = self._index.search(vector, len(missing), np.array(missing, dtype=np.int64))
+            dense.update(zip(rows.tolist(), scores.tolist(), strict=True))
+        return dense
+
+    def _select(self, collections: Sequence[str], params: SearchParams) -> Selection:
+        ids = None if params.document_ids is None else sorted(params.document_ids)
+        wanted = (sorted(collections), ids, dict(params.filters or {}))
+        key = (self._store.generation(), json.dumps(wanted, default=list, sort_keys=True))
+        with self._lock:
+            if (known := self._selections.get(key)) is not None:
+                self._selections.move_to_end(key)
+                return known
+        selection = self._store.select_chunks(collections, params.document_ids, params.filters)
+        with self._lock:
+            self._selections[key] = selection
+            while len(self._selections) > _KEPT_SELECTIONS:
+                self._selections.popitem(last=False)
+        return selection
+
+
+def fuse_scores(dense: Scores, lexical: Scores, weights: FusionWeights) -> dict[int, float]:
+    """Row -> score in 0..1 for every row of either half; what a half did not find gets nothing from it."""
+    scale = _scale_minmax if weights.fusion == "minmax" else _scale_ranks
+    total = weights.dense + weights.lexical
+    halves = ((weights.dense / total, scale(dense)), (weights.lexical / total, scale(lexical)))
+    return {row: sum(weight * half.get(row, 0.0) for weight, half in halves) for row in dense.keys() | lexical.keys()}
+
+
+def _scale_minmax(scores: Scores) -> Scores:
+    best = max(scores.values(), default=0.0)
+    return {row: max(0.0, score / best) if best > 0 else 0.0 for row, score in scores.items()}
+
+
+def _scale_ranks(scores: Scores) -> Scores:
+    ranked = sorted(scores, key=lambda row: (-scores[row], row))
+    return {row: (_RRF_OFFSET + 1) / (_RRF_OFFSET + 1 + rank) for rank, row in enumerate(ranked)}
+
+
+def _scored(hit: Hit, row: int, score: Scores, dense: Scores, lexical: Scores, params: SearchParams) -> Hit:
+    scores = {name: half[row] for name, half in (("dense", dense), ("lexical", lexical)) if row in half}
+    if params.mode == "hybrid":
+        scores["fused"] = score[row]
+    return replace(hit, score=score[row], scores=scores)

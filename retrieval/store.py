@@ -1,0 +1,402 @@
+"""DocumentStore: the truth about documents, on SQLite. All SQL of the project stands in this module's family.
+
+This page is the contract; the statements are next door: store_documents.py (collections, documents, versions),
+store_jobs.py (leases), store_content.py (what becomes searchable), store_search.py (reading it), store_access.py (keys,
+replies, settings).
+Files and FAISS are not its business: it names chunks by row id and says what changed since a generation.
+"""
+
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+
+from . import store_access as access
+from . import store_content as content
+from . import store_documents as documents
+from . import store_jobs as jobs
+from . import store_search as searching
+from .database import Database, StorageFull, StoreUnusable
+from .store_access import IdempotencyConflict
+from .store_content import EmbedderMismatch
+from .store_documents import CollectionExists, CollectionNotFound, DocumentNotFound, DocumentNotReady, DuplicateDocument
+from .store_jobs import LeaseLost
+from .store_search import Selection
+from .types import (
+    ApiKey,
+    Chunk,
+    Collection,
+    Document,
+    Filters,
+    Hit,
+    IndexChange,
+    Location,
+    OnConflict,
+    ParsedDocument,
+    Role,
+    Stage,
+    StoredReply,
+)
+
+__all__ = [
+    "CollectionExists",
+    "CollectionNotFound",
+    "DocumentNotFound",
+    "DocumentNotReady",
+    "DocumentStore",
+    "DuplicateDocument",
+    "EmbedderMismatch",
+    "IdempotencyConflict",
+    "LeaseLost",
+    "Selection",
+    "StorageFull",
+    "StoreUnusable",
+]
+
+
+class DocumentStore:
+    """Thread safe; several processes may open one file. Every write is one transaction and safe to repeat.
+
+    Methods that name a document or collection raise DocumentNotFound or CollectionNotFound when there is none.
+    `clock` gives Unix seconds. The collection `default` always exists.
+    """
+
+    def __init__(self, path: Path | str, max_attempts: int = 3, clock: Callable[[], float] = time.time) -> None:
+        """Open or create. Raises StoreUnusable. `max_attempts` bounds how often one version is ingested."""
+        self._db = Database(path)
+        self._max_attempts = max_attempts
+        self._clock = clock
+
+    def close(self) -> None:
+        self._db.close()
+
+    def snapshot(self) -> AbstractContextManager[sqlite3.Connection]:
+        """Within it, all reads of this thread see one state. No writes inside."""
+        return self._db.read()
+
+    def check(self) -> list[str]:
+        """Say what is wrong with the database file; empty if nothing is. Reads all of it."""
+        with self._db.read() as c:
+            return content.check(c)
+
+    # Collections
+
+    def create_collection(self, name: str) -> Collection:
+        """Raises CollectionExists; ValueError unless `name` is 1 to 64 of a-z A-Z 0-9 . _ - after a letter or digit."""
+        with self._db.write() as c:
+            return documents.create_collection(c, name, self._clock())
+
+    def list_collections(self) -> list[Collection]:
+        """All, oldest first, which is also their canonical order."""
+        with self._db.read() as c:
+            return documents.list_collections(c)
+
+    def get_collection(self, name: str) -> Collection:
+        with self._db.read() as c:
+            return documents.get_collection(c, name)
+
+    def delete_collection(self, name: str) -> IndexChange:
+        """Remove it with all its documents, as `delete_document` does each; `default` stays, empty."""
+        with self._db.write() as c:
+            return documents.delete_collection(c, name, self._clock())
+
+    # Documents
+
+    def create_document(
+        self,
+        collection: str,
+        filename: str,
+        media_type: str,
+        nbytes: int,
+        sha256: str,
+        metadata: Mapping[str, object] | None = None,
+        on_conflict: OnConflict = "skip",
+    ) -> tuple[Document, bool]:
+        """Queue an upload for ingestion; returns it and whether there is now something to ingest.
+
+        If the collection has a document whose newest version is these same bytes: `skip` returns that one with
+        `duplicate_of` set, `replace` queues a new version of it with this name and metadata, `error` raises
+        DuplicateDocument.
+        """
+        upload = documents.Upload(filename, media_type, nbytes, sha256, dict(metadata or {}))
+        with self._db.write() as c:
+            return documents.create_document(c, collection, upload, on_conflict, self._clock())
+
+    def replace_document(
+        self,
+        document_id: str,
+        filename: str,
+        media_type: str,
+        nbytes: int,
+        sha256: str,
+        metadata: Mapping[str, object] | None = None,
+    ) -> tuple[Document, bool]:
+        """Queue new bytes for a document; the old version answers until the new one is ready. Returns as
+        `create_document`.
+
+        Same bytes as its newest version = nothing to do, unless that failed. `metadata` None keeps the old one. A
+        version still on its way is superseded. Raises DuplicateDocument if another document has these bytes.
+        """
+        with self._db.write() as c:
+            old = documents.get_document(c, document_id)
+            upload = documents.Upload(
+                filename, media_type, nbytes, sha256, dict(old.metadata if metadata is None else metadata)
+            )
+            return documents.replace_document(c, old, upload, self._clock())
+
+    def get_document(self, document_id: str) -> Document:
+        """Its newest version."""
+        with self._db.read() as c:
+            return documents.get_document(c, document_id)
+
+    def list_documents(
+        self,
+        collections: Sequence[str] | None = None,
+        status: str | None = None,
+        limit: int = 100,
+        after: str | None = None,
+    ) -> list[Document]:
+        """Newest versions, oldest document first, at most `limit`, those after the document id `after`."""
+        with self._db.read() as c:
+            return documents.list_documents(c, collections, status, limit, after)
+
+    def ready_documents(
+        self,
+        collections: Sequence[str],
+        document_ids: Sequence[str] | None = None,
+        filters: Filters | None = None,
+    ) -> list[Document]:
+        """The versions that answer now, in canonical order (age of the collection, ordinal).
+
+        `filters` as in SearchParams; a list in the metadata matches by any of its members. Raises CollectionNotFound;
+        unknown document ids match nothing.
+        """
+        with self._db.read() as c:
+            return documents.ready_documents(c, collections, document_ids, filters)
+
+    def hide_document(self, document_id: str) -> IndexChange:
+        """First half of a deletion: content and search rows are gone at once, status is `deleting`.
+
+        For callers with more to clean up before `delete_document`; after a crash they find it by that status.
+        """
+        with self._db.write() as c:
+            return documents.hide_document(c, document_id, self._clock())
+
+    def delete_document(self, document_id: str) -> IndexChange:
+        """Remove it from everything; afterwards no read finds any of it."""
+        with self._db.write() as c:
+            return documents.delete_document(c, document_id, self._clock())
+
+    def file_in_use(self, sha256: str) -> bool:
+        """Whether any version needs the original with this hash."""
+        with self._db.read() as c:
+            return documents.file_in_use(c, sha256)
+
+    # Ingestion jobs
+
+    def lease_next(self, worker_id: str, lease_s: float) -> Document | None:
+        """Give the oldest version waiting to be ingested to this worker, or None; counts an attempt.
+
+        A version whose lease ran out waits again; after `max_attempts` it is failed with code `too_many_attempts`.
+        """
+        with self._db.write() as c:
+            return jobs.lease_next(c, worker_id, lease_s, self._max_attempts, self._clock())
+
+    def renew_lease(self, document_id: str, worker_id: str, lease_s: float, *, version: int) -> None:
+        """Raises LeaseLost when the version is no longer this worker's: stop working on it."""
+        with self._db.write() as c:
+            jobs.renew_lease(c, document_id, version, worker_id, lease_s, self._clock())
+
+    def release_lease(self, document_id: str, worker_id: str, *, version: int) -> None:
+        """Put the version back into the queue without counting the attempt: an orderly stop. Raises LeaseLost."""
+        with self._db.write() as c:
+            jobs.release_lease(c, document_id, version, worker_id, self._clock())
+
+    def set_progress(
+        self,
+        document_id: str,
+        stage: Stage,
+        done: int = 0,
+        total: int = 0,
+        unit: str = "",
+        *,
+        version: int,
+        worker_id: str | None = None,
+    ) -> None:
+        """Say how far ingestion is. Without a lease, `worker_id` is None.
+
+        Raises LeaseLost, as all of this section, when the version was superseded, deleted, or leased by another."""
+        with self._db.write() as c:
+            jobs.set_progress(c, document_id, version, worker_id, stage, (done, total, unit), self._clock())
+
+    def fail_document(
+        self,
+        document_id: str,
+        code: str,
+        message: str,
+        retryable: bool,
+        page: int | None = None,
+        *,
+        version: int,
+        worker_id: str | None = None,
+    ) -> Document:
+        """Record an error: back to the queue after a pause if `retryable` and attempts are left, else `failed`.
+
+        An older version that is ready goes on answering. Raises LeaseLost.
+        """
+        error = documents.DocumentError(code, message, retryable, page)
+        with self._db.write() as c:
+            return jobs.fail_document(c, document_id, version, worker_id, error, self._max_attempts, self._clock())
+
+    def retry_document(self, document_id: str) -> Document:
+        """Queue a failed version again, with fresh attempts and, as it comes late, a new ordinal; others unchanged."""
+        with self._db.write() as c:
+            return jobs.retry_document(c, document_id, self._clock())
+
+    # Content of the version that answers now
+
+    def replace_chunks(
+        self,
+        document_id: str,
+        parsed: ParsedDocument,
+        chunks: Sequence[Chunk],
+        vectors: np.ndarray,
+        embedder_name: str,
+        *,
+        version: int,
+        worker_id: str | None = None,
+    ) -> IndexChange:
+        """Make `version` ready with this content and drop what answered before, in one transaction.
+
+        vectors (len(chunks), dim) float32 of unit length. The first call fixes embedder and dim for this database;
+        another raises EmbedderMismatch. Raises LeaseLost; ValueError when a chunk is not its span of the text.
+        """
+        content.check_chunks(parsed, chunks, vectors)
+        with self._db.write() as c:
+            row = jobs.require_version(c, document_id, version, worker_id)
+            return content.replace_content(c, row, parsed, chunks, vectors, embedder_name, self._clock())
+
+    def get_content(self, document_id: str) -> ParsedDocument:
+        """Text, pages, headings and title as parsed. Raises DocumentNotReady when no version is ready."""
+        with self._db.read() as c:
+            return searching.get_content(c, document_id)
+
+    def get_text(self, document_id: str) -> str:
+        """Raises DocumentNotReady."""
+        return self.get_content(document_id).text
+
+    def get_chunks(self, document_id: str) -> list[Chunk]:
+        """In order. Raises DocumentNotReady."""
+        with self._db.read() as c:
+            return searching.get_chunks(c, document_id)
+
+    def chunk_at(self, document_id: str, char_start: int, char_end: int) -> Chunk | None:
+        """The chunk that shares most characters with the span, the first such; None if none does."""
+        with self._db.read() as c:
+            return searching.chunk_at(c, document_id, char_start, char_end)
+
+    def locate(self, document_id: str, char_start: int, char_end: int) -> Location:
+        """Pages and headings of a span of the text. Raises DocumentNotReady."""
+        with self._db.read() as c:
+            return searching.locate_span(c, document_id, char_start, char_end)
+
+    # Search
+
+    def select_chunks(
+        self, collections: Sequence[str], document_ids: Sequence[str] | None = None, filters: Filters | None = None
+    ) -> Selection:
+        """What a search may see; arguments as `ready_documents`."""
+        with self._db.read() as c:
+            return searching.select_chunks(c, collections, document_ids, filters)
+
+    def search_lexical(self, query: str, selection: Selection, limit: int) -> list[tuple[int, float]]:
+        """Best (chunk row, BM25 score, higher is better) for an FTS5 query made by `lexical.build_query`."""
+        with self._db.read() as c:
+            return searching.search_lexical(c, query, selection, limit)
+
+    def load_hits(self, chunk_rows: Sequence[int]) -> dict[int, Hit]:
+        """Row -> hit without scores, of those rows that still exist."""
+        with self._db.read() as c:
+            return searching.load_hits(c, chunk_rows)
+
+    # What the vector index needs
+
+    def generation(self) -> int:
+        """Grows with every change of the searchable chunks; 0 before the first. Unique to this database's history."""
+        with self._db.read() as c:
+            return content.generation(c)
+
+    def knows_generation(self, generation: int) -> bool:
+        """Whether changes since then can be told; False for another history or one too long ago."""
+        with self._db.read() as c:
+            return content.knows_generation(c, generation)
+
+    def removed_chunks(self, after: int, upto: int) -> np.ndarray:
+        """Rows (int64) removed by generations after < g <= upto."""
+        with self._db.read() as c:
+            return content.removed_chunks(c, after, upto)
+
+    def vectors(self, after: int, upto: int, batch: int = 8192) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Rows (n,) int64 and vectors (n, dim) float32 added by generations after < g <= upto and still there."""
+        position = (after + 1, 0)
+        while True:
+            with self._db.read() as c:
+                position, rows, vectors = content.read_vectors(c, position, upto, batch)
+            if not len(rows):
+                return
+            yield rows, vectors
+
+    def count_chunks(self) -> int:
+        with self._db.read() as c:
+            return content.count_chunks(c)
+
+    def require_embedder(self, name: str, dim: int) -> None:
+        """Raises EmbedderMismatch if the vectors stored are another embedder's."""
+        with self._db.read() as c:
+            content.require_embedder(c, name, dim)
+
+    # Keys, replies, settings
+
+    def add_key(self, name: str, role: Role, key_hash: str, collections: Sequence[str] | None = None) -> ApiKey:
+        with self._db.write() as c:
+            return access.add_key(c, name, role, key_hash, collections, self._clock())
+
+    def find_key(self, key_hash: str) -> ApiKey | None:
+        """None if unknown or revoked."""
+        with self._db.read() as c:
+            return access.find_key(c, key_hash)
+
+    def list_keys(self) -> list[ApiKey]:
+        """All, revoked ones too, oldest first."""
+        with self._db.read() as c:
+            return access.list_keys(c)
+
+    def revoke_key(self, key_id: str) -> bool:
+        """Whether there was such a key in force."""
+        with self._db.write() as c:
+            return access.revoke_key(c, key_id, self._clock())
+
+    def find_reply(self, key: str, fingerprint: str) -> StoredReply | None:
+        """The reply to an earlier request with this Idempotency-Key (made unique to the caller).
+
+        Raises IdempotencyConflict when that request was another one, i.e. had another fingerprint.
+        """
+        with self._db.read() as c:
+            return access.find_reply(c, key, fingerprint)
+
+    def save_reply(self, key: str, fingerprint: str, reply: StoredReply) -> None:
+        """Keep it for a day; the first one kept stays."""
+        with self._db.write() as c:
+            access.save_reply(c, key, fingerprint, reply, self._clock())
+
+    def get_setting(self, name: str) -> str | None:
+        """A value this database remembers, such as the fence nonce."""
+        with self._db.read() as c:
+            return access.get_setting(c, name)
+
+    def set_setting(self, name: str, value: str) -> None:
+        with self._db.write() as c:
+            access.set_setting(c, name, value)

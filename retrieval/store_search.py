@@ -1,0 +1,126 @@
+"""Statements that read content: whole documents, chunks by place, and the lexical half of a search."""
+
+import json
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .location import locate
+from .store_documents import collection_rows, get_current, ready_rows
+from .types import Chunk, Filters, Heading, Hit, Location, Page, ParsedDocument
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Selection:
+    """What a search may see. Both None = everything; `chunk_rows` is sorted int64."""
+
+    document_rows: tuple[int, ...] | None = None
+    chunk_rows: np.ndarray | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return self.chunk_rows is not None and len(self.chunk_rows) == 0
+
+
+def get_content(c: sqlite3.Connection, document_id: str) -> ParsedDocument:
+    document_row, document = get_current(c, document_id)
+    row = c.execute("SELECT text, pages, headings FROM contents WHERE document_row = ?", (document_row,)).fetchone()
+    pages, headings = _load_pages(row), _load_headings(row)
+    return ParsedDocument(row["text"], pages, headings, document.title, document.media_type)
+
+
+def _load_pages(row: sqlite3.Row) -> tuple[Page, ...]:
+    return tuple(Page(*values) for values in json.loads(row["pages"]))
+
+
+def _load_headings(row: sqlite3.Row) -> tuple[Heading, ...]:
+    return tuple(Heading(*values) for values in json.loads(row["headings"]))
+
+
+def locate_span(c: sqlite3.Connection, document_id: str, char_start: int, char_end: int) -> Location:
+    document_row, _ = get_current(c, document_id)
+    row = c.execute("SELECT pages, headings FROM contents WHERE document_row = ?", (document_row,)).fetchone()
+    return locate(_load_pages(row), _load_headings(row), char_start, char_end)
+
+
+def get_chunks(c: sqlite3.Connection, document_id: str) -> list[Chunk]:
+    document_row, _ = get_current(c, document_id)
+    rows = c.execute("SELECT * FROM chunks WHERE document_row = ? ORDER BY ordinal", (document_row,))
+    return [_chunk(row, document_id) for row in rows]
+
+
+def chunk_at(c: sqlite3.Connection, document_id: str, char_start: int, char_end: int) -> Chunk | None:
+    document_row, _ = get_current(c, document_id)
+    row = c.execute(
+        """SELECT * FROM chunks WHERE document_row = ? AND char_start < ? AND char_end > ?
+        ORDER BY min(char_end, ?) - max(char_start, ?) DESC, ordinal LIMIT 1""",
+        (document_row, char_end, char_start, char_end, char_start),
+    ).fetchone()
+    return None if row is None else _chunk(row, document_id)
+
+
+def _chunk(row: sqlite3.Row, document_id: str) -> Chunk:
+    return Chunk(
+        *(row["id"], document_id, row["ordinal"], row["char_start"], row["char_end"], row["text"]),
+        *(row["page_start"], row["page_end"], tuple(json.loads(row["heading_path"])), row["tokens"]),
+    )
+
+
+def select_chunks(
+    c: sqlite3.Connection, collections: Sequence[str], document_ids: Sequence[str] | None, filters: Filters | None
+) -> Selection:
+    named = set(collection_rows(c, collections))
+    if document_ids is None and not filters:
+        filled = {row for (row,) in c.execute("SELECT DISTINCT collection_row FROM documents")}
+        if filled <= named:
+            return Selection()
+    rows = tuple(row["document_row"] for row in ready_rows(c, collections, document_ids, filters))
+    chunks = c.execute(
+        "SELECT row FROM chunks WHERE document_row IN (SELECT value FROM json_each(?)) ORDER BY row",
+        (json.dumps(rows),),
+    ).fetchall()
+    return Selection(rows, np.array([row for (row,) in chunks], dtype=np.int64))
+
+
+def search_lexical(c: sqlite3.Connection, query: str, selection: Selection, limit: int) -> list[tuple[int, float]]:
+    if selection.document_rows is None:
+        found = c.execute(
+            "SELECT rowid, rank FROM chunk_words WHERE chunk_words MATCH ? ORDER BY rank, rowid LIMIT ?",
+            (query, limit),
+        )
+    else:
+        found = c.execute(
+            """SELECT w.rowid, w.rank FROM chunk_words w JOIN chunks c ON c.row = w.rowid
+            WHERE chunk_words MATCH ? AND c.document_row IN (SELECT value FROM json_each(?))
+            ORDER BY w.rank, w.rowid LIMIT ?""",
+            (query, json.dumps(selection.document_rows), limit),
+        )
+    return [(row, -rank) for row, rank in found]
+
+
+def load_hits(c: sqlite3.Connection, chunk_rows: Sequence[int]) -> dict[int, Hit]:
+    rows = c.execute(
+        """SELECT c.*, d.id AS document_id, k.name AS collection, v.filename, v.title, v.metadata,
+            v.ordinal AS document_ordinal, v.version
+        FROM chunks c JOIN documents d ON d.row = c.document_row JOIN collections k ON k.row = d.collection_row
+        JOIN versions v ON v.document_row = d.row AND v.version = d.current_version
+        WHERE c.row IN (SELECT value FROM json_each(?))""",
+        (json.dumps([int(row) for row in chunk_rows]),),
+    )
+    return {row["row"]: _hit(row) for row in rows}
+
+
+def _hit(row: sqlite3.Row) -> Hit:
+    return Hit(
+        chunk=_chunk(row, row["document_id"]),
+        filename=row["filename"],
+        collection=row["collection"],
+        score=0.0,
+        scores={},
+        attributes=json.loads(row["metadata"]),
+        document_ordinal=row["document_ordinal"],
+        document_version=row["version"],
+        title=row["title"],
+    )

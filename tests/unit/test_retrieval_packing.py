@@ -1,0 +1,210 @@
+"""Evidence: within the budget, each span once, canonical order, text exactly as stored."""
+
+import itertools
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from retrieval_kit import HashEmbedder, add, ingest, queue, sha
+
+from retrieval.index import FaissIndex
+from retrieval.location import heading_path, locate
+from retrieval.packing import EvidenceTooLarge, count_texts, pack_evidence
+from retrieval.search import Retriever
+from retrieval.store import CollectionNotFound, DocumentStore
+from retrieval.types import Chunk, Heading, Location, Page, ParsedDocument, SearchParams
+
+COUNT = count_texts(lambda text: len(text.split()), per_document=3, per_passage=1)
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = DocumentStore(tmp_path / "rag.sqlite3")
+    store.create_collection("other")
+    yield store
+    store.close()
+
+
+def search(store: DocumentStore, query: str, collections=("default",), number: int = 10):
+    embedder = HashEmbedder()
+    index = FaissIndex(embedder.dim, embedder.name)
+    return Retriever(store, index, embedder).search(query, collections, SearchParams(number, mode="lexical"))
+
+
+def spans(evidence) -> list[tuple[int, str]]:
+    return [(passage.ordinal, passage.text) for passage in evidence.passages]
+
+
+def test_everything_goes_in_when_it_fits(store):
+    add(store, "first text", "other")
+    add(store, "third one\n\nof two")
+    add(store, "", name="empty.txt")
+    second = add(store, "an apple")
+    hits = search(store, "apple")
+    evidence = pack_evidence(store, ["other", "default"], hits, 100, COUNT)
+    assert evidence.mode == "full_context"
+    assert spans(evidence) == [(1, "third one\n\nof two"), (3, "an apple"), (1, "first text")]
+    assert evidence.tokens == 4 + 4 + 4 + 4 + 2 + 2
+    assert evidence.relevance == (second.id,)
+
+
+def test_the_budget_is_met_to_the_token(store):
+    add(store, "one two three")
+    add(store, "four five")
+    total = 3 + 1 + 3 + 3 + 1 + 2
+    assert pack_evidence(store, ["default"], [], total, COUNT, "full_context").tokens == total
+    with pytest.raises(EvidenceTooLarge, match=f"2 documents .* more than the {total - 1} tokens"):
+        pack_evidence(store, ["default"], [], total - 1, COUNT, "full_context")
+    assert pack_evidence(store, ["default"], [], total - 1, COUNT, "auto").passages == ()
+
+
+def test_hits_stand_in_canonical_order_and_relevance_says_the_rest(store):
+    late = [add(store, f"filler {i}\n\n{'apple ' * (i + 1)}\n\nmore filler {i}") for i in range(4)]
+    hits = search(store, "apple")
+    assert [hit.document_id for hit in hits] != [document.id for document in late]
+    evidence = pack_evidence(store, ["default"], hits, 10 + 4 * 4, COUNT, "rag")
+    assert [text.strip() for _, text in spans(evidence)] == [
+        "apple",
+        "apple apple",
+        "apple apple apple",
+        "apple " * 3 + "apple",
+    ]
+    assert evidence.relevance == tuple(hit.document_id for hit in hits)
+    assert evidence.tokens == 26
+
+
+def test_the_same_documents_are_the_same_evidence_whatever_was_asked(store):
+    for i in range(3):
+        add(store, f"apple {i}\n\npear {i}")
+    one, two = (pack_evidence(store, ["default"], search(store, q), 500, COUNT, "rag") for q in ("apple", "pear"))
+    assert one.passages == two.passages
+
+
+SECTIONS = "Intro\n\nA\n\na one apple\n\na two\n\nB\n\nb one\n\nb two"
+HEADINGS = (Heading(1, "A", SECTIONS.index("A\n")), Heading(1, "B", SECTIONS.index("B\n")))
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (4 + 2, []),
+        (4 + 3, ["a one apple"]),
+        (4 + 5, ["a one apple\n\na two"]),  # the section does not fit, the next chunk does
+        (4 + 6, ["A\n\na one apple\n\na two"]),  # the section
+        (500, ["A\n\na one apple\n\na two"]),
+    ],
+)
+def test_hits_grow_to_sections_then_to_neighbours(store, budget, expected):
+    ingest(store, queue(store, SECTIONS), SECTIONS, headings=HEADINGS)
+    evidence = pack_evidence(store, ["default"], search(store, "apple"), budget, COUNT, "rag")
+    assert [text for _, text in spans(evidence)] == expected
+
+
+def test_hits_grow_to_pages_where_there_are_no_headings(store):
+    text = "one\n\ntwo apple\n\nthree\n\nfour\n\nfive"
+    pages = (Page(1, None, 0, 21), Page(2, None, 23, 33))
+    ingest(store, queue(store, text), text, pages=pages)
+    evidence = pack_evidence(store, ["default"], search(store, "apple"), 500, COUNT, "rag")
+    assert [text for _, text in spans(evidence)] == ["one\n\ntwo apple\n\nthree"]
+
+
+def test_stale_hits_are_left_out(store):
+    document = add(store, "an apple")
+    gone = add(store, "an apple pie")
+    hits = search(store, "apple")
+    new, _ = store.replace_document(document.id, "b", "text/plain", 3, sha("plum"))
+    ingest(store, new, "plum")
+    store.delete_document(gone.id)
+    assert pack_evidence(store, ["default"], hits, 100, COUNT, "rag").passages == ()
+
+
+def test_selection(store):
+    one, two = add(store, "one", lang="en"), add(store, "two", lang="de")
+    assert spans(pack_evidence(store, ["default"], [], 99, COUNT, document_ids=[two.id])) == [(2, "two")]
+    assert spans(pack_evidence(store, ["default"], [], 99, COUNT, filters={"lang": "en"})) == [(1, "one")]
+    hits = search(store, "one two")
+    assert spans(pack_evidence(store, ["default"], hits, 99, COUNT, "rag", document_ids=[one.id])) == [(1, "one")]
+    with pytest.raises(CollectionNotFound):
+        pack_evidence(store, ["nowhere"], [], 99, COUNT)
+
+
+WORDS = st.lists(st.sampled_from(["apple", "pear", "plum", "fig"]), min_size=1, max_size=8).map(" ".join)
+DOCUMENTS = st.lists(st.lists(WORDS, min_size=1, max_size=8), min_size=1, max_size=5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), documents=DOCUMENTS, budget=st.integers(0, 150), overlap=st.integers(0, 20))
+def test_invariants(tmp_path_factory, data, documents, budget, overlap):
+    """Any library, overlapping chunks, any budget: budget kept, order canonical, no character twice, text as stored."""
+    store = DocumentStore(tmp_path_factory.mktemp("pack") / "rag.sqlite3")
+    try:
+        for number, paragraphs in enumerate(documents):
+            text = f"Doc {number}\n\n" + "\n\n".join(paragraphs)
+            heads = data.draw(st.lists(st.tuples(st.integers(0, len(text) - 1), st.integers(1, 3)), max_size=4))
+            headings = tuple(Heading(level, "h", start) for start, level in sorted(heads))
+            ingest_overlapping(store, text, headings, overlap)
+        hits = search(store, data.draw(WORDS), number=20)
+        for mode in ("rag", "auto"):
+            evidence = pack_evidence(store, ["default"], hits, budget, COUNT, mode)
+            check(store, evidence, budget)
+            assert pack_evidence(store, ["default"], hits, budget, COUNT, mode) == evidence
+        everything = pack_evidence(store, ["default"], hits, 10_000, COUNT)
+        assert everything.mode == "full_context"
+        if everything.tokens <= budget:
+            assert evidence == everything
+        if hits and budget >= 60:
+            assert evidence.passages
+    finally:
+        store.close()
+
+
+def ingest_overlapping(store: DocumentStore, text: str, headings: tuple[Heading, ...], overlap: int) -> None:
+    document = queue(store, text)
+    if document.duplicate_of:
+        return
+    embedder = HashEmbedder()
+    found = [(max(0, m.start() - overlap), m.end()) for m in re.finditer(r"[^\n]+", text)]
+    chunks = [Chunk(f"c{i}", document.id, i, a, b, text[a:b]) for i, (a, b) in enumerate(found)]
+    vectors = embedder.embed_passages([chunk.text for chunk in chunks])
+    parsed = ParsedDocument(text, (), headings)
+    store.replace_chunks(document.id, parsed, chunks, vectors, embedder.name, version=1)
+
+
+def check(store: DocumentStore, evidence, budget: int) -> None:
+    assert evidence.tokens <= budget
+    grouped: dict[str, list] = {}
+    for passage in evidence.passages:
+        grouped.setdefault(passage.document_id, []).append(passage)
+        assert passage.text == store.get_text(passage.document_id)[passage.char_start : passage.char_end]
+        assert passage.text
+    assert evidence.tokens == sum(COUNT(passages) for passages in grouped.values())
+    order = [(passage.ordinal, passage.char_start) for passage in evidence.passages]
+    assert order == sorted(order)
+    for passages in grouped.values():
+        for before, after in itertools.pairwise(passages):
+            gap = store.get_text(before.document_id)[before.char_end : after.char_start]
+            assert gap.strip()
+            assert before.char_end <= after.char_start
+    assert set(evidence.relevance) <= set(grouped)
+
+
+PAGES = (Page(1, "i", 0, 10), Page(2, "ii", 12, 20), Page(3, None, 20, 30))
+TREE = (Heading(1, "A", 2), Heading(2, "B", 8), Heading(1, "C", 15), Heading(3, "D", 20))
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "pages"),
+    [(0, 10, (1, 1)), (9, 13, (1, 2)), (10, 12, (1, 1)), (12, 20, (2, 2)), (5, 30, (1, 3)), (30, 30, (3, 3))],
+)
+def test_pages_of_a_span(start, end, pages):
+    assert locate(PAGES, (), start, end) == Location(start, end, *pages)
+    assert locate((), (), start, end) == Location(start, end)
+
+
+@pytest.mark.parametrize(
+    ("position", "path"), [(0, ()), (2, ("A",)), (8, ("A", "B")), (14, ("A", "B")), (15, ("C",)), (25, ("C", "D"))]
+)
+def test_headings_over_a_position(position, path):
+    assert heading_path(TREE, position) == path
+    assert locate(PAGES, TREE, position, position + 1).heading_path == path

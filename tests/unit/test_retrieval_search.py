@@ -1,0 +1,179 @@
+"""From a question to hits: both halves, their fusion, filters, and that nothing stale is ever found."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from retrieval_kit import HashEmbedder, add, ingest, queue, sha
+
+from retrieval.embedder import MiniLMEmbedder
+from retrieval.index import FaissIndex, open_index
+from retrieval.search import FusionWeights, Retriever, fuse_scores
+from retrieval.store import CollectionNotFound, DocumentStore, EmbedderMismatch
+from retrieval.types import Heading, Location, Page, SearchParams
+
+LIBRARY = {
+    "bread.txt": "Knead the dough for ten minutes.\n\nBake it in a hot oven until the crust is brown.",
+    "pump.txt": "Part XJ-900 seals the pump.\n\nReplace the gasket whenever water drips from the housing.",
+    "law.txt": "Tenants must be given three months of notice.\n\nThe deposit is paid back within six weeks.",
+}
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = DocumentStore(tmp_path / "rag.sqlite3")
+    store.create_collection("other")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def retriever(store):
+    embedder = HashEmbedder()
+    return Retriever(store, FaissIndex(embedder.dim, embedder.name), embedder)
+
+
+def texts(hits) -> list[str]:
+    return [hit.chunk.text for hit in hits]
+
+
+def test_questions_in_other_words_and_exact_codes_with_the_real_embedder(store, tmp_path):
+    embedder = MiniLMEmbedder(dtype=torch.float32)
+    for name, text in LIBRARY.items():
+        ingest(store, queue(store, text, name=name), text, embedder)
+    index = open_index(store, tmp_path / "faiss", embedder.dim, embedder.name)
+    retriever = Retriever(store, index, embedder)
+
+    def first(question: str, mode: str = "hybrid") -> str:
+        return retriever.search(question, ["default"], SearchParams(mode=mode))[0].chunk.text
+
+    assert "gasket" in first("How do I stop a leak?")
+    assert "Tenants" in first("How early do I have to end the rental contract of my lodger?")
+    assert "XJ-900" in first("xj-900")
+    assert "XJ-900" in first("XJ-900", "lexical")
+    assert "oven" in first("temperature for making loaves", "dense")
+
+
+def test_hit_says_where_it_stands(store, retriever):
+    text = "Title\nsome words\n\nother words"
+    document = queue(store, text, name="a.pdf", lang="en")
+    pages, headings = (Page(1, None, 0, 16), Page(2, None, 18, 29)), (Heading(1, "Title", 0),)
+    ingest(store, document, text, pages=pages, headings=headings)
+    hit = retriever.search("other", ["default"])[0]
+    assert (hit.filename, hit.collection, hit.document_id, hit.attributes) == (
+        "a.pdf",
+        "default",
+        document.id,
+        {"lang": "en"},
+    )
+    assert (hit.document_ordinal, hit.document_version) == (1, 1)
+    assert hit.location == Location(18, 29)  # the test's chunker knows no pages
+    assert store.locate(document.id, 18, 29) == Location(18, 29, 2, 2, ("Title",))
+
+
+@pytest.mark.parametrize(
+    ("mode", "names"), [("hybrid", {"dense", "lexical", "fused"}), ("dense", {"dense"}), ("lexical", {"lexical"})]
+)
+def test_scores_by_mode(store, retriever, mode, names):
+    add(store, "red apple\n\ngreen apple\n\nblue plum")
+    hits = retriever.search("green apple", ["default"], SearchParams(mode=mode))
+    assert texts(hits)[:2] == ["green apple", "red apple"]
+    assert set(hits[0].scores) == names
+    assert hits[0].score == hits[0].scores["fused" if mode == "hybrid" else mode]
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+    assert len(hits) == (2 if mode == "lexical" else 3)
+
+
+def test_number_of_results(store, retriever):
+    add(store, "\n\n".join(f"apple {i}" for i in range(30)))
+    for number in (1, 7, 30):
+        assert len(retriever.search("apple", ["default"], SearchParams(max_num_results=number))) == number
+    with pytest.raises(ValueError, match="max_num_results"):
+        retriever.search("apple", ["default"], SearchParams(max_num_results=0))
+
+
+def test_equal_scores_keep_the_order_of_storing(store, retriever):
+    for i in range(6):
+        add(store, f"same words\n\nfiller {i}")
+    hits = retriever.search("same words", ["default"], SearchParams(max_num_results=6))
+    assert [hit.document_ordinal for hit in hits] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "dense", "lexical"])
+def test_filters_act_inside_the_search(store, retriever, mode):
+    """The wanted chunk is behind hundreds of better ones, which a filter after the search would have to reach."""
+    for i in range(3):
+        add(store, "\n\n".join(f"apple apple {i} {j}" for j in range(100)))
+    wanted = add(store, "one apple among many other fruits", "other", lang="de")
+
+    def found(collections, **params) -> list[str]:
+        return texts(retriever.search("apple", collections, SearchParams(mode=mode, max_num_results=3, **params)))
+
+    assert found(["other"]) == ["one apple among many other fruits"]
+    assert found(["default", "other"], document_ids=[wanted.id]) == ["one apple among many other fruits"]
+    assert found(["default", "other"], filters={"lang": ["de", "fr"]}) == ["one apple among many other fruits"]
+    assert found(["default", "other"], filters={"lang": "fr"}) == []
+    assert found(["default"], document_ids=[wanted.id]) == []
+    assert found(["default", "other"], document_ids=[]) == []
+    assert "one apple among many other fruits" not in found(["default"])
+    with pytest.raises(CollectionNotFound):
+        found(["nowhere"])
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "dense", "lexical"])
+def test_sees_every_write_at_once(store, retriever, mode):
+    def found() -> list[str]:
+        return texts(retriever.search("apple", ["default"], SearchParams(mode=mode)))
+
+    assert found() == []
+    document = add(store, "an apple")
+    assert found() == ["an apple"]
+    new, _ = store.replace_document(document.id, "b", "text/plain", 3, sha("apple pie"))
+    assert found() == ["an apple"]
+    ingest(store, new, "apple pie")
+    assert found() == ["apple pie"]
+    store.create_collection("third")
+    assert found() == ["apple pie"]
+    add(store, "apple of another", "third")
+    assert found() == ["apple pie"]
+    store.delete_document(document.id)
+    assert found() == []
+
+
+@pytest.mark.parametrize("query", ["", "  ", "?", "\0", "\ud800", "x" * 20_000, "to be or not to be"])
+def test_odd_queries(store, retriever, query):
+    add(store, "an apple")
+    assert len(retriever.search(query, ["default"])) <= 1
+
+
+def test_another_embedder_is_refused(store):
+    add(store, "an apple")
+    other = HashEmbedder(dim=32)
+    with pytest.raises(EmbedderMismatch):
+        Retriever(store, FaissIndex(32, other.name), other)
+
+
+def test_weights_decide(store):
+    assert fuse_scores({1: 0.8, 2: 0.4}, {2: 9.0}, FusionWeights(dense=1, lexical=0)) == {1: 1.0, 2: 0.5}
+    assert fuse_scores({1: 0.8, 2: 0.4}, {2: 9.0}, FusionWeights(dense=0, lexical=3)) == {1: 0.0, 2: 1.0}
+    assert fuse_scores({1: 0.8, 2: 0.4}, {2: 9.0}, FusionWeights()) == {1: 0.5, 2: 0.75}
+    assert fuse_scores({1: -0.1}, {}, FusionWeights()) == {1: 0.0}
+    for weights in ({"dense": -1}, {"dense": 0, "lexical": 0}):
+        with pytest.raises(ValueError, match="weights"):
+            FusionWeights(**weights)
+
+
+SCORES = st.dictionaries(st.integers(1, 20), st.floats(-1, 50, allow_nan=False))
+
+
+@given(dense=SCORES, lexical=SCORES, fusion=st.sampled_from(["minmax", "rrf"]), weight=st.floats(0.01, 1))
+def test_fusion_stays_in_range_and_respects_dominance(dense, lexical, fusion, weight):
+    """What is better in both halves is never worse when fused."""
+    fused = fuse_scores(dense, lexical, FusionWeights(weight, 1, fusion))
+    assert fused.keys() == dense.keys() | lexical.keys()
+    assert all(0 <= score <= 1 + 1e-9 for score in fused.values())
+    for a, b in itertools.permutations(dense.keys() & lexical.keys(), 2):
+        if dense[a] > dense[b] and lexical[a] > lexical[b]:
+            assert fused[a] >= fused[b]
