@@ -1,0 +1,119 @@
+"""Originals on disk, one file per content: `files/<sha256>`.
+
+No name given by a user ever becomes a path: files are addressed by digest; `clean_filename` makes a name fit to show.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import tempfile
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+from retrieval.database import StorageFull
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_TEMP_PREFIX = "upload-"
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+MAX_FILENAME_CHARS = 255
+
+
+class FileTooLarge(ValueError):
+    """The upload is longer than the limit; nothing of it was kept."""
+
+    code = "file_too_large"
+
+
+class FileStore:
+    """Files named by their SHA-256 in one directory; equal bytes are one file.
+
+    A file is under its final name only when it is complete and synced, so what `save_stream` returned survives a
+    power cut. Temporary files that a crash left behind are removed when the store opens: a data dir has one writer.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in self.directory.glob(f"{_TEMP_PREFIX}*"):
+            leftover.unlink(missing_ok=True)
+
+    def save_stream(self, pieces: Iterable[bytes], max_bytes: int) -> tuple[str, int]:
+        """Store the bytes of `pieces` durably and return (sha256, number of bytes).
+
+        Memory is one piece. Raises FileTooLarge as soon as the limit is passed, StorageFull when the disk is.
+        """
+        try:
+            handle, name = tempfile.mkstemp(prefix=_TEMP_PREFIX, dir=self.directory)
+            temporary = Path(name)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    digest, nbytes = _copy(pieces, file, max_bytes)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.rename(self.path(digest))
+                self._sync_directory()
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                raise
+            raise StorageFull(
+                f"no space left for an upload in {self.directory}; free some or delete documents, then send it again"
+            ) from error
+        return digest, nbytes
+
+    def path(self, sha256: str) -> Path:
+        """The place of these bytes, whether they are there or not. Raises ValueError unless it is a SHA-256 in hex."""
+        if not _DIGEST.fullmatch(sha256):
+            raise ValueError(f"{sha256[:80]!r} is not a SHA-256 in lower-case hex")
+        return self.directory / sha256
+
+    def open(self, sha256: str) -> BinaryIO:
+        """Open the original for reading. Raises FileNotFoundError."""
+        return self.path(sha256).open("rb")
+
+    def delete(self, sha256: str) -> None:
+        """Remove the original; fine when it is gone already."""
+        self.path(sha256).unlink(missing_ok=True)
+
+    def _sync_directory(self) -> None:
+        handle = os.open(self.directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _copy(pieces: Iterable[bytes], file: BinaryIO, max_bytes: int) -> tuple[str, int]:
+    hasher, nbytes = hashlib.sha256(), 0
+    for piece in pieces:
+        nbytes += len(piece)
+        if nbytes > max_bytes:
+            raise FileTooLarge(
+                f"upload is over the limit of {max_bytes} bytes; split the file or raise the limit for uploads"
+            )
+        hasher.update(piece)
+        file.write(piece)
+    return hasher.hexdigest(), nbytes
+
+
+def clean_filename(name: str) -> str:
+    """The name as it is shown and stored: last path component, printable, at most 255 characters, suffix kept.
+
+    Never used as a path. A name of which nothing remains becomes "unnamed".
+    """
+    name = unicodedata.normalize("NFC", name.encode("utf-8", "replace").decode("utf-8"))
+    name = re.split(r"[/\\]", name)[-1]
+    name = "".join(char for char in name if char.isprintable()).strip()
+    if name.strip(". ") == "":
+        return "unnamed"
+    if len(name) <= MAX_FILENAME_CHARS:
+        return name
+    stem, dot, suffix = name.rpartition(".")
+    if not dot or len(suffix) > 16:
+        return name[:MAX_FILENAME_CHARS]
+    return stem[: MAX_FILENAME_CHARS - len(suffix) - 1] + dot + suffix

@@ -1,0 +1,171 @@
+"""Workers that take uploads from the store's queue and ingest them. The queue is the store: nothing is lost in memory.
+
+A worker holds a lease on its document and renews it from a heartbeat thread; if the process dies, the lease runs out
+and another worker starts the document anew. Start at `IngestWorker._work`.
+"""
+
+import logging
+import os
+import socket
+import threading
+import uuid
+from dataclasses import dataclass, field
+
+from ingest.files import FileStore
+from ingest.parse import ParseError
+from ingest.pipeline import IngestEmbedder, IngestLimits, Job, ingest_document
+from retrieval.index import VectorIndex
+from retrieval.store import DocumentStore, EmbedderMismatch, LeaseLost, StorageFull
+from retrieval.types import Document
+
+_LOG = logging.getLogger(__name__)
+
+
+class _Stopping(Exception):
+    """The worker was asked to stop: hand the document back."""
+
+
+@dataclass(eq=False, slots=True)
+class _Lease:
+    document: Document
+    lost: threading.Event = field(default_factory=threading.Event)
+
+
+class IngestWorker:
+    """Ingests queued documents on `threads` threads until stopped.
+
+    `notify` wakes them for a new upload; without it they look every `poll_s` seconds, which is also how retries after
+    a pause and jobs of a dead process are found.
+    """
+
+    def __init__(
+        self,
+        store: DocumentStore,
+        index: VectorIndex,
+        embedder: IngestEmbedder,
+        files: FileStore,
+        limits: IngestLimits | None = None,
+        *,
+        threads: int = 1,
+        lease_s: float = 60.0,
+        poll_s: float = 1.0,
+    ) -> None:
+        self.worker_id = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self._store = store
+        self._index = index
+        self._embedder = embedder
+        self._files = files
+        self._limits = limits or IngestLimits()
+        self._lease_s = lease_s
+        self._poll_s = poll_s
+        self._stopping = threading.Event()
+        self._wake = threading.Condition()
+        self._leases: set[_Lease] = set()
+        self._threads = [threading.Thread(target=self._work, name=f"ingest-{i}", daemon=True) for i in range(threads)]
+        self._heart = threading.Thread(target=self._beat, name="ingest-heartbeat", daemon=True)
+
+    def start(self) -> None:
+        for thread in (*self._threads, self._heart):
+            thread.start()
+
+    def notify(self) -> None:
+        """Something was queued."""
+        with self._wake:
+            self._wake.notify_all()
+
+    def stop(self, timeout_s: float = 30.0) -> bool:
+        """Stop soon: a document in work is handed back to the queue, attempts as before, unless it is about done.
+
+        Returns whether all threads ended in time; only then may the store be closed. What did not end is found again
+        when its lease has run out.
+        """
+        self._stopping.set()
+        self.notify()
+        for thread in (*self._threads, self._heart):
+            if thread.ident is not None:
+                thread.join(timeout_s)
+        return not any(thread.is_alive() for thread in (*self._threads, self._heart))
+
+    def _work(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                document = self._store.lease_next(self.worker_id, self._lease_s)
+            except Exception:
+                _LOG.exception("cannot read the queue of uploads; trying again")
+                document = None
+            if document is None:
+                with self._wake:
+                    if not self._stopping.is_set():
+                        self._wake.wait(self._poll_s)
+            else:
+                self._run(_Lease(document))
+
+    def _run(self, lease: _Lease) -> None:
+        """Ingest one leased document; whatever happens ends in the store, never in this thread."""
+        document = lease.document
+        self._leases.add(lease)
+        try:
+            job = Job(document, self._store, self.worker_id, check=lambda: self._check(lease))
+            chunks = ingest_document(job, self._index, self._embedder, self._files, self._limits)
+            _LOG.info("document %s version %d is ready: %d chunks", document.id, document.version, chunks)
+        except LeaseLost as error:
+            _LOG.info("dropped: %s", error)
+        except _Stopping:
+            self._settle(document, None)
+        except Exception as error:
+            self._settle(document, error)
+        finally:
+            self._leases.discard(lease)
+
+    def _settle(self, document: Document, error: Exception | None) -> None:
+        """Write the error to the document, or hand it back without one. If even that fails, the lease runs out."""
+        try:
+            if error is None:
+                self._store.release_lease(document.id, self.worker_id, version=document.version)
+                return
+            code, message, retryable, page = _describe(error)
+            _LOG.log(
+                logging.ERROR if code == "internal_error" else logging.WARNING,
+                *("document %s version %d failed: %s: %s", document.id, document.version, code, message),
+                exc_info=error if code == "internal_error" else None,
+            )
+            self._store.fail_document(
+                *(document.id, code, message, retryable, page), version=document.version, worker_id=self.worker_id
+            )
+        except LeaseLost as lost:
+            _LOG.info("dropped: %s", lost)
+        except Exception:
+            _LOG.exception("cannot write the end of document %s; it is taken up again after its lease", document.id)
+
+    def _check(self, lease: _Lease) -> None:
+        if lease.lost.is_set():
+            raise LeaseLost(f"the lease on document {lease.document.id} was lost")
+        if self._stopping.is_set():
+            raise _Stopping
+
+    def _beat(self) -> None:
+        while not self._stopping.wait(self._lease_s / 3):
+            for lease in self._leases.copy():
+                self._renew(lease)
+
+    def _renew(self, lease: _Lease) -> None:
+        document = lease.document
+        try:
+            self._store.renew_lease(document.id, self.worker_id, self._lease_s, version=document.version)
+        except LeaseLost:
+            lease.lost.set()  # also when it has just been finished: nobody looks then
+        except Exception:
+            _LOG.exception("cannot renew the lease on document %s; trying again", document.id)
+
+
+def _describe(error: Exception) -> tuple[str, str, bool, int | None]:
+    """Code, message, whether to try again, page."""
+    match error:
+        case ParseError():
+            return error.code, str(error), error.retryable, error.page
+        case StorageFull():
+            return "storage_full", str(error), True, None
+        case EmbedderMismatch():
+            return "embedder_mismatch", str(error), False, None
+        case _:
+            return "internal_error", f"{type(error).__name__}: {str(error)[:500]}", True, None

@@ -1,0 +1,81 @@
+"""Collects paragraphs, lines and headings into one text with exact offsets; shared by the HTML and DOCX parsers."""
+
+import re
+
+from ingest.parse.decode import normalize_text
+from retrieval.types import Heading, ParsedDocument
+
+_SPACE = re.compile(r"\s+")
+
+
+class BlockWriter:
+    """Text goes in piecewise; blocks are separated by an empty line, lines within a block by a line feed."""
+
+    def __init__(self) -> None:
+        self._text: list[str] = []
+        self._length = 0
+        self._pending: list[str] = []  # the line being written
+        self._gap = ""  # what stands before the next line
+        self._headings: list[Heading] = []
+
+    def add(self, text: str, *, keep_space: bool = False) -> None:
+        """Append to the current line. Runs of white space become one blank unless they are kept."""
+        self._pending.append(text if keep_space else _SPACE.sub(" ", text))
+
+    def take(self) -> str:
+        """Take back the current line instead of writing it."""
+        line = _clean("".join(self._pending))
+        self._pending.clear()
+        return line
+
+    def end_line(self) -> None:
+        self.add_line(self.take())
+
+    def end_block(self) -> None:
+        self.end_line()
+        if self._length:
+            self._gap = "\n\n"
+
+    def end_heading(self, level: int) -> None:
+        """Write the current line as a block of its own that opens a section."""
+        title = _SPACE.sub(" ", self.take())
+        if title:
+            self._gap = "\n\n" if self._length else ""
+            start = self._length + len(self._gap)
+            self.add_line(title)
+            self._headings.append(Heading(level, title, start))
+            self._gap = "\n\n"
+
+    def add_line(self, line: str) -> None:
+        """Write one line; an empty one is not written."""
+        line = normalize_text(line)
+        if line:
+            self._text += (self._gap, line)
+            self._length += len(self._gap) + len(line)
+            self._gap = "\n"
+
+    def finish(self, media_type: str, *, title: str | None = None) -> ParsedDocument:
+        """Title: the given one, else the first heading."""
+        self.end_block()
+        if title is None and self._headings:
+            title = self._headings[0].title
+        return ParsedDocument(
+            text="".join(self._text), headings=tuple(self._headings), title=title, media_type=media_type
+        )
+
+
+def table_row_text(header: list[str], cells: list[str]) -> str:
+    """One row as a line that can be read alone: "Country: France | Per day: 60 EUR"; without header, the cells."""
+    cells = [_SPACE.sub(" ", cell).strip() for cell in cells]
+    if header:
+        cells = [f"{name}: {cell}" if name and cell else cell for name, cell in zip(header, cells, strict=True)]
+    return " | ".join(cell for cell in cells if cell)
+
+
+def _clean(line: str) -> str:
+    lines = [part.rstrip() for part in line.split("\n")]
+    if len(lines) == 1:
+        return re.sub(r" {2,}", " ", lines[0]).strip()
+    while lines and not lines[0]:
+        lines.pop(0)
+    return "\n".join(lines).rstrip()

@@ -1,0 +1,221 @@
+"""Runs a parser in a child process that can be stopped, starved and killed without harm to the service.
+
+The parent's half is `parse_in_child`, the child's `main`. The child gets an empty environment, a session of its own
+and hard limits; it answers in JSON lines on its standard output: any number of progress lines, then one result.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import resource
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ingest.parse import ParseError, Report, parse_file
+from retrieval.types import Heading, Page, ParsedDocument
+
+_ROOT = Path(__file__).resolve().parents[2]
+_START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from ingest.parse.child import main; main()"
+_MAX_STDERR_BYTES = 16 * 1024
+_READ_BYTES = 256 * 1024
+_CHECK_EVERY_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class ParseLimits:
+    """What one document may cost."""
+
+    wall_s: float = 300.0
+    cpu_s: int = 240
+    memory_bytes: int = 2 * 1024**3  # address space of the child
+    output_bytes: int = 256 * 1024**2
+    pages: int = 20_000
+
+
+def parse_in_child(
+    path: Path,
+    media_type: str,
+    limits: ParseLimits | None = None,
+    report: Report | None = None,
+    check: Callable[[], None] | None = None,
+) -> ParsedDocument:
+    """Parse in a child process, calling `report` with (pages done, pages in all) on the way.
+
+    `check` is called several times a second; what it raises ends the child and comes out here. Raises ParseError, also
+    for every way in which the child can fail.
+    """
+    limits = limits or ParseLimits()
+    arguments = [str(path.resolve()), media_type, json.dumps(dataclasses.asdict(limits))]
+    child = subprocess.Popen(
+        [sys.executable, "-I", "-c", _START, str(_ROOT), *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={"LANG": "C.UTF-8", "PATH": os.defpath},
+        cwd="/",
+        start_new_session=True,
+    )
+    try:
+        errors = bytearray()
+        for line in _read_lines(child, limits, errors, check or (lambda: None)):
+            message = json.loads(line)
+            if "progress" in message:
+                if report is not None:
+                    report(*message["progress"])
+            elif "error" in message:
+                raise ParseError(**message["error"])
+            else:
+                return _from_json(message["document"])
+        raise _explain_death(child.wait(), errors, limits)
+    except json.JSONDecodeError as error:
+        raise ParseError("parser_crashed", "the parser wrote something that is no result; report this file") from error
+    finally:
+        _kill_group(child)
+
+
+def _read_lines(
+    child: subprocess.Popen[bytes], limits: ParseLimits, errors: bytearray, check: Callable[[], None]
+) -> Iterator[bytes]:
+    """Lines of the child's stdout as they come, its stderr into `errors`; raises ParseError at the limits."""
+    assert child.stdout is not None and child.stderr is not None
+    deadline, received, rest = time.monotonic() + limits.wall_s, 0, bytearray()
+    with selectors.DefaultSelector() as selector:
+        selector.register(child.stdout, selectors.EVENT_READ)
+        selector.register(child.stderr, selectors.EVENT_READ)
+        while selector.get_map():
+            check()
+            ready = selector.select(_CHECK_EVERY_S)
+            if time.monotonic() > deadline:
+                raise ParseError(
+                    "parse_timeout",
+                    f"reading the document took longer than {limits.wall_s:g} s; split it, or raise the limit",
+                    retryable=True,
+                )
+            for key, _ in ready:
+                data = os.read(key.fd, _READ_BYTES)  # what is there, without waiting for more
+                if not data:
+                    selector.unregister(key.fileobj)
+                elif key.fileobj is child.stderr:
+                    errors += data[: max(0, _MAX_STDERR_BYTES - len(errors))]
+                else:
+                    received += len(data)
+                    if received > limits.output_bytes:
+                        raise _output_too_large(limits)
+                    rest += data
+                    if b"\n" in data:
+                        *lines, last = bytes(rest).split(b"\n")
+                        rest = bytearray(last)
+                        yield from lines
+
+
+def _output_too_large(limits: ParseLimits) -> ParseError:
+    return ParseError(
+        "output_too_large", f"the document holds more than {limits.output_bytes} bytes of text; split it into parts"
+    )
+
+
+def _kill_group(child: subprocess.Popen[bytes]) -> None:
+    """Kill the child and whatever it started, and collect it."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: EPERM when only the dead leader is left
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    for stream in (child.stdout, child.stderr):
+        if stream is not None:
+            stream.close()
+
+
+def _explain_death(status: int, errors: bytearray, limits: ParseLimits) -> ParseError:
+    """Why a child that gave no result ended, in words."""
+    if status in (-signal.SIGXCPU, -signal.SIGALRM):
+        return ParseError(
+            "parse_timeout",
+            f"reading the document took more than {limits.cpu_s} s of CPU time; split it, or raise the limit",
+            retryable=True,
+        )
+    if status == -signal.SIGKILL:
+        return ParseError(
+            "parser_killed", "the parser was killed from outside, probably for lack of memory; retry it", retryable=True
+        )
+    last = errors.decode("utf-8", "replace").strip().rpartition("\n")[2][:200]
+    if "MemoryError" in last or "bad_alloc" in last or "emory" in last:
+        return _memory_exceeded(limits)
+    how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+    reason = f"{how}: {last}" if last else how
+    return ParseError("parser_crashed", f"the parser crashed on this document ({reason}); it is probably damaged")
+
+
+def _memory_exceeded(limits: ParseLimits) -> ParseError:
+    return ParseError(
+        "memory_limit",
+        f"reading the document takes over {limits.memory_bytes // 1024**2} MiB of memory; split it, or raise the limit",
+    )
+
+
+def _from_json(data: dict[str, Any]) -> ParsedDocument:
+    return ParsedDocument(
+        text=data["text"],
+        pages=tuple(Page(*page) for page in data["pages"]),
+        headings=tuple(Heading(*heading) for heading in data["headings"]),
+        title=data["title"],
+        media_type=data["media_type"],
+    )
+
+
+def _to_json(parsed: ParsedDocument) -> dict[str, Any]:
+    return {
+        "text": parsed.text,
+        "pages": [dataclasses.astuple(page) for page in parsed.pages],
+        "headings": [dataclasses.astuple(heading) for heading in parsed.headings],
+        "title": parsed.title,
+        "media_type": parsed.media_type,
+    }
+
+
+def _set_limits(limits: ParseLimits) -> None:
+    """Limit this process for good. The alarm ends it even when the parent is gone and nobody counts wall time."""
+    for what, value in (
+        (resource.RLIMIT_CPU, limits.cpu_s),
+        (resource.RLIMIT_AS, limits.memory_bytes),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_NOFILE, 64),
+    ):
+        resource.setrlimit(what, (value, value + (what == resource.RLIMIT_CPU)))
+    signal.alarm(int(limits.wall_s) + 5)
+
+
+def main() -> None:
+    """The child: arguments are path, media type and limits as JSON; the answer goes to standard output."""
+    path, media_type, raw_limits = sys.argv[1:]
+    limits = ParseLimits(**json.loads(raw_limits))
+    _set_limits(limits)
+    try:
+        parsed = parse_file(Path(path), media_type, max_pages=limits.pages, report=_send_progress)
+        answer: dict[str, Any] = {"document": _to_json(parsed)}
+    except ParseError as error:
+        answer = {"error": _error_json(error)}
+    except MemoryError:
+        answer = {"error": _error_json(_memory_exceeded(limits))}
+    line = json.dumps(answer, ensure_ascii=False).encode() + b"\n"
+    if len(line) > limits.output_bytes:
+        line = json.dumps({"error": _error_json(_output_too_large(limits))}).encode() + b"\n"
+    sys.stdout.buffer.write(line)
+    sys.stdout.buffer.flush()
+    os._exit(0)  # no time spent on tearing down; nothing is left to flush
+
+
+def _send_progress(done: int, total: int) -> None:
+    sys.stdout.buffer.write(json.dumps({"progress": [done, total]}).encode() + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _error_json(error: ParseError) -> dict[str, Any]:
+    return {"code": error.code, "message": str(error), "page": error.page, "retryable": error.retryable}

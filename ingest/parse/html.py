@@ -1,0 +1,170 @@
+"""HTML: the main text with its headings, lists and tables; no scripts, styles, navigation or hidden parts.
+
+Works on the event stream of the tree, never recursively, so nesting costs nothing.
+"""
+
+import re
+from collections.abc import Iterator
+
+import lxml.html
+from lxml import etree
+
+from ingest.parse import ParseError
+from ingest.parse.blocks import BlockWriter, table_row_text
+from ingest.parse.text import read_text
+from retrieval.types import ParsedDocument
+
+_META_CHARSET = re.compile(rb"<meta[^>]{0,200}charset\s*=\s*[\"']?\s*([\w.:-]{2,40})", re.I)
+_XML_DECLARATION = re.compile(r"\s*<\?xml[^>]*\?>")
+_DROPPED = frozenset(
+    {"head", "script", "style", "noscript", "template", "nav", "aside", "form", "button", "select", "textarea", "svg"}
+    | {"math", "canvas", "video", "audio", "iframe", "object", "embed"}
+)
+_OUTSIDE_MAIN = frozenset({"header", "footer"})
+_DROPPED_ROLES = frozenset({"navigation", "banner", "contentinfo", "search", "complementary"})
+_BLOCKS = frozenset(
+    {"html", "body", "main", "article", "section", "header", "footer", "div", "center", "fieldset", "address"}
+    | {"p", "blockquote", "pre", "hr", "figure", "figcaption", "details", "summary", "dl", "caption"}
+)
+_TABLE_PARTS = frozenset({"table", "thead", "tbody", "tfoot", "tr", "td", "th"})
+_HEADINGS = {f"h{level}": level for level in range(1, 7)}
+
+
+def parse_html(data: bytes) -> ParsedDocument:
+    """Read the main text. The title is <title>, else the first heading. Raises ParseError."""
+    declared = _META_CHARSET.search(data[:2048])
+    markup = _XML_DECLARATION.sub("", read_text(data, declared[1].decode("ascii") if declared else None), count=1)
+    if not markup.strip():
+        raise ParseError("empty_document", "the page holds no text; check that the right file was sent")
+    try:
+        tree = lxml.html.document_fromstring(markup, parser=lxml.html.HTMLParser(remove_comments=True, remove_pis=True))
+    except etree.ParserError as error:
+        raise ParseError("broken_html", f"the page cannot be read as HTML: {error}") from error
+    title = " ".join((tree.findtext(".//title") or "").split())
+    root = _main_part(tree)
+    writer = BlockWriter()
+    _write_text(root, writer, drop_outside=root.tag == "body")
+    return writer.finish("text/html", title=title or None)
+
+
+def _main_part(tree: lxml.html.HtmlElement) -> lxml.html.HtmlElement:
+    """<main>, or the only <article>, if it holds text; else the body."""
+    candidates = tree.xpath("//main | //*[@role='main']") or tree.xpath("//article")
+    if len(candidates) == 1 and candidates[0].text_content().strip():
+        return candidates[0]
+    return tree.body if tree.body is not None else tree
+
+
+def _is_dropped(element: lxml.html.HtmlElement, drop_outside: bool) -> bool:
+    return (
+        element.tag in _DROPPED
+        or (drop_outside and element.tag in _OUTSIDE_MAIN and element.getparent().tag == "body")
+        or element.get("hidden") is not None
+        or element.get("aria-hidden") == "true"
+        or element.get("role") in _DROPPED_ROLES
+    )
+
+
+def _events(root: lxml.html.HtmlElement, drop_outside: bool) -> Iterator[tuple[str, lxml.html.HtmlElement]]:
+    """("start" | "end" | "tail", element) in document order, without what is dropped, but with the text after it."""
+    walker = etree.iterwalk(root, events=("start", "end"))
+    for event, element in walker:
+        if not isinstance(element.tag, str):
+            continue
+        dropped = element is not root and _is_dropped(element, drop_outside)
+        if event == "start" and dropped:
+            walker.skip_subtree()
+        if not dropped:
+            yield event, element
+        if event == "end" and element is not root:
+            yield "tail", element
+
+
+def _write_text(root: lxml.html.HtmlElement, writer: BlockWriter, drop_outside: bool) -> None:
+    """Turn the tree into blocks. A table row is one line, each cell named by the header of its column."""
+    table = _TableReader(writer)
+    counters: list[int | None] = []  # of the open lists; None for one without numbers
+    preformatted = 0
+    for event, element in _events(root, drop_outside):
+        tag = element.tag
+        if event == "tail":
+            writer.add(element.tail or "", keep_space=preformatted > 0)
+            continue
+        if tag in _TABLE_PARTS or table.in_row:
+            table.read(event, element)
+        elif tag in {"ol", "ul"}:
+            writer.end_block()
+            counters = [*counters, 0 if tag == "ol" else None] if event == "start" else counters[:-1]
+        elif tag == "li":
+            writer.end_line()
+            if event == "start":
+                if counters and counters[-1] is not None:
+                    counters[-1] += 1
+                writer.add(f"{counters[-1]}. " if counters and counters[-1] else "- ")
+        else:
+            _write_edge(writer, event, tag)
+        preformatted += (tag == "pre") * (1 if event == "start" else -1)
+        if event == "start":
+            writer.add(element.text or "", keep_space=preformatted > 0)
+
+
+def _write_edge(writer: BlockWriter, event: str, tag: str) -> None:
+    """End lines and blocks where an element other than a list or table begins or ends."""
+    if tag == "br":
+        if event == "start":
+            writer.end_line()
+    elif tag in _HEADINGS:
+        if event == "start":
+            writer.end_block()
+        else:
+            writer.end_heading(_HEADINGS[tag])
+    elif tag in {"dt", "dd"}:
+        writer.end_line()
+    elif tag in _BLOCKS:
+        writer.end_block()
+
+
+class _TableReader:
+    """Collects the cells of a row and writes it as one line. A table within a cell becomes part of that cell."""
+
+    def __init__(self, writer: BlockWriter) -> None:
+        self._writer = writer
+        self._header: list[str] = []
+        self._cells: list[str] = []
+        self._row: lxml.html.HtmlElement | None = None
+        self._cell: lxml.html.HtmlElement | None = None
+
+    @property
+    def in_row(self) -> bool:
+        return self._row is not None
+
+    def read(self, event: str, element: lxml.html.HtmlElement) -> None:
+        if self._row is None:
+            if element.tag == "table":
+                self._writer.end_block()
+                self._header = []
+            elif element.tag == "tr" and event == "start":
+                self._writer.end_line()
+                self._row, self._cells = element, []
+        elif element is self._row:
+            self._end_row()
+        elif element is self._cell:
+            self._cells.append(self._writer.take())
+            self._cell = None
+        elif self._cell is None and element.tag in {"td", "th"}:
+            self._writer.take()  # white space between cells
+            self._cell = element
+        elif element.tag in _BLOCKS or element.tag in _TABLE_PARTS or element.tag in {"br", "li"}:
+            self._writer.add(" ")
+
+    def _end_row(self) -> None:
+        self._writer.take()
+        is_named = len(self._header) == len(self._cells)
+        self._writer.add_line(table_row_text(self._header if is_named else [], self._cells))
+        if not self._header and _is_header_row(self._row):
+            self._header = self._cells
+        self._row = self._cell = None
+
+
+def _is_header_row(row: lxml.html.HtmlElement) -> bool:
+    return all(cell.tag == "th" for cell in row) or row.getparent().tag == "thead"

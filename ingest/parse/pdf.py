@@ -1,0 +1,190 @@
+"""PDF through PDFium: text per page, page labels, outline as headings. No OCR: pages without text stay empty.
+
+PDFium is not thread-safe, one more reason why parsers run in a process of their own (child.py). How lines become
+paragraphs is in pdf_layout.py.
+"""
+
+import re
+from itertools import islice, pairwise
+from pathlib import Path
+
+import pypdfium2 as pdfium
+import pypdfium2.raw as pdfium_c
+
+from ingest.parse import ParseError, Report
+from ingest.parse.decode import normalize_text
+from ingest.parse.pdf_layout import Line, join_hyphenated, join_lines
+from retrieval.types import Heading, Page, ParsedDocument
+
+_PAGE_GAP = "\n\n"
+_MAX_OUTLINE = 20_000
+_LIGATURES = {0xFB00: "ff", 0xFB01: "fi", 0xFB02: "fl", 0xFB03: "ffi", 0xFB04: "ffl", 0xFB05: "st", 0xFB06: "st"}
+_REPORT_EVERY = 16
+_CELL_GAP = " | "
+_CELL_GAP_HEIGHTS = 1.0  # a gap this wide, in heights of a line, parts the cells of a row
+_BLANKS = re.compile(r"\s+")
+
+
+def parse_pdf(path: Path, *, max_pages: int, report: Report) -> ParsedDocument:
+    """Read all pages; `pages` holds their exact ranges in the text, empty for a page without text.
+
+    Ligatures are spelled out and words that were divided at a line's end are joined, so that quotes and searches match.
+    Raises ParseError encrypted_pdf, broken_pdf, empty_document, too_many_pages, no_text.
+    """
+    document = _open(path)
+    total = len(document)
+    if total > max_pages:
+        raise ParseError("too_many_pages", f"{total} pages are over the limit of {max_pages}; split the document")
+    texts: list[str] = []
+    labels: list[str | None] = []
+    for number in range(total):
+        labels.append(normalize_text(document.get_page_label(number)).strip() or None)
+        texts.append(_page_text(document, number, {labels[-1], str(number + 1)}))
+        if (number + 1) % _REPORT_EVERY == 0 or number + 1 == total:
+            report(number + 1, total)
+    if not any(texts):
+        raise ParseError(
+            "no_text",
+            f"none of the {total} pages ({_span(total)}) holds text: this is probably a scan; run OCR on it "
+            "(for example with ocrmypdf) and upload the result",
+            page=1,
+        )
+    texts = [normalize_text(text).strip() for text in join_hyphenated(texts)]
+    pages, start = [], 0
+    for number, text in enumerate(texts):
+        pages.append(Page(number + 1, labels[number], start, start + len(text)))
+        start += len(text) + len(_PAGE_GAP)
+    joined = _PAGE_GAP.join(texts)
+    title = normalize_text(document.get_metadata_value("Title")).strip()
+    headings = _read_outline(document, joined, pages)
+    return ParsedDocument(joined, tuple(pages), headings, title or None, "application/pdf")
+
+
+def _span(total: int) -> str:
+    return "1" if total == 1 else f"1-{total}"
+
+
+def _open(path: Path) -> pdfium.PdfDocument:
+    try:
+        return pdfium.PdfDocument(path)
+    except pdfium.PdfiumError as error:
+        if _can_load(path):  # pypdfium2 refuses a document without pages, with the error of the load before it
+            raise ParseError("empty_document", "the PDF has no pages; export it again from its source") from error
+        if error.err_code in (pdfium_c.FPDF_ERR_PASSWORD, pdfium_c.FPDF_ERR_SECURITY):
+            raise ParseError(
+                "encrypted_pdf", "the PDF is protected by a password; remove the password and upload it again"
+            ) from error
+        raise ParseError(
+            "broken_pdf", f"the PDF is damaged ({error}); open it in a viewer, print it to a new PDF and upload that"
+        ) from error
+
+
+def _can_load(path: Path) -> bool:
+    document = pdfium_c.FPDF_LoadDocument(str(path).encode() + b"\0", None)
+    if document:
+        pdfium_c.FPDF_CloseDocument(document)
+    return bool(document)
+
+
+def _page_text(document: pdfium.PdfDocument, number: int, page_names: set[str | None]) -> str:
+    """The page's text; a first or last line that only says the page's number is left out."""
+    try:
+        page = document[number]
+        text_page = page.get_textpage()
+    except pdfium.PdfiumError as error:
+        raise ParseError("broken_pdf", f"page {number + 1} is damaged ({error})", page=number + 1) from error
+    lines = _read_lines(text_page)
+    text_page.close()
+    page.close()
+    for edge in (0, -1):
+        if lines and lines[edge].text in page_names:
+            del lines[edge]
+    return join_lines(lines)
+
+
+def _read_lines(text_page: pdfium.PdfTextPage) -> list[Line]:
+    """The page's lines in PDFium's reading order; the cells of a table row are set apart by " | "."""
+    lines, index = [], 0  # index in PDFium's text, UTF-16 units
+    for raw in text_page.get_text_range().split("\n"):
+        if bare := raw.strip():
+            first = index + _units(raw[: raw.index(bare)])
+            lines.append(_read_line(text_page, bare, first))
+        index += _units(raw) + 1
+    return lines
+
+
+def _read_line(text_page: pdfium.PdfTextPage, text: str, first: int) -> Line:
+    """The line `text` that starts at PDFium's text index `first`."""
+    try:
+        left, bottom, _, top = _char_box(text_page, first)
+        right = _char_box(text_page, first + _units(text) - 1)[2]
+        has_cells = _has_wide_gap(text_page, first, _units(text), top - bottom)
+    except pdfium.PdfiumError:
+        return Line(text.translate(_LIGATURES), 0.0, 0.0, 0.0, 0.0)
+    cells = _split_cells(text_page, text, first, top - bottom) if has_cells else [text]
+    return Line(_CELL_GAP.join(cells).translate(_LIGATURES), left, bottom, right, top, is_row=len(cells) > 1)
+
+
+def _has_wide_gap(text_page: pdfium.PdfTextPage, first: int, units: int, height: float) -> bool:
+    """Whether two runs of the line stand apart; one call tells for most lines that there is only one run."""
+    start = _char_index(text_page, first)
+    count = text_page.count_rects(start, _char_index(text_page, first + units - 1) - start + 1)
+    if count < 2:
+        return False
+    rects = [text_page.get_rect(number) for number in range(count)]
+    return any(after[0] - before[2] > _CELL_GAP_HEIGHTS * height for before, after in pairwise(rects))
+
+
+def _split_cells(text_page: pdfium.PdfTextPage, text: str, first: int, height: float) -> list[str]:
+    """Cut the line at each blank that is much wider than a blank."""
+    cells, start = [], 0
+    for blank in _BLANKS.finditer(text):
+        try:
+            before = _char_box(text_page, first + _units(text[: blank.start()]) - 1)
+            after = _char_box(text_page, first + _units(text[: blank.end()]))
+        except pdfium.PdfiumError:
+            continue
+        if after[0] - before[2] > _CELL_GAP_HEIGHTS * height:
+            cells.append(text[start : blank.start()])
+            start = blank.end()
+    return [*cells, text[start:]]
+
+
+def _char_box(text_page: pdfium.PdfTextPage, text_index: int) -> tuple[float, float, float, float]:
+    """Left, bottom, right, top in points; the height is the font's. Raises PdfiumError when PDFium has none."""
+    return text_page.get_charbox(_char_index(text_page, text_index), loose=True)
+
+
+def _char_index(text_page: pdfium.PdfTextPage, text_index: int) -> int:
+    return pdfium_c.FPDFText_GetCharIndexFromTextIndex(text_page, text_index)
+
+
+def _units(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-16-le")) // 2
+
+
+def _read_outline(document: pdfium.PdfDocument, text: str, pages: list[Page]) -> tuple[Heading, ...]:
+    """Bookmarks as headings, each where its title stands on its page, else at the page's start."""
+    headings = []
+    position = 0  # of the entry before, so that a title that occurs twice on a page is found in order
+    for bookmark in islice(document.get_toc(), _MAX_OUTLINE):
+        title = " ".join(normalize_text(bookmark.get_title()).split())
+        target = bookmark.get_dest()
+        number = target.get_index() if target is not None else None
+        if not title or number is None or not 0 <= number < len(pages):
+            continue
+        page = pages[number]
+        found = _find_title(text, title, max(position, page.char_start), page.char_end)
+        if found is None:
+            found = _find_title(text, title, page.char_start, page.char_end)
+        start = page.char_start if found is None else found
+        headings.append(Heading(bookmark.level + 1, title, start))
+        position = start if found is None else start + 1
+    return tuple(sorted(headings, key=lambda heading: heading.char_start))
+
+
+def _find_title(text: str, title: str, start: int, end: int) -> int | None:
+    """First place of the title in text[start:end], white space and case aside."""
+    pattern = re.compile(r"\s+".join(re.escape(word) for word in title.split()), re.IGNORECASE)
+    match = pattern.search(text, start, end)
+    return match.start() if match else None

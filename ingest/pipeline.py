@@ -1,0 +1,128 @@
+"""One upload from bytes to searchable chunks. Start at `ingest_document`; who calls it, and when, is jobs.py."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from ingest.chunk import ChunkLimits, chunk_document
+from ingest.files import FileStore
+from ingest.parse import ParseError
+from ingest.parse.child import ParseLimits, parse_in_child
+from retrieval.embedder import Embedder
+from retrieval.index import VectorIndex
+from retrieval.store import DocumentStore
+from retrieval.types import Chunk, Document, ParsedDocument, Stage
+
+_PROGRESS_EVERY_S = 0.25
+_CONTEXT_TOKENS = 40  # of the embedder's window kept for title and headings
+
+
+class IngestEmbedder(Embedder, Protocol):
+    """An embedder that also says how long texts are to it."""
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, the special ones counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class IngestLimits:
+    """What one document may cost, and how it is cut. `embed_batch`: chunks embedded between two progress reports."""
+
+    parse: ParseLimits = field(default_factory=ParseLimits)
+    chunk: ChunkLimits = field(default_factory=ChunkLimits)
+    embed_batch: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One version of a document, leased to a worker. `check` is called often and raises when the work must end."""
+
+    document: Document
+    store: DocumentStore
+    worker_id: str | None = None
+    check: Callable[[], None] = lambda: None
+
+    def set_progress(self, stage: Stage, done: int = 0, total: int = 0, unit: str = "") -> None:
+        """Raises LeaseLost when the version was superseded or deleted, or is another worker's."""
+        self.check()
+        self.store.set_progress(
+            self.document.id, stage, done, total, unit, version=self.document.version, worker_id=self.worker_id
+        )
+
+    def reporter(self, stage: Stage, unit: str) -> Callable[[int, int], None]:
+        """A callback (done, total) that writes progress, at most four times a second and at the end."""
+        last = 0.0
+
+        def report(done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if done == total or now - last >= _PROGRESS_EVERY_S:
+                last = now
+                self.set_progress(stage, done, total, unit)
+
+        return report
+
+
+def ingest_document(
+    job: Job, index: VectorIndex, embedder: IngestEmbedder, files: FileStore, limits: IngestLimits | None = None
+) -> int:
+    """Parse, chunk, embed, index one stored upload; returns its number of chunks. Safe to repeat.
+
+    Raises ParseError; LeaseLost and whatever `job.check` raises, with nothing changed but the progress.
+    """
+    limits = limits or IngestLimits()
+    parsed = _parse(job, files, limits.parse)
+    job.set_progress("chunking", 0, 0, "chunks")
+    chunks = chunk_document(parsed, job.document.id, _fit(limits.chunk, embedder), _token_counter(embedder))
+    vectors = _embed(job, parsed, chunks, embedder, limits.embed_batch)
+    job.set_progress("indexing", 0, len(chunks), "chunks")
+    job.store.replace_chunks(  # one transaction: SQLite is the truth
+        *(job.document.id, parsed, chunks, vectors, embedder.name),
+        version=job.document.version,
+        worker_id=job.worker_id,
+    )
+    index.catch_up(job.store)  # can be rebuilt from the store
+    return len(chunks)
+
+
+def _parse(job: Job, files: FileStore, limits: ParseLimits) -> ParsedDocument:
+    path = files.path(job.document.sha256)
+    if not path.is_file():
+        raise ParseError("file_missing", "the original is no longer on the disk of the service; upload it again")
+    job.set_progress("parsing", 0, 0, "pages")
+    return parse_in_child(path, job.document.media_type, limits, job.reporter("parsing", "pages"), job.check)
+
+
+def _token_counter(embedder: IngestEmbedder) -> Callable[[str], int]:
+    """Counts without the special tokens."""
+    special = embedder.count_tokens([""])[0]
+    return lambda text: embedder.count_tokens([text])[0] - special
+
+
+def _fit(limits: ChunkLimits, embedder: IngestEmbedder) -> ChunkLimits:
+    """Chunks that the embedder sees whole, with the headings above them."""
+    room = max(16, embedder.max_tokens - embedder.count_tokens([""])[0] - _CONTEXT_TOKENS)
+    return ChunkLimits(min(limits.target_tokens, room), limits.min_tokens, limits.chars_per_token)
+
+
+def _embed(
+    job: Job, parsed: ParsedDocument, chunks: Sequence[Chunk], embedder: IngestEmbedder, batch: int
+) -> np.ndarray:
+    """(len(chunks), dim) float32 of unit length."""
+    report = job.reporter("embedding", "chunks")
+    vectors = np.empty((len(chunks), embedder.dim), dtype=np.float32)
+    job.set_progress("embedding", 0, len(chunks), "chunks")
+    for start in range(0, len(chunks), batch):
+        texts = [_text_to_embed(parsed.title, chunk) for chunk in chunks[start : start + batch]]
+        vectors[start : start + len(texts)] = embedder.embed_passages(texts)
+        report(start + len(texts), len(chunks))
+    return vectors
+
+
+def _text_to_embed(title: str | None, chunk: Chunk) -> str:
+    """The chunk under its title and headings: a paragraph alone often does not say what it is about."""
+    context = [part for part in (title, *chunk.heading_path) if part and part not in chunk.text[:200]]
+    return "\n".join((*(part[:80] for part in dict.fromkeys(context)), chunk.text))

@@ -1,0 +1,270 @@
+"""The pipeline and its workers on a real store, index and embedder."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import docx
+import numpy as np
+import pytest
+
+from ingest.files import FileStore
+from ingest.jobs import IngestWorker
+from ingest.pipeline import IngestLimits, Job, ingest_document
+from ingest.sniff import DOCX, PDF
+from retrieval.embedder import MiniLMEmbedder
+from retrieval.index import FaissIndex, open_index
+from retrieval.store import DocumentStore, LeaseLost
+from retrieval.types import Document
+
+T = TypeVar("T")
+
+DATA = Path(__file__).parent / "data"
+TEXT = "The tide turns at noon.\n\nThe harbour closes at six."
+
+
+class Clock:
+    now = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class GatedEmbedder(MiniLMEmbedder):
+    """The real embedder, with a gate before each call: a test decides what happens while a document is in work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered = threading.Event()
+        self.open = threading.Event()
+        self.error: Exception | None = None
+
+    def embed_passages(self, texts: Sequence[str]) -> np.ndarray:
+        self.entered.set()
+        assert self.open.wait(30)
+        if self.error is not None:
+            raise self.error
+        return super().embed_passages(texts)
+
+
+@dataclass
+class Place:
+    store: DocumentStore
+    index: FaissIndex
+    files: FileStore
+    clock: Clock
+
+    def upload(self, content: bytes, media_type: str = "text/plain", name: str = "notes.txt") -> Document:
+        sha256, nbytes = self.files.save_stream([content], 1 << 20)
+        document, _ = self.store.create_document("default", name, media_type, nbytes, sha256)
+        return document
+
+    def wait(self, document_id: str, *statuses: str) -> Document:
+        return wait_for(
+            lambda: document if (document := self.store.get_document(document_id)).status in statuses else None
+        )
+
+    def texts(self, document_id: str) -> list[str]:
+        return [chunk.text for chunk in self.store.get_chunks(document_id)]
+
+
+def wait_for(look: Callable[[], T | None]) -> T:
+    for _ in range(3000):
+        if (found := look()) is not None:
+            return found
+        time.sleep(0.01)
+    raise AssertionError("it did not happen within 30 s")
+
+
+@pytest.fixture(scope="module")
+def embedder() -> MiniLMEmbedder:
+    return MiniLMEmbedder()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    clock = Clock()
+    store = DocumentStore(tmp_path / "rag.sqlite3", max_attempts=2, clock=clock)
+    index = open_index(store, tmp_path / "faiss", MiniLMEmbedder.dim, MiniLMEmbedder.name)
+    place = Place(store, index, FileStore(tmp_path / "files"), clock)
+    yield place
+    for opened in {store, place.store}:  # after the workers have stopped
+        opened.close()
+
+
+@pytest.fixture
+def start(place: Place, embedder: MiniLMEmbedder) -> Iterator[Callable[..., IngestWorker]]:
+    """Starts workers, and stops them in the end."""
+    workers = []
+
+    def start_worker(embedder: MiniLMEmbedder = embedder, **options: float) -> IngestWorker:
+        workers.append(IngestWorker(place.store, place.index, embedder, place.files, **{"poll_s": 0.02, **options}))
+        workers[-1].start()
+        return workers[-1]
+
+    yield start_worker
+    assert all(worker.stop() for worker in workers)
+
+
+@pytest.fixture
+def gated() -> Iterator[GatedEmbedder]:
+    embedder = GatedEmbedder()
+    yield embedder
+    embedder.open.set()
+
+
+def test_an_upload_becomes_chunks_that_are_found(place, embedder):
+    document = place.upload(TEXT.encode())
+    leased = place.store.lease_next("me", 60)
+    assert ingest_document(Job(leased, place.store, "me"), place.index, embedder, place.files) == 1
+    done = place.store.get_document(document.id)
+    assert (done.status, done.chunks, done.pages) == ("ready", 1, None)
+    assert place.texts(document.id) == [TEXT]
+    rows, scores = place.index.search(embedder.embed_query("When does the harbour close?"), 5)
+    assert scores[0] > 0.4
+    assert place.store.load_hits(rows.tolist())[rows[0]].document_id == document.id
+
+
+def test_doing_it_again_changes_nothing(place, embedder):
+    document = place.upload(TEXT.encode())
+    limits = IngestLimits(embed_batch=1)
+    first = None
+    for _ in range(2):
+        leased = place.store.lease_next("me", 60) or place.store.get_document(document.id)
+        worker = "me" if first is None else None
+        ingest_document(Job(leased, place.store, worker), place.index, embedder, place.files, limits)
+        first = first or place.store.get_chunks(document.id)
+    assert place.store.get_chunks(document.id) == first
+
+
+def test_a_worker_takes_what_is_queued_and_is_woken(place, start):
+    early = place.upload(b"Queued before the start.")
+    worker = start(poll_s=60.0)
+    place.wait(early.id, "ready")
+    late = place.upload(b"Queued afterwards.")
+    worker.notify()
+    assert place.wait(late.id, "ready").attempts == 1
+
+
+def test_bad_files_fail_with_a_reason_and_the_rest_goes_on(place, start, tmp_path):
+    docx.Document().save(str(tmp_path / "empty.docx"))
+    bad = {
+        "encrypted_pdf": place.upload((DATA / "encrypted.pdf").read_bytes(), PDF),
+        "broken_docx": place.upload(b"PK\x03\x04 garbage", DOCX),
+        "empty_document": place.upload((tmp_path / "empty.docx").read_bytes(), DOCX),
+        "undecodable_text": place.upload(b"text \x00 and bytes"),
+        "file_missing": place.upload(b"soon gone"),
+    }
+    place.files.delete(bad["file_missing"].sha256)
+    good = place.upload(b"A good file.")
+    start(threads=2)
+    for code, document in bad.items():
+        failed = place.wait(document.id, "failed")
+        assert (failed.last_error.code, failed.last_error.retryable, failed.attempts) == (code, False, 1)
+        assert failed.last_error.message
+    assert place.wait(good.id, "ready").chunks == 1
+
+
+def test_the_document_of_a_dead_worker_is_taken_over_when_its_lease_has_run_out(place, start):
+    document = place.upload(TEXT.encode())
+    assert place.store.lease_next("dead", 60).id == document.id
+    place.store.set_progress(document.id, "embedding", 1, 2, "chunks", version=1, worker_id="dead")
+    worker = start()
+    next_one = place.upload(b"Another.")
+    place.wait(next_one.id, "ready")  # the worker runs, and leaves the leased one alone
+    assert place.store.get_document(document.id).status == "embedding"
+    place.clock.now += 61
+    worker.notify()
+    assert place.wait(document.id, "ready").attempts == 2
+    assert place.texts(document.id) == [TEXT]
+
+
+def test_stop_hands_the_document_back_without_counting_the_attempt(place, start, gated):
+    document = place.upload(TEXT.encode())
+    worker = start(gated)
+    assert gated.entered.wait(30)
+    stopping = threading.Thread(target=worker.stop)
+    stopping.start()
+    assert place.store.get_document(document.id).status == "embedding"
+    wait_for(lambda: worker._stopping.is_set() or None)
+    gated.open.set()
+    stopping.join(30)
+    stopped = place.store.get_document(document.id)
+    assert (stopped.status, stopped.attempts) == ("queued", 0)
+    start(gated)
+    assert place.wait(document.id, "ready").attempts == 1
+
+
+def test_a_replaced_upload_is_dropped_and_its_successor_ingested(place, start, gated):
+    document = place.upload(b"Old words.")
+    start(gated)
+    assert gated.entered.wait(30)
+    sha256, nbytes = place.files.save_stream([b"New words."], 100)
+    place.store.replace_document(document.id, "notes.txt", "text/plain", nbytes, sha256)
+    gated.open.set()
+    done = place.wait(document.id, "ready")
+    assert (done.version, place.texts(document.id)) == (2, ["New words."])
+
+
+def test_a_deleted_document_stays_deleted(place, start, gated):
+    document = place.upload(b"Soon gone.")
+    start(gated)
+    assert gated.entered.wait(30)
+    place.store.delete_document(document.id)
+    gated.open.set()
+    other = place.upload(b"Stays.")
+    place.wait(other.id, "ready")
+    assert place.store.list_documents() == [place.store.get_document(other.id)]
+    assert place.store.count_chunks() == 1
+
+
+def test_errors_of_our_own_are_tried_again_a_bounded_number_of_times(place, start, gated):
+    document = place.upload(TEXT.encode())
+    gated.error = RuntimeError("out of luck")
+    gated.open.set()
+    start(gated)
+    wait_for(lambda: place.store.get_document(document.id).last_error)
+    place.clock.now += 100  # the pause before the second attempt
+    failed = place.wait(document.id, "failed")
+    assert (failed.attempts, failed.last_error.code) == (2, "internal_error")
+    assert failed.last_error.message == "RuntimeError: out of luck"
+    gated.error = None
+    place.store.retry_document(document.id)
+    assert place.wait(document.id, "ready").last_error is None
+
+
+class BeatingStore(DocumentStore):
+    """Counts renewals of leases."""
+
+    renewed = 0
+
+    def renew_lease(self, document_id: str, worker_id: str, lease_s: float, *, version: int) -> None:
+        super().renew_lease(document_id, worker_id, lease_s, version=version)
+        self.renewed += 1
+
+
+def test_the_heartbeat_keeps_the_lease_of_a_long_job(place, start, gated, tmp_path):
+    place.store = BeatingStore(tmp_path / "rag.sqlite3", clock=place.clock)
+    document = place.upload(TEXT.encode())
+    start(gated, lease_s=0.3)
+    assert gated.entered.wait(30)
+    for _ in range(3):
+        place.clock.now += 0.29
+        beats = place.store.renewed
+        wait_for(lambda beats=beats: place.store.renewed > beats + 1 or None)
+        assert place.store.lease_next("thief", 60) is None
+    gated.open.set()
+    assert place.wait(document.id, "ready").attempts == 1
+
+
+def test_a_lost_lease_ends_the_work_without_a_trace(place, gated):
+    document = place.upload(TEXT.encode())
+    leased = place.store.lease_next("slow", 60)
+    place.clock.now += 61
+    assert place.store.lease_next("fast", 60).id == document.id
+    with pytest.raises(LeaseLost):
+        ingest_document(Job(leased, place.store, "slow"), place.index, gated, place.files)
+    assert place.store.get_document(document.id).status == "queued"
