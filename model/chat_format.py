@@ -1,0 +1,51 @@
+"""The shipped model's prompt and answer, piece by piece: the one place that knows their tokens.
+
+`system | documents | question`: what varies comes last, each piece is tokenised by itself, so prompts over the same
+documents share their token prefix exactly. The fences are special tokens that no text can produce. Training and the
+service both build their prompts here; the same as text is the checkpoint's chat template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from model.tokenizer import Tokenizer
+
+SYSTEM_TEXT = "Answer the question with a quote from the documents, or say that they do not hold the answer."
+
+
+class ChatFormat:
+    """Token pieces of `<|im_start|>system`, `<|doc|>d3 title\\ntext<|/doc|>`, `<|question|>…<|answer|>`."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        names = ("im_start", "im_end", "doc", "/doc", "gap", "question", "answer", "quote", "/quote", "none")
+        ids = {name: tokenizer.special(f"<|{name}|>") for name in names}
+        self.im_start, self.im_end, self.doc, self.doc_end = ids["im_start"], ids["im_end"], ids["doc"], ids["/doc"]
+        self.gap, self.question, self.answer = ids["gap"], ids["question"], ids["answer"]
+        self.quote, self.quote_end, self.none = ids["quote"], ids["/quote"], ids["none"]
+
+    def system(self) -> list[int]:
+        return [self.im_start, *self.tokenizer.encode(SYSTEM_TEXT + "\n")]
+
+    def document(self, ordinal: int, title: str, passages: Sequence[Sequence[int]]) -> list[int]:
+        """One document; `passages` are the token ids of its spans in order, set apart by `<|gap|>`."""
+        ids = [self.doc, *self.tokenizer.encode(f"d{ordinal} {title}\n")]
+        for i, passage in enumerate(passages):
+            ids += [self.gap, *passage] if i else passage
+        return [*ids, self.doc_end]
+
+    def ask(self, question: str) -> list[int]:
+        """The question, up to where the model begins to answer."""
+        return [self.question, *self.tokenizer.encode(question), self.answer]
+
+    def citation(self, ordinal: int) -> list[int]:
+        """What follows a quote: the document it is from."""
+        return self.tokenizer.encode(f"d{ordinal}")
+
+    def quoted_answer(self, quote: Sequence[int], ordinal: int) -> list[int]:
+        """The answer the model is trained to give: one quote in the evidence's own tokens, and its document."""
+        return [self.quote, *quote, self.quote_end, *self.citation(ordinal), self.im_end]
+
+    def no_answer(self) -> list[int]:
+        return [self.none, self.im_end]

@@ -1,0 +1,369 @@
+"""Many requests on one model: prefill in segments, decoding in batches, states reused from and saved to the cache.
+
+Knows when what runs; not how tokens are chosen (sampling.py, generation.py), not where prefills are cut
+(prefix_plan.py), not threads (engine_thread.py). Start at `JambaEngine.step`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Collection, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from model.generation import FinishReason, Generated, Generation
+from model.jamba import Jamba
+from model.prefix_cache import PrefixCache, PrefixHit
+from model.prefix_plan import PrefixPlan
+from model.sampling import SamplingParams, TokenConstraint
+from model.state import HybridState
+from model.tokenizer import Tokenizer
+
+_LOAD_WAIT_S = 0.05  # how long a step without anything else to do waits for a state to load
+_log = logging.getLogger(__name__)
+
+
+class ContextTooLong(ValueError):
+    """A request that does not fit into the context, whatever else is running."""
+
+    def __init__(self, prompt_tokens: int, max_new_tokens: int, limit: int) -> None:
+        self.prompt_tokens, self.max_new_tokens, self.limit = prompt_tokens, max_new_tokens, limit
+        super().__init__(
+            f"prompt of {prompt_tokens} tokens plus {max_new_tokens} new tokens is "
+            f"{prompt_tokens + max_new_tokens - limit} over the limit of {limit}; "
+            "send less evidence or lower max_new_tokens"
+        )
+
+
+class EngineOverloaded(RuntimeError):
+    """More requests wait than the engine accepts; the same request may succeed later."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """`boundaries`: positions where prompts that begin alike may part, ascending or not; states are kept there.
+
+    `tags` are the documents that the prompt saw and `tag_starts` where their tokens begin (absent: at 0), for
+    `Engine.invalidate`. `salt` separates tenants. `epoch` is `PrefixCache.epoch` from before the documents were
+    chosen. The log-probabilities of `watch_tokens` come with every step.
+    """
+
+    token_ids: tuple[int, ...]
+    boundaries: tuple[int, ...] = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    salt: bytes = b""
+    tags: frozenset[str] = frozenset()
+    constraint: TokenConstraint | None = None
+    tag_starts: Mapping[str, int] = field(default_factory=dict)
+    epoch: int | None = None
+    watch_tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTimings:
+    """`ttft_ms` runs from `add` to the first token, waiting included; 0 until it is there."""
+
+    state_load_ms: float = 0.0
+    prefill_ms: float = 0.0
+    ttft_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """One token of one request, or its end. Log-probabilities are the model's, before temperature and constraint.
+
+    `text` is what became certain with this token; it lags behind the tokens while a character is incomplete or a stop
+    string may have begun.
+    """
+
+    request_id: str
+    token_id: int | None
+    logprob: float | None
+    text: str
+    finish_reason: FinishReason | None
+    cached_tokens: int
+    tier: str  # "gpu", "host", "redis" or "none"
+    timings: RequestTimings
+    watch_logprobs: tuple[float, ...] = ()
+    error: str | None = None
+
+
+class Engine(Protocol):
+    """Not for several threads at once, except `invalidate`: see engine_thread.py."""
+
+    def add(self, request: EngineRequest) -> str:
+        """Accept a request; returns its id. Raises ContextTooLong, ValueError, EngineOverloaded."""
+        ...
+
+    def step(self) -> list[StepOutput]:
+        """Do a bounded piece of work; returns the tokens and ends it brought."""
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """End a request: the next step reports it as finished and computes nothing more of it."""
+        ...
+
+    def has_work(self) -> bool:
+        """Whether a step would do or report anything."""
+        ...
+
+    def invalidate(self, tags: Collection[str]) -> None:
+        """Forget every state made from these documents, before it returns. Callable from any thread."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    request_id: str
+    request: EngineRequest
+    plan: PrefixPlan
+    generation: Generation
+    added_s: float
+    state: HybridState | None = None  # from the end of loading
+    kept_tokens: int = 0  # how many tokens' KV the cache has
+    cached_tokens: int = 0
+    tier: str = "none"
+    timings: RequestTimings = RequestTimings()
+
+    @property
+    def position(self) -> int:
+        return 0 if self.state is None else self.state.num_tokens
+
+
+class JambaEngine:
+    """The engine on one device.
+
+    A prefill segment is always computed alone, so that its bits depend on nothing but its prompt. `max_batch` bounds
+    the requests under way, `max_waiting` those before them, `max_context_tokens` prompt and answer of one.
+    """
+
+    def __init__(
+        self,
+        model: Jamba,
+        tokenizer: Tokenizer,
+        prefix_cache: PrefixCache | None = None,
+        *,
+        max_context_tokens: int,
+        max_batch: int = 8,
+        max_waiting: int = 256,
+    ) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self.prefix_cache = prefix_cache or PrefixCache(())
+        self._max_context_tokens, self._max_batch, self._max_waiting = max_context_tokens, max_batch, max_waiting
+        self._device = model.embed_tokens.weight.device
+        self._ids = (f"seq-{number}" for number in itertools.count(1))
+        self._sequences: dict[str, _Sequence] = {}  # all of them, in order of arrival
+        self._aborted: set[str] = set()
+        self._waiting: deque[_Sequence] = deque()
+        self._loading: dict[_Sequence, Future[tuple[PrefixHit | None, float]]] = {}
+        self._prefilling: deque[_Sequence] = deque()
+        self._decoding: list[_Sequence] = []
+        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefix-load")
+
+    def add(self, request: EngineRequest) -> str:
+        self._check(request)
+        tags = {tag: request.tag_starts.get(tag, 0) for tag in request.tags}
+        plan = self.prefix_cache.plan(request.token_ids, request.boundaries, request.salt, tags, request.epoch)
+        generation = Generation(self._tokenizer, request.sampling, request.constraint, request.watch_tokens)
+        sequence = _Sequence(next(self._ids), request, plan, generation, time.perf_counter())
+        self._sequences[sequence.request_id] = sequence
+        self._waiting.append(sequence)
+        return sequence.request_id
+
+    @torch.inference_mode()
+    def step(self) -> list[StepOutput]:
+        """One decode batch and one prefill segment, the prefills taking turns: a long one holds up nobody."""
+        outputs = self._end_aborted()
+        self._start_waiting()
+        self._collect_loaded()
+        outputs += self._decode_batch()
+        outputs += self._prefill_segment()
+        return outputs
+
+    def abort(self, request_id: str) -> None:
+        if request_id in self._sequences:
+            self._aborted.add(request_id)
+
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def invalidate(self, tags: Collection[str]) -> None:
+        self.prefix_cache.invalidate(tags)
+
+    def close(self) -> None:
+        """Forget all requests and end the loading thread. The cache stays open."""
+        for group in (self._sequences, self._waiting, self._loading, self._prefilling, self._decoding):
+            group.clear()
+        self._loader.shutdown(cancel_futures=True)
+
+    def _check(self, request: EngineRequest) -> None:
+        prompt_tokens, max_new_tokens = len(request.token_ids), request.sampling.max_new_tokens
+        if prompt_tokens == 0:
+            raise ValueError("the prompt has no tokens")
+        if prompt_tokens + max_new_tokens > self._max_context_tokens:
+            raise ContextTooLong(prompt_tokens, max_new_tokens, self._max_context_tokens)
+        vocabulary = range(self._model.config.vocab_size)
+        for token_id in (min(request.token_ids), max(request.token_ids), *request.watch_tokens):
+            if token_id not in vocabulary:
+                raise ValueError(f"token {token_id} is outside the vocabulary of {len(vocabulary)}")
+        if len(self._waiting) >= self._max_waiting:
+            raise EngineOverloaded(f"{len(self._waiting)} requests wait already, which is the limit; try again later")
+
+    def _end_aborted(self) -> list[StepOutput]:
+        ended = [self._sequences[request_id] for request_id in self._aborted if request_id in self._sequences]
+        self._aborted.clear()
+        return [self._end(sequence, "abort") for sequence in ended]
+
+    def _start_waiting(self) -> None:
+        """Let requests in, oldest first; those whose prefix is being computed right now wait for it."""
+        for sequence in list(self._waiting):
+            if len(self._loading) + len(self._prefilling) + len(self._decoding) >= self._max_batch:
+                return
+            if not self._prefix_is_coming(sequence):
+                self._waiting.remove(sequence)
+                self._loading[sequence] = self._loader.submit(self._find_prefix, sequence.plan)
+
+    def _prefix_is_coming(self, sequence: _Sequence) -> bool:
+        """Whether another request is about to pass a snapshot that this one could start from."""
+        if not self.prefix_cache.keeps_states:
+            return False
+        wanted = sequence.plan
+        for other in (*self._loading, *self._prefilling):
+            ahead = other.plan.snapshot_keys.items()
+            if any(
+                other.position < end < wanted.num_tokens and wanted.snapshot_keys.get(end) == key for end, key in ahead
+            ):
+                return True
+        return False
+
+    def _find_prefix(self, plan: PrefixPlan) -> tuple[PrefixHit | None, float]:
+        """Runs on the loading thread, so that a slow store delays only its own request. (hit, milliseconds)"""
+        start = time.perf_counter()
+        try:
+            hit = self.prefix_cache.longest_prefix(plan)
+        except Exception:
+            _log.exception("looking for a cached prefix failed; computing it")
+            hit = None
+        return hit, _ms_since(start)
+
+    def _collect_loaded(self) -> None:
+        if not (self._prefilling or self._decoding):
+            wait(self._loading.values(), timeout=_LOAD_WAIT_S, return_when=FIRST_COMPLETED)
+        for sequence in [sequence for sequence, future in self._loading.items() if future.done()]:
+            hit, load_ms = self._loading.pop(sequence).result()
+            start = time.perf_counter()
+            sequence.state = self._model.new_state()
+            if hit is not None:
+                self._restore(sequence, hit)
+            sequence.timings = RequestTimings(state_load_ms=load_ms + _ms_since(start))
+            self._prefilling.append(sequence)
+
+    def _restore(self, sequence: _Sequence, hit: PrefixHit) -> None:
+        try:
+            self.prefix_cache.restore(hit, sequence.state)
+        except ValueError:
+            _log.exception("a cached state does not fit the model; computing it")
+            return
+        sequence.cached_tokens = sequence.kept_tokens = hit.num_tokens
+        sequence.tier = hit.tier
+
+    def _prefill_segment(self) -> list[StepOutput]:
+        """Compute the next segment of the first prefill in turn; its first token if that was the last segment."""
+        if not self._prefilling:
+            return []
+        sequence = self._prefilling.popleft()
+        start = time.perf_counter()
+        try:
+            begin, end = sequence.position, sequence.plan.next_cut(sequence.position)
+            logprobs = self._forward([sequence.request.token_ids[begin:end]], [sequence])
+        except Exception as error:
+            return [self._fail(sequence, error)]
+        self._keep(sequence)
+        timings = sequence.timings
+        sequence.timings = replace(timings, prefill_ms=timings.prefill_ms + _ms_since(start))
+        if sequence.position < sequence.plan.num_tokens:
+            self._prefilling.append(sequence)
+            return []
+        self._decoding.append(sequence)
+        sequence.timings = replace(sequence.timings, ttft_ms=_ms_since(sequence.added_s))
+        return [self._advance(sequence, logprobs[0])]
+
+    def _keep(self, sequence: _Sequence) -> None:
+        """Save the state if the plan wants that here; an answer does not fail because its state cannot be kept."""
+        try:
+            if self.prefix_cache.save(sequence.plan, sequence.state, sequence.kept_tokens):
+                sequence.kept_tokens = sequence.position
+        except Exception:
+            _log.exception("a state of %d tokens could not be kept", sequence.position)
+
+    def _decode_batch(self) -> list[StepOutput]:
+        batch = list(self._decoding)
+        if not batch:
+            return []
+        try:
+            return self._decode(batch)
+        except Exception as error:
+            if len(batch) == 1:
+                return [self._fail(batch[0], error)]
+            _log.warning("a batch of %d failed (%s); decoding one by one", len(batch), error)
+        return [output for sequence in batch for output in self._decode_alone(sequence)]
+
+    def _decode_alone(self, sequence: _Sequence) -> list[StepOutput]:
+        """Find out who made a batch fail: a forward pass of several commits their states only when all is computed."""
+        try:
+            return self._decode([sequence])
+        except Exception as error:
+            return [self._fail(sequence, error)]
+
+    def _decode(self, batch: list[_Sequence]) -> list[StepOutput]:
+        logprobs = self._forward([sequence.generation.token_ids[-1:] for sequence in batch], batch)
+        return [self._advance(sequence, row) for sequence, row in zip(batch, logprobs, strict=True)]
+
+    def _forward(self, pieces: list[Collection[int]], batch: list[_Sequence]) -> Tensor:
+        """Advance each sequence by its piece of tokens; (len(batch), v) float32 log-probabilities on the CPU."""
+        token_ids = torch.tensor(list(itertools.chain.from_iterable(pieces)), device=self._device)
+        states = [sequence.state for sequence in batch]
+        logits = self._model.forward_packed(token_ids, [len(piece) for piece in pieces], states, logits="last")
+        return logits.float().log_softmax(-1).cpu()
+
+    def _advance(self, sequence: _Sequence, logprobs: Tensor) -> StepOutput:
+        try:
+            generated = sequence.generation.advance(logprobs)
+        except Exception as error:
+            return self._fail(sequence, error)
+        if generated.finish_reason is not None:
+            self._forget(sequence)
+        return self._output(sequence, generated)
+
+    def _fail(self, sequence: _Sequence, error: Exception) -> StepOutput:
+        _log.error("request %s failed", sequence.request_id, exc_info=error)
+        return self._end(sequence, "error", f"{type(error).__name__}: {error}")
+
+    def _end(self, sequence: _Sequence, reason: FinishReason, error: str | None = None) -> StepOutput:
+        """End a request without a token."""
+        self._forget(sequence)
+        cached, tier, timings = sequence.cached_tokens, sequence.tier, sequence.timings
+        return StepOutput(sequence.request_id, None, None, "", reason, cached, tier, timings, error=error)
+
+    def _output(self, sequence: _Sequence, generated: Generated) -> StepOutput:
+        token_id, logprob, watched, text, reason = generated
+        cached, tier, timings = sequence.cached_tokens, sequence.tier, sequence.timings
+        return StepOutput(sequence.request_id, token_id, logprob, text, reason, cached, tier, timings, watched)
+
+    def _forget(self, sequence: _Sequence) -> None:
+        del self._sequences[sequence.request_id]
+        self._loading.pop(sequence, None)
+        for group in (self._waiting, self._prefilling, self._decoding):
+            if sequence in group:
+                group.remove(sequence)
+
+
+def _ms_since(start_s: float) -> float:
+    return (time.perf_counter() - start_s) * 1e3

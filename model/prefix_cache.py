@@ -1,0 +1,231 @@
+"""Finds and saves the longest cached prefix of a prompt.
+
+Knows what of a prompt is kept and when it may be used again; not where cuts and keys come from (prefix_plan.py), not
+Redis (state_store.py), not layers (state.py). Start at `PrefixCache.longest_prefix`. KV is kept densely, a block a key;
+a snapshot of the recurrent part only where reuse is likely: it weighs as much as hundreds of tokens of KV.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from torch import Tensor
+
+from model.prefix_plan import PlanSettings, PrefixPlan, plan_prefix, root_key
+from model.state import HybridState, Snapshot
+from model.state_codec import DamagedValue, decode_value, encode_value
+from model.state_store import StateItem, StateStore
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixHit:
+    """The state of the first `num_tokens` tokens of a prompt, checked and ready for `PrefixCache.restore`."""
+
+    num_tokens: int
+    snapshot: Snapshot
+    kv: tuple[Tensor, ...]  # pieces of (n_attn, 2, t, g, p) that cover num_tokens in order
+    tier: str  # the slowest one that something had to come from
+
+
+class _Loaded(NamedTuple):
+    value: bytearray
+    tensors: list[Tensor]
+
+
+@dataclass(slots=True)
+class CacheStats:
+    """Counted since the start. `damaged` values were found but could not be used."""
+
+    lookups: int = 0
+    hits: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    damaged: int = 0
+    saved: int = 0
+    refused: int = 0  # saves that came after their documents were invalidated
+
+
+class PrefixCache:
+    """One cache over `stores`, the fastest first. Safe to use from several threads.
+
+    `fingerprint` names the model (prefix_plan.state_fingerprint). What is found in a slower store is copied into the
+    faster ones. Slow stores belong behind a WriteBehindStore. The stores stay their owner's to close.
+    """
+
+    def __init__(
+        self, stores: Sequence[StateStore], fingerprint: bytes = b"", settings: PlanSettings | None = None
+    ) -> None:
+        self.settings = settings or PlanSettings()
+        self._stores, self._fingerprint, self._layout = tuple(stores), fingerprint, fingerprint.hex()
+        self._stats = CacheStats()
+        self._epoch = 0
+        self._invalidated: dict[str, int] = {}  # tag -> epoch that its invalidation began
+        self._lock = threading.RLock()
+
+    @property
+    def keeps_states(self) -> bool:
+        return bool(self._stores)
+
+    @property
+    def epoch(self) -> int:
+        """Grows with every invalidation. Read it before choosing documents for a prompt and hand it to `plan`: then
+        nothing is kept of a document that was deleted in between."""
+        return self._epoch
+
+    def plan(
+        self,
+        token_ids: Sequence[int],
+        boundaries: Iterable[int] = (),
+        salt: bytes = b"",
+        tags: Mapping[str, int] | None = None,
+        epoch: int | None = None,
+    ) -> PrefixPlan:
+        """Cuts and keys of a prompt; `tags` say which document's tokens begin where, `salt` separates tenants."""
+        epoch = self._epoch if epoch is None else epoch
+        return plan_prefix(root_key(self._fingerprint, salt), token_ids, boundaries, self.settings, tags, epoch)
+
+    def longest_prefix(self, plan: PrefixPlan) -> PrefixHit | None:
+        """The deepest position of the plan with a snapshot and all KV before it, leaving a token to compute.
+
+        Loads what it returns. Values that cannot be used are dropped, counted, and the next position is tried.
+        """
+        where = self._locate(plan.keys_deepest_first(plan.num_tokens - 1))
+        loaded: dict[str, _Loaded] = {}
+        hit = None
+        while hit is None and (position := _deepest(plan, where)):
+            hit = self._load(plan, position, where, loaded)
+        with self._lock:
+            self._stats.lookups += 1
+            self._stats.prompt_tokens += plan.num_tokens
+            if hit is not None:
+                self._stats.hits += 1
+                self._stats.cached_tokens += hit.num_tokens
+        return hit
+
+    def restore(self, hit: PrefixHit, state: HybridState) -> None:
+        """Make an empty state that of the hit. Raises ValueError, leaving it empty, if it is another model's."""
+        state.restore(hit.snapshot, hit.kv)
+
+    def save(self, plan: PrefixPlan, state: HybridState, kept_tokens: int = 0) -> bool:
+        """Keep `state` if the plan has a snapshot at its position; the first `kept_tokens` tokens' KV is there already.
+
+        False if there was nothing to keep, or a document of it was invalidated meanwhile.
+        """
+        position = state.num_tokens
+        if not self._stores or (key := plan.snapshot_keys.get(position)) is None:
+            return False
+        size = plan.block_tokens
+        items = []
+        for i in range(kept_tokens // size, position // size):
+            block = state.read_kv(i * size, (i + 1) * size)
+            items.append(self._item(plan, plan.block_keys[i], (i + 1) * size, [block]))
+        snapshot = state.snapshot()
+        tail = state.read_kv(position - position % size, position)
+        items.append(self._item(plan, key, position, [snapshot.conv, snapshot.ssm, tail]))
+        if not self._put(plan, self._stores, items):
+            return False
+        with self._lock:
+            self._stats.saved += 1
+        if self._stores[0].tier == "host":  # of a prefix the end should be evicted first: it needs its beginning
+            self._stores[0].contains_many(plan.keys_deepest_first(position))
+        return True
+
+    def invalidate(self, tags: Collection[str]) -> None:
+        """Forget every state made from these documents, in all stores, those still being computed included."""
+        with self._lock:
+            self._epoch += 1
+            self._invalidated.update(dict.fromkeys(tags, self._epoch))
+        for store in self._stores:
+            store.delete(tags=tags)
+
+    def stats(self) -> tuple[CacheStats, dict[str, dict[str, int]]]:
+        """Counters of the cache, and those of each tier by name."""
+        with self._lock:
+            counted = replace(self._stats)
+        return counted, {store.tier: store.stats() for store in self._stores}
+
+    def _item(self, plan: PrefixPlan, key: str, end: int, tensors: Sequence[Tensor]) -> StateItem:
+        return StateItem(key, encode_value(key, self._layout, tensors), plan.tags_before(end))
+
+    def _put(self, plan: PrefixPlan, stores: Sequence[StateStore], items: Sequence[StateItem]) -> bool:
+        """Put the items unless one of their documents was invalidated since the plan was made."""
+        tags = frozenset().union(*(item.tags for item in items))
+        with self._lock:  # an invalidation waits, and then deletes what was put
+            if any(self._invalidated.get(tag, -1) > plan.epoch for tag in tags):
+                self._stats.refused += 1
+                return False
+            for store in stores:
+                store.put_many(items)
+        return True
+
+    def _locate(self, keys: Sequence[str]) -> dict[str, int]:
+        """key -> the fastest store that has it; what no store has is absent."""
+        where: dict[str, int] = {}
+        for level, store in enumerate(self._stores):
+            asked = [key for key in keys if key not in where]
+            found = store.contains_many(asked) if asked else []
+            where.update({key: level for key, there in zip(asked, found, strict=True) if there})
+        return where
+
+    def _load(
+        self, plan: PrefixPlan, position: int, where: dict[str, int], loaded: dict[str, _Loaded]
+    ) -> PrefixHit | None:
+        """Fetch and check one position; None if that failed, and then what is missing has left `where`."""
+        snapshot_key = plan.snapshot_keys[position]
+        block_keys = plan.block_keys[: position // plan.block_tokens]
+        self._fetch([snapshot_key], 3, where, loaded)
+        if snapshot_key in loaded:
+            self._fetch([key for key in block_keys if key not in loaded], 1, where, loaded)
+        keys = (*block_keys, snapshot_key)
+        if any(key not in loaded for key in keys):
+            return None
+        self._promote(plan, position, where, loaded)
+        conv, ssm, tail = loaded[snapshot_key].tensors
+        kv = tuple(loaded[key].tensors[0] for key in block_keys)
+        tier = self._stores[max(where[key] for key in keys)].tier
+        return PrefixHit(position, Snapshot(position, conv, ssm), (*kv, tail), tier)
+
+    def _fetch(self, keys: Sequence[str], tensors: int, where: dict[str, int], loaded: dict[str, _Loaded]) -> None:
+        """Add to `loaded` what can be had of `keys`, values of that many tensors; the rest leaves `where`."""
+        for level, store in enumerate(self._stores):
+            asked = [key for key in keys if where.get(key) == level]
+            for key, value in zip(asked, store.get_many(asked) if asked else (), strict=True):
+                if value is None:  # evicted since it was located
+                    del where[key]
+                    continue
+                whole = value if isinstance(value, bytearray) else bytearray(value)
+                try:
+                    loaded[key] = _Loaded(whole, decode_value(key, self._layout, whole, tensors))
+                except DamagedValue as error:
+                    _log.warning("dropped a damaged state from the %s store: %s", store.tier, error)
+                    store.delete(keys=[key])
+                    del where[key]
+                    with self._lock:
+                        self._stats.damaged += 1
+
+    def _promote(self, plan: PrefixPlan, position: int, where: dict[str, int], loaded: dict[str, _Loaded]) -> None:
+        """Copy what came from slower stores into the faster ones."""
+        size = plan.block_tokens
+        ends = [(key, (i + 1) * size) for i, key in enumerate(plan.block_keys[: position // size])]
+        ends.append((plan.snapshot_keys[position], position))
+        for level in range(1, len(self._stores)):
+            items = [
+                StateItem(key, loaded[key].value, plan.tags_before(end)) for key, end in ends if where[key] == level
+            ]
+            if items:
+                self._put(plan, self._stores[:level], items)
+
+
+def _deepest(plan: PrefixPlan, where: Mapping[str, int]) -> int:
+    """The last position with a snapshot and all KV that still leaves a token to compute; 0 if there is none."""
+    blocks = next((i for i, key in enumerate(plan.block_keys) if key not in where), len(plan.block_keys))
+    for position, key in reversed(plan.snapshot_keys.items()):
+        if key in where and position // plan.block_tokens <= blocks and position < plan.num_tokens:
+            return position
+    return 0

@@ -1,0 +1,159 @@
+"""Where a prompt's prefill is cut, which cuts deserve a snapshot, and the keys of everything that may be kept of it.
+
+Pure functions of the tokens, the boundaries and the settings: the same prompt has the same plan whether or not a state
+is found, so a cached answer and an uncached one are computed in the same steps. A key covers all tokens before its
+position, all cuts between them, the model (fingerprint) and the tenant (salt): equal keys mean equal bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import struct
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+_FULL_HASH_BYTES = 1 << 28
+_SAMPLE_BYTES = 1 << 16
+_SAMPLE_EVERY_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSettings:
+    """`min_snapshot_distance`: boundaries nearer than this to the last chosen one get neither cut nor snapshot, the
+    last boundary excepted. `sparse_snapshot_tokens`: distance of snapshots in long stretches without a boundary, to
+    resume after a restart; 0 means none. All in tokens; segments and sparse snapshots lie on one grid.
+
+    Raises ValueError when the grids do not fit each other.
+    """
+
+    block_tokens: int = 256
+    segment_tokens: int = 512
+    min_snapshot_distance: int = 2048
+    sparse_snapshot_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.block_tokens < 1 or self.segment_tokens < 1 or self.min_snapshot_distance < 0:
+            raise ValueError(f"block and segment must be at least 1 token, the snapshot distance at least 0: {self}")
+        if self.sparse_snapshot_tokens % self.segment_tokens:
+            raise ValueError(
+                f"sparse_snapshot_tokens {self.sparse_snapshot_tokens} is no multiple of "
+                f"segment_tokens {self.segment_tokens}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixPlan:
+    """What the cache and the engine have agreed on for one prompt."""
+
+    num_tokens: int
+    cuts: tuple[int, ...]  # ends of the prefill segments, ascending; the last is num_tokens
+    block_tokens: int
+    block_keys: tuple[str, ...]  # of KV [i * block_tokens, (i + 1) * block_tokens)
+    snapshot_keys: dict[int, str]  # position -> key, ascending; every position is a cut
+    tags: Mapping[str, int] = field(default_factory=dict)  # document -> position where its tokens begin
+    epoch: int = 0
+
+    def next_cut(self, position: int) -> int:
+        """End of the segment that starts at `position`."""
+        return self.cuts[bisect_right(self.cuts, position)]
+
+    def keys_deepest_first(self, position: int) -> list[str]:
+        """Keys of all that is kept of the first `position` tokens, by the end of what they stand for, descending."""
+        size = self.block_tokens
+        ends = [(i * size, key) for i, key in enumerate(self.block_keys[: position // size], start=1)]
+        ends += [(end, key) for end, key in self.snapshot_keys.items() if end <= position]
+        return [key for _, key in sorted(ends, key=lambda pair: pair[0], reverse=True)]
+
+    def tags_before(self, position: int) -> frozenset[str]:
+        """Documents that a state of the first `position` tokens has seen."""
+        return frozenset(tag for tag, start in self.tags.items() if start < position)
+
+
+def plan_prefix(
+    root: bytes,
+    token_ids: Sequence[int],
+    boundaries: Iterable[int],
+    settings: PlanSettings,
+    tags: Mapping[str, int] | None = None,
+    epoch: int = 0,
+) -> PrefixPlan:
+    """Plan a prompt whose reusable parts end at `boundaries`; `root` comes from `root_key`."""
+    num_tokens, grid = len(token_ids), settings.segment_tokens
+    snapshots = choose_snapshots(num_tokens, boundaries, settings)
+    cuts = sorted({*range(grid, num_tokens, grid), *snapshots, num_tokens})
+    block_keys, snapshot_keys = _chain_keys(root, token_ids, cuts, snapshots, settings.block_tokens)
+    return PrefixPlan(
+        num_tokens, tuple(cuts), settings.block_tokens, block_keys, snapshot_keys, dict(tags or {}), epoch
+    )
+
+
+def choose_snapshots(num_tokens: int, boundaries: Iterable[int], settings: PlanSettings) -> list[int]:
+    """Positions worth a snapshot: spaced boundaries, the last boundary always, and a sparse grid between them.
+
+    A choice depends only on what lies before it (the last boundary excepted), so prompts that begin alike agree.
+    """
+    ends = {position for position in boundaries if 0 < position <= num_tokens}
+    sparse = settings.sparse_snapshot_tokens
+    grid = range(sparse, num_tokens, sparse) if sparse else range(0)
+    chosen, last = [], 0
+    for position in sorted({*ends, *grid}):
+        distance = settings.min_snapshot_distance if position in ends else sparse
+        if position - last >= distance:
+            chosen.append(position)
+            last = position
+    return sorted({*chosen, max(ends)}) if ends else chosen
+
+
+def root_key(fingerprint: bytes, salt: bytes) -> bytes:
+    """First link of every chain: nothing is shared between two models or two tenants."""
+    return hashlib.blake2b(struct.pack("<I", len(fingerprint)) + fingerprint + salt, digest_size=16).digest()
+
+
+def state_fingerprint(checkpoint: Path, quantization: str | None, layout: bytes) -> bytes:
+    """Names the model that states belong to: weights and config, quantization, and `StateLayout.fingerprint()`.
+
+    Weights up to 256 MiB are hashed whole; of larger ones the header and 64 KiB of every 16 MiB.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    files = sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("config.json")])
+    whole = sum(path.stat().st_size for path in files) <= _FULL_HASH_BYTES
+    for path in files:
+        size = path.stat().st_size
+        digest.update(struct.pack("<Q", size) + path.name.encode())
+        with path.open("rb") as file:
+            for start in range(0, size, _SAMPLE_EVERY_BYTES):
+                file.seek(start)
+                digest.update(file.read(_SAMPLE_EVERY_BYTES if whole else _SAMPLE_BYTES))
+    digest.update(repr(quantization).encode() + layout)
+    return digest.digest()
+
+
+def _chain_keys(
+    root: bytes, token_ids: Sequence[int], cuts: Sequence[int], snapshots: Sequence[int], block_tokens: int
+) -> tuple[tuple[str, ...], dict[int, str]]:
+    """Keys of the full blocks before the last snapshot, and of the snapshots.
+
+    A block's key covers the cuts inside it and the first one at or behind its end, since a block's bits depend on the
+    segments that computed it. A snapshot inside a block continues the chain over its tail.
+    """
+    end_of_use = max(snapshots, default=0)
+    tokens = np.asarray(token_ids[:end_of_use], dtype="<i4")
+
+    def link(previous: bytes, start: int, end: int) -> bytes:
+        seen_cuts = np.asarray(cuts[bisect_right(cuts, start) : bisect_left(cuts, end) + 1], dtype="<i4")
+        data = struct.pack("<I", end - start) + tokens[start:end].tobytes() + seen_cuts.tobytes()
+        return hashlib.blake2b(data, key=previous, digest_size=16).digest()
+
+    ends = range(block_tokens, end_of_use + 1, block_tokens)
+    chain = list(itertools.accumulate(ends, lambda key, end: link(key, end - block_tokens, end), initial=root))
+    snapshot_keys = {}
+    for position in snapshots:
+        full, tail = divmod(position, block_tokens)
+        digest = link(chain[full], position - tail, position) if tail else chain[full]
+        snapshot_keys[position] = f"snap:{digest.hex()}"
+    return tuple(f"kv:{digest.hex()}" for digest in chain[1:]), snapshot_keys

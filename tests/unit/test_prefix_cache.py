@@ -1,0 +1,323 @@
+"""The oracle of every test here: the same answer, to the last bit, as without any cache."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from engine_kit import SMALL, byte_tokenizer, doc_prompt, doc_request, run_all, run_one
+from state_kit import open_store, running_server
+
+from model import Jamba, load_model
+from model.engine import JambaEngine
+from model.prefix_cache import PrefixCache
+from model.state_codec import DamagedValue, decode_value, encode_value
+from model.state_store import MemoryStateStore, StateItem, WriteBehindStore
+
+TOKENIZER = byte_tokenizer()
+DOCUMENTS = [f"{i}: " + "".join(random.Random(i).choices("abc déf", k=15 * i + 9)) for i in range(6)]
+QUESTIONS = ["why?", "what is in it, and where?", "x" * 40]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_jamba_dir) -> Jamba:
+    return load_model(tiny_jamba_dir)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running_server() as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _empty_server(server):
+    with server.client() as client:
+        client.flushall()
+
+
+@pytest.fixture
+def make_engine(model):
+    engines = []
+
+    def make(*stores: object, fingerprint: bytes = b"model", settings=SMALL) -> JambaEngine:
+        cache = PrefixCache(stores, fingerprint, settings)
+        engines.append(JambaEngine(model, TOKENIZER, cache, max_context_tokens=2000))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture
+def memory():
+    return MemoryStateStore(1 << 26)
+
+
+@pytest.fixture
+def redis_store(server):
+    store = open_store(server, part_bytes=4096)
+    yield store
+    store.close()
+
+
+def random_request(rng: random.Random, **sampling: object):
+    chosen = sorted(rng.sample(range(len(DOCUMENTS)), rng.randint(0, 4)))
+    return doc_request(TOKENIZER, [DOCUMENTS[i] for i in chosen], rng.choice(QUESTIONS), **sampling)
+
+
+def assert_same_bits(answer, expected) -> None:
+    assert answer.token_ids == expected.token_ids
+    assert answer.logprobs == expected.logprobs
+    assert answer.text == expected.text
+
+
+@pytest.mark.parametrize("distance", [0, 60])
+@pytest.mark.parametrize("tiers", ["memory", "small memory", "redis", "memory and redis", "small memory and redis"])
+def test_warm_answers_equal_cold_ones(make_engine, redis_store, tiers, distance):
+    rng = random.Random(f"{tiers} {distance}")
+    settings = replace(SMALL, min_snapshot_distance=distance)
+    stores = []
+    if "memory" in tiers:
+        stores.append(MemoryStateStore(150_000 if "small" in tiers else 1 << 26))
+    if "redis" in tiers:
+        stores.append(WriteBehindStore(redis_store))
+    warm, cold = make_engine(*stores, settings=settings), make_engine(settings=settings)
+    cached = 0
+    for i in range(14):
+        sampling = {"temperature": 1.0, "seed": i} if i % 3 == 0 else {}
+        one = random_request(rng, **sampling)
+        answer = run_one(warm, one)
+        assert_same_bits(answer, run_one(cold, one))
+        assert answer.end.cached_tokens in {0, *one.boundaries, *range(0, 2000, 64)}
+        assert answer.end.cached_tokens < len(one.token_ids)
+        assert (answer.end.tier == "none") == (answer.end.cached_tokens == 0)
+        cached += answer.end.cached_tokens
+    assert cached > 100
+    for store in stores[-1:] if "redis" in tiers else []:
+        store.close()
+
+
+@pytest.mark.parametrize("loading", [{"dtype": torch.bfloat16}, {"quantize": "int8"}], ids=str)
+def test_warm_answers_equal_cold_ones_in_other_dtypes(tiny_jamba_dir, redis_store, loading):
+    model, rng = load_model(tiny_jamba_dir, **loading), random.Random(3)
+    caches = [PrefixCache(stores, b"model", SMALL) for stores in ([redis_store], ())]
+    warm, cold = (JambaEngine(model, TOKENIZER, cache, max_context_tokens=2000) for cache in caches)
+    for _ in range(6):
+        one = random_request(rng)
+        assert_same_bits(run_one(warm, one), run_one(cold, one))
+    assert caches[0].stats()[0].cached_tokens > 0
+    warm.close()
+    cold.close()
+
+
+def test_answers_in_a_batch_with_a_cache_are_the_same_text(make_engine, memory):
+    rng = random.Random(1)
+    warm, cold = make_engine(memory), make_engine()
+    for _ in range(4):
+        requests = [random_request(rng, temperature=0.7, seed=rng.randint(0, 99)) for _ in range(6)]
+        answers = run_all(warm, requests)
+        assert [a.token_ids for a in answers] == [run_one(cold, one).token_ids for one in requests]
+
+
+def test_the_second_question_costs_only_itself(make_engine, memory):
+    engine = make_engine(memory)
+    first = run_one(engine, doc_request(TOKENIZER, DOCUMENTS[:3], "why?"))
+    again = doc_request(TOKENIZER, DOCUMENTS[:3], "where?")
+    second = run_one(engine, again)
+    assert (first.end.cached_tokens, first.end.tier) == (0, "none")
+    assert (second.end.cached_tokens, second.end.tier) == (again.boundaries[-1], "host")
+    longer = doc_request(TOKENIZER, DOCUMENTS[:5], "where?")
+    assert run_one(engine, longer).end.cached_tokens == again.boundaries[-1]
+    other = doc_request(TOKENIZER, [*DOCUMENTS[:2], DOCUMENTS[4]], "where?")
+    assert run_one(engine, other).end.cached_tokens == again.boundaries[-2]
+
+
+def test_an_exact_repeat_leaves_one_token_to_compute(make_engine, memory):
+    engine = make_engine(memory)
+    one = doc_request(TOKENIZER, DOCUMENTS[:2], "why?")
+    whole = replace(one, boundaries=(*one.boundaries, len(one.token_ids) - 1, len(one.token_ids)))
+    first, second = run_one(engine, whole), run_one(engine, whole)
+    assert second.end.cached_tokens == len(one.token_ids) - 1
+    assert_same_bits(second, first)
+    longer = replace(whole, token_ids=(*whole.token_ids, *TOKENIZER.encode(" and then?")))
+    assert run_one(engine, longer).end.cached_tokens == len(one.token_ids)
+
+
+def test_nothing_crosses_tenants_or_models(make_engine, memory):
+    one = doc_request(TOKENIZER, DOCUMENTS[:3], "why?")
+    run_one(make_engine(memory), replace(one, salt=b"tenant a"))
+    assert run_one(make_engine(memory), replace(one, salt=b"tenant b")).end.cached_tokens == 0
+    assert (
+        run_one(make_engine(memory, fingerprint=b"new weights"), replace(one, salt=b"tenant a")).end.cached_tokens == 0
+    )
+    assert run_one(make_engine(memory), replace(one, salt=b"tenant a")).end.cached_tokens == one.boundaries[-1]
+
+
+def test_a_restart_finds_the_states_in_redis_and_promotes_them(make_engine, redis_store, memory):
+    one = doc_request(TOKENIZER, DOCUMENTS[:3], "why?")
+    behind = WriteBehindStore(redis_store)
+    first = run_one(make_engine(memory, behind), one)
+    behind.close()
+    restarted = make_engine(MemoryStateStore(1 << 26), redis_store)
+    answers = [run_one(restarted, one) for _ in range(2)]
+    assert [answer.end.tier for answer in answers] == ["redis", "host"]
+    for answer in answers:
+        assert answer.end.cached_tokens == one.boundaries[-1]
+        assert_same_bits(answer, first)
+
+
+def damage(value: bytearray, how: str, rng: random.Random) -> bytes:
+    if how == "truncated":
+        return bytes(value[: rng.randrange(len(value))])
+    if how == "longer":
+        return bytes(value) + b"\0"
+    flipped = bytearray(value)
+    flipped[rng.randrange(len(value))] ^= 1 << rng.randrange(8)
+    return bytes(flipped)
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "longer", "swapped"])
+def test_damaged_values_are_counted_misses(make_engine, memory, how):
+    rng = random.Random(how)
+    one = doc_request(TOKENIZER, DOCUMENTS[2:5], "why?")
+    expected = run_one(make_engine(), one)
+    engine = make_engine(memory)
+    run_one(engine, one)
+    keys = list(engine.prefix_cache.plan(one.token_ids, one.boundaries).keys_deepest_first(one.boundaries[-1]))
+    for _ in range(12):
+        key, other = rng.sample(keys, 2)
+        value, other_value = memory.get_many([key, other])
+        wrong = other_value if how == "swapped" else damage(value, how, rng)
+        memory.put_many([StateItem(key, wrong, one.tags)])
+        answer = run_one(engine, one)
+        assert_same_bits(answer, expected)
+    stats, _ = engine.prefix_cache.stats()
+    assert 0 < stats.damaged <= 12
+    assert run_one(engine, one).end.cached_tokens == one.boundaries[-1]  # the damaged ones have been replaced
+
+
+def test_a_damaged_value_in_redis_falls_back_to_a_shallower_state(make_engine, redis_store, server):
+    one = doc_request(TOKENIZER, DOCUMENTS[2:5], "why?")
+    first = run_one(make_engine(redis_store), one)
+    plan = PrefixCache((), b"model", SMALL).plan(one.token_ids, one.boundaries)
+    with server.client() as client:
+        client.setrange(f"jamba-rag:{plan.snapshot_keys[one.boundaries[-1]]}#1", 100, b"other bytes")
+    answer = run_one(make_engine(redis_store), one)
+    assert_same_bits(answer, first)
+    assert answer.end.cached_tokens == max(end for end in plan.snapshot_keys if end < one.boundaries[-1])
+
+
+def test_a_foreign_value_that_looks_right_is_a_miss():
+    tensor = torch.arange(6.0).view(2, 3)
+    value = encode_value("kv:1", "layout", [tensor, tensor[:0]])
+    one, empty = decode_value("kv:1", "layout", value, count=2)
+    assert torch.equal(one, tensor) and empty.shape == (0, 3)
+    for key, layout, count in (("kv:2", "layout", 2), ("kv:1", "other", 2), ("kv:1", "layout", 1)):
+        with pytest.raises(DamagedValue):
+            decode_value(key, layout, value, count)
+
+
+def test_invalidation_leaves_nothing_that_saw_the_document(make_engine, memory, redis_store, server):
+    behind = WriteBehindStore(redis_store)
+    engine = make_engine(memory, behind)
+    both = doc_request(TOKENIZER, DOCUMENTS[1:4], "why?")
+    other = doc_request(TOKENIZER, DOCUMENTS[4:], "why?")
+    for one in (both, other):
+        run_one(engine, one)
+    engine.invalidate({DOCUMENTS[2]})
+    assert behind.flush(timeout_s=10)
+    plan = PrefixCache((), b"model", SMALL).plan(both.token_ids, both.boundaries)
+    start = both.tag_starts[DOCUMENTS[2]]
+    saw_it = [key for key in plan.keys_deepest_first(both.boundaries[-1]) if key not in plan.keys_deepest_first(start)]
+    assert saw_it
+    for store in (memory, redis_store):
+        assert not any(store.contains_many(saw_it))
+        assert store.contains_many([plan.snapshot_keys[both.boundaries[1]]]) == [True]
+    assert run_one(engine, both).end.cached_tokens == start  # what came before it is still good
+    assert run_one(engine, other).end.cached_tokens == other.boundaries[-1]
+    behind.close()
+
+
+def test_invalidation_after_a_restart_and_of_everything(make_engine, redis_store, server):
+    for question in QUESTIONS:
+        run_one(make_engine(redis_store), doc_request(TOKENIZER, DOCUMENTS[:3], question))
+    cache = PrefixCache([redis_store], b"model", SMALL)
+    cache.invalidate(DOCUMENTS[:3])
+    system_end = doc_prompt(TOKENIZER, [], "")[1][0]
+    plan = cache.plan(doc_prompt(TOKENIZER, DOCUMENTS[:3], "")[0], [system_end])
+    kept = {*plan.keys_deepest_first(system_end)}
+    with server.client() as client:
+        left = {key.decode().removeprefix("jamba-rag:").split("#")[0] for key in client.keys("*")}
+    assert left <= kept
+
+
+def test_states_of_a_running_request_are_not_kept_after_an_invalidation(make_engine, memory):
+    engine = make_engine(memory)
+    one = doc_request(TOKENIZER, DOCUMENTS[3:6], "why?")
+    engine.add(one)
+    while memory.stats()["items"] < 4:  # somewhere in the middle of the prefill
+        engine.step()
+    engine.invalidate({DOCUMENTS[3]})
+    while engine.has_work():
+        engine.step()
+    saw_none = doc_request(TOKENIZER, [], "why?").boundaries[0]
+    assert run_one(engine, replace(one, tags=frozenset())).end.cached_tokens <= saw_none
+    assert engine.prefix_cache.stats()[0].refused > 0
+
+
+def test_a_prompt_made_before_an_invalidation_keeps_nothing(make_engine, memory):
+    engine = make_engine(memory)
+    one = replace(doc_request(TOKENIZER, DOCUMENTS[:2], "why?"), epoch=engine.prefix_cache.epoch)
+    engine.invalidate({DOCUMENTS[0]})
+    run_one(engine, one)
+    assert run_one(engine, one).end.cached_tokens == one.boundaries[0]
+    later = replace(one, epoch=None)  # chosen again after the document came back
+    run_one(engine, later)
+    assert run_one(engine, later).end.cached_tokens == one.boundaries[-1]
+
+
+def test_answers_go_on_when_the_server_dies(make_engine):
+    rng = random.Random(5)
+    cold = make_engine()
+    with running_server() as server:
+        store = open_store(server)
+        behind = WriteBehindStore(store)
+        warm = make_engine(MemoryStateStore(60_000), behind)
+        tiers = []
+        for i in range(15):
+            if i == 6:
+                server.terminate()
+            one = random_request(rng)
+            answer = run_one(warm, one)
+            assert_same_bits(answer, run_one(cold, one))
+            behind.flush()
+            tiers.append(answer.end.tier)
+        assert "redis" in tiers[:6] and "redis" not in tiers[6:]
+        stats = store.stats()
+        assert stats["errors"] > 0 and stats["dropped"] > 0
+        behind.close()
+        store.close()
+
+
+def test_memory_pressure_evicts_the_end_of_a_prefix_first(make_engine):
+    long = doc_request(TOKENIZER, [f"document {i:02d} of equal length" for i in range(12)], "why?")
+    roomy = MemoryStateStore(1 << 26)
+    run_one(make_engine(roomy), long)
+    tight = MemoryStateStore(roomy.stats()["bytes"] // 2)
+    engine = make_engine(tight)
+    run_one(engine, long)
+    assert tight.stats()["evicted"] > 0
+    assert len(long.token_ids) // 4 < run_one(engine, long).end.cached_tokens
+
+
+def test_stats_count_tokens(make_engine, memory):
+    engine = make_engine(memory)
+    one = doc_request(TOKENIZER, DOCUMENTS[:3], "why?")
+    for _ in range(3):
+        run_one(engine, one)
+    stats, tiers = engine.prefix_cache.stats()
+    assert (stats.lookups, stats.hits, stats.damaged) == (3, 2, 0)
+    assert (stats.prompt_tokens, stats.cached_tokens) == (3 * len(one.token_ids), 2 * one.boundaries[-1])
+    assert tiers["host"]["bytes"] == memory.stats()["bytes"] > 0

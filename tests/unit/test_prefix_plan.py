@@ -1,0 +1,108 @@
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.prefix_plan import PlanSettings, choose_snapshots, plan_prefix, root_key, state_fingerprint
+
+ROOT = root_key(b"model", b"tenant")
+SETTINGS = PlanSettings(block_tokens=8, segment_tokens=16, min_snapshot_distance=10, sparse_snapshot_tokens=32)
+PROMPTS = st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=120), st.sets(st.integers(-1, 130), max_size=6))
+
+
+@given(PROMPTS)
+def test_segments_cover_the_prompt_and_end_at_snapshots_and_on_the_grid(prompt):
+    tokens, boundaries = prompt
+    plan = plan_prefix(ROOT, tokens, boundaries, SETTINGS)
+    assert plan.cuts[-1] == plan.num_tokens == len(tokens)
+    assert list(plan.cuts) == sorted(set(plan.cuts))
+    assert {*plan.snapshot_keys, *range(16, len(tokens), 16)} <= set(plan.cuts)
+    position, seen = 0, []
+    while position < len(tokens):
+        position = plan.next_cut(position)
+        seen.append(position)
+    assert tuple(seen) == plan.cuts
+
+
+@given(PROMPTS)
+def test_snapshots_stand_apart_except_the_last_boundary(prompt):
+    tokens, boundaries = prompt
+    chosen = choose_snapshots(len(tokens), boundaries, SETTINGS)
+    inside = [position for position in boundaries if 0 < position <= len(tokens)]
+    spaced = [position for position in chosen if not inside or position != max(inside)]
+    assert all(b - a >= 10 for a, b in zip([0, *spaced], spaced, strict=False))
+    assert all(position in boundaries or position % 32 == 0 for position in chosen)
+    assert not inside or max(inside) in chosen
+    assert all(any(end - 32 < chosen_end <= end for chosen_end in chosen) for end in range(32, len(tokens), 32))
+
+
+@given(PROMPTS, PROMPTS)
+def test_equal_keys_mean_equal_tokens_computed_in_equal_segments(one, other):
+    """Including the segment that a block ends in: it decides the last bits of the block's KV."""
+    plans = [plan_prefix(ROOT, tokens, boundaries, SETTINGS) for tokens, boundaries in (one, other)]
+    by_key: dict[str, set] = {}
+    for plan, (tokens, _) in zip(plans, (one, other), strict=True):
+        for i, key in enumerate(plan.block_keys):
+            end = (i + 1) * 8
+            by_key.setdefault(key, set()).add((tuple(tokens[:end]), segments_until(plan.cuts, end)))
+        for end, key in plan.snapshot_keys.items():
+            by_key.setdefault(key, set()).add((tuple(tokens[:end]), segments_until(plan.cuts, end)))
+    assert all(len(meanings) == 1 for meanings in by_key.values())
+
+
+def segments_until(cuts: tuple[int, ...], end: int) -> tuple[int, ...]:
+    return tuple(cut for i, cut in enumerate(cuts) if i == 0 or cuts[i - 1] < end)
+
+
+def test_prompts_that_begin_alike_share_keys_up_to_where_they_part():
+    tokens = random.Random(0).choices(range(100), k=150)
+    settings = replace(SETTINGS, min_snapshot_distance=0)
+    short = plan_prefix(ROOT, tokens[:100], [20, 45, 90], settings)
+    long = plan_prefix(ROOT, [*tokens[:90], *tokens[100:]], [20, 45, 90, 120], settings)
+    assert {20, 45, 90} <= {end for end, key in short.snapshot_keys.items() if long.snapshot_keys[end] == key}
+    assert short.block_keys[:11] == long.block_keys[:11]  # 88 of the 90 tokens
+
+
+def test_keys_separate_models_tenants_tokens_and_cuts():
+    tokens = list(range(40))
+    plans = [
+        plan_prefix(ROOT, tokens, [30], SETTINGS),
+        plan_prefix(root_key(b"model", b"other tenant"), tokens, [30], SETTINGS),
+        plan_prefix(root_key(b"modelt", b"enant"), tokens, [30], SETTINGS),
+        plan_prefix(ROOT, [1, *tokens[1:]], [30], SETTINGS),
+        plan_prefix(ROOT, tokens, [12, 30], SETTINGS),
+        plan_prefix(ROOT, tokens, [30], replace(SETTINGS, segment_tokens=32)),
+    ]
+    assert len({plan.snapshot_keys[30] for plan in plans}) == len(plans)
+
+
+def test_a_state_is_tagged_with_the_documents_it_has_seen():
+    plan = plan_prefix(ROOT, range(50), [10, 30], SETTINGS, tags={"a": 10, "b": 30, "c": 0})
+    assert plan.tags_before(10) == {"c"}
+    assert plan.tags_before(11) == {"a", "c"}
+    assert plan.tags_before(31) == {"a", "b", "c"}
+
+
+def test_grids_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="no multiple of segment_tokens 512"):
+        PlanSettings(segment_tokens=512, sparse_snapshot_tokens=1000)
+    with pytest.raises(ValueError, match="at least 1 token"):
+        PlanSettings(block_tokens=0)
+
+
+def test_fingerprint_follows_weights_quantization_and_layout(tmp_path):
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    weights.write_bytes(bytes(1000))
+    config.write_text("{}")
+    seen = [state_fingerprint(tmp_path, None, b"layout")]
+    seen.append(state_fingerprint(tmp_path, "int8", b"layout"))
+    seen.append(state_fingerprint(tmp_path, None, str(torch.bfloat16).encode()))
+    weights.write_bytes(bytes(999) + b"\x01")
+    seen.append(state_fingerprint(tmp_path, None, b"layout"))
+    config.write_text('{"a": 1}')
+    seen.append(state_fingerprint(tmp_path, None, b"layout"))
+    assert len(set(seen)) == len(seen)
+    assert state_fingerprint(tmp_path, None, b"layout") == seen[-1]
