@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 import unicodedata
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TEMP_PREFIX = "upload-"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 MAX_FILENAME_CHARS = 255
+_RESERVE_BYTES = 64 << 20
 
 
 class FileTooLarge(ValueError):
@@ -53,6 +55,7 @@ class FileStore:
                     digest, nbytes = _copy(pieces, file, max_bytes)
                     file.flush()
                     os.fsync(file.fileno())
+                self.require_room()
                 temporary.rename(self.path(digest))
                 self._sync_directory()
             except BaseException:
@@ -65,6 +68,19 @@ class FileStore:
                 f"no space left for an upload in {self.directory}; free some or delete documents, then send it again"
             ) from error
         return digest, nbytes
+
+    def require_room(self) -> None:
+        """Raise StorageFull when so little is left that the database may soon be unable even to delete a document.
+
+        What is kept free is 64 MiB, or an eighth of a smaller disk.
+        """
+        disk = shutil.disk_usage(self.directory)
+        reserve = min(_RESERVE_BYTES, disk.total // 8)
+        if disk.free < reserve:
+            raise StorageFull(
+                f"{disk.free} bytes are left on the disk of {self.directory} and {reserve} are kept for deleting; free "
+                "some or delete documents, then send it again"
+            )
 
     def path(self, sha256: str) -> Path:
         """The place of these bytes, whether they are there or not. Raises ValueError unless it is a SHA-256 in hex."""
@@ -108,7 +124,8 @@ def clean_filename(name: str) -> str:
     """
     name = unicodedata.normalize("NFC", name.encode("utf-8", "replace").decode("utf-8"))
     name = re.split(r"[/\\]", name)[-1]
-    name = "".join(char for char in name if char.isprintable()).strip()
+    spaced = (" " if unicodedata.category(char) == "Zs" else char for char in name)
+    name = "".join(char for char in spaced if char.isprintable()).strip()
     if name.strip(". ") == "":
         return "unnamed"
     if len(name) <= MAX_FILENAME_CHARS:

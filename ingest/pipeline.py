@@ -71,7 +71,7 @@ def ingest_document(
 ) -> int:
     """Parse, chunk, embed, index one stored upload; returns its number of chunks. Safe to repeat.
 
-    Raises ParseError; LeaseLost and whatever `job.check` raises, with nothing changed but the progress.
+    Raises ParseError; StorageFull; LeaseLost and whatever `job.check` raises, with nothing changed but the progress.
     """
     limits = limits or IngestLimits()
     parsed = _parse(job, files, limits.parse)
@@ -92,6 +92,7 @@ def _parse(job: Job, files: FileStore, limits: ParseLimits) -> ParsedDocument:
     path = files.path(job.document.sha256)
     if not path.is_file():
         raise ParseError("file_missing", "the original is no longer on the disk of the service; upload it again")
+    files.require_room()
     job.set_progress("parsing", 0, 0, "pages")
     return parse_in_child(path, job.document.media_type, limits, job.reporter("parsing", "pages"), job.check)
 

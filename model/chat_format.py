@@ -12,6 +12,12 @@ from collections.abc import Sequence
 from model.tokenizer import Tokenizer
 
 SYSTEM_TEXT = "Answer the question with a quote from the documents, or say that they do not hold the answer."
+_NAMES = ("im_start", "im_end", "doc", "/doc", "gap", "question", "answer", "quote", "/quote", "none")
+
+
+def speaks_chat_format(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer has every special token of the format."""
+    return all(tokenizer.has_special(f"<|{name}|>") for name in _NAMES)
 
 
 class ChatFormat:
@@ -19,8 +25,7 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        names = ("im_start", "im_end", "doc", "/doc", "gap", "question", "answer", "quote", "/quote", "none")
-        ids = {name: tokenizer.special(f"<|{name}|>") for name in names}
+        ids = {name: tokenizer.special(f"<|{name}|>") for name in _NAMES}
         self.im_start, self.im_end, self.doc, self.doc_end = ids["im_start"], ids["im_end"], ids["doc"], ids["/doc"]
         self.gap, self.question, self.answer = ids["gap"], ids["question"], ids["answer"]
         self.quote, self.quote_end, self.none = ids["quote"], ids["/quote"], ids["none"]

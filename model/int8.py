@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from model.jamba import Jamba
 from model.kernels import cpu
+from model.kernels.silu_mul import silu_mul
 from model.moe import Experts
 
 _LEFT_ALONE = ("router", "dt_proj")
@@ -72,7 +73,7 @@ def swap_linears(model: Jamba) -> None:
 
 def _swiglu(x: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, down_scale: Tensor) -> Tensor:
     gate, up = int8_linear(x, gate_up, gate_up_scale).chunk(2, dim=-1)
-    return int8_linear(F.silu(gate) * up, down, down_scale)
+    return int8_linear(silu_mul(gate, up), down, down_scale)
 
 
 def _empty_int8(weight: Tensor) -> tuple[nn.Parameter, nn.Parameter]:

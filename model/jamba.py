@@ -19,6 +19,7 @@ from model.attention import Attention
 from model.batch import Batch
 from model.config import JambaConfig
 from model.cpu_decode import DecodeLayer, can_decode
+from model.kernels.rms_norm import RMSNorm
 from model.mamba import MambaMixer
 from model.moe import MLP, MoE
 from model.state import HybridState, StateLayout
@@ -29,12 +30,12 @@ class JambaLayer(nn.Module):
         super().__init__()
         attention_before = sum(map(config.is_attention, range(layer)))
         self.is_attention = config.is_attention(layer)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if self.is_attention:
             self.self_attn = Attention(config, index=attention_before)
         else:
             self.mamba = MambaMixer(config, index=layer - attention_before)
-        self.pre_ff_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.pre_ff_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.feed_forward = MoE(config) if config.is_moe(layer) else MLP(config)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
@@ -53,7 +54,7 @@ class Jamba(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(JambaLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.final_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.final_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._decode: list[DecodeLayer] | None = None
         nn.init.normal_(self.embed_tokens.weight, std=0.02)

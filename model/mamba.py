@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from model.batch import Batch, Group
 from model.config import JambaConfig
 from model.kernels.causal_conv import causal_conv
+from model.kernels.rms_norm import RMSNorm
 from model.kernels.selective_scan import selective_scan
 
 
@@ -28,9 +29,9 @@ class MambaMixer(nn.Module):
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
         self.out_proj = nn.Linear(d_inner, config.hidden_size, bias=config.mamba_proj_bias)
-        self.dt_layernorm = nn.RMSNorm(dt_rank, eps=config.rms_norm_eps)
-        self.b_layernorm = nn.RMSNorm(d_state, eps=config.rms_norm_eps)
-        self.c_layernorm = nn.RMSNorm(d_state, eps=config.rms_norm_eps)
+        self.dt_layernorm = RMSNorm(dt_rank, eps=config.rms_norm_eps)
+        self.b_layernorm = RMSNorm(d_state, eps=config.rms_norm_eps)
+        self.c_layernorm = RMSNorm(d_state, eps=config.rms_norm_eps)
         self.widths = [dt_rank, d_state, d_state]
         self._init_dt()
 

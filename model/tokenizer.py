@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
@@ -26,6 +27,12 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
         self._special_set = frozenset(self._special_ids.values())
+        # a chat's marks are not always declared special; added runs of white space are no marks
+        marks = {token.content: i for i, token in added.items() if len(token.content) > 1 and token.content.strip()}
+        self._control_ids = marks | self._special_ids
+        self._control_set = frozenset(self._control_ids.values())
+        names = sorted(self._control_ids, key=len, reverse=True)
+        self._control = re.compile(f"({'|'.join(map(re.escape, names))})") if names else None
         self.eos_id = eos_id
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
 
@@ -42,10 +49,19 @@ class Tokenizer:
         """Ids of `text`; a special token written out in it becomes ordinary characters."""
         return self.encode_with_offsets(text)[0]
 
+    def encode_template(self, text: str) -> list[int]:
+        """Ids of trusted text, such as a chat template's own: a special token written out in it becomes that token."""
+        pieces = self._control.split(text) if self._control else [text]
+        ids: list[int] = []
+        for piece in pieces:
+            if piece:
+                ids += [self._control_ids[piece]] if piece in self._control_ids else self.encode(piece)
+        return ids
+
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and for each the characters of `text` it stands for; tokens of one split character share its place."""
         encoding = self._backend.encode(text, add_special_tokens=False)
-        if self._special_set.isdisjoint(encoding.ids):
+        if self._control_set.isdisjoint(encoding.ids):
             return encoding.ids, encoding.offsets
         return self._encode_around_special(text)
 
@@ -62,13 +78,20 @@ class Tokenizer:
                 f"the tokenizer has no special token {name!r}; it has {sorted(self._special_ids)}"
             ) from None
 
+    def has_special(self, name: str) -> bool:
+        return name in self._special_ids
+
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_set
+
+    def is_control(self, token_id: int) -> bool:
+        """Whether it is special or another added token that is a mark, which no text of a user becomes."""
+        return token_id in self._control_set
 
     def _encode_around_special(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Encode with every special token's text cut behind its first character, for backends that would merge it."""
         cuts = {0, len(text)}
-        for name in self._special_ids:
+        for name in self._control_ids:
             at = text.find(name)
             while at >= 0:
                 cuts.add(at + 1)
@@ -79,7 +102,7 @@ class Tokenizer:
             piece = self._backend.encode(text[start:end], add_special_tokens=False)
             ids += piece.ids
             offsets += [(start + a, start + b) for a, b in piece.offsets]
-        if not self._special_set.isdisjoint(ids):
+        if not self._control_set.isdisjoint(ids):
             raise ValueError("the tokenizer turns plain text into special tokens: each needs at least two characters")
         return ids, offsets
 

@@ -137,8 +137,8 @@ class DocumentStore:
         """Queue new bytes for a document; the old version answers until the new one is ready. Returns as
         `create_document`.
 
-        Same bytes as its newest version = nothing to do, unless that failed. `metadata` None keeps the old one. A
-        version still on its way is superseded. Raises DuplicateDocument if another document has these bytes.
+        Same bytes and metadata as its newest version = nothing to do, unless that failed. `metadata` None keeps the
+        old one. A version still on its way is superseded. Raises DuplicateDocument if another document has these bytes.
         """
         with self._db.write() as c:
             old = documents.get_document(c, document_id)
@@ -164,10 +164,7 @@ class DocumentStore:
             return documents.list_documents(c, collections, status, limit, after)
 
     def ready_documents(
-        self,
-        collections: Sequence[str],
-        document_ids: Sequence[str] | None = None,
-        filters: Filters | None = None,
+        self, collections: Sequence[str], document_ids: Sequence[str] | None = None, filters: Filters | None = None
     ) -> list[Document]:
         """The versions that answer now, in canonical order (age of the collection, ordinal).
 
@@ -200,7 +197,7 @@ class DocumentStore:
     def lease_next(self, worker_id: str, lease_s: float) -> Document | None:
         """Give the oldest version waiting to be ingested to this worker, or None; counts an attempt.
 
-        A version whose lease ran out waits again; after `max_attempts` it is failed with code `too_many_attempts`.
+        A version whose lease ran out waits again; after 3 x `max_attempts` it is failed, code `too_many_attempts`.
         """
         with self._db.write() as c:
             return jobs.lease_next(c, worker_id, lease_s, self._max_attempts, self._clock())

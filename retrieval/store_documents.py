@@ -166,7 +166,7 @@ def replace_document(c: sqlite3.Connection, old: Document, upload: Upload, now: 
     (collection_row,) = collection_rows(c, [old.collection])
     if (twin := _find_twin(c, collection_row, upload.sha256)) and twin.id != old.id:
         raise DuplicateDocument(twin.id, twin.filename, old.collection)
-    if twin and twin.status != "failed":
+    if twin and twin.status != "failed" and twin.metadata == upload.metadata:
         return replace(twin, duplicate_of=twin.id), False
     return _add_version(c, old, upload, now), True
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from .store_documents import get_document, take_ordinal
 from .types import Document, DocumentError
 
+_INTERRUPTIONS = 3  # tolerated per attempt: that a service is killed is rarely the fault of a document
 _PAUSE_S = 2.0  # before the second attempt; doubles with each further one
 
 
@@ -25,7 +26,7 @@ def lease_next(c: sqlite3.Connection, worker_id: str, lease_s: float, max_attemp
         AND CASE WHEN v.lease_until IS NULL THEN v.not_before ELSE v.lease_until END <= ?
         ORDER BY v.document_row LIMIT 1"""
     while (row := c.execute(free, (now,)).fetchone()) is not None:
-        if row["attempts"] < max_attempts:
+        if row["attempts"] < _INTERRUPTIONS * max_attempts:
             _update(
                 *(c, row["id"], row["version"], now),
                 *("attempts = attempts + 1, lease_owner = ?, lease_until = ?", (worker_id, now + lease_s)),

@@ -23,7 +23,8 @@ def _convolve(x, past, weight, bias, rows, offs_e, mask_e, t, stride_t, W: tl.co
         tap = tl.load(x + at.to(tl.int64)[:, None] * stride_t + offs_e[None, :], mask=inside, other=0.0).to(tl.float32)
         if HAS_PAST:
             before = (at[:, None] < 0) & (at[:, None] >= 1 - W) & mask_e[None, :]
-            tap += tl.load(past + offs_e[None, :] * (W - 1) + at[:, None] + W - 1, mask=before, other=0.0).to(tl.float32)
+            earlier = past + offs_e[None, :] * (W - 1) + at[:, None] + W - 1
+            tap += tl.load(earlier, mask=before, other=0.0).to(tl.float32)
         total += tap * tl.load(weight + offs_e * W + k, mask=mask_e, other=0.0).to(tl.float32)[None, :]
     return total
 
@@ -70,9 +71,7 @@ def _backward_inner_kernel(
 
 
 @triton.jit
-def _backward_input_kernel(
-    inner, weight, dx, t, e, W: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr
-):
+def _backward_input_kernel(inner, weight, dx, t, e, W: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr):
     row = tl.program_id(2).to(tl.int64)
     rows, offs_e = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BE + tl.arange(0, BE)
     mask_e = offs_e < e

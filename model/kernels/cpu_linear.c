@@ -4,7 +4,7 @@
    same bits alone and in a batch. Weights int8 with a float32 scale per output row, bf16 or float32. */
 #include "cpu_linear.h"
 
-enum { TILES_AHEAD = 4 };
+enum { TILES_AHEAD = 2 }; /* fetched into the second cache while one is multiplied */
 
 INLINE vf load_weights(const void *w, int64_t at, int64_t dtype, int lanes) {
     if (dtype != INT8) return load((rows){(void *)w, 0, dtype}, 0, at, lanes);
@@ -58,7 +58,7 @@ INLINE void dot_span(const linear *l, const float *x, float *y, int64_t ldy, int
     int64_t row = first;
     for (; row + tile <= last; row += tile) {
         const char *ahead = (const char *)l->weight + (row / tile + TILES_AHEAD) * bytes;
-        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead + i, 0, 3);
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead + i, 0, 1);
         dot_tile(l, x, y, ldy, row, tile, m, dtype);
     }
     for (; row < last; row++) dot_tile(l, x, y, ldy, row, 1, m, dtype);

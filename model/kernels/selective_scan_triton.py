@@ -61,7 +61,8 @@ def _scan_forward_kernel(
     u_t, d_t, z_t, b_t, c_t = _load_step(u, delta, z, B, C, offs_e, offs_n, mask_e, mask_n, HAS_Z)
     for i in range(t):
         if SAVE:
-            if i % STEPS == 0:
+            chunk_starts = i % STEPS == 0
+            if chunk_starts:
                 tl.store(saved + cell, h, mask=mask)
                 saved += e * n
         ahead = tl.minimum(i + 1, t - 1) - i  # the last step loads itself again

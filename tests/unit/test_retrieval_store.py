@@ -1,4 +1,4 @@
-"""The store as the truth: collections, uploads, versions, deletion, keys; on real SQLite files."""
+"""The store as the truth: collections, uploads, versions, deletion; on real SQLite files."""
 
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +17,9 @@ from retrieval.store import (
     DocumentStore,
     DuplicateDocument,
     EmbedderMismatch,
-    IdempotencyConflict,
     LeaseLost,
-    StoreUnusable,
 )
-from retrieval.types import Heading, Location, Page, ParsedDocument, StoredReply
+from retrieval.types import Heading, Location, Page, ParsedDocument
 
 
 @pytest.fixture
@@ -355,66 +353,6 @@ def test_snapshot_sees_one_state(store):
         assert store.get_text(document.id) == "before"
     with pytest.raises(DocumentNotFound):
         store.get_text(document.id)
-
-
-def test_keys(store):
-    key = store.add_key("ci", "writer", "h" * 64, ["default"])
-    assert store.find_key("h" * 64) == key
-    assert key.collections == ("default",)
-    assert store.find_key("other") is None
-    assert store.revoke_key(key.id)
-    assert not store.revoke_key(key.id)
-    assert store.find_key("h" * 64) is None
-    assert [k.revoked_at is None for k in store.list_keys()] == [False]
-
-
-def test_replies_to_repeated_requests(tmp_path):
-    now = [1000.0]
-    store = DocumentStore(tmp_path / "rag.sqlite3", clock=lambda: now[0])
-    assert store.find_reply("k", "f") is None
-    store.save_reply("k", "f", StoredReply(202, "{}"))
-    store.save_reply("k", "f", StoredReply(500, "later"))
-    assert store.find_reply("k", "f") == StoredReply(202, "{}")
-    with pytest.raises(IdempotencyConflict):
-        store.find_reply("k", "another request")
-    now[0] += 90_000
-    store.save_reply("k2", "f", StoredReply(202, "{}"))
-    assert store.find_reply("k", "f") is None
-    store.close()
-
-
-def test_settings_survive_reopening(tmp_path):
-    store = DocumentStore(tmp_path / "rag.sqlite3")
-    store.set_setting("nonce", "1")
-    store.set_setting("nonce", "2")
-    store.close()
-    store = DocumentStore(tmp_path / "rag.sqlite3")
-    assert (store.get_setting("nonce"), store.get_setting("unknown")) == ("2", None)
-    store.close()
-
-
-def test_files_that_are_not_ours_are_refused(tmp_path):
-    garbage = tmp_path / "garbage.sqlite3"
-    garbage.write_bytes(b"not a database at all, but long enough to have a header" * 20)
-    with pytest.raises(StoreUnusable, match="not a database"):
-        DocumentStore(garbage)
-
-    foreign = tmp_path / "foreign.sqlite3"
-    connection = sqlite3.connect(foreign)
-    connection.execute("CREATE TABLE theirs (x)")
-    connection.commit()
-    connection.close()
-    with pytest.raises(StoreUnusable, match="another program"):
-        DocumentStore(foreign)
-
-    newer = tmp_path / "newer.sqlite3"
-    DocumentStore(newer).close()
-    connection = sqlite3.connect(newer)
-    connection.execute("PRAGMA user_version = 999")
-    connection.commit()
-    connection.close()
-    with pytest.raises(StoreUnusable, match="newer"):
-        DocumentStore(newer)
 
 
 def test_readers_and_writers_in_many_threads(store):

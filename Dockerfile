@@ -1,0 +1,36 @@
+# Two images from one file: `api` for the CPU, `gpu` for one NVIDIA card. They differ in the PyTorch build they carry and
+# in nothing else. The PyTorch that pip finds by default on x86-64 carries CUDA; pass the index of the CPU builds as
+# PIP_EXTRA_INDEX_URL to make a small `api` image.
+FROM python:3.11-slim AS base
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+FROM base AS build
+ARG PIP_EXTRA_INDEX_URL=""
+WORKDIR /src
+RUN python3 -m venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH
+COPY pyproject.toml .
+# Dependencies first and by themselves: this layer is rebuilt only when pyproject.toml changes.
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > requirements.txt \
+    && pip install --quiet -r requirements.txt
+COPY . .
+RUN pip install --quiet --no-deps .
+
+FROM base AS api
+# The CPU kernels are compiled at the first start, for the processor they will run on; Triton needs the compiler as well.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --user-group --home-dir /cache --create-home jamba \
+    && install -d -o jamba -g jamba -m 0700 /data
+COPY --from=build /opt/venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH HOME=/cache HF_HUB_OFFLINE=1 JAMBA_RAG_DATA_DIR=/data
+WORKDIR /data
+USER jamba
+VOLUME ["/data", "/cache"]
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
+    CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/readyz', timeout=4)"]
+CMD ["jamba-rag", "serve", "--host", "0.0.0.0", "--port", "8000"]
+
+FROM api AS gpu
+ENV JAMBA_RAG_MODEL__DEVICE=cuda

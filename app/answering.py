@@ -1,0 +1,150 @@
+"""From the model's tokens to what a reader gets: text, and quotes with the place where each stands in its document.
+
+The prompt is made in prompting.py, and quotes.py says where a quote stands. Start at `AnswerWriter.push`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from app.quotes import LocatedQuote, QuoteTokens, locate_quote
+from model.tokenizer import StreamDecoder, Tokenizer
+from retrieval.types import Passage
+
+NOT_FOUND_TEXT = "The documents do not answer this question."
+_BETWEEN_QUOTES = "\n"
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """What is to be appended to the text shown so far."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Quoted:
+    """text[start:end] of the answer is a quote that was found in the evidence."""
+
+    start: int
+    end: int
+    quote: LocatedQuote
+
+
+AnswerPart = TextPiece | Quoted
+
+
+class AnswerReader(Protocol):
+    """Reads the tokens of one answer.
+
+    After `finish`: `text` is the answer, `quoted` its quotes, `rejected` counts quotes that no passage holds and that
+    were therefore left out of the text, `said_none` tells that the model refused, `unchecked_text` is what it said
+    instead without one quote that some passage holds. `none_margin` is log P(none) - log P(quote) where it decided.
+    """
+
+    quoted: list[Quoted]
+    rejected: int
+    said_none: bool
+    none_margin: float
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def unchecked_text(self) -> str: ...
+
+    def push(self, token_id: int) -> Iterator[AnswerPart]:
+        """What this token adds."""
+        ...
+
+    def finish(self) -> Iterator[AnswerPart]:
+        """What is left when the generation has ended, wherever that was."""
+        ...
+
+
+class AnswerWriter:
+    """The `AnswerReader` of the shipped format: quotes become text and citations, everything else is form."""
+
+    unchecked_text = ""
+
+    def __init__(self, tokenizer: Tokenizer, tokens: QuoteTokens, passages: Sequence[Passage]) -> None:
+        self._tokenizer, self._tokens, self._passages = tokenizer, tokens, passages
+        self._state: Literal["outside", "quote", "document"] = "outside"
+        self._decoder = StreamDecoder(tokenizer)
+        self._base = 0  # length of the text before the quote
+        self._quote = ""  # what stands between the quote's marks so far, without leading white space
+        self._shown = 0  # characters given out since `_base`
+        self._document: list[int] = []
+        self.text = ""
+        self.quoted: list[Quoted] = []
+        self.rejected = 0
+        self.said_none = False
+        self.none_margin = 0.0
+
+    def push(self, token_id: int) -> Iterator[AnswerPart]:
+        """What this token adds: text of a quote as far as the evidence holds it, and the citation when it is complete.
+
+        White space at the ends of a quote is not shown.
+        """
+        tokens = self._tokens
+        if token_id == tokens.none:
+            self.said_none = True
+        elif token_id == tokens.quote:
+            yield from self._end_document()
+            self._begin_quote()
+        elif token_id == tokens.end_quote:
+            yield from self._end_quote()
+        elif self._state == "quote":
+            yield from self._read(self._decoder.push(token_id))
+        elif self._state == "document":
+            self._document.append(token_id)
+
+    def finish(self) -> Iterator[AnswerPart]:
+        """What is left when the generation has ended, wherever that was."""
+        if self._state == "quote":
+            yield from self._end_quote()
+        yield from self._end_document()
+
+    def _begin_quote(self) -> None:
+        self._state, self._decoder = "quote", StreamDecoder(self._tokenizer)
+        self._base, self._quote, self._shown = len(self.text), "", 0
+
+    def _read(self, text: str) -> Iterator[TextPiece]:
+        self._quote = (self._quote + text).lstrip()
+        certain = self._quote.rstrip()
+        if certain and any(certain in passage.text for passage in self._passages):
+            yield from self._show(certain)
+
+    def _show(self, quote: str) -> Iterator[TextPiece]:
+        whole = self._gap() + quote
+        if len(whole) > self._shown:
+            self.text = self.text[: self._base] + whole
+            yield TextPiece(whole[self._shown :])
+            self._shown = len(whole)
+
+    def _gap(self) -> str:
+        return _BETWEEN_QUOTES if self._base else ""
+
+    def _end_quote(self) -> Iterator[TextPiece]:
+        yield from self._read(self._decoder.finish())
+        self._state, self._document = "document", []
+
+    def _end_document(self) -> Iterator[AnswerPart]:
+        if self._state != "document":
+            return
+        self._state = "outside"
+        quote = self._quote.rstrip()
+        found = locate_quote(quote, self._passages, _ordinal(self._tokenizer.decode(self._document)))
+        if found is None:
+            self.rejected += 1
+            self.text = self.text[: self._base]
+            return
+        yield from self._show(quote)
+        start = self._base + len(self._gap())
+        self.quoted.append(Quoted(start, start + len(quote), found))
+        yield self.quoted[-1]
+
+
+def _ordinal(cited: str) -> int | None:
+    number = cited.strip().removeprefix("d")
+    return int(number) if number.isascii() and number.isdigit() else None

@@ -1,0 +1,72 @@
+"""The OpenAPI description as one plain page: no scripts, nothing loaded from elsewhere."""
+
+from collections.abc import Iterator, Mapping
+from html import escape
+from typing import Any
+
+_METHODS = ("get", "post", "put", "patch", "delete")
+
+
+def render_api_page(openapi: Mapping[str, Any]) -> str:
+    """HTML for `/docs`."""
+    info = openapi["info"]
+    body = "".join(_operations(openapi)) + "<h2>Bodies</h2>" + "".join(_schemas(openapi))
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f'<title>{escape(info["title"])} API</title><link rel="stylesheet" href="/web/style.css"></head><body>'
+        f'<main class="api"><h1>{escape(info["title"])} {escape(info["version"])}</h1><p>{escape(info["description"])} '
+        f'The same for programs: <a href="/openapi.json">openapi.json</a>.</p>{body}</main></body></html>'
+    )
+
+
+def _operations(openapi: Mapping[str, Any]) -> Iterator[str]:
+    for path, item in openapi["paths"].items():
+        for method in _METHODS:
+            if operation := item.get(method):
+                yield f"<h2><code>{method.upper()} {escape(path)}</code></h2>"
+                yield f"<p>{escape(operation.get('description', operation.get('summary', '')))}</p>"
+                yield _list(_parameters(operation))
+                yield _list(_responses(operation))
+
+
+def _parameters(operation: Mapping[str, Any]) -> Iterator[str]:
+    for parameter in operation.get("parameters", ()):
+        required = ", required" if parameter.get("required") else ""
+        yield f"<code>{escape(parameter['name'])}</code> ({parameter['in']}{required}): {_type(parameter['schema'])}"
+    for media_type, content in operation.get("requestBody", {}).get("content", {}).items():
+        yield f"body, {escape(media_type)}: {_type(content['schema'])}"
+
+
+def _responses(operation: Mapping[str, Any]) -> Iterator[str]:
+    for status, response in operation["responses"].items():
+        types = [_type(content.get("schema", {})) for content in response.get("content", {}).values()]
+        yield f"{escape(status)} {escape(response['description'])} {' '.join(types)}"
+
+
+def _schemas(openapi: Mapping[str, Any]) -> Iterator[str]:
+    for name, schema in sorted(openapi.get("components", {}).get("schemas", {}).items()):
+        yield f'<h3 id="{escape(name)}"><code>{escape(name)}</code></h3><p>{escape(schema.get("description", ""))}</p>'
+        fields = schema.get("properties", {}).items()
+        yield _list(f"<code>{escape(field)}</code>: {_type(value)}" for field, value in fields)
+
+
+def _type(schema: Mapping[str, Any]) -> str:
+    """A short name of a JSON schema, as HTML."""
+    if ref := schema.get("$ref"):
+        name = escape(ref.rsplit("/", 1)[-1])
+        return f'<a href="#{name}">{name}</a>'
+    for union in ("anyOf", "oneOf"):
+        if union in schema:
+            return " or ".join(_type(option) for option in schema[union])
+    if "enum" in schema or "const" in schema:
+        return " or ".join(f"<code>{escape(str(value))}</code>" for value in schema.get("enum", [schema.get("const")]))
+    if schema.get("type") == "array":
+        return f"list of {_type(schema.get('items', {}))}"
+    if schema.get("type") == "object" and "properties" in schema:
+        return ", ".join(f"<code>{escape(name)}</code> {_type(value)}" for name, value in schema["properties"].items())
+    return escape(str(schema.get("type", "any value")))
+
+
+def _list(items: Iterator[str]) -> str:
+    entries = "".join(f"<li>{item}</li>" for item in items)
+    return f"<ul>{entries}</ul>" if entries else ""

@@ -1,0 +1,350 @@
+"""The command `jamba-rag`. Commands speak HTTP to a service, a running one (`--url`) or one in this process.
+
+Exit codes: 0 fine, 1 the work failed (message on stderr), 2 wrong usage.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import quote
+
+import typer
+
+from app import render
+from app.settings import Settings, SettingsError, load_settings
+from retrieval.types import OnConflict, Status
+
+app = typer.Typer(
+    name="jamba-rag",
+    help="Ask your own documents; every quote is checked against the source.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+documents = typer.Typer(help="List, show, delete and retry documents.", no_args_is_help=True)
+keys = typer.Typer(help="Create, list and revoke API keys.", no_args_is_help=True)
+app.add_typer(documents, name="documents")
+app.add_typer(keys, name="keys")
+
+Url = Annotated[str | None, typer.Option("--url", help="Talk to a running service. [env: JAMBA_RAG_URL]")]
+Key = Annotated[str | None, typer.Option("--key", help="API key for --url. [env: JAMBA_RAG_KEY]")]
+DataDirectory = Annotated[
+    Path | None, typer.Option("--data-dir", help="Work in process on this directory. [env: JAMBA_RAG_DATA_DIR]")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Collection = Annotated[str, typer.Option("--collection", "-c", help="Collection to work on.")]
+
+
+def _settings(url: str | None, key: str | None, data_dir: Path | None, **groups: Any) -> Settings:
+    given: dict[str, Any] = {"url": url, "key": key, "data_dir": data_dir}
+    given = {name: value for name, value in given.items() if value is not None}
+    if data_dir is not None and url is None:
+        given["url"] = None  # a data dir on the command line is stronger than a URL in the environment
+    return load_settings(**given, **groups)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=None if not sys.stdout.isatty() else 2) + "\n")
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    data_dir: DataDirectory = None,
+) -> None:
+    """Run the service until it is interrupted."""
+    import uvicorn
+
+    from app.log import configure_logging
+    from app.main import create_app
+
+    server = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    settings = _settings(None, None, data_dir, **({"server": server} if server else {}))
+    configure_logging(settings.log.level, settings.log.format)
+    config = uvicorn.Config(
+        create_app(settings),
+        host=settings.server.host,
+        port=settings.server.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=settings.server.shutdown_s,
+    )
+    try:
+        uvicorn.Server(config).run()
+    except SystemExit:  # its own codes; what failed is logged
+        raise typer.Exit(_fail(f"cannot listen on {config.host}:{config.port}; the messages above say why")) from None
+    except KeyboardInterrupt:  # has stopped in order
+        pass
+
+
+@app.command()
+def ingest(
+    paths: Annotated[list[str], typer.Argument(help="Files, folders and globs.", metavar="PATH...")],
+    collection: Collection = "default",
+    metadata: Annotated[str | None, typer.Option(help="A JSON object kept with every document.")] = None,
+    on_conflict: Annotated[OnConflict, typer.Option(help="Same bytes again: skip, replace or error.")] = "skip",
+    url: Url = None,
+    key: Key = None,
+    data_dir: DataDirectory = None,
+    as_json: Json = False,
+) -> None:
+    """Upload files and wait until they are searchable. Exit 1 if one of them failed."""
+    from app.client import connect
+    from app.ingesting import expand_paths, ingest_files
+
+    if metadata is not None and not _is_json_object(metadata):
+        raise typer.BadParameter("must be a JSON object, such as '{\"year\": 2024}'", param_hint="--metadata")
+    files = expand_paths(paths)
+    fields = {"collection": collection, "on_conflict": on_conflict, **({"metadata": metadata} if metadata else {})}
+    with connect(_settings(url, key, data_dir), answering=False) as service:
+        result = ingest_files(service, files, fields)
+    if as_json:
+        _print_json(result)
+    else:
+        render.show_documents(result["data"])
+    for error in result["errors"]:
+        render.err.print(f"{error['filename']}: {error['detail']}", style="red", markup=False)
+    if result["errors"] or any(document["status"] == "failed" for document in result["data"]):
+        raise typer.Exit(1)
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+@app.command()
+def ask(
+    question: str,
+    collection: Annotated[list[str] | None, typer.Option("--collection", "-c", help="May be repeated.")] = None,
+    mode: Annotated[Literal["auto", "rag", "full_context"], typer.Option(help="How much the model reads.")] = "auto",
+    stream: Annotated[bool | None, typer.Option("--stream/--no-stream", help="Default: on a terminal.")] = None,
+    url: Url = None,
+    key: Key = None,
+    data_dir: DataDirectory = None,
+    as_json: Json = False,
+) -> None:
+    """Answer a question from the documents, with quotes."""
+    from app.client import connect
+
+    body: dict[str, Any] = {"question": question, "mode": mode, "collections": collection or None}
+    with connect(_settings(url, key, data_dir)) as service:
+        if as_json:
+            _print_json(service.request("POST", "/v1/answers", json=body))
+        elif stream or (stream is None and sys.stdout.isatty()):
+            _show_stream(service.stream("/v1/answers", body | {"stream": True}))
+        else:
+            render.show_answer(service.request("POST", "/v1/answers", json=body))
+
+
+def _show_stream(events: Any) -> None:
+    for kind, data in events:
+        if kind == "answer.text.delta":
+            render.out.print(render.tame(data["text"]), end="", markup=False, style="bold")
+        elif kind == "answer.completed":
+            render.out.print()
+            render.show_answer(data, with_text=False)
+        elif kind == "answer.error":
+            raise typer.Exit(_fail(data["detail"]))
+
+
+@app.command()
+def search(
+    query: str,
+    collection: Annotated[list[str] | None, typer.Option("--collection", "-c", help="May be repeated.")] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=50)] = 10,
+    mode: Annotated[Literal["hybrid", "dense", "lexical"], typer.Option()] = "hybrid",
+    url: Url = None,
+    key: Key = None,
+    data_dir: DataDirectory = None,
+    as_json: Json = False,
+) -> None:
+    """Find passages without asking the model."""
+    from app.client import connect
+
+    body = {"query": query, "collections": collection or None, "max_num_results": limit, "mode": mode}
+    with connect(_settings(url, key, data_dir), answering=False) as service:
+        found = service.request("POST", "/v1/search", json=body)
+    _print_json(found) if as_json else render.show_hits(found["data"])
+
+
+@documents.command("list")
+def list_documents(
+    collection: Annotated[str | None, typer.Option("--collection", "-c")] = None,
+    status: Annotated[Status | None, typer.Option()] = None,
+    url: Url = None,
+    key: Key = None,
+    data_dir: DataDirectory = None,
+    as_json: Json = False,
+) -> None:
+    """All documents, oldest first."""
+    from app.client import connect
+
+    found: list[dict[str, Any]] = []
+    params: dict[str, Any] = {"limit": 1000}
+    params |= {name: value for name, value in (("collection", collection), ("status", status)) if value is not None}
+    with connect(_settings(url, key, data_dir), answering=False) as service:
+        while True:
+            page = service.request("GET", "/v1/documents", params=params)
+            found += page["data"]
+            if not page["has_more"]:
+                break
+            params["after"] = found[-1]["id"]
+    _print_json({"object": "list", "data": found}) if as_json else render.show_documents(found)
+
+
+@documents.command("show")
+def show_document(
+    document_id: str, url: Url = None, key: Key = None, data_dir: DataDirectory = None, as_json: Json = False
+) -> None:
+    """Everything known about one document."""
+    from app.client import connect
+
+    with connect(_settings(url, key, data_dir), answering=False) as service:
+        document = service.request("GET", f"/v1/documents/{quote(document_id, safe='')}")
+    _print_json(document) if as_json else render.show_table(("field", "value"), document.items())
+
+
+@documents.command("delete")
+def delete_documents(
+    document_ids: Annotated[list[str], typer.Argument(metavar="ID...")],
+    url: Url = None,
+    key: Key = None,
+    data_dir: DataDirectory = None,
+) -> None:
+    """Remove documents from everything."""
+    from app.client import connect
+
+    with connect(_settings(url, key, data_dir), answering=False) as service:
+        for document_id in document_ids:
+            service.request("DELETE", f"/v1/documents/{quote(document_id, safe='')}")
+
+
+@documents.command("retry")
+def retry_documents(
+    document_ids: Annotated[list[str], typer.Argument(metavar="ID...")],
+    url: Url = None,
+    key: Key = None,
+    data_dir: DataDirectory = None,
+    as_json: Json = False,
+) -> None:
+    """Ingest failed documents again and wait for them."""
+    from app.client import connect
+    from app.ingesting import wait_for
+
+    with connect(_settings(url, key, data_dir), answering=False) as service:
+        paths = [f"/v1/documents/{quote(document_id, safe='')}/retry" for document_id in document_ids]
+        queued = [service.request("POST", path) for path in paths]
+        done = wait_for(service, queued)
+    _print_json({"object": "list", "data": done}) if as_json else render.show_documents(done)
+    if any(document["status"] == "failed" for document in done):
+        raise typer.Exit(1)
+
+
+@keys.command("create")
+def create_key(
+    name: str,
+    role: Annotated[Literal["reader", "writer", "admin"], typer.Option()] = "reader",
+    collection: Annotated[list[str] | None, typer.Option("--collection", "-c", help="Bind the key to these.")] = None,
+    url: Url = None,
+    key: Key = None,
+    data_dir: DataDirectory = None,
+    as_json: Json = False,
+) -> None:
+    """Make a key and print it; it is shown only now."""
+    from app.client import connect
+
+    body = {"name": name, "role": role, "collections": collection or None}
+    with connect(_settings(url, key, data_dir), answering=False) as service:
+        made = service.request("POST", "/v1/keys", json=body)
+    _print_json(made) if as_json else sys.stdout.write(made["key"] + "\n")
+
+
+@keys.command("list")
+def list_keys(url: Url = None, key: Key = None, data_dir: DataDirectory = None, as_json: Json = False) -> None:
+    """All keys, without the keys themselves."""
+    from app.client import connect
+
+    with connect(_settings(url, key, data_dir), answering=False) as service:
+        found = service.request("GET", "/v1/keys")
+    headers = ("id", "name", "role", "collections", "revoked_at")
+    _print_json(found) if as_json else render.show_table(headers, ([k[h] for h in headers] for k in found["data"]))
+
+
+@keys.command("revoke")
+def revoke_key(key_id: str, url: Url = None, key: Key = None, data_dir: DataDirectory = None) -> None:
+    """End a key at once."""
+    from app.client import connect
+
+    with connect(_settings(url, key, data_dir), answering=False) as service:
+        service.request("DELETE", f"/v1/keys/{quote(key_id, safe='')}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", exists=True, file_okay=False)],
+    target: Annotated[Path, typer.Argument(metavar="DST")],
+    to: Annotated[Literal["int8", "int4", "bf16", "fp32"], typer.Option(help="How weights are stored.")] = "int8",
+) -> None:
+    """Write a Hugging Face checkpoint in another number format."""
+    from model import convert_checkpoint
+
+    with render.progress_bar() as progress:
+        task = progress.add_task("tensors", total=None)
+        convert_checkpoint(source, target, to, lambda done, total: progress.update(task, completed=done, total=total))
+
+
+@app.command()
+def doctor(url: Url = None, key: Key = None, data_dir: DataDirectory = None, as_json: Json = False) -> None:
+    """Check device, kernels, checkpoint, Redis, and the index against the database. Exit 1 on a fault."""
+    from app.doctor import examine
+
+    findings = examine(_settings(url, key, data_dir))
+    if as_json:
+        _print_json({"ok": all(finding.ok for finding in findings), "checks": [vars(f) for f in findings]})
+    else:
+        rows = [("ok" if f.ok else "FAULT", f.name, f.detail) for f in findings]
+        render.show_table(("", "check", "finding"), rows)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def backup(file: Annotated[Path, typer.Argument(metavar="FILE")], data_dir: DataDirectory = None) -> None:
+    """Write database and originals into one file, also while the service runs."""
+    from app.backup import write_backup
+
+    count = write_backup(_settings(None, None, data_dir).data_dir, file)
+    render.err.print(f"{file}: database and {count} originals", markup=False)
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False)], data_dir: DataDirectory = None
+) -> None:
+    """Unpack a backup into an empty data directory."""
+    from app.backup import restore_backup
+
+    count = restore_backup(file, _settings(None, None, data_dir).data_dir)
+    render.err.print(f"restored database and {count} originals", markup=False)
+
+
+def _fail(message: str) -> int:
+    render.err.print(f"error: {message}", style="red", markup=False)
+    return 1
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script."""
+    try:
+        app(arguments)
+    except SettingsError as error:
+        _fail(str(error))
+        sys.exit(2)
+    except (ValueError, RuntimeError, OSError) as error:  # the rooms' own errors: their messages say what to do
+        sys.exit(_fail(str(error)))

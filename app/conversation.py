@@ -1,0 +1,64 @@
+"""Earlier turns of a conversation, and what to search for when a question leans on them.
+
+The rule is simple and knows English function words only: docs/architecture.md says what it can't do. Start at
+`standalone_query`.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+_FEW_WORDS = 5
+_MAX_ADDED_WORDS = 32
+_MAX_READ_CHARS = 10_000
+_WORD = re.compile(r"[^\W_]+(?:[-.'’_][^\W_]+)*")
+_PRONOUNS = frozenset(_WORD.findall("he him his she her hers it its they them their theirs this that these those"))
+_FUNCTION_WORDS = _PRONOUNS | frozenset(
+    _WORD.findall(
+        "a about also an and any are as at be been but by can could did do does else for from had has have how i if "
+        "in into is me more my no not of ok okay on or our please should so some tell than thanks the then there to "
+        "too us was we were what what's when where which who who's whom whose why will with would yes you your"
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    role: Literal["user", "assistant"]
+    text: str
+
+
+def alternate_turns(turns: Iterable[Turn]) -> list[Turn]:
+    """The same turns as chat templates want them: the user's first, neighbours of one role joined."""
+    joined: list[Turn] = []
+    for turn in turns:
+        if joined and joined[-1].role == turn.role:
+            joined[-1] = Turn(turn.role, f"{joined[-1].text}\n\n{turn.text}")
+        elif joined or turn.role == "user":
+            joined.append(turn)
+    return joined
+
+
+def standalone_query(question: str, turns: Sequence[Turn]) -> str:
+    """What to search for: a follow-up gets the content words of the user's question before it.
+
+    A follow-up is a question with a pronoun or with fewer than five content words.
+    """
+    asked = (_content_words(turn.text) for turn in reversed(turns) if turn.role == "user")
+    before = next((words for words in asked if words), [])
+    own = _content_words(question)
+    if len(own) >= _FEW_WORDS and _PRONOUNS.isdisjoint(_words(question)):
+        return question
+    known = {word.lower() for word in own}
+    return " ".join([question, *(word for word in before if word.lower() not in known)])
+
+
+def _words(text: str) -> list[str]:
+    return [word.lower() for word in _WORD.findall(text[:_MAX_READ_CHARS])]
+
+
+def _content_words(text: str) -> list[str]:
+    """Words that say what a question is about, each once, in order."""
+    words = dict.fromkeys(word for word in _WORD.findall(text[:_MAX_READ_CHARS]))
+    return [word for word in words if word.lower() not in _FUNCTION_WORDS][:_MAX_ADDED_WORDS]

@@ -1,0 +1,52 @@
+"""The data directory: what lies where, and the lock that keeps a second writer out."""
+
+import fcntl
+import os
+from pathlib import Path
+from typing import Self
+
+
+class DataDirInUse(RuntimeError):
+    """Another process has this data directory open."""
+
+
+class DataDir:
+    """An open data directory; close it to let the next process in."""
+
+    def __init__(self, path: Path) -> None:
+        """Create it if it isn't there. Raises DataDirInUse, naming the process that has it."""
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(self._lock, 32).decode(errors="replace").strip() or "unknown"
+            os.close(self._lock)
+            raise DataDirInUse(
+                f"{path} is in use by process {owner}; talk to that service with --url, or stop it, or take another "
+                "--data-dir"
+            ) from None
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+
+    @property
+    def database(self) -> Path:
+        return self.path / "rag.sqlite3"
+
+    @property
+    def files(self) -> Path:
+        return self.path / "files"
+
+    @property
+    def index(self) -> Path:
+        return self.path / "faiss"
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

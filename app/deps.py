@@ -1,0 +1,45 @@
+"""What routes ask for in their signatures: the service, the settings, and a key of sufficient role."""
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+from fastapi.security import HTTPBearer
+
+from app.auth import Authenticator, Principal
+from app.service import RagService
+from app.settings import Settings
+from retrieval.types import Role
+
+_scheme = HTTPBearer(auto_error=False, description="An API key; the first start writes one to <data-dir>/admin.key.")
+
+
+def _service(request: Request) -> RagService:
+    return request.app.state.service
+
+
+def _settings(request: Request) -> Settings:
+    return request.app.state.settings
+
+
+def _authenticator(request: Request) -> Authenticator:
+    return request.app.state.authenticator
+
+
+class _Require:
+    """Dependency that gives the Principal found by the middleware. Raises Forbidden below `role`."""
+
+    def __init__(self, role: Role) -> None:
+        self._role = role
+
+    async def __call__(self, request: Request, _: Annotated[object, Depends(_scheme)]) -> Principal:
+        principal: Principal = request.state.principal
+        principal.require(self._role)
+        return principal
+
+
+ServiceDep = Annotated[RagService, Depends(_service)]
+SettingsDep = Annotated[Settings, Depends(_settings)]
+AuthenticatorDep = Annotated[Authenticator, Depends(_authenticator)]
+Reader = Annotated[Principal, Depends(_Require("reader"))]
+Writer = Annotated[Principal, Depends(_Require("writer"))]
+Admin = Annotated[Principal, Depends(_Require("admin"))]

@@ -1,0 +1,211 @@
+"""One table: what went wrong -> problem+json. Routes raise what the rooms raise and catch nothing.
+
+An exception lives beside the code that raises it; its message becomes `detail`, so it says what, the limit, what to do.
+"""
+
+import errno
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+
+from app.auth import Forbidden, Unauthorized
+from app.log import request_id_var
+from app.uploads import BadUpload
+from ingest.files import FileTooLarge
+from ingest.files import StorageFull as FilesFull
+from ingest.sniff import EmptyFile, UnsupportedMediaType
+from model.engine import ContextTooLong, EngineOverloaded
+from model.engine_thread import EngineStopped
+from retrieval.packing import EvidenceTooLarge
+from retrieval.store import (
+    CollectionExists,
+    CollectionNotFound,
+    DocumentNotFound,
+    DocumentNotReady,
+    DuplicateDocument,
+    IdempotencyConflict,
+    StorageFull,
+)
+
+log = logging.getLogger(__name__)
+
+PROBLEM_TYPE = "application/problem+json"
+
+
+class InvalidRequest(ValueError):
+    """The request is well-formed, but what it asks for makes no sense."""
+
+
+class Overloaded(RuntimeError):
+    """As much is running and waiting as this service takes on."""
+
+
+class BodyTooLarge(ValueError):
+    """A request that is no upload is longer than any such request needs to be."""
+
+
+class DocumentDeleted(RuntimeError):
+    """A document was deleted while an answer was being made from it."""
+
+
+class QuestionTooLong(ValueError):
+    """The question has so many characters that no context holds it; it isn't even tokenised."""
+
+
+class KeyNotFound(ValueError):
+    """No key in force has this id."""
+
+
+class ModelNotFound(ValueError):
+    """No collection stands behind this model name."""
+
+
+class UploadRefused(ValueError):
+    """No file of the request was accepted; `cause` is why the first was not, `errors` names them all."""
+
+    def __init__(self, cause: Exception, errors: Sequence[dict[str, str]]) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+        self.errors = list(errors)
+
+
+@dataclass(frozen=True)
+class ErrorKind:
+    status: int
+    code: str
+    title: str
+
+
+ERRORS: dict[type[Exception], ErrorKind] = {
+    Unauthorized: ErrorKind(401, "unauthorized", "A valid API key is needed"),
+    Forbidden: ErrorKind(403, "forbidden", "The key's role does not allow this"),
+    CollectionNotFound: ErrorKind(404, "collection_not_found", "No such collection"),
+    DocumentNotFound: ErrorKind(404, "document_not_found", "No such document"),
+    KeyNotFound: ErrorKind(404, "key_not_found", "No such key"),
+    ModelNotFound: ErrorKind(404, "model_not_found", "No such model"),
+    CollectionExists: ErrorKind(409, "collection_exists", "The collection is there already"),
+    DocumentNotReady: ErrorKind(409, "document_not_ready", "The document is not ready yet"),
+    DuplicateDocument: ErrorKind(409, "duplicate", "The same file is there already"),
+    DocumentDeleted: ErrorKind(409, "document_deleted", "A document of the answer was deleted"),
+    IdempotencyConflict: ErrorKind(409, "idempotency_conflict", "The Idempotency-Key was used with another request"),
+    FileTooLarge: ErrorKind(413, "file_too_large", "The file is too large"),
+    ContextTooLong: ErrorKind(413, "context_too_long", "The prompt does not fit the model's context"),
+    QuestionTooLong: ErrorKind(413, "context_too_long", "The prompt does not fit the model's context"),
+    EvidenceTooLarge: ErrorKind(413, "context_too_long", "The documents do not fit the model's context"),
+    BodyTooLarge: ErrorKind(413, "request_too_large", "The request is too large"),
+    UnsupportedMediaType: ErrorKind(415, "unsupported_media_type", "This kind of file cannot be read"),
+    EmptyFile: ErrorKind(422, "empty_file", "The file is empty"),
+    BadUpload: ErrorKind(422, "invalid_request", "The upload is not a valid form"),
+    InvalidRequest: ErrorKind(422, "invalid_request", "The request is not valid"),
+    Overloaded: ErrorKind(429, "overloaded", "The service is busy"),
+    EngineOverloaded: ErrorKind(429, "overloaded", "The service is busy"),
+    EngineStopped: ErrorKind(503, "unavailable", "The service is stopping"),
+    FilesFull: ErrorKind(507, "storage_full", "The disk is full"),
+    StorageFull: ErrorKind(507, "storage_full", "The disk is full"),
+}
+_INTERNAL = ErrorKind(500, "internal_error", "Something went wrong in the service")
+_RETRY_AFTER_S = 2
+_OPENAI_PATHS = ("/v1/chat/", "/v1/models")
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def kind_of(error: BaseException) -> ErrorKind:
+    """The row of the table for this exception, or that of an internal error."""
+    for cls in type(error).__mro__:
+        if cls in ERRORS:
+            return ERRORS[cls]
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return ERRORS[StorageFull]
+    return _INTERNAL
+
+
+def problem_body(kind: ErrorKind, detail: str, **more: Any) -> dict[str, Any]:
+    """Members of the problem+json for this request."""
+    return {
+        "type": f"urn:jamba-rag:problem:{kind.code}",
+        "title": kind.title,
+        "status": kind.status,
+        "detail": detail,
+        "code": kind.code,
+        "request_id": request_id_var.get(),
+        **more,
+    }
+
+
+def describe_error(error: Exception) -> dict[str, Any]:
+    """Problem of an exception, also for the end of an event stream. What is our fault is logged, not shown."""
+    if isinstance(error, UploadRefused):
+        return problem_body(kind_of(error.cause), str(error), errors=error.errors)
+    kind = kind_of(error)
+    if kind.status == 500:
+        log.error("unexpected error", exc_info=error)
+        return problem_body(kind, "the service's log has the cause under this request id")
+    return problem_body(kind, str(error))
+
+
+def problem_response(path: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
+    """problem+json; on the OpenAI-shaped paths also with the member `error` that clients of OpenAI read."""
+    if path.startswith(_OPENAI_PATHS):
+        error = {"message": body["detail"], "type": body["code"], "code": body["code"], "param": None}
+        body = {**body, "error": error}
+    return JSONResponse(body, body["status"], headers, media_type=PROBLEM_TYPE)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer every exception that leaves a route with problem+json."""
+    app.add_exception_handler(Exception, _on_error)
+    for cls in (*ERRORS, UploadRefused, OSError):
+        app.add_exception_handler(cls, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    body = describe_error(error)
+    headers = {}
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    if body["status"] in (429, 503):
+        headers["Retry-After"] = str(_RETRY_AFTER_S)
+    return problem_response(request.url.path, body, headers)
+
+
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    details = "; ".join(_describe_field(field) for field in error.errors()[:5])
+    if error.errors()[0]["type"] == "model_attributes_type" and "json" not in request.headers.get("content-type", ""):
+        details += "; send JSON with the header Content-Type: application/json"
+    return problem_response(request.url.path, problem_body(ERRORS[InvalidRequest], details))
+
+
+def _describe_field(field: dict[str, Any]) -> str:
+    names = [str(part) for part in field["loc"] if part != "body"]
+    place = ".".join(name for name in names if "[" not in name)  # brackets: which type of a union was tried
+    if field["type"] == "json_invalid":
+        return f"the body is not JSON: {field.get('ctx', {}).get('error', field['msg'])} at character {place}"
+    return f"{place or 'body'}: {field['msg']}"
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """What the framework itself refuses: unknown paths, wrong methods, bodies that it cannot read as JSON."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 400 and isinstance(cause := error.__cause__, Exception):
+        problem = cause if type(cause) in ERRORS else InvalidRequest(f"the body is not JSON that can be read: {cause}")
+        return problem_response(request.url.path, describe_error(problem))
+    phrase = HTTPStatus(error.status_code).phrase
+    kind = ErrorKind(error.status_code, phrase.lower().replace(" ", "_"), phrase)
+    body = problem_body(kind, f"{request.method} {request.url.path}: {error.detail}")
+    return problem_response(request.url.path, body, dict(error.headers or {}))
+
+
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)

@@ -1,0 +1,120 @@
+"""One question to what the model reads for it: search, mode, budget, packing. Start at `EvidenceFinder.find`."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from app.conversation import Turn, standalone_query
+from app.prompting import AnswerFormat
+from app.settings import AnswerSettings
+from retrieval.packing import EvidenceTooLarge, pack_evidence
+from retrieval.search import Retriever
+from retrieval.store import DocumentStore
+from retrieval.types import Evidence, EvidenceMode, Filters, Hit, SearchParams
+
+SHOWN_SOURCES = 10
+
+
+@dataclass(frozen=True)
+class Query:
+    """A question after its rights were checked; `collections` exist and may be seen. `turns` came before it."""
+
+    question: str
+    collections: Sequence[str]
+    document_ids: Sequence[str] | None
+    filters: Filters | None
+    mode: EvidenceMode
+    max_evidence_tokens: int | None
+    max_output_tokens: int
+    temperature: float = 0.0
+    seed: int | None = None
+    turns: Sequence[Turn] = ()
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a question is answered from. `may_widen`: there is more that would fit, should this not hold the answer."""
+
+    hits: Sequence[Hit]
+    evidence: Evidence
+    retrieval_ms: float
+    pack_ms: float
+    may_widen: bool
+
+    @property
+    def document_ids(self) -> frozenset[str]:
+        return frozenset(passage.document_id for passage in self.evidence.passages)
+
+
+class EvidenceFinder:
+    """Finds evidence within what the model's context leaves. Thread safe; everything blocks."""
+
+    def __init__(
+        self,
+        store: DocumentStore,
+        retriever: Retriever,
+        prompt_format: AnswerFormat,
+        settings: AnswerSettings,
+        evidence_hits: int,
+    ) -> None:
+        self._store, self._retriever, self._format = store, retriever, prompt_format
+        self._settings, self._evidence_hits = settings, evidence_hits
+
+    def find(self, query: Query, widened: bool = False) -> Found:
+        """Evidence for a question; `widened` takes all that fits. Raises ContextTooLong, CollectionNotFound, and
+        EvidenceTooLarge when `full_context` was asked for and doesn't fit."""
+        whole_budget = self._whole_budget(query)
+        start = time.perf_counter()
+        wanted = self._evidence_hits * (4 if widened else 1)
+        params = SearchParams(wanted, "hybrid", query.filters, query.document_ids)
+        asked = standalone_query(query.question, query.turns)
+        hits = self._retriever.search(asked, query.collections, params)
+        found = time.perf_counter()
+        evidence = self._pack(query, hits, whole_budget, widened)
+        packed = time.perf_counter()
+        return Found(
+            hits[:SHOWN_SOURCES],
+            evidence,
+            1000 * (found - start),
+            1000 * (packed - found),
+            may_widen=not widened and query.mode == "auto" and evidence.mode == "rag",
+        )
+
+    def search(self, query: str, collections: Sequence[str], params: SearchParams) -> list[Hit]:
+        """The best chunks, best first. Raises CollectionNotFound."""
+        return self._retriever.search(query, collections, params)
+
+    def _whole_budget(self, query: Query) -> int:
+        room = self._format.room_for_evidence(query.question, query.max_output_tokens, query.turns)
+        return min(room, query.max_evidence_tokens or self._settings.max_evidence_tokens or room)
+
+    def _pack(self, query: Query, hits: Sequence[Hit], whole_budget: int, widened: bool) -> Evidence:
+        if query.mode != "rag" and not widened:
+            try:
+                return self._pack_as("full_context", query, hits, whole_budget)
+            except EvidenceTooLarge:
+                if query.mode == "full_context":
+                    raise
+        return self._pack_as("rag", query, hits, whole_budget if widened else self._rag_budget(query, whole_budget))
+
+    def _rag_budget(self, query: Query, whole_budget: int) -> int:
+        if query.max_evidence_tokens is not None:
+            return whole_budget
+        return min(whole_budget, self._settings.rag_evidence_tokens)
+
+    def _pack_as(self, mode: EvidenceMode, query: Query, hits: Sequence[Hit], budget_tokens: int) -> Evidence:
+        return pack_evidence(
+            self._store,
+            query.collections,
+            hits,
+            budget_tokens,
+            self._format.count_tokens,
+            mode,
+            query.document_ids,
+            query.filters,
+        )
+
+
+def describe_scores(scores: Mapping[str, float]) -> dict[str, float | None]:
+    """The four scores of a hit as the API names them; None where one was not computed."""
+    return {name: scores.get(name) for name in ("dense", "lexical", "fused", "rerank")}

@@ -1,0 +1,280 @@
+"""One answer while it is made: from evidence over the model's tokens to the finished `Answer`, as events or at once.
+
+Start at `RunningAnswer.events`. Searching and packing stand in evidence.py, what tokens mean in answering.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+from uuid import uuid4
+
+import anyio.to_thread
+
+from app import schemas
+from app.answering import NOT_FOUND_TEXT, AnswerPart, AnswerReader, Quoted, TextPiece
+from app.errors import describe_error
+from app.evidence import Found, Query, describe_scores
+from app.quotes import QuoteLimits
+from app.schemas import Tier
+from app.sse import Event
+from model.engine import EngineRequest, StepOutput
+from model.sampling import SamplingParams
+from retrieval.location import locate
+from retrieval.store import DocumentNotFound, DocumentNotReady
+from retrieval.types import Hit
+
+if TYPE_CHECKING:
+    from app.service import RagService
+
+
+class GenerationFailed(RuntimeError):
+    """The engine gave up on an answer."""
+
+
+@dataclass
+class _Measures:
+    """What an answer cost, summed over its generations."""
+
+    started: float = field(default_factory=time.perf_counter)
+    retrieval_ms: float = 0.0
+    pack_ms: float = 0.0
+    state_load_ms: float = 0.0
+    prefill_ms: float = 0.0
+    ttft_ms: float = 0.0
+    first_token: float | None = None
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    tier: Tier = "none"
+    prefix_tokens: int = 0
+
+    def add_search(self, found: Found) -> None:
+        self.retrieval_ms += found.retrieval_ms
+        self.pack_ms += found.pack_ms
+
+    def add_start(self, prompt_tokens: int, output: StepOutput) -> None:
+        """The first output of a generation: what its prompt cost."""
+        self.input_tokens += prompt_tokens
+        self.cached_tokens += output.cached_tokens
+        self.prefix_tokens, self.tier = output.cached_tokens, cast(Tier, output.tier)
+        self.state_load_ms += output.timings.state_load_ms
+        self.prefill_ms += output.timings.prefill_ms
+        if self.first_token is None:
+            self.first_token = time.perf_counter()
+            self.ttft_ms = 1000 * (self.first_token - self.started)
+
+    def timings(self) -> schemas.Timings:
+        generation_ms = 0.0 if self.first_token is None else 1000 * (time.perf_counter() - self.first_token)
+        values = (self.retrieval_ms, self.pack_ms, self.state_load_ms, self.prefill_ms, self.ttft_ms, generation_ms)
+        names = ("retrieval_ms", "pack_ms", "state_load_ms", "prefill_ms", "ttft_ms", "generation_ms")
+        return schemas.Timings(**{name: round(value, 3) for name, value in zip(names, values, strict=True)})
+
+
+class RunningAnswer:
+    """Use once: `events` or `collect`. `document_ids` are those the model reads."""
+
+    def __init__(self, service: RagService, query: Query) -> None:
+        self.id = f"ans_{uuid4().hex}"
+        self.document_ids: frozenset[str] = frozenset()
+        self._service, self._query = service, query
+        self._found: Found | None = None
+        self._failure: Exception | None = None
+        self._measures = _Measures()
+        self._citations: list[schemas.Citation] = []
+        self._truncated = False
+        self._epoch = 0  # of the prefix cache, before the documents were chosen
+
+    def abort(self, reason: Exception) -> None:
+        """End the answer with this error; nothing more of it is shown."""
+        self._failure = reason
+
+    async def prepare(self, widened: bool = False) -> Found:
+        """Search and pack; done again when a document was deleted meanwhile. Raises what `EvidenceFinder.find` does."""
+        while True:
+            deletions, self._epoch = self._service.deletions, self._service.cache.epoch
+            self._found = await anyio.to_thread.run_sync(self._service.finder.find, self._query, widened)
+            self.document_ids = self._found.document_ids
+            self._measures.add_search(self._found)
+            if deletions == self._service.deletions:
+                return self._found
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """Typed events, `answer.completed` or `answer.error` last."""
+        async with aclosing(self._run()) as run:
+            try:
+                async for event in run:
+                    yield event
+            except Exception as error:
+                yield Event("answer.error", describe_error(error))
+
+    async def collect(self) -> schemas.Answer:
+        """The finished answer. Raises what went wrong."""
+        async with aclosing(self._run()) as run:
+            async for event in run:
+                if isinstance(event.data, schemas.Answer):
+                    return event.data
+        raise GenerationFailed("the generation ended without an answer")
+
+    async def _run(self) -> AsyncGenerator[Event, None]:
+        try:
+            found = self._found or await self.prepare()
+            yield Event("answer.created", {"id": self.id, "object": "answer", "model": self._service.model_name})
+            yield Event("answer.sources", {"sources": [h.model_dump() for h in show_hits(found.hits)]})
+            writer = self._service.format.read_answer(found.evidence)
+            async for event in self._attempt(found, writer):
+                yield event
+            if not writer.quoted and found.may_widen:
+                found = await self.prepare(widened=True)
+                yield Event("answer.sources", {"sources": [h.model_dump() for h in show_hits(found.hits)]})
+                writer = self._service.format.read_answer(found.evidence)
+                async for event in self._attempt(found, writer):
+                    yield event
+            if not writer.text:
+                yield Event("answer.text.delta", {"text": writer.unchecked_text or NOT_FOUND_TEXT})
+            self._check_alive()
+            answer = self._finish(found, writer)
+            yield Event("answer.completed", answer)
+        finally:
+            self._service.end_answer(self)
+
+    async def _attempt(self, found: Found, writer: AnswerReader) -> AsyncIterator[Event]:
+        """Answer from this evidence; once more without the way out if the model refused below the threshold."""
+        if not found.evidence.passages:
+            return
+        async for event in self._generate(found, writer, allow_none=True):
+            yield event
+        if writer.said_none and not self._refuses(writer):
+            async for event in self._generate(found, writer, allow_none=False):
+                yield event
+
+    def _refuses(self, writer: AnswerReader) -> bool:
+        return writer.none_margin > self._service.settings.none_margin
+
+    async def _generate(self, found: Found, writer: AnswerReader, allow_none: bool) -> AsyncIterator[Event]:
+        self._check_alive()
+        service, query = self._service, self._query
+        prompt = await anyio.to_thread.run_sync(
+            service.format.build_prompt, query.question, found.evidence, query.turns
+        )
+        limits = QuoteLimits(service.settings.max_quote_tokens, service.settings.max_quotes, allow_none)
+        constraint = await anyio.to_thread.run_sync(service.format.constrain, found.evidence, limits)
+        request = EngineRequest(
+            token_ids=prompt.token_ids,
+            boundaries=prompt.boundaries,
+            sampling=SamplingParams(
+                max_new_tokens=query.max_output_tokens,
+                temperature=query.temperature,
+                seed=query.seed,
+                stop=service.format.stop_texts,
+                stop_token_ids=service.format.stop_ids,
+            ),
+            salt=service.salt,
+            tags=self.document_ids,
+            tag_starts=prompt.document_starts,
+            epoch=self._epoch,
+            constraint=constraint,
+            watch_tokens=service.format.decision_ids,
+        )
+        first = True
+        async with aclosing(service.engine.generate(request)) as outputs:
+            async for output in outputs:
+                self._check_alive()
+                if first and allow_none:  # a second generation from the same prompt costs nothing worth telling
+                    first = False
+                    self._measures.add_start(len(prompt.token_ids), output)
+                    if output.watch_logprobs:
+                        quote, none = output.watch_logprobs
+                        writer.none_margin = none - quote
+                        if self._refuses(writer):
+                            writer.said_none = True
+                            return
+                self._note(output)
+                if output.token_id is not None:
+                    async for event in self._show(writer.push(output.token_id)):
+                        yield event
+        async for event in self._show(writer.finish()):
+            yield event
+
+    def _note(self, output: StepOutput) -> None:
+        self._measures.output_tokens += output.token_id is not None
+        self._truncated = output.finish_reason == "length"
+        if output.finish_reason in ("error", "abort"):
+            raise GenerationFailed(f"the generation ended with {output.finish_reason!r}: {output.error or 'no reason'}")
+
+    async def _show(self, parts: Iterable[AnswerPart]) -> AsyncIterator[Event]:
+        for part in await anyio.to_thread.run_sync(list, parts):  # finding a quote in long documents takes its time
+            if isinstance(part, TextPiece):
+                yield Event("answer.text.delta", {"text": part.text})
+            else:
+                citation = await anyio.to_thread.run_sync(self._cite, part)
+                self._citations.append(citation)
+                yield Event("answer.citation.added", {"citation": citation.model_dump()})
+
+    def _cite(self, quoted: Quoted) -> schemas.Citation:
+        quote = quoted.quote
+        passage = quote.passage
+        try:
+            chunk = self._service.store.chunk_at(passage.document_id, quote.char_start, quote.char_end)
+        except (
+            DocumentNotFound,
+            DocumentNotReady,
+        ):  # deleted in this moment: `_check_alive` is about to end the answer
+            chunk = None
+        return schemas.Citation(
+            start=quoted.start,
+            end=quoted.end,
+            document_id=passage.document_id,
+            filename=passage.filename,
+            chunk_id=chunk.id if chunk else "",
+            cited_text=quote.text,
+            location=schemas.Location.model_validate(
+                locate(passage.pages, passage.headings, quote.char_start, quote.char_end)
+            ),
+            verification=quote.verification,
+        )
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _finish(self, found: Found, writer: AnswerReader) -> schemas.Answer:
+        measures, metrics = self._measures, self._service.metrics
+        answer = schemas.Answer(
+            id=self.id,
+            grounding="answered" if writer.quoted else "not_found",
+            text=writer.text or writer.unchecked_text or NOT_FOUND_TEXT,
+            citations=self._citations,
+            sources=show_hits(found.hits),
+            usage=schemas.Usage(
+                input_tokens=measures.input_tokens,
+                cached_input_tokens=measures.cached_tokens,
+                output_tokens=measures.output_tokens,
+            ),
+            timings=measures.timings(),
+            cache=schemas.CacheUse(tier=measures.tier, prefix_tokens=measures.prefix_tokens),
+            model=self._service.model_name,
+            truncated=self._truncated,
+        )
+        metrics.record_answer(answer, found.evidence.mode, writer.rejected)
+        return answer
+
+
+def show_hits(hits: Iterable[Hit]) -> list[schemas.Hit]:
+    """Search results as the API has them."""
+    return [
+        schemas.Hit(
+            document_id=hit.document_id,
+            filename=hit.filename,
+            chunk_id=hit.chunk.id,
+            text=hit.chunk.text,
+            score=hit.score,
+            scores=schemas.Scores(**describe_scores(hit.scores)),
+            location=schemas.Location.model_validate(hit.location),
+            attributes=dict(hit.attributes),
+        )
+        for hit in hits
+    ]

@@ -1,0 +1,73 @@
+"""The command `ingest`: which files, sending them, and waiting until they are searchable."""
+
+import glob
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from app import render
+from app.client import CommandFailed, Service
+
+_POLL_S = 0.1
+
+
+def expand_paths(patterns: Sequence[str]) -> list[Path]:
+    """The files that paths, folders and globs stand for, sorted, each once; hidden ones below a folder are left out.
+
+    Raises CommandFailed for one that stands for no file.
+    """
+    files: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        found = (
+            [path] if pattern and path.exists() else [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+        )
+        inside = [file for one in found for file in _files_of(one)]
+        if not inside:
+            raise CommandFailed(f"{pattern}: no such file, or a folder without files")
+        files.update(dict.fromkeys(inside))
+    return list(files)
+
+
+def _files_of(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    below = (file for file in sorted(path.rglob("*")) if file.is_file())
+    return [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+
+
+def ingest_files(service: Service, files: Sequence[Path], fields: dict[str, str]) -> dict[str, Any]:
+    """Upload files, making the collection if need be, and wait for them: {"data": [Document], "errors": [...]}."""
+    _ensure_collection(service, fields["collection"])
+    uploaded: list[dict[str, Any]] = []
+    errors: list[dict[str, str]] = []
+    with render.progress_bar() as progress:
+        for file in progress.track(files, description="sending"):
+            try:
+                uploaded += service.upload(file, fields)["data"]
+            except (CommandFailed, OSError, UnicodeError) as error:  # a name can hold bytes that are no text
+                errors.append({"filename": os.fsencode(file).decode(errors="replace"), "detail": str(error)})
+    return {"object": "list", "data": wait_for(service, uploaded), "errors": errors}
+
+
+def _ensure_collection(service: Service, name: str) -> None:
+    known = {collection["name"] for collection in service.request("GET", "/v1/collections")["data"]}
+    if name not in known:
+        service.request("POST", "/v1/collections", json={"name": name})
+
+
+def wait_for(service: Service, queued: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The documents once each is ready or failed, in the same order."""
+    done: list[dict[str, Any]] = []
+    with render.progress_bar() as progress:
+        task = progress.add_task("reading", total=len(queued))
+        for document in queued:
+            while document["status"] not in ("ready", "failed"):
+                time.sleep(_POLL_S)
+                document = service.request("GET", f"/v1/documents/{document['id']}")
+                progress.update(task, description=f"{document['status']} {document['filename']}")
+            done.append(document)
+            progress.advance(task)
+    return done

@@ -1,0 +1,330 @@
+"""Builds the service: every component once, in the order of need, and closes it once. Start at `create_app`.
+
+Which implementation stands behind `Embedder`, `VectorIndex`, `StateStore` and `Engine` is decided here alone.
+"""
+
+import asyncio
+import json
+import logging
+import secrets
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anyio.to_thread
+import numpy as np
+import torch
+from fastapi import FastAPI
+from fastapi.staticfiles import StaticFiles
+
+from app.auth import Authenticator
+from app.datadir import DataDir
+from app.errors import install_error_handlers
+from app.evidence import EvidenceFinder
+from app.metrics import Metrics
+from app.middleware import RequestFrame
+from app.prompting import AnswerFormat, QuoteFormat
+from app.quotes import TokenBytes
+from app.routes import answers, collections, documents, keys, openai, search, system
+from app.schemas import Problem
+from app.service import RagService
+from app.settings import ModelSettings, Settings, SettingsError
+from app.text_format import TextFormat
+from ingest.chunk import ChunkLimits
+from ingest.files import FileStore
+from ingest.jobs import IngestWorker
+from ingest.parse.child import ParseLimits
+from ingest.pipeline import IngestLimits
+from model import load_model
+from model.chat_format import speaks_chat_format
+from model.engine import Engine, EngineRequest, JambaEngine, StepOutput
+from model.engine_thread import EngineStopped, EngineThread
+from model.prefix_cache import PrefixCache
+from model.prefix_plan import PlanSettings, state_fingerprint
+from model.redis_store import RedisStateStore
+from model.state_store import MemoryStateStore, StateStore, WriteBehindStore
+from model.tokenizer import Tokenizer
+from retrieval.embedder import MiniLMEmbedder
+from retrieval.index import FaissIndex, open_index
+from retrieval.search import FusionWeights, Retriever
+from retrieval.store import DocumentStore
+from retrieval.types import Chunk, IndexChange, ParsedDocument
+
+log = logging.getLogger(__name__)
+
+VERSION = "0.1.0"
+_DEFAULT_CONTEXT_TOKENS = 262_144
+_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class _AnnouncingStore(DocumentStore):
+    """Says when a new version of a document has taken the place of an old one."""
+
+    on_replaced: Callable[[str], None] = staticmethod(lambda document_id: None)
+
+    def replace_chunks(
+        self,
+        document_id: str,
+        parsed: ParsedDocument,
+        chunks: Sequence[Chunk],
+        vectors: np.ndarray,
+        embedder_name: str,
+        *,
+        version: int,
+        worker_id: str | None = None,
+    ) -> IndexChange:
+        change = super().replace_chunks(
+            document_id, parsed, chunks, vectors, embedder_name, version=version, worker_id=worker_id
+        )
+        if change.removed:
+            self.on_replaced(document_id)
+        return change
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The answering model and everything between it and a prompt."""
+
+    engine: Engine
+    cache: PrefixCache
+    tokenizer: Tokenizer
+    format: AnswerFormat
+    name: str
+
+
+@dataclass
+class _Parts:
+    """What has to be started and stopped around a running service."""
+
+    settings: Settings
+    closing: ExitStack
+    service: RagService
+    authenticator: Authenticator
+    worker: IngestWorker
+    engine_thread: EngineThread
+    save_index: Callable[[], None] = field(default=lambda: None)
+
+
+def create_app(settings: Settings, answering: bool = True) -> FastAPI:
+    """The whole service as an ASGI application; its components are built here and closed when its lifespan ends.
+
+    Without `answering` the model's weights stay on the disk: everything works but questions.
+
+    Raises SettingsError, DataDirInUse, UnsupportedWeights, StoreUnusable.
+    """
+    with ExitStack() as stack:
+        parts = _build(settings, stack, answering)
+        parts.closing = stack.pop_all()
+    app = FastAPI(
+        title="Jamba RAG",
+        version=VERSION,
+        description="Upload documents, ask questions, get answers whose every quote is checked against the source.",
+        lifespan=lambda _: _run(parts),
+        docs_url=None,
+        redoc_url=None,
+        responses={
+            "4XX": {"description": "The request is refused", "content": {"application/problem+json": _PROBLEM}},
+            "5XX": {"description": "The service failed", "content": {"application/problem+json": _PROBLEM}},
+        },
+    )
+    app.state.service, app.state.settings = parts.service, settings
+    app.state.authenticator = parts.authenticator
+    for module in (documents, collections, search, answers, openai, keys, system):
+        app.include_router(module.router)
+    app.mount("/web", StaticFiles(directory=system.WEB), name="web")
+    install_error_handlers(app)
+    app.add_middleware(RequestFrame, owner=app, max_in_flight=settings.server.max_requests_in_flight)
+    return app
+
+
+_PROBLEM = {"schema": Problem.model_json_schema()}
+
+
+@asynccontextmanager
+async def _run(parts: _Parts) -> AsyncIterator[None]:
+    with parts.closing:
+        await anyio.to_thread.run_sync(parts.service.finish_deletions)
+        parts.worker.start()
+        log.info("ready: model %s, data in %s", parts.service.model_name, parts.settings.data_dir)
+        try:
+            yield
+        finally:
+            stopped = asyncio.to_thread(parts.worker.stop)
+            await asyncio.gather(stopped, parts.engine_thread.close(parts.settings.server.shutdown_s))
+            await asyncio.to_thread(parts.save_index)
+
+
+def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
+    data_dir = stack.enter_context(DataDir(settings.data_dir))
+    store = _AnnouncingStore(data_dir.database)
+    stack.callback(store.close)
+    authenticator = Authenticator(store, settings.auth.enabled)
+    authenticator.ensure_admin_key(data_dir.path)
+    model = build_model(settings, stack, answering, _kept_secret(store, "document_nonce", 6))
+    embedder = MiniLMEmbedder(device="cpu")
+    index = open_index(store, data_dir.index, embedder.dim, embedder.name)
+    weights = FusionWeights(settings.retrieval.dense_weight, settings.retrieval.lexical_weight)
+    retriever = Retriever(store, index, embedder, weights)
+    files = FileStore(data_dir.files)
+    worker = IngestWorker(
+        store,
+        index,
+        embedder,
+        files,
+        _ingest_limits(settings),
+        threads=settings.ingest.workers,
+        lease_s=settings.ingest.lease_s,
+    )
+    engine_thread = EngineThread(model.engine)
+    service = RagService(
+        store=store,
+        files=files,
+        index=index,
+        finder=EvidenceFinder(store, retriever, model.format, settings.answers, settings.retrieval.evidence_hits),
+        engine=engine_thread,
+        cache=model.cache,
+        format=model.format,
+        metrics=Metrics(),
+        settings=settings.answers,
+        tokenizer=model.tokenizer,
+        model_name=model.name,
+        salt=bytes.fromhex(_kept_secret(store, "prefix_salt", 16)),
+        wake_workers=worker.notify,
+        checks=_checks(store, index, engine_thread),
+    )
+    store.on_replaced = service.on_replaced
+    return _Parts(settings, stack, service, authenticator, worker, engine_thread, lambda: index.save(data_dir.index))
+
+
+def _checks(store: DocumentStore, index: FaissIndex, engine: EngineThread) -> dict[str, Callable[[], str]]:
+    def check_database() -> str:
+        store.generation()
+        return "ok"
+
+    return {
+        "model": lambda: "ok" if engine.is_alive else "the engine has stopped",
+        "database": check_database,
+        "index": lambda: "ok" if index.count == store.count_chunks() else "behind the database",
+    }
+
+
+def _ingest_limits(settings: Settings) -> IngestLimits:
+    ingest = settings.ingest
+    return IngestLimits(
+        ParseLimits(wall_s=ingest.parse_timeout_s, memory_bytes=ingest.parse_max_bytes),
+        ChunkLimits(target_tokens=ingest.chunk_tokens),
+    )
+
+
+def _kept_secret(store: DocumentStore, name: str, nbytes: int) -> str:
+    """Random hexadecimal digits, one per database.
+
+    Of the salt, so that no two deployments share a prefix state, whatever else they share; of the nonce that fences
+    documents, so that it can't be known, and stays, since with a new one no prefix would be found again.
+    """
+    secret = store.get_setting(name)
+    if secret is None:
+        secret = secrets.token_hex(nbytes)
+        store.set_setting(name, secret)
+    return secret
+
+
+def build_model(settings: Settings, stack: ExitStack, answering: bool, nonce: str) -> LoadedModel:
+    """Load the checkpoint and put engine and prefix cache around it; `stack` closes them. `nonce` fences documents."""
+    path = check_checkpoint(settings.model.path)
+    tokenizer = Tokenizer.load(path)
+    max_context_tokens = settings.model.max_context_tokens or _read_context_length(path)
+    prompt_format = _choose_format(path, tokenizer, nonce, max_context_tokens)
+    stores = _state_stores(settings, stack)
+    if not answering:
+        return LoadedModel(UnloadedEngine(), PrefixCache(stores), tokenizer, prompt_format, path.resolve().name)
+    if settings.model.threads:
+        torch.set_num_threads(settings.model.threads)
+    quantize = None if settings.model.quantize == "none" else settings.model.quantize
+    model = load_model(path, choose_device(settings.model), _DTYPES[settings.model.dtype], quantize)
+    fingerprint = state_fingerprint(path, quantize, model.new_state().layout.fingerprint())
+    cache = PrefixCache(stores, fingerprint, _plan_settings(settings))
+    engine = JambaEngine(
+        model,
+        tokenizer,
+        cache,
+        max_context_tokens=max_context_tokens,
+        max_batch=settings.model.max_batch,
+        max_waiting=settings.answers.max_pending,
+    )
+    stack.callback(engine.close)
+    return LoadedModel(engine, cache, tokenizer, prompt_format, path.resolve().name)
+
+
+def _choose_format(path: Path, tokenizer: Tokenizer, nonce: str, max_context_tokens: int) -> AnswerFormat:
+    """Quotes held to the evidence token by token where the tokenizer has the marks for it, else quotes in text."""
+    if speaks_chat_format(tokenizer):
+        return QuoteFormat(tokenizer, TokenBytes.read(path), max_context_tokens)
+    log.info("%s has no tokens for quotes: it is asked through its chat template", path)
+    return TextFormat.load(path, tokenizer, nonce, max_context_tokens)
+
+
+class UnloadedEngine:
+    """An `Engine` for work without questions."""
+
+    def add(self, request: EngineRequest) -> str:
+        raise EngineStopped("this command runs without the model")
+
+    def step(self) -> list[StepOutput]:
+        return []
+
+    def abort(self, request_id: str) -> None:
+        pass
+
+    def has_work(self) -> bool:
+        return False
+
+    def invalidate(self, tags: Collection[str]) -> None:
+        pass
+
+
+def _plan_settings(settings: Settings) -> PlanSettings:
+    segment, cache = settings.model.segment_tokens, settings.cache
+    return PlanSettings(cache.block_tokens, segment, cache.snapshot_tokens, segment * cache.sparse_snapshots)
+
+
+def check_checkpoint(path: Path) -> Path:
+    """Raises SettingsError unless `path` looks like a checkpoint directory."""
+    if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
+        raise SettingsError(
+            f"{path} holds no checkpoint (config.json and *.safetensors); set JAMBA_RAG_MODEL__PATH to one"
+        )
+    return path
+
+
+def choose_device(settings: ModelSettings) -> torch.device:
+    if settings.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(settings.device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingsError(f"JAMBA_RAG_MODEL__DEVICE={device}: {torch.cuda.device_count()} CUDA devices are here")
+    return device
+
+
+def _read_context_length(path: Path) -> int:
+    return json.loads((path / "config.json").read_text()).get("max_position_embeddings", _DEFAULT_CONTEXT_TOKENS)
+
+
+def _state_stores(settings: Settings, stack: ExitStack) -> list[StateStore]:
+    """Tiers of prefix states, the fastest first."""
+    stores: list[StateStore] = []
+    if settings.cache.host_max_bytes:
+        stores.append(MemoryStateStore(settings.cache.host_max_bytes))
+    if settings.redis.url is not None:
+        redis = RedisStateStore(
+            settings.redis.url.get_secret_value(),
+            settings.redis.key_prefix,
+            settings.redis.ttl_s,
+            timeout_s=settings.redis.timeout_s,
+        )
+        stack.callback(redis.close)
+        behind = WriteBehindStore(redis)
+        stack.callback(behind.close)
+        stores.append(behind)
+    return stores

@@ -1,0 +1,127 @@
+"""What every request goes through before a route sees it: an id, a key, limits, and headers on the way out."""
+
+import logging
+import re
+import secrets
+import time
+from typing import Any
+
+import anyio.to_thread
+from fastapi import FastAPI
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.errors import BodyTooLarge, Overloaded, describe_error, problem_response
+from app.log import request_id_var
+
+log = logging.getLogger("app.access")
+
+MAX_BODY_BYTES = 32 << 20  # of requests that are no uploads
+SECURITY_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+}
+_OPEN_PATHS = re.compile(r"/|/web/.*|/healthz|/readyz|/docs|/openapi\.json|/favicon\.ico")
+_UPLOAD_PATHS = re.compile(r"/v1/documents(/[^/]*)?")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class RequestFrame:
+    """The outermost ASGI layer of the service; plain, so that streams pass through it unbuffered."""
+
+    def __init__(self, app: ASGIApp, owner: FastAPI, max_in_flight: int) -> None:
+        self._app, self._owner, self._max_in_flight = app, owner, max_in_flight
+        self._in_flight = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope["headers"] = [header for header in scope["headers"] if header[0] != b"range"]  # files are sent whole
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id", "")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = secrets.token_hex(8)
+        token = request_id_var.set(request_id)
+        start, sent = time.perf_counter(), _Sent(send, request_id)
+        self._in_flight += 1
+        try:
+            await self._handle(scope, _limit_body(receive, scope["path"], headers), sent)
+        finally:
+            self._in_flight -= 1
+            self._record(scope, sent.status, time.perf_counter() - start)
+            request_id_var.reset(token)
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if not _OPEN_PATHS.fullmatch(scope["path"]):
+                if self._in_flight > self._max_in_flight:
+                    raise Overloaded(f"{self._max_in_flight} requests are open, which is the limit; try again shortly")
+                authenticate = self._owner.state.authenticator.authenticate
+                header = Headers(scope=scope).get("authorization")
+                scope.setdefault("state", {})["principal"] = await anyio.to_thread.run_sync(authenticate, header)
+        except (ValueError, Overloaded) as error:
+            headers = {"WWW-Authenticate": "Bearer"} if isinstance(error, ValueError) else {"Retry-After": "2"}
+            response = problem_response(scope["path"], describe_error(error), headers)
+            await response(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "other")
+        metrics = self._owner.state.service.metrics
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        metrics.requests.labels(method, route, str(status)).inc()
+        metrics.request_seconds.labels(route).observe(seconds)
+        principal = scope.get("state", {}).get("principal")
+        extra: dict[str, Any] = {
+            "status": status,
+            "ms": round(1000 * seconds, 1),
+            "key": getattr(principal, "key_id", "-"),
+        }
+        log.info("%s %s -> %d in %.0f ms", scope["method"], scope["path"], status, 1000 * seconds, extra=extra)
+
+
+class _Sent:
+    """Adds the headers that every response has, and remembers its status."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send, self._request_id = send, request_id
+        self.status = 499  # until a response starts: the client left before
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["X-Request-ID"] = self._request_id
+            del headers["Accept-Ranges"]
+            for name, value in SECURITY_HEADERS.items():
+                headers.setdefault(name, value)
+        await self._send(message)
+
+
+def _limit_body(receive: Receive, path: str, headers: Headers) -> Receive:
+    """Refuse bodies over MAX_BODY_BYTES while they arrive; uploads have a limit of their own per file."""
+    is_form = headers.get("content-type", "").lower().startswith("multipart/")
+    if is_form and _UPLOAD_PATHS.fullmatch(path):
+        return receive
+    received = 0
+
+    async def limited() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > MAX_BODY_BYTES:
+            raise BodyTooLarge(f"the body is over the limit of {MAX_BODY_BYTES} bytes")
+        return message
+
+    return limited

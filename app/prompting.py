@@ -1,0 +1,201 @@
+"""The prompt: `system | documents | question`, in that order, always; and how tokens of it are counted.
+
+Every piece is cut into tokens on its own, so two prompts that begin with the same documents begin with the same tokens.
+`AnswerFormat` is what the service needs of a checkpoint's form; this is the shipped one's, text_format.py has that of
+others. What the model's answer means stands in answering.py. Start at `QuoteFormat.build_prompt`.
+"""
+
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Generic, Protocol, TypeVar
+
+from app.answering import AnswerReader, AnswerWriter
+from app.conversation import Turn
+from app.quotes import QuoteConstraint, QuoteIndex, QuoteLimits, QuoteTokens, TokenBytes
+from model.chat_format import ChatFormat
+from model.engine import ContextTooLong
+from model.sampling import TokenConstraint
+from model.tokenizer import Tokenizer
+from retrieval.types import Evidence, Passage
+
+_MAX_TITLE_CHARS = 120
+_CACHED_TEXT_TOKENS = 8_000_000
+_CACHED_INDEXES = 4
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`boundaries`: lengths of the prefixes worth keeping: the system text, then up to the end of each document.
+
+    `document_starts`: where the tokens of each document (by id) begin.
+    """
+
+    token_ids: tuple[int, ...]
+    boundaries: tuple[int, ...]
+    document_starts: Mapping[str, int]
+
+
+_NO_EVIDENCE = Evidence((), "rag", 0)
+
+
+class AnswerFormat(Protocol):
+    """How a checkpoint is asked and how it answers. Thread safe.
+
+    An answer ends with one of `stop_ids` or before one of `stop_texts`. `decision_ids`: what an answer begins with, a
+    quote or that there is none; empty where no single token says so.
+    """
+
+    max_context_tokens: int
+    stop_ids: tuple[int, ...]
+    stop_texts: tuple[str, ...]
+    decision_ids: tuple[int, ...]
+
+    def count_tokens(self, passages: Sequence[Passage]) -> int:
+        """At most so many tokens of a prompt are about one document, given its passages in order."""
+        ...
+
+    def build_prompt(self, question: str, evidence: Evidence, turns: Sequence[Turn] = ()) -> Prompt:
+        """Tokens of `system | documents | question`; earlier turns are part of the question."""
+        ...
+
+    def constrain(self, evidence: Evidence, limits: QuoteLimits) -> TokenConstraint | None:
+        """What the model may answer from this evidence; None: anything."""
+        ...
+
+    def read_answer(self, evidence: Evidence) -> AnswerReader:
+        """A reader of one answer from this evidence."""
+        ...
+
+    def forget(self) -> None:
+        """Drop everything kept, as when a document was deleted."""
+        ...
+
+    def room_for_evidence(self, question: str, max_output_tokens: int, turns: Sequence[Turn] = ()) -> int:
+        """Tokens that the documents of a prompt may take. Raises ContextTooLong when the question leaves none."""
+        prompt_tokens = len(self.build_prompt(question, _NO_EVIDENCE, turns).token_ids)
+        room = self.max_context_tokens - prompt_tokens - max_output_tokens
+        if room < 0:
+            raise ContextTooLong(prompt_tokens, max_output_tokens, self.max_context_tokens)
+        return room
+
+
+class QuoteFormat(AnswerFormat):
+    """The shipped checkpoint's format (`model.chat_format`) over evidence.
+
+    Tokens of passages and quote indexes are kept for the next question about the same documents.
+    """
+
+    stop_texts = ()
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: TokenBytes, max_context_tokens: int) -> None:
+        """Raises ValueError when the tokenizer lacks one of the format's special tokens."""
+        self._tokenizer = tokenizer
+        self._format = ChatFormat(tokenizer)
+        self.max_context_tokens = max_context_tokens
+        self.stop_ids = (self._format.im_end,)
+        self.decision_ids = (self._format.quote, self._format.none)
+        self._vocabulary = vocabulary
+        self._separator = tuple(tokenizer.encode(" "))
+        self._texts = LruByWeight[tuple[int, ...]](_CACHED_TEXT_TOKENS)
+        self._indexes = LruByWeight[QuoteIndex](_CACHED_INDEXES)
+
+    def count_tokens(self, passages: Sequence[Passage]) -> int:
+        """Tokens of one document of a prompt, given its passages in order."""
+        return len(self._document(passages))
+
+    def build_prompt(self, question: str, evidence: Evidence, turns: Sequence[Turn] = ()) -> Prompt:
+        """Tokens of `system | documents | question`. Earlier turns are left out: the model is not trained on any."""
+        ids = self._format.system()
+        boundaries, starts = [len(ids)], {}
+        for document_id, group in groupby(evidence.passages, key=lambda passage: passage.document_id):
+            starts[document_id] = len(ids)
+            ids += self._document(list(group))
+            boundaries.append(len(ids))
+        return Prompt((*ids, *self._format.ask(question)), tuple(boundaries), starts)
+
+    def constrain(self, evidence: Evidence, limits: QuoteLimits) -> QuoteConstraint:
+        """What the model may answer from this evidence."""
+        key = tuple(passage_key(passage) for passage in evidence.passages)
+        index = self._indexes.get(key)
+        if index is None:
+            index = QuoteIndex(evidence.passages, self._vocabulary)
+            self._indexes.put(key, index, weight=1)
+        return QuoteConstraint(index, self.answer_tokens(evidence), limits)
+
+    def read_answer(self, evidence: Evidence) -> AnswerWriter:
+        return AnswerWriter(self._tokenizer, self.answer_tokens(evidence), evidence.passages)
+
+    def forget(self) -> None:
+        self._texts.clear()
+        self._indexes.clear()
+
+    def answer_tokens(self, evidence: Evidence) -> QuoteTokens:
+        """What answers from this evidence are spelled with."""
+        ordinals = {passage.ordinal for passage in evidence.passages}
+        return QuoteTokens(
+            quote=self._format.quote,
+            end_quote=self._format.quote_end,
+            none=self._format.none,
+            end=self._format.im_end,
+            separator=self._separator,
+            document_ids={ordinal: tuple(self._format.citation(ordinal)) for ordinal in ordinals},
+        )
+
+    def _document(self, passages: Sequence[Passage]) -> list[int]:
+        texts = [self._text(passage) for passage in passages]
+        return self._format.document(passages[0].ordinal, title_of(passages[0]), texts)
+
+    def _text(self, passage: Passage) -> tuple[int, ...]:
+        key = passage_key(passage)
+        ids = self._texts.get(key)
+        if ids is None:
+            ids = tuple(self._tokenizer.encode(passage.text))
+            self._texts.put(key, ids, weight=len(ids))
+        return ids
+
+
+def title_of(passage: Passage) -> str:
+    """What the prompt calls a document: one line, not too long."""
+    return re.sub(r"\s+", " ", passage.title or passage.filename).strip()[:_MAX_TITLE_CHARS]
+
+
+def passage_key(passage: Passage) -> Hashable:
+    """Equal for passages with the same text."""
+    return (passage.document_id, passage.document_version, passage.char_start, passage.char_end)
+
+
+class LruByWeight(Generic[Value]):
+    """A small mapping that forgets what was used longest ago once the weights exceed `max_weight`."""
+
+    def __init__(self, max_weight: int) -> None:
+        self._max_weight, self._weight = max_weight, 0
+        self._entries: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> Value | None:
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                return None
+            self._entries.move_to_end(key)
+            return entry[0]
+
+    def put(self, key: Hashable, value: Value, weight: int) -> None:
+        with self._lock:
+            if key in self._entries:
+                self._weight -= self._entries.pop(key)[1]
+            self._entries[key] = (value, weight)
+            self._weight += weight
+            while self._weight > self._max_weight and len(self._entries) > 1:
+                self._weight -= self._entries.popitem(last=False)[1][1]
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+            self._weight = 0

@@ -1,0 +1,97 @@
+"""How the command line shows things to people. What programs read is JSON, printed by cli.py as it comes."""
+
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import markup
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+_PIPE_WIDTH = 10_000  # of tables that no terminal shows: a row a line, nothing cut off
+_CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069]")
+
+
+def tame(text: str) -> str:
+    """The text without what could steer a terminal: documents are data."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def escape(text: str) -> str:
+    """The text as it is shown between markup."""
+    return markup.escape(tame(text))
+
+
+def on_terminal() -> bool:
+    return sys.stderr.isatty()
+
+
+def progress_bar() -> Progress:
+    """A bar on stderr that shows only on a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=err, disable=not on_terminal(), transient=True)
+
+
+def show_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    columns = (Column(header, no_wrap=header == "id", overflow="fold") for header in headers)  # ids are copied
+    table = Table(*columns, box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        table.add_row(*(escape("-" if cell is None else str(cell)) for cell in row))
+    out.print(table, width=None if out.is_terminal else _PIPE_WIDTH)
+
+
+def show_answer(answer: Mapping[str, Any], with_text: bool = True) -> None:
+    """Text, numbered quotes with file and page, and what it cost."""
+    if with_text:
+        out.print(escape(answer["text"]), style="bold" if answer["citations"] else "yellow")
+    for number, citation in enumerate(answer["citations"], 1):
+        quote = " ".join(citation["cited_text"].split())
+        out.print(f"  \\[{number}] “{escape(quote)}”")
+        out.print(f"      {escape(place_of(citation))}, {citation['verification']} quote", style="cyan")
+    out.print(f"  {measures_of(answer)}", style="dim")
+
+
+def place_of(found: Mapping[str, Any]) -> str:
+    """File, pages and heading of a citation or hit."""
+    location = found["location"]
+    place = found["filename"]
+    if "page_start" in location:
+        first, last = location["page_start"], location["page_end"]
+        place += f", page {first}" if first == last else f", pages {first}-{last}"
+    return place + (f", “{location['heading_path'][-1]}”" if location["heading_path"] else "")
+
+
+def measures_of(answer: Mapping[str, Any]) -> str:
+    """First token, total, and how much of the prompt came from the cache."""
+    timings, usage, cache = answer["timings"], answer["usage"], answer["cache"]
+    total_ms = timings["ttft_ms"] + timings["generation_ms"]
+    text = f"first token {timings['ttft_ms']:.0f} ms, all {total_ms:.0f} ms; {usage['input_tokens']} prompt tokens"
+    if usage["cached_input_tokens"]:
+        text += f", {usage['cached_input_tokens']} of them from the cache ({cache['tier']})"
+    return text + ("; cut off at the length limit" if answer["truncated"] else "")
+
+
+def show_hits(hits: Sequence[Mapping[str, Any]]) -> None:
+    for number, hit in enumerate(hits, 1):
+        out.print(f"[bold]{number}.[/bold] {escape(place_of(hit))} [dim]score {hit['score']:.3f}[/dim]")
+        out.print(f"   {escape(' '.join(hit['text'].split())[:300])}")
+    if not hits:
+        out.print("nothing found", style="yellow")
+
+
+def show_documents(documents: Sequence[Mapping[str, Any]]) -> None:
+    headers = ("id", "collection", "file", "status", "pages", "chunks", "bytes", "why")
+    rows = (
+        (d["id"], d["collection"], d["filename"], d["status"], d["pages"], d["chunks"], d["bytes"], _why(d))
+        for d in documents
+    )
+    show_table(headers, rows)
+
+
+def _why(document: Mapping[str, Any]) -> str:
+    error = document["last_error"]
+    return f"{error['code']}: {error['message']}" if error else ""

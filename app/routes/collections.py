@@ -1,0 +1,45 @@
+"""/v1/collections: named sets of documents that are asked together."""
+
+from fastapi import APIRouter
+
+from app import schemas
+from app.deps import Reader, ServiceDep, Writer
+from app.errors import Forbidden
+from app.service import RagService
+from retrieval.types import Collection
+
+router = APIRouter(prefix="/v1/collections", tags=["collections"])
+
+
+def _show(collection: Collection, service: RagService) -> schemas.Collection:
+    return schemas.Collection.model_validate(
+        {field: getattr(collection, field) for field in collection.__slots__}
+        | {"fits_context": service.fits_context(collection)}
+    )
+
+
+@router.get("")
+def list_collections(principal: Reader, service: ServiceDep) -> schemas.CollectionList:
+    """All collections that the key may see, oldest first."""
+    visible = [collection for collection in service.store.list_collections() if principal.may_see(collection.name)]
+    return schemas.CollectionList(data=[_show(collection, service) for collection in visible])
+
+
+@router.post("", status_code=201)
+def create_collection(body: schemas.CollectionCreate, principal: Writer, service: ServiceDep) -> schemas.Collection:
+    """Make an empty collection. A key bound to collections can't."""
+    if principal.collections is not None:
+        raise Forbidden("this key is bound to collections and cannot make new ones")
+    return _show(service.store.create_collection(body.name), service)
+
+
+@router.get("/{name}")
+def get_collection(name: str, principal: Reader, service: ServiceDep) -> schemas.Collection:
+    """Counts, tokens, and whether it fits whole into the context."""
+    return _show(service.store.get_collection(service.visible_collection(name, principal)), service)
+
+
+@router.delete("/{name}", status_code=204)
+def delete_collection(name: str, principal: Writer, service: ServiceDep) -> None:
+    """Remove a collection with all its documents; `default` stays, empty."""
+    service.delete_collection(service.visible_collection(name, principal))

@@ -1,0 +1,172 @@
+"""/v1/documents: upload, look at, replace, retry, delete."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any
+
+import anyio.to_thread
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.responses import FileResponse
+
+from app import intake, schemas
+from app.auth import Principal
+from app.deps import Reader, ServiceDep, SettingsDep, Writer
+from app.errors import InvalidRequest, describe_error
+from app.service import RagService
+from app.sse import Event, event_response
+from retrieval.store import DocumentNotFound
+from retrieval.types import Document, Status
+
+router = APIRouter(prefix="/v1/documents", tags=["documents"])
+
+_POLL_S = 0.1
+_FILE_FIELD = {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1}
+_FIELDS = {
+    "collection": {"type": "string", "default": "default"},
+    "metadata": {"type": "string", "description": "A JSON object."},
+    "on_conflict": {"type": "string", "enum": ["skip", "replace", "error"], "default": "skip"},
+}
+
+
+def _form(properties: dict[str, Any]) -> dict[str, Any]:
+    schema = {"type": "object", "required": ["file"], "properties": properties, "additionalProperties": False}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
+@router.post(
+    "",
+    status_code=202,
+    response_model=schemas.UploadResult,
+    responses={200: {"model": schemas.UploadResult, "description": "Every file was there already"}},
+    openapi_extra=_form({"file": _FILE_FIELD, **_FIELDS}),
+)
+async def upload_documents(
+    request: Request,
+    principal: Writer,
+    service: ServiceDep,
+    settings: SettingsDep,
+    idempotency_key: Annotated[str | None, Header()] = None,
+) -> Response:
+    """Queue files for ingestion. A 202 means that their bytes are on the disk; one bad file never fails the others."""
+    reply = await intake.accept_upload(request, service, principal, settings.ingest, idempotency_key)
+    return Response(reply.body, reply.status, media_type="application/json")
+
+
+@router.get("")
+def list_documents(
+    principal: Reader,
+    service: ServiceDep,
+    collection: str | None = None,
+    status: Status | None = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    after: str | None = None,
+) -> schemas.DocumentPage:
+    """A page of documents, oldest first; `after` is the last id of the page before."""
+    names = service.visible_collections(None if collection is None else [collection], principal)
+    if after is not None:
+        service.visible_document(after, principal)
+    found = service.store.list_documents(names, status, limit + 1, after)
+    data = [schemas.Document.model_validate(document) for document in found[:limit]]
+    return schemas.DocumentPage(data=data, has_more=len(found) > limit)
+
+
+@router.get("/{document_id}")
+def get_document(document_id: str, principal: Reader, service: ServiceDep) -> schemas.Document:
+    """One document, as its newest version stands."""
+    return schemas.Document.model_validate(service.visible_document(document_id, principal))
+
+
+@router.get("/{document_id}/events", response_class=Response)
+async def watch_document(document_id: str, principal: Reader, service: ServiceDep, settings: SettingsDep) -> Response:
+    """Server-Sent Events: `document.progress` while it is ingested, then `document.ready` or `document.failed`."""
+    document = await anyio.to_thread.run_sync(service.visible_document, document_id, principal)
+    return event_response(_progress_events(document, principal, service), settings.server.keepalive_s)
+
+
+async def _progress_events(
+    document: Document, principal: Principal, service: RagService
+) -> AsyncGenerator[Event, None]:
+    shown: Document | None = None
+    try:
+        while document.status not in ("ready", "failed"):
+            if document != shown:
+                yield Event("document.progress", schemas.Document.model_validate(document))
+                shown = document
+            await asyncio.sleep(_POLL_S)
+            document = await anyio.to_thread.run_sync(service.visible_document, document.id, principal)
+        yield Event(f"document.{document.status}", schemas.Document.model_validate(document))
+    except DocumentNotFound as error:  # deleted while it was watched
+        yield Event("document.failed", describe_error(error))
+
+
+@router.get("/{document_id}/file", response_class=FileResponse)
+def get_file(document_id: str, principal: Reader, service: ServiceDep) -> FileResponse:
+    """The original bytes, always as a download."""
+    document = service.visible_document(document_id, principal)
+    return FileResponse(
+        service.files.path(document.sha256),
+        media_type=document.media_type,
+        filename=document.filename,
+        headers={"Content-Security-Policy": "sandbox; default-src 'none'"},
+    )
+
+
+@router.get("/{document_id}/text")
+def get_text(
+    document_id: str,
+    principal: Reader,
+    service: ServiceDep,
+    start: Annotated[int, Query(ge=0)] = 0,
+    end: Annotated[int | None, Query(ge=0)] = None,
+) -> schemas.DocumentText:
+    """The text as stored, or its characters start..end, and the pages that they lie on (in offsets of the whole)."""
+    if end is not None and end < start:
+        raise InvalidRequest(f"end {end} is before start {start}")
+    service.visible_document(document_id, principal)
+    content = service.store.get_content(document_id)
+    text = content.text[start:end]
+    pages = [page for page in content.pages if page.char_start < start + len(text) and page.char_end > start]
+    return schemas.DocumentText(text=text, pages=[schemas.PageSpan.model_validate(page) for page in pages])
+
+
+@router.get("/{document_id}/chunks")
+def get_chunks(document_id: str, principal: Reader, service: ServiceDep) -> schemas.ChunkList:
+    """The pieces that search finds, in order."""
+    service.visible_document(document_id, principal)
+    chunks = service.store.get_chunks(document_id)
+    return schemas.ChunkList(data=[schemas.Chunk.model_validate(chunk) for chunk in chunks])
+
+
+@router.put(
+    "/{document_id}",
+    status_code=202,
+    responses={200: {"model": schemas.Document, "description": "The same bytes: nothing to do"}},
+    openapi_extra=_form({"file": {"type": "string", "format": "binary"}, "metadata": _FIELDS["metadata"]}),
+)
+async def replace_document(
+    document_id: str,
+    request: Request,
+    response: Response,
+    principal: Writer,
+    service: ServiceDep,
+    settings: SettingsDep,
+) -> schemas.Document:
+    """Send a new version; the old one answers until the new one is ready, then it vanishes at once."""
+    document, is_new = await intake.accept_version(request, service, principal, settings.ingest, document_id)
+    response.status_code = 202 if is_new else 200
+    return schemas.Document.model_validate(document)
+
+
+@router.post("/{document_id}/retry", status_code=202)
+def retry_document(document_id: str, principal: Writer, service: ServiceDep) -> schemas.Document:
+    """Ingest a failed document again; one that did not fail stays as it is."""
+    service.visible_document(document_id, principal)
+    document = service.store.retry_document(document_id)
+    service.wake_workers()
+    return schemas.Document.model_validate(document)
+
+
+@router.delete("/{document_id}", status_code=204)
+def delete_document(document_id: str, principal: Writer, service: ServiceDep) -> None:
+    """Remove a document everywhere; with the 204 no search, answer or cached model state holds any of it."""
+    service.delete_document(service.visible_document(document_id, principal))

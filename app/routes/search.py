@@ -1,0 +1,21 @@
+"""/v1/search: the passages nearest to a query, without an answer."""
+
+from fastapi import APIRouter
+
+from app import schemas
+from app.deps import Reader, ServiceDep
+from app.errors import InvalidRequest
+from app.generation import show_hits
+from retrieval.types import SearchParams
+
+router = APIRouter(prefix="/v1", tags=["search"])
+
+
+@router.post("/search")
+def search(body: schemas.SearchRequest, principal: Reader, service: ServiceDep) -> schemas.SearchResult:
+    """Hybrid, dense or lexical search over the collections that the key may see."""
+    if body.rerank:
+        raise InvalidRequest("rerank: this service has no reranker; leave it out")
+    scope = service.read_scope(body.collections, body.document_ids, principal)
+    params = SearchParams(body.max_num_results, body.mode, body.filters, scope.document_ids)
+    return schemas.SearchResult(data=show_hits(service.search(body.query, scope.collections, params)))

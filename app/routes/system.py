@@ -1,0 +1,57 @@
+"""Health, metrics, effective settings, and the page."""
+
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse, HTMLResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from app import schemas
+from app.api_page import render_api_page
+from app.deps import Admin, Reader, ServiceDep, SettingsDep
+from app.errors import Forbidden
+from app.settings import public_settings
+
+router = APIRouter(tags=["system"])
+
+WEB = Path(__file__).resolve().parent.parent / "web"
+
+
+@router.get("/healthz")
+async def healthz() -> schemas.Health:
+    """The process is alive."""
+    return schemas.Health(status="alive")
+
+
+@router.get("/readyz", responses={503: {"model": schemas.Health, "description": "Not ready to answer"}})
+def readyz(service: ServiceDep, response: Response) -> schemas.Health:
+    """Whether a question would be answered now, and if not, why."""
+    checks = service.check_ready()
+    ready = all(state == "ok" for state in checks.values())
+    response.status_code = 200 if ready else 503
+    return schemas.Health(status="ready" if ready else "not ready", checks=checks)
+
+
+@router.get("/metrics", response_class=Response)
+def metrics(principal: Reader, service: ServiceDep) -> Response:
+    """Prometheus metrics, for a key that is not bound to collections."""
+    if principal.collections is not None:
+        raise Forbidden("metrics are of the whole service; this key is bound to collections")
+    return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/v1/config")
+def get_config(principal: Admin, settings: SettingsDep) -> dict[str, Any]:
+    """Effective settings without secrets."""
+    return public_settings(settings)
+
+
+@router.get("/", include_in_schema=False)
+def page() -> FileResponse:
+    return FileResponse(WEB / "index.html", media_type="text/html", headers={"Cache-Control": "no-cache"})
+
+
+@router.get("/docs", include_in_schema=False)
+def api_page(request: Request) -> HTMLResponse:
+    return HTMLResponse(render_api_page(request.app.openapi()))

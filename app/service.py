@@ -1,0 +1,300 @@
+"""RagService: what the service does, whoever asks. Start at `submit_document` and `start_answer`.
+
+Knows rooms and rights, not HTTP. Everything that blocks runs in worker threads; the model has a thread of its own.
+"""
+
+import logging
+import threading
+import unicodedata
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from app.auth import Principal
+from app.conversation import Turn
+from app.errors import DocumentDeleted, InvalidRequest, Overloaded, QuestionTooLong
+from app.evidence import EvidenceFinder, Query
+from app.generation import RunningAnswer
+from app.metrics import Metrics
+from app.prompting import AnswerFormat
+from app.schemas import AnswerRequest
+from app.settings import AnswerSettings
+from ingest.files import FileStore, clean_filename
+from ingest.sniff import SNIFF_BYTES, sniff_media_type
+from model.engine_thread import EngineThread
+from model.prefix_cache import PrefixCache
+from model.tokenizer import Tokenizer
+from retrieval.index import VectorIndex
+from retrieval.store import CollectionNotFound, DocumentNotFound, DocumentStore
+from retrieval.types import Collection, Document, Hit, OnConflict, SearchParams
+
+log = logging.getLogger(__name__)
+
+MAX_FILENAME_CHARS = 255
+MAX_QUESTION_CHARS = 4_000_000  # with the turns before it
+_MODEL_TOKENS_PER_TOKEN = 1.4  # of the answering model for one of the embedder: the small vocabulary cuts finer
+_TOKENS_PER_DOCUMENT = 40  # its head and end in a prompt
+
+
+@dataclass(frozen=True)
+class ReceivedFile:
+    """An upload whose bytes are on the disk."""
+
+    filename: str
+    sha256: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Collections that exist and may be seen, in canonical order, and perhaps only some of their documents."""
+
+    collections: list[str]
+    document_ids: list[str] | None
+
+
+@dataclass
+class RagService:
+    """Built once by app.main, with every component of its own life time."""
+
+    store: DocumentStore
+    files: FileStore
+    index: VectorIndex
+    finder: EvidenceFinder
+    engine: EngineThread
+    cache: PrefixCache
+    format: AnswerFormat
+    metrics: Metrics
+    settings: AnswerSettings
+    tokenizer: Tokenizer
+    model_name: str
+    salt: bytes
+    wake_workers: Callable[[], None]
+    checks: Mapping[str, Callable[[], str]]
+
+    def __post_init__(self) -> None:
+        self._files_lock = threading.Lock()  # between "nobody needs these bytes" and their removal
+        self._running_lock = threading.Lock()
+        self.replies_lock = threading.Lock()  # one request at a time per store of Idempotency-Keys
+        self._running: weakref.WeakSet[RunningAnswer] = weakref.WeakSet()
+        self.deletions = 0
+
+    # Uploads
+
+    def submit_document(
+        self,
+        received: ReceivedFile,
+        collection: str,
+        metadata: Mapping[str, object],
+        on_conflict: OnConflict,
+    ) -> tuple[Document, bool]:
+        """Queue a stored upload for ingestion; returns it and whether it is new work.
+
+        From here on the document survives anything. What is refused is the caller's to drop. Blocks.
+        """
+        with self._files_lock:
+            filename, media_type = self._inspect(received)
+            return self.store.create_document(
+                collection, filename, media_type, received.nbytes, received.sha256, metadata, on_conflict
+            )
+
+    def submit_version(
+        self, document: Document, received: ReceivedFile, metadata: Mapping[str, object] | None
+    ) -> tuple[Document, bool]:
+        """Queue new bytes for a document, as `submit_document`; the old ones answer until these are ready."""
+        with self._files_lock:
+            filename, media_type = self._inspect(received)
+            return self.store.replace_document(
+                document.id, filename, media_type, received.nbytes, received.sha256, metadata
+            )
+
+    def _inspect(self, received: ReceivedFile) -> tuple[str, str]:
+        """(name as shown, media type). Raises InvalidRequest, EmptyFile, UnsupportedMediaType."""
+        filename = check_filename(received.filename)
+        try:
+            with self.files.open(received.sha256) as file:
+                return filename, sniff_media_type(file.read(SNIFF_BYTES), filename)
+        except FileNotFoundError as error:  # the same bytes came in another request too, and were refused there
+            raise InvalidRequest(f"{filename!r} was deleted while it was being uploaded; send it again") from error
+
+    def drop_unused(self, digests: Iterable[str]) -> None:
+        """Remove originals that no document needs. Blocks."""
+        with self._files_lock:
+            for sha256 in digests:
+                if not self.store.file_in_use(sha256):
+                    self.files.delete(sha256)
+
+    # Documents
+
+    def visible_document(self, document_id: str, principal: Principal) -> Document:
+        """Newest version; DocumentNotFound also for one in a collection the key is not bound to. Blocks."""
+        document = self.store.get_document(document_id)
+        if not principal.may_see(document.collection):
+            raise DocumentNotFound(f"there is no document {document_id[:80]!r}")
+        return document
+
+    def visible_collection(self, name: str, principal: Principal) -> str:
+        """`name` if it exists and the key may see it, else CollectionNotFound. Blocks."""
+        if not principal.may_see(name):
+            raise CollectionNotFound(f"there is no collection {name[:80]!r}")
+        return self.store.get_collection(name).name
+
+    def visible_collections(self, names: Sequence[str] | None, principal: Principal) -> list[str]:
+        """The collections a request is about, in canonical order; None: all that the key may see. Blocks."""
+        existing = principal.visible(collection.name for collection in self.store.list_collections())
+        if names is None:
+            return existing
+        if missing := [name for name in names if name not in existing]:
+            raise CollectionNotFound(f"there is no collection {missing[0][:80]!r}")
+        return [name for name in existing if name in names]
+
+    def delete_document(self, document: Document) -> None:
+        """Remove a document from everything; when this returns no search, answer or cached state holds any of it.
+
+        Blocks. A crash in between is completed by `finish_deletions`.
+        """
+        self.store.hide_document(document.id)
+        self._forget([document.id])
+        self.store.delete_document(document.id)
+        self._drop_files_of([document])
+
+    def delete_collection(self, name: str) -> None:
+        """Remove a collection with all its documents, as `delete_document` does each. Blocks."""
+        documents = list(self._pages([name], None))
+        self.store.delete_collection(name)
+        self._forget([document.id for document in documents])
+        self._drop_files_of(documents)
+
+    def finish_deletions(self) -> None:
+        """Complete what a crash interrupted, and remove originals that no document needs. Blocks."""
+        for document in list(self._pages(None, "deleting")):
+            self.delete_document(document)
+        self._drop_unused_files()
+
+    def on_replaced(self, document_id: str) -> None:
+        """A new version answers from now on: nothing made from the old one may be left. Blocks."""
+        self._forget([document_id])
+        self._drop_unused_files()
+
+    def _forget(self, document_ids: Sequence[str]) -> None:
+        """Take content that the store no longer has out of the index, running answers and cached states."""
+        gone = set(document_ids)
+        self.deletions += 1
+        self.index.catch_up(self.store)
+        with self._running_lock:
+            for answer in self._running:
+                if gone & answer.document_ids:
+                    answer.abort(DocumentDeleted("a document that the answer was made from is gone; ask again"))
+        self.format.forget()
+        self.cache.invalidate(gone)
+
+    def _drop_files_of(self, documents: Sequence[Document]) -> None:
+        if any(document.version > 1 for document in documents):  # older versions have originals of their own
+            self._drop_unused_files()
+        else:
+            self.drop_unused(document.sha256 for document in documents)
+
+    def _drop_unused_files(self) -> None:
+        self.drop_unused(path.name for path in self.files.directory.iterdir() if len(path.name) == 64)
+
+    def _pages(self, collections: Sequence[str] | None, status: str | None) -> Iterable[Document]:
+        after = None
+        while page := self.store.list_documents(collections, status, 500, after):
+            yield from page
+            after = page[-1].id
+
+    # Questions
+
+    def read_scope(
+        self, collections: Sequence[str] | None, document_ids: Sequence[str] | None, principal: Principal
+    ) -> Scope:
+        """What a request is about, as far as the key may see it. Blocks.
+
+        Documents without collections mean the collections that they are in. Raises CollectionNotFound,
+        DocumentNotFound.
+        """
+        if document_ids is None:
+            return Scope(self.visible_collections(collections, principal), None)
+        documents = [self.visible_document(document_id, principal) for document_id in document_ids]
+        if collections is None:
+            collections = sorted({document.collection for document in documents})
+        return Scope(self.visible_collections(collections, principal), list(document_ids))
+
+    def read_query(self, body: AnswerRequest, principal: Principal) -> Query:
+        """The question of a request, its rights checked. Blocks.
+
+        Raises InvalidRequest, QuestionTooLong, and as `read_scope`.
+        """
+        if (body.question is None) == (body.messages is None):
+            raise InvalidRequest("send either question or messages")
+        if body.messages is not None and body.messages[-1].role != "user":
+            raise InvalidRequest("the last of messages must be the user's: it is the question")
+        length = len(body.question or "") + sum(len(message.content) for message in body.messages or ())
+        if length > MAX_QUESTION_CHARS:
+            raise QuestionTooLong(
+                f"the question has {length} characters, the limit is {MAX_QUESTION_CHARS}; shorten it"
+            )
+        scope = self.read_scope(body.collections, body.document_ids, principal)
+        messages = [Turn(m.role, m.content) for m in body.messages or () if m.role != "system"]
+        return Query(
+            question=messages[-1].text if messages else body.question or "",
+            collections=scope.collections,
+            document_ids=scope.document_ids,
+            filters=body.filters,
+            mode=body.mode,
+            max_evidence_tokens=body.max_evidence_tokens,
+            max_output_tokens=body.max_output_tokens or self.settings.max_output_tokens,
+            temperature=body.temperature,
+            seed=body.seed,
+            turns=messages[:-1],
+        )
+
+    def fits_context(self, collection: Collection) -> bool:
+        """Whether all of it goes into one prompt, by an estimate on the safe side: `tokens` are the embedder's."""
+        room = self.format.room_for_evidence("", self.settings.max_output_tokens)
+        estimate = _MODEL_TOKENS_PER_TOKEN * collection.tokens + _TOKENS_PER_DOCUMENT * collection.documents
+        return estimate <= min(room, self.settings.max_evidence_tokens or room)
+
+    def check_ready(self) -> dict[str, str]:
+        """Each thing that an answer needs -> "ok" or what is wrong with it. Blocks."""
+        return {name: check() for name, check in self.checks.items()}
+
+    def search(self, query: str, collections: Sequence[str], params: SearchParams) -> list[Hit]:
+        """The best chunks for a query. Blocks."""
+        return self.finder.search(query, collections, params)
+
+    async def start_answer(self, query: Query) -> RunningAnswer:
+        """Search, pack and admit a question; whatever can be refused is refused here.
+
+        Iterate `events` or await `collect` on the result; closing either ends the generation. Raises Overloaded,
+        ContextTooLong, CollectionNotFound.
+        """
+        answer = RunningAnswer(self, query)
+        with self._running_lock:
+            if len(self._running) >= self.settings.max_pending:
+                raise Overloaded(f"{self.settings.max_pending} answers are running or waiting, which is the limit")
+            self._running.add(answer)
+            self.metrics.answers_pending.set(len(self._running))
+        try:
+            await answer.prepare()
+        except BaseException:
+            self.end_answer(answer)
+            raise
+        return answer
+
+    def end_answer(self, answer: RunningAnswer) -> None:
+        """Free the place of an answer that is finished or given up."""
+        with self._running_lock:
+            self._running.discard(answer)
+        self.metrics.answers_pending.set(len(self._running))
+
+
+def check_filename(name: str) -> str:
+    """The name as it is stored and shown. Raises InvalidRequest for one that is too long or tries to be a path."""
+    if len(name) > MAX_FILENAME_CHARS:
+        raise InvalidRequest(f"the file name has {len(name)} characters, the limit is {MAX_FILENAME_CHARS}; shorten it")
+    if any(unicodedata.category(character) == "Cc" for character in name):
+        raise InvalidRequest(f"the file name {name!r} has control characters; rename the file")
+    if ".." in name.replace("\\", "/").split("/"):
+        raise InvalidRequest(f"the file name {name!r} leads out of its folder; send the bare name")
+    return clean_filename(name)

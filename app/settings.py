@@ -1,0 +1,237 @@
+"""Every setting of a deployment, and the only reader of the environment.
+
+Names are `JAMBA_RAG_<FIELD>`, nested with `__` (`JAMBA_RAG_MODEL__PATH`), from the environment or `.env`. What the
+weights are stands in `model.JambaConfig`; what one request wants stands in its body. Start at `load_settings`.
+"""
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+from urllib.parse import urlsplit, urlunsplit
+
+from dotenv import dotenv_values
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "JAMBA_RAG_"
+LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
+SHIPPED_CHECKPOINT = Path(__file__).resolve().parent.parent / "model" / "checkpoints" / "jamba-small"
+
+
+class SettingsError(ValueError):
+    """A setting that doesn't exist, has a wrong value or contradicts another."""
+
+
+def _setting(default: Any, description: str, unit: str = "", **limits: Any) -> Any:
+    return Field(default, description=description, json_schema_extra={"unit": unit}, **limits)
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class ServerSettings(_Group):
+    host: str = _setting("127.0.0.1", "Address to listen on.")
+    port: int = _setting(8000, "Port to listen on.", ge=0, le=65535)
+    max_requests_in_flight: int = _setting(512, "Open HTTP requests after which new ones get 429.", "requests", ge=1)
+    keepalive_s: float = _setting(15.0, "Pause after which an idle event stream sends a comment.", "seconds", gt=0)
+    shutdown_s: int = _setting(10, "Longest wait for open requests when the service stops.", "seconds", ge=0)
+
+
+class AuthSettings(_Group):
+    enabled: bool = _setting(True, "Require an API key. May be false only on a loopback host.")
+
+
+class ModelSettings(_Group):
+    path: Path = _setting(SHIPPED_CHECKPOINT, "Checkpoint directory in Hugging Face layout.")
+    device: str = _setting("auto", "`auto`, `cpu`, `cuda` or `cuda:<n>`; `auto` takes a GPU when there is one.")
+    dtype: Literal["auto", "float32", "bfloat16"] = _setting("auto", "Type of activations; `auto` fits the device.")
+    quantize: Literal["none", "int8"] = _setting("none", "Quantize linear weights while loading.")
+    threads: int = _setting(0, "CPU threads of the model; 0 takes all cores.", "threads", ge=0)
+    max_context_tokens: int = _setting(
+        0, "Longest prompt plus answer; 0 takes the checkpoint's `max_position_embeddings`.", "tokens", ge=0
+    )
+    segment_tokens: int = _setting(512, "Longest piece of a prefill between two decode steps.", "tokens", ge=1)
+    max_batch: int = _setting(8, "Sequences decoded together.", "sequences", ge=1)
+
+
+class CacheSettings(_Group):
+    host_max_bytes: int = _setting(1 << 30, "Memory for prefix states in this process.", "bytes", ge=0)
+    block_tokens: int = _setting(256, "Length of a stored run of KV.", "tokens", ge=1)
+    snapshot_tokens: int = _setting(
+        2048, "Ends of documents nearer than this share a snapshot of the recurrent state.", "tokens", ge=0
+    )
+    sparse_snapshots: int = _setting(
+        16, "Prefill segments between snapshots where no document ends; 0: none.", "segments", ge=0
+    )
+
+
+class RedisSettings(_Group):
+    url: SecretStr | None = _setting(None, "Redis or Valkey that keeps prefix states over restarts; unset: none.")
+    key_prefix: str = _setting("jamba-rag:", "First part of every key written to Redis.")
+    timeout_s: float = _setting(0.25, "Longest wait for Redis; then it is done without.", "seconds", gt=0)
+    ttl_s: int = _setting(7 * 86_400, "Time after which an unused prefix state leaves Redis.", "seconds", ge=1)
+
+
+class IngestSettings(_Group):
+    max_file_bytes: int = _setting(1 << 30, "Largest file accepted.", "bytes", ge=1)
+    max_files_per_request: int = _setting(1000, "Most files in one upload request.", "files", ge=1)
+    chunk_tokens: int = _setting(256, "Length a chunk is cut to.", "tokens of the embedder", ge=16)
+    workers: int = _setting(1, "Documents ingested at once.", "threads", ge=0)
+    lease_s: float = _setting(30.0, "Time after which a job of a dead worker is taken over.", "seconds", gt=0)
+    parse_timeout_s: float = _setting(300.0, "Longest time to parse one file.", "seconds", gt=0)
+    parse_max_bytes: int = _setting(2 << 30, "Memory limit of the process that parses one file.", "bytes", ge=1 << 28)
+
+
+class RetrievalSettings(_Group):
+    dense_weight: float = _setting(0.5, "Weight of the embedding score in hybrid search.", ge=0)
+    lexical_weight: float = _setting(0.5, "Weight of the BM25 score in hybrid search.", ge=0)
+    evidence_hits: int = _setting(24, "Hits that `rag` answers pack evidence from.", "hits", ge=1, le=200)
+
+
+class AnswerSettings(_Group):
+    max_evidence_tokens: int = _setting(
+        0, "Most evidence in a prompt unless the request says less; 0 takes what the context leaves.", "tokens", ge=0
+    )
+    rag_evidence_tokens: int = _setting(
+        4096, "Most evidence that `rag` packs before it widens; `full_context` may take more.", "tokens", ge=64
+    )
+    max_output_tokens: int = _setting(256, "Most tokens of an answer, unless a request says its own.", "tokens", ge=1)
+    max_quote_tokens: int = _setting(96, "Longest quote the model may make.", "tokens", ge=1)
+    max_quotes: int = _setting(4, "Most quotes in an answer.", "quotes", ge=1)
+    none_margin: float = _setting(
+        0.0, "Answer `not_found` when log P(none) - log P(quote) exceeds this.", "nats", ge=-50, le=50
+    )
+    max_pending: int = _setting(64, "Answers running or waiting, after which new ones get 429.", "answers", ge=1)
+
+
+class LogSettings(_Group):
+    level: Literal["debug", "info", "warning", "error"] = _setting("info", "Least severe message written.")
+    format: Literal["text", "json"] = _setting("text", "Lines for people or for machines.")
+
+
+class Settings(BaseSettings):
+    """How this deployment runs. Frozen; made by `load_settings`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_nested_delimiter="__",
+        env_file_encoding="utf-8",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+    )
+
+    data_dir: Path = _setting(Path("data"), "Directory of the database, the originals and the index.")
+    url: str | None = _setting(None, "Service that the command line talks to; unset: in process on the data dir.")
+    key: SecretStr | None = _setting(None, "API key the command line sends to that service.")
+    server: ServerSettings = ServerSettings()
+    auth: AuthSettings = AuthSettings()
+    model: ModelSettings = ModelSettings()
+    cache: CacheSettings = CacheSettings()
+    redis: RedisSettings = RedisSettings()
+    ingest: IngestSettings = IngestSettings()
+    retrieval: RetrievalSettings = RetrievalSettings()
+    answers: AnswerSettings = AnswerSettings()
+    log: LogSettings = LogSettings()
+
+
+@dataclass(frozen=True)
+class SettingInfo:
+    """One row of the table of settings in docs/operations.md."""
+
+    name: str
+    default: str
+    unit: str
+    description: str
+
+
+def describe_settings() -> list[SettingInfo]:
+    """Every setting in the order of `Settings`, for the documentation and for error messages."""
+    return list(_describe(Settings, PREFIX))
+
+
+def _describe(model: type[BaseModel], prefix: str) -> Iterator[SettingInfo]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, _Group):
+            yield from _describe(field.annotation, f"{prefix}{name.upper()}__")
+            continue
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        unit = str(extra.get("unit", "")) or _choices(field.annotation)
+        yield SettingInfo(f"{prefix}{name.upper()}", _show_default(field.default), unit, field.description or "")
+
+
+def _choices(annotation: Any) -> str:
+    options = get_args(annotation)
+    if options and all(isinstance(option, str) for option in options):
+        return " | ".join(options)
+    return "true | false" if annotation is bool else ""
+
+
+def _show_default(default: Any) -> str:
+    if default is None:
+        return "unset"
+    if default == SHIPPED_CHECKPOINT:
+        return "model/checkpoints/jamba-small"
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def load_settings(env_file: Path | None = Path(".env"), **overrides: Any) -> Settings:
+    """Read the environment and `env_file`; `overrides` (field names, groups as dicts) win.
+
+    Raises `SettingsError` for a name that doesn't exist, naming the nearest that does, and for a bad value.
+    """
+    file_values = dotenv_values(env_file) if env_file and env_file.is_file() else {}
+    _check_names(os.environ, "the environment")
+    _check_names(file_values, str(env_file))
+    try:
+        settings = Settings(_env_file=env_file, **overrides)
+    except ValidationError as error:
+        problems = "; ".join(f"{_env_name(e['loc'])}: {e['msg']}" for e in error.errors(include_input=False))
+        raise SettingsError(f"wrong setting: {problems}") from None
+    _check_together(settings)
+    return settings
+
+
+def _check_names(names: Mapping[str, Any], source: str) -> None:
+    valid = [info.name for info in describe_settings()]
+    for name in names:
+        if name.upper().startswith(PREFIX) and name.upper() not in valid:
+            nearest = difflib.get_close_matches(name.upper(), valid, n=1, cutoff=0.0)[0]
+            raise SettingsError(f"{name} in {source} is not a setting; the nearest is {nearest}")
+
+
+def _env_name(location: tuple[int | str, ...]) -> str:
+    return PREFIX + "__".join(str(part).upper() for part in location)
+
+
+def _check_together(settings: Settings) -> None:
+    if not settings.auth.enabled and settings.server.host not in LOOPBACK_HOSTS:
+        raise SettingsError(
+            f"JAMBA_RAG_AUTH__ENABLED=false with JAMBA_RAG_SERVER__HOST={settings.server.host} would open the "
+            f"documents to the network; enable keys or listen on one of {', '.join(LOOPBACK_HOSTS)}"
+        )
+    if settings.retrieval.dense_weight + settings.retrieval.lexical_weight == 0:
+        raise SettingsError("JAMBA_RAG_RETRIEVAL__DENSE_WEIGHT and __LEXICAL_WEIGHT are both 0: one must be above it")
+
+
+def public_settings(settings: Settings) -> dict[str, Any]:
+    """The effective settings as JSON values; passwords and keys are replaced by `***`."""
+    values = settings.model_dump(mode="json")
+    if settings.key is not None:
+        values["key"] = "***"
+    if settings.redis.url is not None:
+        values["redis"]["url"] = hide_password(settings.redis.url.get_secret_value())
+    return values
+
+
+def hide_password(url: str) -> str:
+    """`url` with what stands before its `@` replaced by `***`."""
+    parts = urlsplit(url)
+    if "@" not in parts.netloc:
+        return url
+    return urlunsplit(parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]))

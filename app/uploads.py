@@ -1,0 +1,176 @@
+"""Reads a multipart upload as it arrives: files go straight to the file store, whatever their size.
+
+Fields are small and kept in memory; a file never is. Does not judge documents: `RagService.submit_document` does.
+"""
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import anyio.from_thread
+import anyio.to_thread
+from anyio import CapacityLimiter
+from anyio.lowlevel import RunVar
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import Request
+
+MAX_FIELD_BYTES = 1 << 20
+MAX_UPLOADS_AT_ONCE = 16
+_MAX_HEADER_BYTES = 64 * 1024
+
+Result = TypeVar("Result")
+_upload_threads: RunVar[CapacityLimiter] = RunVar("upload_threads")
+
+
+class BadUpload(ValueError):
+    """The body is not the multipart form that this call wants."""
+
+
+@dataclass
+class Part:
+    """One part of the form; `filename` is None for a field. `pieces` must be read to its end before the next part."""
+
+    name: str
+    filename: str | None
+    pieces: AsyncIterator[bytes]
+
+
+@dataclass
+class _Event:
+    """What the parser said: a part begins (`part`), goes on (`data`) or ends (neither)."""
+
+    part: tuple[str, str | None] | None = None
+    data: bytes | None = None
+
+
+@dataclass
+class _Collector:
+    """Callbacks of the parser: turns header fragments into parts, everything into a list of events."""
+
+    events: list[_Event] = field(default_factory=list)
+    _name: bytes = b""
+    _value: bytes = b""
+    _disposition: bytes = b""
+    ended: bool = False
+
+    def callbacks(self) -> dict[str, Callable[..., None]]:
+        return {
+            "on_part_begin": self._begin,
+            "on_header_field": self._header_field,
+            "on_header_value": self._header_value,
+            "on_header_end": self._header_end,
+            "on_headers_finished": self._headers_finished,
+            "on_part_data": lambda data, start, end: self.events.append(_Event(data=data[start:end])),
+            "on_part_end": lambda: self.events.append(_Event()),
+            "on_end": self._end,
+        }
+
+    def _begin(self) -> None:
+        self._name = self._value = self._disposition = b""
+
+    def _header_field(self, data: bytes, start: int, end: int) -> None:
+        self._name += data[start:end]
+
+    def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _header_end(self) -> None:
+        if self._name.lower() == b"content-disposition":
+            self._disposition = self._value
+        self._name = self._value = b""
+
+    def _headers_finished(self) -> None:
+        kind, options = parse_options_header(self._disposition)
+        if kind != b"form-data" or b"name" not in options:
+            raise BadUpload("a part of the form has no `Content-Disposition: form-data` with a name")
+        filename = options.get(b"filename")
+        name = options[b"name"].decode("utf-8", "replace")
+        self.events.append(_Event(part=(name, None if filename is None else filename.decode("utf-8", "replace"))))
+
+    def _end(self) -> None:
+        self.ended = True
+
+
+async def read_parts(request: Request) -> AsyncIterator[Part]:
+    """The parts of a multipart body in their order. Raises BadUpload when it is none, is damaged, or ends early."""
+    events = _read_events(request)
+    async for event in events:
+        if event.part is not None:
+            yield Part(*event.part, pieces=_pieces(events))
+
+
+async def _pieces(events: AsyncIterator[_Event]) -> AsyncIterator[bytes]:
+    async for event in events:
+        if event.data is None:
+            return
+        yield event.data
+
+
+async def _read_events(request: Request) -> AsyncIterator[_Event]:
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    if kind != b"multipart/form-data" or not options.get(b"boundary"):
+        raise BadUpload("send the files as multipart/form-data with a boundary, each in a part named `file`")
+    collector = _Collector()
+    try:
+        parser = MultipartParser(options[b"boundary"], collector.callbacks(), max_header_size=_MAX_HEADER_BYTES)
+        async for piece in request.stream():
+            parser.write(piece)
+            for event in collector.events:
+                yield event
+            collector.events.clear()
+    except FormParserError as error:
+        raise BadUpload(f"the multipart body is damaged: {error}") from error
+    if not collector.ended:
+        raise BadUpload("the multipart body ended before its last boundary; send it again")
+
+
+async def read_field(part: Part) -> str:
+    """Value of a field. Raises BadUpload over MAX_FIELD_BYTES or when it isn't UTF-8."""
+    value = bytearray()
+    async for piece in part.pieces:
+        value += piece
+        if len(value) > MAX_FIELD_BYTES:
+            raise BadUpload(f"field {part.name[:80]!r} is over the limit of {MAX_FIELD_BYTES} bytes")
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise BadUpload(f"field {part.name[:80]!r} is not UTF-8") from error
+
+
+async def read_in_thread(part: Part, consume: Callable[[Iterator[bytes]], Result], max_rest_bytes: int) -> Result:
+    """Run `consume` on the part's pieces in a worker thread; they are read from the connection as it asks for them.
+
+    What `consume` leaves unread is read and dropped, so that the next part can follow. Raises BadUpload when that is
+    more than `max_rest_bytes`: then the sender isn't listened to any longer.
+    """
+
+    async def next_piece() -> bytes | None:
+        return await anext(part.pieces, None)
+
+    def pieces() -> Iterator[bytes]:
+        while (piece := anyio.from_thread.run(next_piece)) is not None:
+            yield piece
+
+    try:
+        return await anyio.to_thread.run_sync(lambda: consume(pieces()), limiter=_limiter())
+    except ValueError:
+        await _drop_rest(part, max_rest_bytes)
+        raise
+
+
+def _limiter() -> CapacityLimiter:
+    """Uploads have threads of their own: a slow one must not take a thread that answers others."""
+    try:
+        return _upload_threads.get()
+    except LookupError:
+        _upload_threads.set(CapacityLimiter(MAX_UPLOADS_AT_ONCE))
+        return _upload_threads.get()
+
+
+async def _drop_rest(part: Part, max_bytes: int) -> None:
+    dropped = 0
+    async for piece in part.pieces:
+        dropped += len(piece)
+        if dropped > max_bytes:
+            raise BadUpload(f"more than {max_bytes} bytes follow in a part that was refused; the rest is not read")

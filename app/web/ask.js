@@ -1,0 +1,183 @@
+/** Questions and answers: streams each answer, numbers its citations, says plainly when the documents hold none. */
+import * as api from "./api.js";
+import { announce, byId, counted, formatDuration, formatNumber, formatPages, h } from "./dom.js";
+import { sliceText } from "./source.js";
+
+const STORED_THREAD = "jamba-rag.thread";
+const KEPT_TURNS = 20;
+const NEAREST = 3;
+const TIERS = { gpu: "GPU", host: "memory", redis: "Redis" };
+
+/** One question with its answer as far as it has come. */
+class Turn {
+  constructor(panel, { question, collection, answer = null }) {
+    Object.assign(this, { panel, question, collection, answer, text: "", citations: [], sources: [], frame: 0 });
+    this.body = h("div", { class: "answer", "aria-busy": "true" });
+    this.footer = h("div", { class: "footer" });
+    this.element = h("article", { class: "turn" }, h("h3", {}, question), this.body, this.footer);
+    if (answer) this.finish(answer);
+  }
+
+  apply({ type, data }) {
+    if (type === "answer.sources") this.sources = data.sources;
+    if (type === "answer.text.delta") this.text += data.text;
+    if (type === "answer.citation.added") this.citations.push(data.citation || data);
+    if (type === "answer.completed") return this.finish(data.answer || data);
+    if (type === "answer.error") throw new Error(data.detail || data.title || "The answer broke off.");
+    if (!this.frame) this.frame = requestAnimationFrame(() => this.showText());
+  }
+
+  showText() {
+    this.frame = 0;
+    const nodes = [];
+    let position = 0;
+    this.citations.forEach((citation, index) => {
+      nodes.push(sliceText(this.text, position, citation.end), this.citeButton(citation, index + 1));
+      position = citation.end;
+    });
+    nodes.push(sliceText(this.text, position));
+    this.body.replaceChildren(...nodes);
+  }
+
+  citeButton(citation, number) {
+    const label = `Citation ${number}: ${citation.filename}${formatPages(citation.location, ", ")}`;
+    return h("button", { type: "button", class: "cite", "aria-label": label, onclick: ({ target }) => this.panel.onCite(citation, target) }, `${number}`);
+  }
+
+  finish(answer) {
+    cancelAnimationFrame(this.frame);
+    this.answer = answer;
+    this.text = answer.text;
+    this.citations = [...answer.citations].sort((a, b) => a.end - b.end);
+    this.sources = answer.sources;
+    this.body.setAttribute("aria-busy", "false");
+    if (answer.grounding === "not_found") this.showNotFound();
+    else this.showAnswer();
+    this.footer.append(this.measures());
+  }
+
+  showAnswer() {
+    this.showText();
+    const entries = this.citations.map((citation, index) => this.passage(citation, citation.cited_text, `${index + 1}`));
+    this.footer.replaceChildren(h("ol", { class: "passages", "aria-label": "Citations" }, ...entries));
+    announce(`Answered with ${counted(entries.length, "citation")}.`);
+  }
+
+  showNotFound() {
+    this.body.replaceChildren(h("p", { class: "not-found" }, "This is not in your documents."));
+    const entries = this.sources.slice(0, NEAREST).map((source) => this.passage(source, source.text, "≈"));
+    const nearest = entries.length > 0 && h("p", { class: "hint" }, "The nearest passages, in case the question was meant differently:");
+    this.footer.replaceChildren(...(nearest ? [nearest, h("ol", { class: "passages", "aria-label": "Nearest passages" }, ...entries)] : []));
+    announce("This is not in your documents.");
+  }
+
+  passage(place, text, mark) {
+    const where = h("span", { class: "where" }, `${place.filename}${formatPages(place.location, ", ")}`);
+    const button = h(
+      "button",
+      { type: "button", class: "passage", onclick: ({ currentTarget }) => this.panel.onCite(place, currentTarget) },
+      h("span", { class: "mark", "aria-hidden": "true" }, mark),
+      h("span", { class: "words" }, where, h("span", { class: "quote" }, text)),
+    );
+    return h("li", {}, button);
+  }
+
+  measures() {
+    const { timings, usage, cache, truncated } = this.answer;
+    const cached = usage.cached_input_tokens;
+    const tier = TIERS[cache?.tier] ? ` (${TIERS[cache.tier]})` : "";
+    const parts = [
+      timings?.ttft_ms !== undefined && timings.ttft_ms !== null && `First word after ${formatDuration(timings.ttft_ms)}`,
+      `${formatNumber(cached)} of ${formatNumber(usage.input_tokens)} prompt tokens from the cache${cached ? tier : ""}`,
+      truncated && "cut off at the length limit",
+    ];
+    return h("p", { class: "measures" }, parts.filter(Boolean).join(" · "));
+  }
+
+  /** Says why there is no whole answer, and offers to ask again. */
+  stop(message, isError) {
+    cancelAnimationFrame(this.frame);
+    this.showText();
+    this.body.setAttribute("aria-busy", "false");
+    const again = h("button", { type: "button", onclick: () => this.panel.ask(this.question) }, "Ask again");
+    const note = h("p", isError ? { class: "error", role: "alert" } : { class: "hint" }, message);
+    this.footer.replaceChildren(h("div", { class: "row" }, note, again));
+  }
+}
+
+export class AskPanel {
+  constructor({ onCite, getCollection }) {
+    Object.assign(this, { onCite, getCollection, turns: [], running: null });
+    this.field = byId("question");
+    this.button = byId("ask-button");
+    byId("ask-form").addEventListener("submit", (event) => {
+      event.preventDefault();
+      if (this.running) this.running.abort();
+      else this.ask(this.field.value.trim());
+    });
+    this.field.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+      event.preventDefault();
+      if (!this.running) byId("ask-form").requestSubmit();
+    });
+    byId("clear-thread").addEventListener("click", () => this.clear());
+  }
+
+  /** Brings back the questions of this tab; one that a reload cut off can be asked again. */
+  restore() {
+    for (const stored of JSON.parse(sessionStorage.getItem(STORED_THREAD) || "[]")) {
+      const turn = this.append(new Turn(this, stored));
+      if (!stored.answer) turn.stop("The page was reloaded before the answer was complete.", false);
+    }
+  }
+
+  save() {
+    const kept = this.turns.slice(-KEPT_TURNS).map(({ question, collection, answer }) => ({ question, collection, answer }));
+    try {
+      sessionStorage.setItem(STORED_THREAD, JSON.stringify(kept));
+    } catch {
+      sessionStorage.removeItem(STORED_THREAD); // over the browser's quota: a reload then forgets, nothing else breaks
+    }
+  }
+
+  append(turn) {
+    this.turns.push(turn);
+    byId("thread").append(turn.element);
+    byId("welcome").hidden = true;
+    byId("clear-thread").hidden = false;
+    return turn;
+  }
+
+  clear() {
+    this.running?.abort();
+    for (const turn of this.turns) turn.element.remove();
+    this.turns = [];
+    sessionStorage.removeItem(STORED_THREAD);
+    byId("welcome").hidden = false;
+    byId("clear-thread").hidden = true;
+    this.field.focus();
+  }
+
+  async ask(question) {
+    if (!question || this.running) return;
+    const turn = this.append(new Turn(this, { question, collection: this.getCollection() }));
+    this.save();
+    this.field.value = "";
+    this.running = new AbortController();
+    this.button.textContent = "Stop";
+    turn.body.append(h("p", { class: "hint waiting" }, "Reading…"));
+    turn.element.scrollIntoView({ block: "end" });
+    try {
+      const body = { question, collections: [turn.collection], mode: byId("mode").value };
+      for await (const event of api.streamAnswer(body, this.running.signal)) turn.apply(event);
+      if (!turn.answer) throw new Error("The connection broke before the answer was complete.");
+    } catch (problem) {
+      if (problem.name === "AbortError") turn.stop("Stopped.", false);
+      else turn.stop(problem.message, true);
+    }
+    this.running = null;
+    this.button.textContent = "Ask";
+    this.save();
+    turn.element.scrollIntoView({ block: "nearest" });
+  }
+}

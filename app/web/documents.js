@@ -1,0 +1,295 @@
+/** The documents of one collection: choose it, add files, follow each one until it is ready or has failed, retry, delete. */
+import * as api from "./api.js";
+import { announce, byId, confirmed, counted, formatBytes, formatNumber, h } from "./dom.js";
+
+const UPLOADS_AT_ONCE = 2;
+const POLL_MS = 700;
+const FINISHED = new Set(["ready", "failed"]);
+const STAGES = {
+  queued: "Waiting",
+  parsing: "Reading",
+  chunking: "Splitting",
+  embedding: "Embedding",
+  indexing: "Indexing",
+  deleting: "Deleting",
+};
+
+/** One line of the list: a file on its way to the server, then its Document. Updated in place, so the focus stays. */
+class Entry {
+  constructor(panel, { file = null, document = null }) {
+    Object.assign(this, { panel, file, document, sent: 0, problem: null });
+    this.name = h("span", { class: "name" });
+    this.open = h("button", { type: "button", class: "name link", onclick: () => panel.onOpen(this.document), hidden: true });
+    this.state = h("span", { class: "state" });
+    this.progress = h("progress", { max: 1, hidden: true });
+    this.retry = h("button", { type: "button", onclick: () => panel.retry(this), hidden: true }, "Retry");
+    this.remove = h("button", { type: "button", onclick: () => panel.remove(this) }, "Delete");
+    const actions = h("span", { class: "actions" }, this.retry, this.remove);
+    this.element = h("li", {}, this.name, this.open, actions, this.state, this.progress);
+    this.show();
+  }
+
+  get filename() {
+    return this.document ? this.document.filename : this.file.webkitRelativePath || this.file.name;
+  }
+
+  get active() {
+    return this.document !== null && !FINISHED.has(this.document.status);
+  }
+
+  get failure() {
+    if (this.problem) return this.problem.message;
+    if (this.document?.status !== "failed") return "";
+    const { message = "The document could not be read.", page } = this.document.last_error || {};
+    return page ? `${message} (page ${page})` : message;
+  }
+
+  describe() {
+    if (this.failure) return this.failure;
+    if (!this.document) return this.sent ? `Sending, ${Math.round(this.sent * 100)} %` : "Waiting to be sent";
+    const { status, progress, pages, tokens, bytes } = this.document;
+    if (status === "ready") {
+      return [pages && counted(pages, "page"), tokens && counted(tokens, "token"), formatBytes(bytes)].filter(Boolean).join(" · ");
+    }
+    const stage = STAGES[status] || status;
+    return progress?.total ? `${stage}, ${formatNumber(progress.done)} of ${counted(progress.total, progress.unit.replace(/s$/, ""))}` : stage;
+  }
+
+  show() {
+    const ready = this.document?.status === "ready";
+    this.name.textContent = this.open.textContent = this.name.title = this.open.title = this.filename;
+    this.name.hidden = ready;
+    this.open.hidden = !ready;
+    this.state.textContent = this.describe();
+    this.element.dataset.status = this.failure ? "failed" : this.document?.status || "sending";
+    this.progress.hidden = Boolean(this.failure) || ready;
+    this.progress.setAttribute("aria-label", `Progress of ${this.filename}`);
+    const { done, total } = this.document?.progress || {};
+    const share = this.document ? (total ? done / total : null) : this.sent;
+    if (share === null) this.progress.removeAttribute("value");
+    else this.progress.value = share;
+    this.retry.hidden = !this.failure;
+    this.remove.hidden = !this.document && !this.problem;
+    this.retry.setAttribute("aria-label", `Retry ${this.filename}`);
+    this.remove.setAttribute("aria-label", `Delete ${this.filename}`);
+  }
+}
+
+export class DocumentsPanel {
+  constructor({ onOpen, onDeleted }) {
+    Object.assign(this, { onOpen, onDeleted, collections: [], entries: [], waiting: [], sending: 0, polling: false });
+    this.select = byId("collection");
+    this.list = byId("document-list");
+    this.select.addEventListener("change", () => this.guard(() => this.load()));
+    byId("new-collection").addEventListener("click", () => this.toggleForm());
+    byId("new-collection-form").addEventListener("submit", (event) => this.guard(() => this.create(event)));
+    byId("delete-collection").addEventListener("click", () => this.guard(() => this.dropCollection()));
+    for (const [button, input] of [["choose-files", "files"], ["choose-folder", "folder"]]) {
+      byId(button).addEventListener("click", () => byId(input).click());
+      byId(input).addEventListener("change", ({ target }) => {
+        this.add([...target.files]);
+        target.value = "";
+      });
+    }
+    this.acceptDrops(byId("documents"));
+  }
+
+  get collection() {
+    return this.select.value;
+  }
+
+  /** Runs an action and shows what went wrong instead of losing it. */
+  async guard(action) {
+    const error = byId("documents-error");
+    error.hidden = true;
+    try {
+      await action();
+    } catch (problem) {
+      error.textContent = problem.message;
+      error.hidden = false;
+    }
+  }
+
+  async start() {
+    await this.loadCollections();
+    await this.load();
+  }
+
+  async loadCollections(chosen = this.collection) {
+    this.collections = await api.listCollections();
+    const names = this.collections.map((collection) => collection.name);
+    if (!names.length) names.push("default");
+    this.select.replaceChildren(...names.map((name) => h("option", { value: name }, name)));
+    this.select.value = names.includes(chosen) ? chosen : names.includes("default") ? "default" : names[0];
+    this.showFacts();
+  }
+
+  showFacts() {
+    const facts = this.collections.find((collection) => collection.name === this.collection);
+    byId("delete-collection").disabled = !facts;
+    if (!facts) return void (byId("collection-facts").textContent = "");
+    const fits = facts.fits_context ? "fits whole into one question" : "too long for one question: the best passages are read";
+    const parts = [counted(facts.documents, "document"), counted(facts.tokens, "token"), facts.documents > 0 && fits];
+    byId("collection-facts").textContent = parts.filter(Boolean).join(" · ");
+  }
+
+  async load() {
+    this.showFacts();
+    const collection = this.collection;
+    const known = this.collections.some(({ name }) => name === collection);
+    const documents = known ? await api.listDocuments(collection) : [];
+    if (collection !== this.collection) return;
+    const uploads = this.entries.filter((entry) => !entry.document && entry.collection === collection);
+    documents.sort((a, b) => b.created_at - a.created_at);
+    this.entries = [...uploads, ...documents.map((document) => new Entry(this, { document }))];
+    this.showList();
+    this.poll();
+  }
+
+  showList() {
+    this.list.replaceChildren(...this.entries.map((entry) => entry.element));
+    byId("no-documents").hidden = this.entries.length > 0;
+  }
+
+  add(files) {
+    const entries = files.map((file) => Object.assign(new Entry(this, { file }), { collection: this.collection }));
+    this.entries.unshift(...entries);
+    this.waiting.push(...entries);
+    this.showList();
+    if (entries.length) announce(`${counted(entries.length, "file")} added`);
+    this.sendNext();
+  }
+
+  sendNext() {
+    while (this.sending < UPLOADS_AT_ONCE && this.waiting.length) {
+      this.sending += 1;
+      this.upload(this.waiting.shift()).finally(() => {
+        this.sending -= 1;
+        this.sendNext();
+      });
+    }
+  }
+
+  async upload(entry) {
+    try {
+      const document = await api.uploadFile(entry.file, entry.collection, (sent) => {
+        entry.sent = sent;
+        entry.show();
+      });
+      const twin = this.entries.find((other) => other !== entry && other.document?.id === document.id);
+      if (twin) this.forget(entry, `${entry.filename} is already here as ${document.filename}`);
+      else entry.document = document;
+      this.poll();
+    } catch (problem) {
+      entry.problem = problem;
+    }
+    entry.show();
+  }
+
+  /** Asks for every unfinished document until none is left; then the collection's counts are read again. */
+  async poll() {
+    if (this.polling) return;
+    this.polling = true;
+    while (this.entries.some((entry) => entry.active) && !byId("workspace").hidden) {
+      for (const entry of this.entries.filter((candidate) => candidate.active)) await this.refresh(entry);
+      await new Promise((resolve) => setTimeout(resolve, POLL_MS));
+    }
+    this.polling = false;
+    await this.guard(() => this.loadCollections());
+  }
+
+  async refresh(entry) {
+    try {
+      entry.document = await api.getDocument(entry.document.id);
+    } catch (problem) {
+      if (problem.status === 404) return this.forget(entry, `${entry.filename} is gone`);
+      return; // a broken connection or a busy server: the next round asks again
+    }
+    entry.show();
+    if (!entry.active) announce(entry.failure ? `${entry.filename} failed: ${entry.failure}` : `${entry.filename} is ready`);
+  }
+
+  async retry(entry) {
+    const { document } = entry;
+    entry.problem = null;
+    if (!document) {
+      entry.sent = 0;
+      this.waiting.push(entry);
+      entry.show();
+      return this.sendNext();
+    }
+    await this.guard(async () => {
+      const answer = await api.retryDocument(document.id);
+      entry.document = answer?.id ? answer : await api.getDocument(document.id);
+      entry.show();
+      this.poll();
+    });
+  }
+
+  async remove(entry) {
+    if (!entry.document) return this.forget(entry, `${entry.filename} dropped`);
+    if (!(await confirmed(`Delete ${entry.filename}? Its text, its passages and everything remembered from it go too.`, "Delete"))) return;
+    await this.guard(async () => {
+      await api.deleteDocument(entry.document.id);
+      this.forget(entry, `${entry.filename} deleted`);
+      this.onDeleted(entry.document.id);
+      await this.loadCollections();
+    });
+  }
+
+  forget(entry, message) {
+    this.entries = this.entries.filter((other) => other !== entry);
+    this.showList();
+    announce(message);
+    byId("documents-title").focus();
+  }
+
+  toggleForm(open = byId("new-collection-form").hidden) {
+    byId("new-collection-form").hidden = !open;
+    byId("new-collection").setAttribute("aria-expanded", String(open));
+    byId(open ? "collection-name" : "new-collection").focus();
+  }
+
+  async create(event) {
+    event.preventDefault();
+    const name = byId("collection-name").value.trim();
+    await api.createCollection(name);
+    byId("collection-name").value = "";
+    this.toggleForm(false);
+    await this.loadCollections(name);
+    await this.load();
+  }
+
+  async dropCollection() {
+    const name = this.collection;
+    const count = counted(this.entries.filter((entry) => entry.document).length, "document");
+    if (!(await confirmed(`Delete the collection ${name} with ${count}?`, "Delete"))) return;
+    await api.deleteCollection(name);
+    announce(`Collection ${name} deleted`);
+    await this.start();
+  }
+
+  acceptDrops(area) {
+    const highlight = (on) => byId("dropzone").classList.toggle("over", on);
+    area.addEventListener("dragover", () => highlight(true));
+    area.addEventListener("dragleave", () => highlight(false));
+    area.addEventListener("drop", async (event) => {
+      highlight(false);
+      const roots = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
+      this.add((await Promise.all(roots.map(readEntry))).flat());
+    });
+    for (const type of ["dragover", "drop"]) window.addEventListener(type, (event) => event.preventDefault());
+  }
+}
+
+/** The files under one dropped file or folder. A folder's reader gives at most 100 at a time. */
+async function readEntry(entry) {
+  if (entry.isFile) return [await new Promise((resolve, reject) => entry.file(resolve, reject))];
+  const reader = entry.createReader();
+  const files = [];
+  for (;;) {
+    const children = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
+    if (!children.length) return files;
+    files.push(...(await Promise.all(children.map(readEntry))).flat());
+  }
+}

@@ -1,0 +1,182 @@
+"""How well a checkpoint answers from given passages, through the service's own prompt, constraint and engine.
+
+Questions come as JSON lines: {set, passages: [[title, text], ...], question, answer or null, gold or null}; `gold` is
+the number of the passage that holds the answer. Every question is answered once without the way out of `<|none|>`, and
+the margin log P(none) − log P(quote) of its first step is kept: so one run gives the scores at every threshold.
+Run: `python -m bench.answers QUESTIONS.jsonl --threshold 0`. Where retrieval finds the passages: bench/retrieval.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import string
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from app.answering import AnswerWriter
+from app.prompting import QuoteFormat
+from app.quotes import QuoteLimits, TokenBytes
+from bench.runs import BenchRun
+from model import load_model
+from model.engine import EngineRequest, JambaEngine
+from model.prefix_cache import PrefixCache
+from model.prefix_plan import PlanSettings
+from model.sampling import SamplingParams
+from model.state_store import MemoryStateStore
+from model.tokenizer import Tokenizer
+from retrieval.types import Evidence, Passage
+
+SHIPPED = Path(__file__).parent.parent / "model" / "checkpoints" / "jamba-small"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one question: scores of the quote it would give, and how much it would rather say none."""
+
+    set: str
+    answerable: bool
+    exact: float
+    f1: float
+    cited: bool
+    margin: float
+    prompt_tokens: int
+    said: str
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, no punctuation, no articles, single blanks. Source: SQuAD's evaluate-v1.1.py."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def token_f1(said: str, gold: str) -> float:
+    """Harmonic mean of precision and recall of words."""
+    ours, theirs = normalize_answer(said).split(), normalize_answer(gold).split()
+    shared = sum((Counter(ours) & Counter(theirs)).values())
+    return 2 * shared / (len(ours) + len(theirs)) if shared else float(ours == theirs)
+
+
+class Reader:
+    """One checkpoint, asked about given passages."""
+
+    def __init__(self, checkpoint: Path, dtype: torch.dtype, quantize: str | None, max_quotes: int) -> None:
+        model = load_model(checkpoint, dtype=dtype, quantize=quantize)
+        self.tokenizer = Tokenizer.load(checkpoint)
+        self.format = QuoteFormat(self.tokenizer, TokenBytes.read(checkpoint), 65_536)
+        cache = PrefixCache([MemoryStateStore(1 << 28)], b"bench", PlanSettings())
+        self.engine = JambaEngine(model, self.tokenizer, cache, max_context_tokens=65_536)
+        self.limits = QuoteLimits(max_quotes=max_quotes, allow_none=False)
+
+    def ask(self, question: str, passages: Sequence[tuple[str, str]]) -> tuple[AnswerWriter, float, int]:
+        """The answer it would give, its margin towards none, and the prompt's tokens."""
+        spans = tuple(
+            Passage(f"d{i}", 1, "bench", i, title, title, text, 0, len(text))
+            for i, (title, text) in enumerate(passages, start=1)
+        )
+        evidence = Evidence(spans, "rag", 0)
+        prompt = self.format.build_prompt(question, evidence)
+        quote, none = self.format.decision_ids
+        self.engine.add(
+            EngineRequest(
+                prompt.token_ids,
+                prompt.boundaries,
+                SamplingParams(max_new_tokens=256, stop_token_ids=self.format.stop_ids),
+                constraint=self.format.constrain(evidence, self.limits),
+                watch_tokens=(none, quote),
+            )
+        )
+        writer, margin = AnswerWriter(self.tokenizer, self.format.answer_tokens(evidence), spans), None
+        while self.engine.has_work():
+            for output in self.engine.step():
+                if output.token_id is not None:
+                    margin = output.watch_logprobs[0] - output.watch_logprobs[1] if margin is None else margin
+                    list(writer.push(output.token_id))
+        list(writer.finish())
+        return writer, margin or 0.0, len(prompt.token_ids)
+
+
+def judge(reader: Reader, item: dict) -> Outcome:
+    """Ask one question and compare."""
+    writer, margin, prompt_tokens = reader.ask(item["question"], [tuple(p) for p in item["passages"]])
+    answers = item["answer"] if isinstance(item["answer"], list) else [item["answer"] or ""]
+    first = writer.quoted[0].quote.text if writer.quoted else writer.text
+    cited = bool(writer.quoted) and writer.quoted[0].quote.passage.ordinal == (item.get("gold") or 0) + 1
+    exact = max(float(normalize_answer(first) == normalize_answer(gold)) for gold in answers)
+    f1 = max(token_f1(first, gold) for gold in answers)
+    return Outcome(item["set"], item["answer"] is not None, exact, f1, cited, margin, prompt_tokens, writer.text)
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
+
+
+def summarize(name: str, outcomes: Sequence[Outcome], threshold: float) -> dict[str, float | str | int]:
+    """Scores of one set when margins over `threshold` mean "not in the documents"."""
+    held = [o for o in outcomes if o.answerable]
+    row: dict[str, float | str | int] = {"set": name, "questions": len(outcomes)}
+    row["tokens"] = round(mean([o.prompt_tokens for o in outcomes]))
+    if held:
+        given = [o if o.margin <= threshold else None for o in held]
+        row |= {
+            "EM": 100 * mean([o.exact if o else 0.0 for o in given]),
+            "F1": 100 * mean([o.f1 if o else 0.0 for o in given]),
+            "EM if answered": 100 * mean([o.exact for o in held]),
+            "cited right": 100 * mean([float(o.cited) for o in held]),
+            "refused wrongly": 100 * mean([float(o is None) for o in given]),
+        }
+    else:
+        row["refused"] = 100 * mean([float(o.margin > threshold) for o in outcomes])
+    return row
+
+
+def calibrate(outcomes: Sequence[Outcome], false_refusals: float) -> float:
+    """The threshold at which `false_refusals` of the answerable questions are refused."""
+    margins = sorted((o.margin for o in outcomes if o.answerable), reverse=True)
+    return margins[int(false_refusals * len(margins))] if margins else 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("questions", type=Path)
+    parser.add_argument("--model", type=Path, default=SHIPPED)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--quantize", choices=("int8",))
+    parser.add_argument("--threshold", type=float, help="default: the one that refuses 8%% of what can be answered")
+    parser.add_argument("--limit", type=int, help="at most so many questions a set")
+    parser.add_argument("--max-quotes", type=int, default=1)
+    parser.add_argument("--outcomes", type=Path, help="write every answer there, as JSON lines")
+    args = parser.parse_args()
+    reader = Reader(args.model, getattr(torch, args.dtype), args.quantize, args.max_quotes)
+    items, counts, outcomes = [], Counter(), []
+    for item in map(json.loads, args.questions.read_text().splitlines()):
+        counts[item["set"]] += 1
+        if args.limit is None or counts[item["set"]] <= args.limit:
+            items.append(item)
+    start = time.monotonic()
+    for i, item in enumerate(items, start=1):
+        outcomes.append(judge(reader, item))
+        if sys.stderr.isatty() or i % 50 == 0:
+            print(f"{i}/{len(items)} questions, {time.monotonic() - start:.0f} s", file=sys.stderr)
+    threshold = calibrate(outcomes, 0.08) if args.threshold is None else args.threshold
+    run, sets = BenchRun("answers", argv=sys.argv), defaultdict(list)
+    for outcome in outcomes:
+        sets[outcome.set].append(outcome)
+    for name, members in sets.items():
+        run.add(**summarize(name, members, threshold), threshold=threshold)
+    run.finish()
+    if args.outcomes:
+        lines = [{**item, "said": o.said, "margin": o.margin, "exact": o.exact, "f1": o.f1, "cited": o.cited}
+                 for item, o in zip(items, outcomes, strict=True)]  # fmt: skip
+        args.outcomes.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+if __name__ == "__main__":
+    main()

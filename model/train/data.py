@@ -1,0 +1,240 @@
+"""Rows to train on: running text, and contexts of passages with several questions in turn.
+
+A context is a whole prompt of the service: system, documents, question, answer, the next question, … Some questions
+have lost their passage to near ones: their answer is `<|none|>`. Loss weights mark the answers. Start at `QaRows`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from model.chat_format import ChatFormat
+from model.tokenizer import Tokenizer
+from model.train import templated
+from model.train.cloze import ClozeContexts
+from model.train.contexts import Context, Question, merge_contexts
+
+ANSWER, TEXT, PADDING = 1.0, 0.0, -1.0  # kinds of target token; weights are given to them by the loss
+
+
+def load_pairs(path: Path) -> PairContexts:
+    """The cleaned pairs `pairs_X.jsonl` and, beside them, `passages_X.jsonl`, as `model.train.pairs` writes them."""
+    pairs = [json.loads(line) for line in path.read_text().splitlines()]
+    wanted = {i for pair in pairs for i in pair["negatives"]}
+    passages = {}
+    with path.with_name(path.name.replace("pairs_", "passages_")).open() as file:
+        for record in map(json.loads, file):
+            if record["id"] in wanted:
+                passages[record["id"]] = (record["title"] or record["doc"], record["text"])
+    return PairContexts(pairs, passages)
+
+
+def covering_tokens(tokenizer: Tokenizer, text: str, start: int, end: int) -> tuple[list[int], int, int] | None:
+    """Tokens of `text` and the range of them that covers text[start:end]; None when they cover more than white space
+    beside it."""
+    ids, offsets = tokenizer.encode_with_offsets(text)
+    first = next((i for i, (_, stop) in enumerate(offsets) if stop > start), len(ids))
+    last = next((i for i in range(first, len(ids)) if offsets[i][1] >= end), len(ids) - 1)
+    if first > last or text[offsets[first][0] : offsets[last][1]].strip() != text[start:end].strip():
+        return None
+    return ids, first, last + 1
+
+
+class ContextRenderer:
+    """Turns a `Context` into token ids and target kinds, at most `max_tokens` long."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.format = ChatFormat(tokenizer)
+        self.tokenizer = tokenizer
+
+    def render(self, context: Context, max_tokens: int, rng: random.Random) -> tuple[list[int], list[float]]:
+        """Token ids and, for each, ANSWER or TEXT; questions that no longer fit are left out."""
+        passages = [self.tokenizer.encode(text) for _, text in context.passages]
+        groups = self._group_passages(context, rng)
+        ceiling = 10 ** rng.uniform(1.2, 3.0)
+        ordinals = sorted(rng.sample(range(1, max(int(ceiling), len(groups) + 1)), len(groups)))
+        ids, ordinal_of = self.format.system(), {}
+        for ordinal, group in zip(ordinals, groups, strict=True):
+            ids += self.format.document(ordinal, context.passages[group[0]][0], [passages[i] for i in group])
+            ordinal_of |= dict.fromkeys(group, ordinal)
+        kinds = [TEXT] * len(ids)
+        for question in context.questions:
+            asked, answer = self.format.ask(question.text), self._answer(context, question, ordinal_of)
+            if answer is None or len(ids) + len(asked) + len(answer) > max_tokens:
+                continue
+            ids += [*asked, *answer]
+            kinds += [TEXT] * len(asked) + [ANSWER] * len(answer)
+        return ids[:max_tokens], kinds[:max_tokens]
+
+    def _answer(self, context: Context, question: Question, ordinal_of: dict[int, int]) -> list[int] | None:
+        if question.answer is None:
+            return self.format.no_answer()
+        text = context.passages[question.passage][1]
+        found = covering_tokens(self.tokenizer, text, question.start, question.start + len(question.answer))
+        if found is None:
+            return None
+        ids, first, last = found
+        return self.format.quoted_answer(ids[first:last], ordinal_of[question.passage])
+
+    @staticmethod
+    def _group_passages(context: Context, rng: random.Random) -> list[list[int]]:
+        """Mostly a document a passage; sometimes neighbours under one title, as passages of one document."""
+        groups: list[list[int]] = []
+        merge = rng.random() < 0.3
+        for i in range(len(context.passages)):
+            if merge and groups and rng.random() < 0.5:
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        return groups
+
+
+class PairContexts:
+    """Contexts from question-answer pairs. Distractors: near passages found by words, others of the same document,
+    of the same package, of anywhere; those that are pairs themselves bring their questions along.
+
+    `passages` (id -> title and text) holds the passages that the pairs name as `negatives`.
+    """
+
+    def __init__(self, pairs: Sequence[dict], passages: Mapping[int, tuple[str, str]]) -> None:
+        self.pairs, self.passages = pairs, passages
+        self.by_doc: dict[tuple[str, str], list[int]] = defaultdict(list)
+        self.by_source: dict[str, list[int]] = defaultdict(list)
+        for i, pair in enumerate(pairs):
+            self.by_doc[pair["source"], pair["doc"]].append(i)
+            self.by_source[pair["source"]].append(i)
+
+    def draw(self, rng: random.Random, max_chars: int, num_passages: int | None = None, lost: float = 0.2) -> Context:
+        """A context of about `max_chars`, or of `num_passages`; a share `lost` of its questions loses its passage."""
+        seed = rng.choice(self.pairs)
+        chosen = {seed["passage"]: (self._title(seed, rng), seed)}
+        for title, text, pair in self._distractors(seed, rng):
+            if len(chosen) >= (num_passages or 64) or sum(map(len, chosen)) + len(text) > max_chars:
+                break
+            chosen.setdefault(text, (title, pair))
+        kept, gone = [], []
+        for text, (title, pair) in chosen.items():
+            take_away = pair is not None and len(chosen) > 1 and rng.random() < lost
+            (gone if take_away else kept).append((title, text, pair))
+        if not kept:
+            kept.append(gone.pop())
+        rng.shuffle(kept)
+        if len(chosen) == 1 and rng.random() < lost:  # a lone passage, asked about something near it
+            other = rng.choice(self.by_source[seed["source"]])
+            if self.pairs[other]["passage"] != seed["passage"]:
+                return self._context([(kept[0][0], kept[0][1], None)], [("", "", self.pairs[other])], rng)
+        return self._context(kept, gone, rng)
+
+    def _distractors(self, seed: dict, rng: random.Random) -> Iterator[tuple[str, str, dict | None]]:
+        near = [self.passages[i] for i in seed["negatives"] if i in self.passages]
+        rng.shuffle(near)
+        for title, text in near[: rng.randrange(5)]:
+            yield title[:80], text, None
+        same_doc = list(self.by_doc[seed["source"], seed["doc"]])
+        rng.shuffle(same_doc)
+        others = same_doc[: rng.randrange(1, 12)]
+        for _ in range(200):
+            same = rng.random() < 0.6
+            others.append(rng.choice(self.by_source[seed["source"]]) if same else rng.randrange(len(self.pairs)))
+        for i in others:
+            yield self._title(self.pairs[i], rng), self.pairs[i]["passage"], self.pairs[i]
+
+    @staticmethod
+    def _context(kept: list[tuple], gone: list[tuple], rng: random.Random) -> Context:
+        questions = [Question(pair["question"], pair["answer"], at, pair["start"])
+                     for at, (_, _, pair) in enumerate(kept) if pair is not None]  # fmt: skip
+        questions += [Question(pair["question"], None, -1, -1) for _, _, pair in gone]
+        rng.shuffle(questions)
+        return Context(tuple((title, text) for title, text, _ in kept), tuple(questions))
+
+    @staticmethod
+    def _title(pair: dict, rng: random.Random) -> str:
+        name = pair["doc"].rsplit("/", 1)[-1]
+        kind = rng.random()
+        if pair["title"] and kind < 0.5:
+            return pair["title"][:80]
+        return name if kind < 0.8 else f"{pair['source']} {name}"
+
+
+def templated_context(
+    rng: random.Random, max_chars: int, num_passages: int | None = None, host: Context | None = None
+) -> Context:
+    """A context of invented facts (`model.train.templated`): documents of them, or needles in passages of `host`."""
+    if host is not None:
+        made = templated.hide_needles(rng, host.passages, rng.randrange(2, 7))
+    else:
+        count = num_passages or max(1, min(16, rng.randrange(1, 2 + max_chars // 450)))
+        made = templated.generate_context(rng, count, n_questions=min(10, 3 + count))
+    questions = []
+    for asked in made.questions:
+        if len(asked.spans) > 1:
+            continue  # answers of several quotes are not trained yet
+        span = asked.spans[0] if asked.spans else None
+        where = (span.text, span.passage, span.start) if span else (None, -1, -1)
+        questions.append(Question(asked.text, *where))
+    return Context(tuple(made.passages), tuple(questions))
+
+
+class QaRows:
+    """Rows of one length for training: each a context of its own, padded at the end.
+
+    Blanks teach to find and to copy, invented facts to tell like from like, pairs what people ask: their shares move
+    from the first to the last over the training (`progress`, 0 to 1).
+    """
+
+    FIRST, LAST = {"cloze": 0.5, "templated": 0.3, "pairs": 0.2}, {"cloze": 0.15, "templated": 0.3, "pairs": 0.55}
+
+    def __init__(self, tokenizer: Tokenizer, pairs: PairContexts, texts: Sequence[tuple[str, str]]) -> None:
+        self.renderer = ContextRenderer(tokenizer)
+        self.pairs, self.cloze = pairs, ClozeContexts(texts)
+
+    def row(self, rng: random.Random, length: int, progress: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+        """(length + 1,) token ids int64 and kinds float32 of one context that fills most of the row."""
+        shares = [(1 - progress) * self.FIRST[kind] + progress * self.LAST[kind] for kind in self.FIRST]
+        ids, kinds = [], []
+        while ANSWER not in kinds:
+            context = self._context(rng, shares, int(length * rng.uniform(1.5 if length <= 512 else 2.2, 2.9)))
+            ids, kinds = self.renderer.render(context, length + 1, rng)
+        row = np.zeros(length + 1, dtype=np.int64)
+        marks = np.full(length + 1, PADDING, dtype=np.float32)
+        row[: len(ids)], marks[: len(ids)] = ids, kinds
+        return row, marks
+
+    def _context(self, rng: random.Random, shares: list[float], max_chars: int) -> Context:
+        """Contexts of one kind or several, together of about `max_chars`."""
+        parts: list[Context] = []
+        room = max_chars
+        while room > 0.25 * max_chars:
+            kind = rng.choices(list(self.FIRST), shares)[0]
+            budget = int(room * rng.uniform(0.5, 1.0))
+            if kind == "cloze":
+                part = self.cloze.draw(rng, budget)
+            elif kind == "templated":
+                host = self.pairs.draw(rng, budget) if rng.random() < 0.35 else None
+                part = templated_context(rng, budget, host=host)
+            else:
+                part = self.pairs.draw(rng, budget)
+            if part is not None and part.chars < 1.1 * room:
+                parts.append(part)
+                room -= part.chars
+            elif parts:
+                break
+        return merge_contexts(parts, rng) if len(parts) > 1 else parts[0]
+
+
+class TextRows:
+    """Rows of running text, cut at random places from a memory-mapped uint16 array of tokens."""
+
+    def __init__(self, path: Path) -> None:
+        self.tokens = np.load(path, mmap_mode="r")
+
+    def row(self, rng: random.Random, length: int) -> np.ndarray:
+        """(length + 1,) token ids int64."""
+        start = rng.randrange(len(self.tokens) - length - 1)
+        return self.tokens[start : start + length + 1].astype(np.int64)

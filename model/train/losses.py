@@ -1,0 +1,34 @@
+"""Losses over the vocabulary, a chunk of tokens at a time: the logits of a whole batch are never held."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_TOKENS = 8192
+
+
+def weighted_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Sum of weights·(−log p(target)): hidden (N, d), head (v, d), targets (N,), weights (N,) -> scalar float32."""
+
+    def chunk_loss(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        return (F.cross_entropy(F.linear(x, head).float(), target, reduction="none") * weight).sum()
+
+    pieces = zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), weights.split(CHUNK_TOKENS), strict=True)
+    return torch.stack([checkpoint(chunk_loss, *piece, use_reentrant=False) for piece in pieces]).sum()
+
+
+def distillation(hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor, targets: Tensor) -> Tensor:
+    """Means over tokens of KL(teacher ‖ student) and of cross entropy: hidden, teacher (N, d) -> (2,) float32."""
+
+    def chunk_loss(x: Tensor, other: Tensor, target: Tensor) -> Tensor:
+        log_q = F.linear(x, head).float().log_softmax(-1)
+        with torch.no_grad():
+            log_p = F.linear(other, teacher_head).float().log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum()
+        return torch.stack([kl, F.nll_loss(log_q, target, reduction="sum")])
+
+    pieces = zip(hidden.split(CHUNK_TOKENS), teacher.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
+    return torch.stack([checkpoint(chunk_loss, *piece, use_reentrant=False) for piece in pieces]).sum(0) / len(targets)

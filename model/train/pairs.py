@@ -1,0 +1,235 @@
+"""Cleans the made question-answer pairs, splits them by document, and gives each pair hard negative passages.
+
+`python -m model.train.pairs pairs.jsonl.xz --corpora scratch/corpora --out scratch` writes pairs_train.jsonl and
+pairs_dev.jsonl (source, doc, title, passage, question, answer, start, kind, passage_id, negatives) and
+passages_train.jsonl and passages_dev.jsonl (id, source, doc, title, text), to which passage_id and negatives refer.
+Development documents share no file with training ones; nor do their negatives. Start at `main`.
+"""
+
+import argparse
+import json
+import lzma
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from model.train.passages import NegativeFinder, cut_passages, words
+from model.train.sources import EXCLUDED, HELD_OUT, is_dev_document, read_word_lists
+
+Pair = dict[str, Any]
+
+_WORDS = read_word_lists(Path(__file__).parent / "words.txt")
+_FUNCTION_WORDS = frozenset(_WORDS["function_words"])
+_QUESTION_WORDS = _FUNCTION_WORDS | frozenset(_WORDS["question_words"])
+_LEANING = re.compile(
+    r"\b(?:this|these|those|above|below|following|previous|the (?:text|passage|section|example|document|article|author|"
+    r"sentence|paragraph|given|code snippet|snippet|table|list|figure|image|chapter|page)|according to|described here|"
+    r"mentioned|in the (?:example|text|code))\b",
+    re.IGNORECASE,
+)
+_TICKET = re.compile(
+    r"\b(?:bug|issue|ticket|patch|pull request|bpo|gh)\b.*\b(?:number|id|identifier)\b|number.*\b(?:bug|issue)\b", re.I
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Clean, split, add negatives; prints what was dropped and why."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pairs", type=Path)
+    parser.add_argument("--corpora", type=Path, required=True, help="output folder of model.train.corpora")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--negatives", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args(argv)
+    kept, dropped = load_pairs(args.pairs)
+    print(f"{len(kept)} pairs kept; dropped {dict(dropped)}", flush=True)
+    for split in ("dev", "train"):
+        chosen = [p for p in kept if is_dev_document(p["source"], p["doc"]) == (split == "dev")]
+        passages = _passages(chosen, args.corpora, split, random.Random(args.seed))
+        _add_negatives(chosen, passages, args.negatives)
+        _write(args.out / f"passages_{split}.jsonl", passages)
+        _write(args.out / f"pairs_{split}.jsonl", chosen)
+        documents = len({(p["source"], p["doc"]) for p in chosen})
+        print(f"{split}: {len(chosen)} pairs of {documents} documents, {len(passages)} passages", flush=True)
+
+
+def load_pairs(path: Path) -> tuple[list[Pair], Counter[str]]:
+    """Cleaned pairs of a JSONL(.xz) file and the counts of what was dropped; every answer is its passage's span."""
+    kept, dropped, asked = [], Counter[str](), set[tuple[str, str]]()
+    with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as lines:
+        for line in lines:
+            pair = json.loads(line)
+            if pair["source"] in EXCLUDED or pair["source"] in HELD_OUT:
+                raise ValueError(f"{path} has a pair of {pair['source']}, which must stay out of training")
+            reason = _reason_to_drop(pair) or _mend_answer(pair)
+            key = (pair["question"].lower(), pair["passage"])
+            if not reason and key in asked:
+                reason = "asked twice"
+            if reason:
+                dropped[reason] += 1
+                continue
+            asked.add(key)
+            kept.append(
+                {k: pair[k] for k in ("source", "doc", "title", "passage", "question", "answer", "start", "kind")}
+            )
+    return kept, dropped
+
+
+def question_content(question: str) -> set[str]:
+    """The words of a question that say what it is after."""
+    return {w for w in words(question) if w not in _QUESTION_WORDS}
+
+
+def _reason_to_drop(pair: Pair) -> str:
+    question = pair["question"].strip()
+    content = question_content(question)
+    if not question.endswith("?") or len(question) < 15:
+        return "not a question"
+    if _LEANING.search(question):
+        return "leans on its section"
+    if _TICKET.search(question):
+        return "ticket number"
+    named = re.search(r"[A-Za-z]\w*[_./:<>-]\w|\w\(\)|[a-z][A-Z]|[\"'`“]|\b[A-Z]{2,}", question)
+    if len(content) < (1 if named else 2):
+        return "too general"
+    if pair["source"] == "dict-gcide" and pair["kind"] in ("year", "number") and pair["answer"] in ("1913", "1996"):
+        return "edition year of the dictionary"
+    shared = content & set(words(pair["passage"]))
+    if len(shared) < 0.34 * len(content):
+        return "words not in the passage"
+    if set(words(pair["answer"])) and set(words(pair["answer"])) <= set(words(question)):
+        return "answer in the question"
+    return ""
+
+
+def _mend_answer(pair: Pair) -> str:
+    """Set answer and start to the cleanest span that span and reading support; returns why there is none, or ""."""
+    candidates = []
+    for text, weight in ((pair["read"], 1.0), (pair["answer"], 0.6)):
+        found = _locate(pair["passage"], text, pair["start"])
+        if found is None:
+            continue
+        start, end = _trim(pair["passage"], *found)
+        if end > start and (fault := _fault(pair["passage"], start, end)) < 1:
+            candidates.append((weight - fault, start, end))
+    if not candidates:
+        return "no clean span"
+    _, start, end = max(candidates)
+    pair["answer"], pair["start"] = pair["passage"][start:end], start
+    if set(words(pair["answer"])) and set(words(pair["answer"])) <= set(words(pair["question"])):
+        return "answer in the question"
+    return ""
+
+
+def _locate(passage: str, text: str, near: int) -> tuple[int, int] | None:
+    """The occurrence of `text` (case and end punctuation aside) nearest to `near` that starts and ends at words."""
+    wanted = text.strip().strip("\"'`“”‘’").rstrip(".,;:!? ")
+    if not wanted:
+        return None
+    pattern = re.compile(r"(?<![A-Za-z0-9])" + re.escape(wanted) + r"(?![A-Za-z0-9_])", re.IGNORECASE)
+    if not wanted[0].isalnum():
+        pattern = re.compile(re.escape(wanted) + r"(?![A-Za-z0-9_])", re.IGNORECASE)
+    spans = [m.span() for m in pattern.finditer(passage)]
+    return min(spans, key=lambda s: abs(s[0] - near), default=None)
+
+
+def _trim(passage: str, start: int, end: int) -> tuple[int, int]:
+    """The span less function words at its end; a closing bracket or percent sign that belongs to it is taken in."""
+    while match := re.search(r"[\s,;:(]+([A-Za-z']+)$|[\s,;:(]+$", passage[start:end]):
+        if match[1] and match[1].lower() not in _FUNCTION_WORDS:
+            break
+        end = start + match.start()
+    span = passage[start:end]
+    if span.count("(") > span.count(")") and passage[end : end + 1] == ")":
+        end += 1
+    if re.search(r"\d$", span) and passage[end : end + 1] == "%":
+        end += 1
+    if re.fullmatch(r"[\w.]+", span) and passage[start - 2 : start] == "--":
+        start -= 2
+    return start, end
+
+
+def _fault(passage: str, start: int, end: int) -> float:
+    """0 for a clean span, 1 for one not worth having: single function word, cut inside a name, unbalanced, long."""
+    span = passage[start:end]
+    tokens = words(span)
+    if not re.search(r"\w", span) or len(span) > 400 or (len(tokens) == 1 and tokens[0] in _FUNCTION_WORDS):
+        return 1.0
+    if span.count("(") != span.count(")") or span.count("[") != span.count("]"):
+        return 1.0
+    after, before = passage[end : end + 2], passage[max(0, start - 1) : start]
+    fault = 0.5 * bool(re.match(r"[_/\\=]|[.:-]\w|::", after)) + 0.4 * bool(re.match(r"[\w.$@/\\-]", before))
+    if len(tokens) >= 5 and re.match(r" [a-z]", after) and not re.search(r"[.,;]$", span):
+        fault += 0.2  # may stop in the middle of a clause
+    return fault
+
+
+def _passages(pairs: list[Pair], corpora: Path, split: str, rng: random.Random) -> list[dict[str, Any]]:
+    """The pairs' passages (numbered into the pairs) and, for company, passages of the same packages' documents."""
+    passages: list[dict[str, Any]] = []
+    ids: dict[str, int] = {}
+    for pair in pairs:
+        if pair["passage"] not in ids:
+            ids[pair["passage"]] = len(passages)
+            passages.append(
+                {"id": len(passages), "text": pair["passage"]} | {k: pair[k] for k in ("source", "doc", "title")}
+            )
+        pair["passage_id"] = ids[pair["passage"]]
+    per_source = Counter[str]()
+    for document in _corpus(corpora, split):
+        for heading, text in cut_passages(document["text"], rng):
+            if per_source[document["source"]] < (1500 if split == "train" else 600) and rng.random() < 0.7:
+                per_source[document["source"]] += 1
+                passages.append(
+                    {"id": len(passages), "text": text, "source": document["source"], "doc": document["doc"]}
+                    | {"title": heading or document["title"]}
+                )
+    return passages
+
+
+def _corpus(corpora: Path, split: str) -> Iterator[dict[str, str]]:
+    for shard in sorted(corpora.glob("dev*.jsonl.xz" if split == "dev" else "corpus-*.jsonl.xz")):
+        with lzma.open(shard, "rt") as lines:
+            yield from map(json.loads, lines)
+
+
+def _add_negatives(pairs: list[Pair], passages: list[dict[str, Any]], count: int) -> None:
+    """Set pair["negatives"]: ids of near passages of the same package (of any, where it has few) without the answer."""
+    members: dict[str, list[int]] = defaultdict(list)
+    for passage in passages:
+        members[passage["source"]].append(passage["id"])
+    everywhere = [p["id"] for p in passages]
+    by_source: dict[str, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        by_source[pair["source"]].append(pair)
+    for source, asked in by_source.items():
+        pool = members[source] if len(members[source]) >= 60 else everywhere
+        finder = NegativeFinder([f"{passages[i]['title']} {passages[i]['text']}" for i in pool])
+        by_question = finder.nearest([p["question"] for p in asked], 3 * count)
+        by_passage = finder.nearest([p["passage"] for p in asked], 3 * count)
+        for pair, first, second in zip(asked, by_question, by_passage, strict=True):
+            near = [i for two in zip(first, second, strict=True) for i in two]
+            allowed = [pool[i] for i in dict.fromkeys(near) if _is_negative(pair, passages[pool[i]]["text"])]
+            pair["negatives"] = allowed[:count]
+        print(f"negatives: {source}, {len(asked)} pairs among {len(pool)} passages", flush=True)
+
+
+def _is_negative(pair: Pair, text: str) -> bool:
+    gold, other = set(words(pair["passage"])), set(words(text))
+    if len(gold & other) > 0.6 * min(len(gold), len(other)):
+        return False
+    answer = pair["answer"].lower()
+    asked = question_content(pair["question"])
+    return answer not in text.lower() or (len(answer) < 4 and len(asked & other) < 0.5 * len(asked))
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w") as out:
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    main()

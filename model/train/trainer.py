@@ -1,0 +1,145 @@
+"""What all training stages share: processes, optimizer with float32 masters, checkpoints, a log a person can read.
+
+Weights are bfloat16 where they meet a matrix product and follow float32 masters. With `fake_quant` they follow what
+the shipped format will hold, so the gradient is taken at the quantized weights (straight through).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+KEEP_FLOAT32 = ("A_log", ".D", "dt_proj.bias")
+
+
+class Cluster:
+    """This process among those that train together; alone when not started by torchrun."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl", device_id=self.device)
+
+    def mean_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Average the gradients over the processes, one message a dtype."""
+        if self.size == 1:
+            return
+        for dtype in (torch.bfloat16, torch.float32):
+            grads = [p.grad for p in parameters if p.dtype == dtype]
+            flat = torch._utils._flatten_dense_tensors(grads)
+            dist.all_reduce(flat, op=dist.ReduceOp.AVG)
+            torch._foreach_copy_(grads, list(torch._utils._unflatten_dense_tensors(flat, grads)))
+
+    def mean(self, value: Tensor) -> Tensor:
+        if self.size > 1:
+            dist.all_reduce(value, op=dist.ReduceOp.AVG)
+        return value
+
+
+class MasterAdamW:
+    """AdamW on float32 masters of a model's parameters; the parameters themselves follow in their own dtype."""
+
+    def __init__(self, model: nn.Module, rate_of: Callable[[str], float], weight_decay: float = 0.05) -> None:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
+        self.masters = [p.detach().float().clone() for p in self.parameters]
+        for name, p in named:
+            p.data = p.data.to(torch.float32 if name.endswith(KEEP_FLOAT32) else torch.bfloat16)
+        for master in self.masters:
+            master.grad = torch.zeros_like(master)
+        groups = [
+            {
+                "params": [master],
+                "lr": 0.0,
+                "factor": rate_of(name),
+                "weight_decay": weight_decay if p.ndim > 1 else 0.0,
+            }
+            for name, p, master in zip(self.names, self.parameters, self.masters, strict=True)
+        ]
+        self.optimizer = torch.optim.AdamW(_merge(groups), betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+    def step(self, rate: float, clip: float = 1.0, fake_quant: Callable[[str, Tensor], Tensor] | None = None) -> float:
+        """Apply the parameters' gradients at learning rate `rate`, clear them; returns the gradients' norm."""
+        grads = [master.grad for master in self.masters]
+        given = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        torch._foreach_copy_(grads, given)
+        norm = torch.stack(torch._foreach_norm(grads)).norm()
+        torch._foreach_mul_(grads, (clip / (norm + 1e-6)).clamp(max=1.0))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        self.optimizer.step()
+        self.publish(fake_quant)
+        return norm.item()
+
+    @torch.no_grad()
+    def publish(self, fake_quant: Callable[[str, Tensor], Tensor] | None = None) -> None:
+        """Copy the masters into the parameters, through the shipped format where `fake_quant` is given."""
+        source = self.masters
+        if fake_quant is not None:
+            source = [fake_quant(name, master) for name, master in zip(self.names, self.masters, strict=True)]
+        torch._foreach_copy_([p.data for p in self.parameters], source)
+        for p in self.parameters:
+            p.grad = None
+
+    def save(self, path: Path) -> None:
+        """Masters in bfloat16 (float32 where the parameters are): enough to go on from."""
+        tensors = {
+            name: master.to(p.dtype).contiguous()
+            for name, p, master in zip(self.names, self.parameters, self.masters, strict=True)
+        }
+        save_file(tensors, path)
+
+    def load(self, path: Path) -> None:
+        for name, tensor in load_file(path).items():
+            self.masters[self.names.index(name)].copy_(tensor)
+        self.publish()
+
+
+def _merge(groups: list[dict]) -> list[dict]:
+    merged: dict[tuple, dict] = {}
+    for group in groups:
+        same = merged.setdefault((group["factor"], group["weight_decay"]), {**group, "params": []})
+        same["params"] += group["params"]
+    return list(merged.values())
+
+
+def load_into(model: nn.Module, path: Path) -> None:
+    """Load what `MasterAdamW.save` wrote into a model, by name; other parameters stay."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in load_file(path).items():
+        parameters[name].data.copy_(tensor)
+
+
+class Log:
+    """Prints a line and appends it as JSON to a file; only the first process speaks."""
+
+    def __init__(self, path: Path, cluster: Cluster) -> None:
+        self.path, self.silent, self.start = path, cluster.rank != 0, time.monotonic()
+        if not self.silent:
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, **fields: float | int | str) -> None:
+        if self.silent:
+            return
+        fields = {"seconds": round(time.monotonic() - self.start, 1)} | fields
+        with self.path.open("a") as file:
+            file.write(json.dumps(fields) + "\n")
+        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in fields.items()), flush=True)
+
+
+def worker_random(seed: int, rank: int, worker: int) -> random.Random:
+    """The generator of one data worker: the same run draws the same rows."""
+    return random.Random(seed * 1_000_003 + rank * 1009 + worker)

@@ -1,0 +1,138 @@
+"""docker compose, really built and started: upload, ask, lose Redis, restart, ask again.
+
+Takes minutes and an engine, so it runs only when asked for: COMPOSE_E2E=1 pytest tests/e2e/test_compose.py
+"""
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e.service import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLE = ROOT / "samples" / "documents" / "oncall-runbook.md"
+QUESTION = "When does the on-call week start?"
+BUILD_S, HEALTHY_S = 1800, 60
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(BUILD_S + 600),
+    pytest.mark.skipif("COMPOSE_E2E" not in os.environ, reason="builds images for minutes; asked for by COMPOSE_E2E=1"),
+]
+
+
+class Stack:
+    """One project of docker compose on a port of its own."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.name = f"jamba-rag-{secrets.token_hex(4)}"
+        plugin = subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0
+        self._command = ["docker", "compose"] if plugin else [shutil.which("docker-compose") or "docker-compose"]
+
+    def run(self, *arguments: str, timeout_s: float = 120) -> str:
+        environment = os.environ | {"PUBLISH_PORT": str(self.port)}
+        command = [*self._command, "--project-name", self.name, *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
+        assert done.returncode == 0, f"{' '.join(arguments)}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        return done.stdout
+
+    def inside(self, service: str, *command: str) -> str:
+        return self.run("exec", "-T", service, *command)
+
+    def inspect(self, service: str) -> dict:
+        container = self.run("ps", "-q", service).strip()
+        return json.loads(subprocess.check_output(["docker", "inspect", container]))[0]
+
+    def wait_until_healthy(self) -> None:
+        deadline = time.monotonic() + HEALTHY_S
+        while time.monotonic() < deadline:
+            if all(self.inspect(name)["State"]["Health"]["Status"] == "healthy" for name in ("api", "redis")):
+                return
+            time.sleep(1)
+        pytest.fail(f"not healthy after {HEALTHY_S} s:\n{self.run('logs', '--tail', '50')}")
+
+    def client(self) -> httpx.Client:
+        key = self.inside("api", "cat", "/data/admin.key").strip()
+        headers = {"Authorization": f"Bearer {key}"}
+        return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", headers=headers, timeout=120)
+
+    def ask(self) -> dict:
+        with self.client() as client:
+            reply = client.post("/v1/answers", json={"question": QUESTION})
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    stack = Stack()
+    try:
+        stack.run("build", timeout_s=BUILD_S)
+        stack.run("up", "-d")
+        stack.wait_until_healthy()
+        yield stack
+    finally:
+        stack.run("down", "--volumes")
+
+
+@pytest.fixture(scope="module")
+def first_answer(stack: Stack) -> dict:
+    with stack.client() as client:
+        reply = client.post("/v1/documents", files={"file": (SAMPLE.name, SAMPLE.read_bytes())})
+        assert reply.status_code == 202, reply.text
+        document = reply.json()["data"][0]["id"]
+        deadline = time.monotonic() + 120
+        while (status := client.get(f"/v1/documents/{document}").json()["status"]) != "ready":
+            assert status != "failed" and time.monotonic() < deadline
+            time.sleep(0.5)
+    return stack.ask()
+
+
+def test_answers_with_a_citation(first_answer):
+    assert first_answer["grounding"] == "answered"
+    assert first_answer["citations"][0]["cited_text"] in SAMPLE.read_text()
+
+
+def test_serves_the_page(stack):
+    page = httpx.get(f"http://127.0.0.1:{stack.port}/")
+    assert page.status_code == 200 and "default-src 'self'" in page.headers["content-security-policy"]
+
+
+@pytest.mark.parametrize("name", ["api", "redis"])
+def test_containers_have_no_rights_they_do_not_need(stack, name):
+    state = stack.inspect(name)
+    assert state["HostConfig"]["ReadonlyRootfs"] and state["HostConfig"]["CapDrop"] == ["ALL"]
+    assert stack.inside(name, "id", "-u").strip() != "0"
+    assert bool(state["HostConfig"]["PortBindings"]) == (name == "api")
+
+
+def test_documents_and_states_survive_a_restart(stack, first_answer):
+    stack.run("restart", "api")
+    stack.wait_until_healthy()
+    answer = stack.ask()
+    assert answer["text"] == first_answer["text"]
+    assert answer["cache"]["tier"] == "redis"
+
+
+def test_answers_are_the_same_without_redis(stack, first_answer):
+    stack.run("kill", "redis")
+    assert stack.ask()["text"] == first_answer["text"]
+    stack.run("start", "redis")
+    stack.wait_until_healthy()
+    assert stack.ask()["text"] == first_answer["text"]
+
+
+def test_documents_survive_new_containers(stack, first_answer):
+    stack.run("down")
+    stack.run("up", "-d")
+    stack.wait_until_healthy()
+    assert stack.ask()["text"] == first_answer["text"]

@@ -1,0 +1,247 @@
+"""Bad input: each gets its problem+json, nothing is half stored, the service goes on."""
+
+import pytest
+from app_kit import CONTEXT_TOKENS, LIGHTHOUSE, make_settings, running_service
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True)
+async def _nothing_is_left_behind(client):
+    """Whatever a test does wrong, documents and originals are as before."""
+    service = client.app.state.service
+
+    async def stored():
+        listed = (await client.get("/v1/documents", params={"limit": 1000})).json()["data"]
+        return [document["id"] for document in listed], sorted(path.name for path in service.files.directory.iterdir())
+
+    before = await stored()
+    yield
+    assert await stored() == before
+
+
+def assert_problem(reply, status: int, code: str) -> dict:
+    body = reply.json()
+    assert (reply.status_code, body["status"], body["code"]) == (status, status, code), body
+    assert reply.headers["content-type"] == "application/problem+json"
+    assert set(body) >= {"type", "title", "status", "detail", "code", "request_id"}
+    assert body["request_id"] == reply.headers["x-request-id"]
+    return body
+
+
+async def upload(client, name: str, content: bytes, **fields: str):
+    return await client.post("/v1/documents", files={"file": (name, content)}, data=fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "status", "code"),
+    [
+        ("empty.txt", b"", 422, "empty_file"),
+        ("picture.pdf", b"\x89PNG\r\n\x1a\n" + bytes(100), 415, "unsupported_media_type"),
+        ("program.exe", b"MZ" + bytes(100), 415, "unsupported_media_type"),
+        ("n" * 10_000 + ".txt", b"text", 422, "invalid_request"),
+        ("../../etc/passwd", b"text", 422, "invalid_request"),
+        ("..\\secret.txt", b"text", 422, "invalid_request"),
+        ("large.txt", b"x" * 300_000, 413, "file_too_large"),
+    ],
+    ids=["empty", "wrong-extension", "program", "long-name", "path", "windows-path", "large"],
+)
+async def test_a_bad_file_is_refused(limited, name, content, status, code):
+    body = assert_problem(await upload(limited, name, content), status, code)
+    assert [error["code"] for error in body["errors"]] == [code]
+
+
+async def test_a_bad_file_sent_twice_in_one_form_is_refused_twice(client):
+    files = [("file", (name, b"MZ" + bytes(100))) for name in ("a.exe", "b.exe")]
+    body = assert_problem(await client.post("/v1/documents", files=files), 415, "unsupported_media_type")
+    assert [error["filename"] for error in body["errors"]] == ["a.exe", "b.exe"]
+    assert {error["code"] for error in body["errors"]} == {"unsupported_media_type"}
+
+
+@pytest.fixture(scope="module")
+async def limited(client):
+    """The module's client; its service takes files of at most 256 KiB."""
+    object.__setattr__(client.app.state.settings.ingest, "max_file_bytes", 256 << 10)
+    return client
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "code"),
+    [
+        ({"collection": "nowhere"}, 404, "collection_not_found"),
+        ({"collection": "../default"}, 404, "collection_not_found"),
+        ({"metadata": "not json"}, 422, "invalid_request"),
+        ({"metadata": "[1]"}, 422, "invalid_request"),
+        ({"metadata": '{"a": "\\ud800"}'}, 422, "invalid_request"),
+        ({"metadata": '{"a": 1e999}'}, 422, "invalid_request"),
+        ({"metadata": "[" * 50_000}, 422, "invalid_request"),
+        ({"on_conflict": "maybe"}, 422, "invalid_request"),
+        ({"colection": "default"}, 422, "invalid_request"),
+    ],
+)
+async def test_bad_fields_are_refused(client, fields, status, code):
+    assert_problem(await upload(client, "a.txt", b"text", **fields), status, code)
+
+
+@pytest.mark.parametrize(
+    ("headers", "content"),
+    [
+        ({"Content-Type": "application/json"}, b"{}"),
+        ({"Content-Type": "multipart/form-data"}, b"x"),
+        ({"Content-Type": "multipart/form-data; boundary=b"}, b""),
+        ({"Content-Type": "multipart/form-data; boundary=b"}, b"no boundary at all"),
+        (
+            {"Content-Type": "multipart/form-data; boundary=b"},
+            b'--b\r\nContent-Disposition: form-data; name="file"; filename="cut.txt"\r\n\r\nhalf of the te',
+        ),
+        ({"Content-Type": "multipart/form-data; boundary=b"}, b"--b\r\nX: y\r\n\r\ntext\r\n--b--\r\n"),
+        (
+            {"Content-Type": "multipart/form-data; boundary=b"},
+            b'--b\r\nContent-Disposition: form-data; name="file"; filename="n\x00l"\r\n\r\ntext\r\n--b--\r\n',
+        ),
+        (
+            {"Content-Type": "multipart/form-data; boundary=b"},
+            b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\ntext\r\n--b--\r\n',
+        ),
+        (
+            {"Content-Type": "multipart/form-data; boundary=b"},
+            b'--b\r\nContent-Disposition: form-data; name="collection"\r\n\r\ndefault\r\n--b--\r\n',
+        ),
+    ],
+    ids=["json", "no-boundary", "nothing", "noise", "cut-off", "no-name", "nul-in-name", "no-filename", "no-file"],
+)
+async def test_bodies_that_are_no_upload_are_refused(client, headers, content):
+    assert_problem(await client.post("/v1/documents", content=content, headers=headers), 422, "invalid_request")
+
+
+@pytest.mark.parametrize("path", ["/v1/answers", "/v1/search", "/v1/collections", "/v1/chat/completions"])
+@pytest.mark.parametrize("content", [b"{not json", b"", b"[]", b'"text"', b"\xff\xfe", b"{}"])
+async def test_bodies_that_are_not_the_json_wanted_are_refused(client, path, content):
+    reply = await client.post(path, content=content, headers={"Content-Type": "application/json"})
+    assert_problem(reply, 422, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"question": ""},
+        {"question": " \n"},
+        {"question": "nul \x00"},
+        {"question": 7},
+        {"question": "Who?", "mode": "all"},
+        {"question": "Who?", "unknown": 1},
+        {"question": "Who?", "temperature": -1},
+        {"question": "Who?", "max_output_tokens": 0},
+        {"question": "Who?", "messages": [{"role": "user", "content": "Who?"}]},
+        {"messages": []},
+        {"messages": [{"role": "assistant", "content": "Hello"}]},
+        {"mode": "rag"},
+    ],
+)
+async def test_questions_that_make_no_sense_are_refused(client, body):
+    assert_problem(await client.post("/v1/answers", json=body), 422, "invalid_request")
+
+
+async def test_half_a_character_is_refused(client):
+    reply = await client.post(
+        "/v1/answers", content=b'{"question": "\\ud800"}', headers={"Content-Type": "application/json"}
+    )
+    assert_problem(reply, 422, "invalid_request")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_question_longer_than_the_context_is_refused_before_the_first_byte(client, stream):
+    body = {"question": "why " * CONTEXT_TOKENS * 2, "stream": stream}
+    problem = assert_problem(await client.post("/v1/answers", json=body), 413, "context_too_long")
+    assert str(CONTEXT_TOKENS) in problem["detail"]
+
+
+async def test_documents_that_do_not_fit_are_refused_where_all_were_wanted(client):
+    document = await client.upload("long.txt", "The owl sleeps by day and hunts at night. " * 500)
+    body = {"question": "Who?", "mode": "full_context", "document_ids": [document["id"]]}
+    assert_problem(await client.post("/v1/answers", json=body), 413, "context_too_long")
+    assert (await client.ask("Who?", document_ids=[document["id"]]))["citations"]
+    await client.delete(f"/v1/documents/{document['id']}")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "code"),
+    [
+        ("GET", "/v1/documents/doc_none", "document_not_found"),
+        ("GET", "/v1/documents/doc_none/text", "document_not_found"),
+        ("GET", "/v1/documents/doc_none/chunks", "document_not_found"),
+        ("GET", "/v1/documents/doc_none/file", "document_not_found"),
+        ("GET", "/v1/documents/doc_none/events", "document_not_found"),
+        ("POST", "/v1/documents/doc_none/retry", "document_not_found"),
+        ("DELETE", "/v1/documents/doc_none", "document_not_found"),
+        ("GET", "/v1/collections/none", "collection_not_found"),
+        ("DELETE", "/v1/collections/none", "collection_not_found"),
+        ("GET", "/v1/documents?collection=none", "collection_not_found"),
+        ("GET", "/v1/models/jamba-rag/none", "model_not_found"),
+        ("DELETE", "/v1/keys/key_none", "key_not_found"),
+        ("GET", "/v1/nothing", "not_found"),
+    ],
+)
+async def test_what_is_not_there_is_404(client, method, path, code):
+    assert_problem(await client.request(method, path), 404, code)
+
+
+@pytest.mark.parametrize("path", ["/v1/answers", "/v1/search"])
+async def test_unknown_collections_and_documents_are_404(client, path):
+    question = {"question" if path == "/v1/answers" else "query": "Who?"}
+    reply = await client.post(path, json=question | {"collections": ["default", "none"]})
+    assert_problem(reply, 404, "collection_not_found")
+    assert_problem(await client.post(path, json=question | {"document_ids": ["none"]}), 404, "document_not_found")
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=x", "status=done"])
+async def test_bad_query_parameters_are_refused(client, query):
+    assert_problem(await client.get(f"/v1/documents?{query}"), 422, "invalid_request")
+
+
+async def test_a_wrong_method_is_a_problem_too(client):
+    assert_problem(await client.patch("/v1/documents"), 405, "method_not_allowed")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code"),
+    [
+        ("broken.docx", b"PK\x03\x04" + b"word/" + bytes(200), None),
+        ("broken.pdf", b"%PDF-1.4\n" + bytes(200), None),
+        ("legacy.txt", "Grüße aus Köln, naïve café".encode("latin-1"), ""),
+        ("nul.txt", b"text with \x00 inside, and more of it", None),
+        ("blank.txt", b" \n\n ", "empty_document"),
+    ],
+)
+async def test_a_damaged_file_fails_with_a_reason_or_is_read(client, name, content, code):
+    reply = await upload(client, name, content)
+    if reply.status_code == 415:
+        assert_problem(reply, 415, "unsupported_media_type")
+        return
+    document = await client.settle(reply.json()["data"][0]["id"])
+    if document["status"] == "failed":
+        assert document["last_error"]["message"] and (code is None or document["last_error"]["code"] == code)
+    await client.delete(f"/v1/documents/{document['id']}")
+
+
+async def test_too_many_answers_are_429_with_the_time_to_wait(tiny_checkpoint, tmp_path):
+    settings = make_settings(tiny_checkpoint, tmp_path / "data", answers={"max_pending": 1})
+    async with running_service(settings) as client:
+        await client.upload("a.md", LIGHTHOUSE)
+        service = client.app.state.service
+        principal = client.app.state.authenticator.authenticate(client.headers["Authorization"])
+        from app.schemas import AnswerRequest
+
+        waiting = await service.start_answer(service.read_query(AnswerRequest(question="Who?"), principal))
+        reply = await client.post("/v1/answers", json={"question": "Who?"})
+        assert_problem(reply, 429, "overloaded")
+        assert int(reply.headers["retry-after"]) > 0
+        await waiting.collect()
+        assert (await client.ask("Who?"))["text"]
+
+
+async def test_after_all_this_the_service_goes_on(client):
+    good = await client.upload("good.md", LIGHTHOUSE)
+    assert good["status"] == "ready"
+    assert (await client.ask("Who is the keeper?"))["citations"]
+    await client.delete(f"/v1/documents/{good['id']}")

@@ -1,0 +1,298 @@
+"""The command line: in process and against a running service, for people and for programs."""
+
+import json
+import os
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from app_kit import GARDEN, LIGHTHOUSE, make_settings, serving
+
+from app.backup import BackupFailed, restore_backup, write_backup
+from app.cli import main
+from app.datadir import DataDir, DataDirInUse
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tiny_checkpoint):
+    """run(*arguments) -> (exit code, stdout, stderr) of the command in this process."""
+    monkeypatch.setenv("JAMBA_RAG_MODEL__PATH", str(tiny_checkpoint))
+    monkeypatch.setenv("JAMBA_RAG_MODEL__THREADS", "1")
+    monkeypatch.setenv("JAMBA_RAG_ANSWERS__NONE_MARGIN", "50")
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        return ended.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    folder = tmp_path / "corpus"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "lighthouse.md").write_text(LIGHTHOUSE)
+    (folder / "deep" / "garden.txt").write_text(GARDEN)
+    (folder / ".hidden").write_text("hidden")
+    return folder
+
+
+def test_ingest_ask_search_list_delete_in_process(run, corpus, tmp_path):
+    data = ("--data-dir", tmp_path / "data")
+    code, out, _ = run("ingest", corpus, "--collection", "sights", "--metadata", '{"year": 2024}', "--json", *data)
+    ingested = json.loads(out)
+    assert code == 0 and ingested["errors"] == []
+    assert sorted(d["filename"] for d in ingested["data"]) == ["garden.txt", "lighthouse.md"]
+    assert all(d["status"] == "ready" and d["metadata"] == {"year": 2024} for d in ingested["data"])
+
+    code, out, _ = run("ask", "Who is the keeper?", "-c", "sights", "--json", *data)
+    assert code == 0 and json.loads(out)["citations"]
+    code, out, _ = run("ask", "Who is the keeper?", "--no-stream", *data)
+    assert code == 0 and "[1] “" in out and "first token" in out
+    code, out, _ = run("ask", "Who is the keeper?", "--stream", *data)
+    assert code == 0 and "[1] “" in out
+
+    code, out, _ = run("search", "roses", "--json", *data)
+    assert code == 0 and json.loads(out)["data"][0]["filename"] == "garden.txt"
+    code, out, _ = run("search", "roses", "-n", "1", *data)
+    assert code == 0 and "garden.txt" in out
+
+    document = ingested["data"][0]
+    code, out, _ = run("documents", "show", document["id"], "--json", *data)
+    assert json.loads(out)["sha256"] == document["sha256"]
+    assert run("documents", "delete", document["id"], *data)[0] == 0
+    code, out, _ = run("documents", "list", "--json", *data)
+    assert [d["id"] for d in json.loads(out)["data"]] == [ingested["data"][1]["id"]]
+
+
+def test_a_file_that_fails_is_exit_1_and_is_named(run, tmp_path):
+    data = ("--data-dir", tmp_path / "data")
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    code, out, err = run("ingest", tmp_path / "*.???", *data)
+    assert code == 1 and "good.txt" in out and "bad.png" in err and "PNG image" in err
+    (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.4 nothing")
+    code, out, _ = run("ingest", tmp_path / "broken.pdf", "--json", *data)
+    document = json.loads(out)["data"][0]
+    assert code == 1 and document["status"] == "failed"
+    assert run("documents", "retry", document["id"], *data)[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["ask"], 2, "Missing argument"),
+        (["nothing"], 2, "No such command"),
+        (["ask", "Who?", "--mode", "all"], 2, "Invalid value"),
+        (["ingest", "x", "--metadata", "7"], 2, "JSON object"),
+        (["ingest", "no-such-file"], 1, "no such file"),
+        (["documents", "show", "doc_none"], 1, "404"),
+        (["ask", "Who?", "--collection", "none"], 1, "none"),
+        (["ask", "Who?", "--url", "http://127.0.0.1:9"], 1, "does not answer"),
+        (["restore", "no-such-file"], 2, "does not exist"),
+        (["backup", "x.tar"], 1, "nothing to back up"),
+    ],
+)
+def test_exit_codes_and_messages(run, monkeypatch, tmp_path, arguments, code, message):
+    monkeypatch.setenv("JAMBA_RAG_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    got, out, err = run(*arguments)
+    assert (got, out) == (code, "")
+    assert message in err and "Traceback" not in err
+
+
+def test_a_setting_that_does_not_exist_is_wrong_usage(run, monkeypatch):
+    monkeypatch.setenv("JAMBA_RAG_MODLE__PATH", "x")
+    code, _, err = run("documents", "list")
+    assert code == 2 and "JAMBA_RAG_MODEL__PATH" in err
+
+
+@pytest.mark.parametrize("command", ["serve", "ingest", "ask", "search", "convert", "doctor", "backup", "restore"])
+def test_every_command_has_help(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0 and "Usage" in out
+
+
+def test_commands_talk_to_a_running_service(run, monkeypatch, tiny_checkpoint, tmp_path, corpus):
+    settings = make_settings(tiny_checkpoint, tmp_path / "data")
+    with serving(settings) as url:
+        key = (settings.data_dir / "admin.key").read_text().strip()
+        monkeypatch.setenv("JAMBA_RAG_URL", url)
+        code, _, err = run("documents", "list")
+        assert code == 1 and "401" in err
+        monkeypatch.setenv("JAMBA_RAG_KEY", key)
+        assert run("ingest", corpus)[0] == 0
+        code, out, _ = run("ask", "Who is the keeper?", "--stream")
+        assert code == 0 and "[1] “" in out
+        code, out, _ = run("keys", "create", "ci", "--role", "reader", "--json")
+        made = json.loads(out)
+        assert run("documents", "list", "--key", made["key"])[0] == 0
+        assert run("ingest", corpus, "--key", made["key"])[0] == 1
+        assert run("keys", "revoke", made["id"])[0] == 0
+        assert run("documents", "list", "--key", made["key"])[0] == 1
+        code, out, _ = run("keys", "list", "--json")
+        assert [k["name"] for k in json.loads(out)["data"]] == ["admin", "ci"] and key not in out
+        assert run("doctor")[0] == 0
+        backup = tmp_path / "live.tar"
+        assert run("backup", backup, "--data-dir", settings.data_dir)[0] == 0
+        code, _, err = run("documents", "list", "--data-dir", settings.data_dir)
+        assert code == 1 and str(os.getpid()) in err  # one data dir, one writer
+
+
+def test_a_second_process_is_told_who_has_the_data_dir(tmp_path):
+    with DataDir(tmp_path / "data"):
+        code = f"from pathlib import Path; from app.datadir import DataDir; DataDir(Path({str(tmp_path / 'data')!r}))"
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert other.returncode == 1 and f"process {os.getpid()}" in other.stderr
+    DataDir(tmp_path / "data").close()
+
+
+def test_the_lock_is_freed_and_taken_by_one_at_a_time(tmp_path):
+    first = DataDir(tmp_path)
+    with pytest.raises(DataDirInUse):
+        DataDir(tmp_path)
+    first.close()
+    DataDir(tmp_path).close()
+
+
+def test_backup_and_restore_give_the_same_answers(run, corpus, tmp_path):
+    old, new, file = tmp_path / "old", tmp_path / "new", tmp_path / "backup.tar"
+    assert run("ingest", corpus, "--data-dir", old)[0] == 0
+    assert run("backup", file, "--data-dir", old)[0] == 0
+    assert run("restore", file, "--data-dir", new)[0] == 0
+    assert run("documents", "list", "--json", "--data-dir", new) == run(
+        "documents", "list", "--json", "--data-dir", old
+    )
+    code, out, _ = run("search", "roses", "--json", "--data-dir", new)
+    assert code == 0 and json.loads(out)["data"]
+    code, _, err = run("restore", file, "--data-dir", new)
+    assert code == 1 and "database already" in err
+
+
+def test_a_damaged_backup_is_not_restored(run, corpus, tmp_path):
+    file = tmp_path / "backup.tar"
+    assert run("ingest", corpus, "--data-dir", tmp_path / "old")[0] == 0
+    assert write_backup(tmp_path / "old", file) == 2
+    content = file.read_bytes()
+    for name, damaged in {
+        "cut": content[: len(content) // 2],
+        "text": b"no tar at all",
+        "flipped": content.replace(b"The garden holds", b"The garden HOLDS"),
+    }.items():
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(BackupFailed):
+            restore_backup(tmp_path / name, tmp_path / f"new-{name}")
+        assert not (tmp_path / f"new-{name}" / "rag.sqlite3").exists()
+
+
+def test_doctor_finds_what_is_wrong(run, monkeypatch, corpus, tmp_path):
+    data = tmp_path / "data"
+    assert run("ingest", corpus, "--data-dir", data)[0] == 0
+
+    def faults(*, code: int) -> dict[str, str]:
+        got, out, _ = run("doctor", "--json", "--data-dir", data)
+        report = json.loads(out)
+        assert got == code and report["ok"] == (code == 0)
+        return {check["name"]: check["detail"] for check in report["checks"] if not check["ok"]}
+
+    assert faults(code=0) == {}
+    shutil.rmtree(data / "faiss")
+    assert faults(code=0) == {}  # derived: the next start builds it again
+    next((data / "files").iterdir()).unlink()
+    assert "originals" in faults(code=1)
+    monkeypatch.setenv("JAMBA_RAG_REDIS__URL", "redis://me:secret@127.0.0.1:9/0")
+    redis = faults(code=1)["redis"]
+    assert "does not answer" in redis and "secret" not in redis
+    monkeypatch.setenv("JAMBA_RAG_MODEL__PATH", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("JAMBA_RAG_MODEL__DEVICE", "cuda:77")
+    assert {"device", "kernels", "checkpoint"} <= set(faults(code=1))
+
+
+def test_doctor_finds_a_damaged_database(run, corpus, tmp_path):
+    data = tmp_path / "data"
+    assert run("ingest", corpus, "--data-dir", data)[0] == 0
+    with sqlite3.connect(data / "rag.sqlite3") as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    database.close()
+    content = bytearray((data / "rag.sqlite3").read_bytes())
+    content[8192:16384] = bytes(8192)
+    (data / "rag.sqlite3").write_bytes(content)
+    code, out, _ = run("doctor", "--json", "--data-dir", data)
+    assert code == 1 and any(c["name"] == "database" and not c["ok"] for c in json.loads(out)["checks"])
+
+
+def test_convert_writes_a_checkpoint_that_loads(run, tiny_checkpoint, tmp_path):
+    from model import load_model
+
+    assert run("convert", tiny_checkpoint, tmp_path / "int8")[0] == 0
+    assert load_model(tmp_path / "int8").config.vocab_size == 512
+    assert run("convert", tiny_checkpoint, tmp_path / "int8")[0] == 1
+
+
+def test_an_id_is_an_id_and_no_part_of_a_path(run, tmp_path):
+    data = ("--data-dir", tmp_path / "data")
+    for wrong in ("", "../../healthz", "a?b#c"):
+        assert run("documents", "show", wrong, *data)[0] == 1
+        assert run("documents", "delete", wrong, *data)[0] == 1
+        assert run("keys", "revoke", wrong, *data)[0] == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["documents", "list", "--status", "done"], ["ingest", "x", "--on-conflict", "no"]]
+)
+def test_an_option_with_an_unknown_value_is_wrong_usage(run, arguments):
+    code, _, err = run(*arguments)
+    assert code == 2 and "Invalid value" in err
+
+
+def test_one_file_that_cannot_be_read_does_not_stop_the_others(run, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "good.txt").write_text("good")
+    (folder / "empty.txt").touch()
+    with open(os.fsencode(folder) + b"/na\xffme.txt", "w") as file:
+        file.write("its name is no text")
+    code, out, _ = run("ingest", folder, "--json", "--data-dir", tmp_path / "data")
+    result = json.loads(out)
+    assert code == 1 and [document["filename"] for document in result["data"]] == ["good.txt"]
+    assert [Path(error["filename"]).name for error in result["errors"]] == ["empty.txt", "na\ufffdme.txt"]
+
+
+def test_documents_cannot_steer_the_terminal(run, tmp_path):
+    data = ("--data-dir", tmp_path / "data")
+    (tmp_path / "evil.html").write_text("<p>the keeper is &#27;]0;owned&#7; \u202eMoira")
+    assert run("ingest", tmp_path / "evil.html", *data)[0] == 0
+    for command in (["search", "keeper"], ["ask", "Who is the keeper?", "--stream"], ["ask", "Who is the keeper?"]):
+        code, out, _ = run(*command, *data)
+        assert code == 0 and not {"\x1b", "\x07", "\u202e"} & set(out)
+
+
+def test_lists_in_a_pipe_are_not_cut_off(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "40")
+    data = ("--data-dir", tmp_path / "data")
+    (tmp_path / "a-file-with-a-rather-long-name.txt").write_text("text")
+    _, out, _ = run("ingest", tmp_path / "a-file-with-a-rather-long-name.txt", *data)
+    row = out.splitlines()[1].split()
+    assert row[2] == "a-file-with-a-rather-long-name.txt"
+    assert run("documents", "show", row[0], *data)[0] == 0
+
+
+def test_a_port_that_is_taken_is_exit_1(run, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, _, err = run("serve", "--port", port, "--data-dir", tmp_path / "data")
+    assert code == 1 and f"cannot listen on 127.0.0.1:{port}" in err
+
+
+def test_a_device_that_is_not_here_is_a_wrong_setting(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAMBA_RAG_MODEL__DEVICE", "cuda:99")
+    code, _, err = run("ask", "Who?", "--data-dir", tmp_path / "data")
+    assert code == 2 and "JAMBA_RAG_MODEL__DEVICE" in err

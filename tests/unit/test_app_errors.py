@@ -1,0 +1,38 @@
+"""The table of errors: every exception a room may raise at a request has its status and code."""
+
+import errno
+
+import pytest
+
+from app.errors import ERRORS, describe_error, kind_of
+from ingest.files import FileTooLarge
+from ingest.files import StorageFull as FilesFull
+from retrieval.store import StorageFull
+
+CONTRACT = {
+    *((401, "unauthorized"), (404, "document_not_found"), (409, "duplicate"), (413, "file_too_large")),
+    *((413, "context_too_long"), (415, "unsupported_media_type"), (422, "invalid_request"), (429, "overloaded")),
+    (507, "storage_full"),
+}
+
+
+def test_the_codes_of_the_contract_are_there():
+    assert {(kind.status, kind.code) for kind in ERRORS.values()} >= CONTRACT
+
+
+@pytest.mark.parametrize("error", [FilesFull("x"), StorageFull("x"), OSError(errno.ENOSPC, "x")])
+def test_a_full_disk_is_507_wherever_it_is_noticed(error):
+    assert kind_of(error).status == 507
+
+
+def test_a_kind_of_a_listed_error_is_that_error():
+    class VeryLarge(FileTooLarge):
+        pass
+
+    assert kind_of(VeryLarge("x")).code == "file_too_large"
+
+
+def test_what_is_our_fault_is_logged_and_not_shown(caplog):
+    body = describe_error(KeyError("secret"))
+    assert (body["status"], body["code"]) == (500, "internal_error")
+    assert "secret" not in str(body) and "secret" in caplog.text

@@ -1,0 +1,74 @@
+"""Settings: where they come from, what is refused and how that is said, and what is shown of them."""
+
+import pytest
+
+from app.settings import SettingsError, describe_settings, load_settings, public_settings
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_the_machine(monkeypatch):
+    for name in [setting.name for setting in describe_settings()]:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_nested_names_come_from_the_environment(monkeypatch):
+    monkeypatch.setenv("JAMBA_RAG_MODEL__MAX_BATCH", "3")
+    assert load_settings(env_file=None).model.max_batch == 3
+
+
+def test_names_come_from_a_file_and_the_environment_wins(monkeypatch, tmp_path):
+    file = tmp_path / ".env"
+    file.write_text("JAMBA_RAG_SERVER__PORT=8100\nJAMBA_RAG_MODEL__MAX_BATCH=2\nOTHER=1\n")
+    monkeypatch.setenv("JAMBA_RAG_SERVER__PORT", "8200")
+    settings = load_settings(env_file=file)
+    assert (settings.server.port, settings.model.max_batch) == (8200, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("JAMBA_RAG_MODEL_PATH", "JAMBA_RAG_MODEL__PATH"),
+        ("JAMBA_RAG_REDIS__URI", "JAMBA_RAG_REDIS__URL"),
+        ("jamba_rag_auth__enable", "JAMBA_RAG_AUTH__ENABLED"),
+    ],
+)
+@pytest.mark.parametrize("source", ["environment", "file"])
+def test_an_unknown_name_stops_the_start_and_names_the_nearest(monkeypatch, tmp_path, name, nearest, source):
+    file = tmp_path / ".env"
+    if source == "environment":
+        monkeypatch.setenv(name, "x")
+    else:
+        file.write_text(f"{name}=x\n")
+    with pytest.raises(SettingsError, match=nearest):
+        load_settings(env_file=file)
+
+
+def test_a_wrong_value_names_the_setting_and_hides_the_value(monkeypatch):
+    monkeypatch.setenv("JAMBA_RAG_SERVER__PORT", "hunter2")
+    with pytest.raises(SettingsError, match="JAMBA_RAG_SERVER__PORT") as caught:
+        load_settings(env_file=None)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_no_keys_only_on_a_loopback_host():
+    assert not load_settings(env_file=None, auth={"enabled": False}).auth.enabled
+    with pytest.raises(SettingsError, match=r"listen on one of 127\.0\.0\.1"):
+        load_settings(env_file=None, auth={"enabled": False}, server={"host": "0.0.0.0"})
+
+
+def test_an_empty_value_is_no_value(monkeypatch):
+    monkeypatch.setenv("JAMBA_RAG_REDIS__URL", "")
+    assert load_settings(env_file=None).redis.url is None
+
+
+def test_secrets_are_not_shown():
+    settings = load_settings(env_file=None, key="jrk_secret", redis={"url": "redis://me:secret@host:6379/0"})
+    shown = str(public_settings(settings))
+    assert "secret" not in shown
+    assert "redis://***@host:6379/0" in shown
+    assert "secret" not in repr(settings)
+
+
+def test_every_setting_is_described():
+    for setting in describe_settings():
+        assert setting.description.endswith("."), setting.name

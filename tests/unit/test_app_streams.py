@@ -1,0 +1,179 @@
+"""Connections as they are: clients that leave, clients that wait, uploads larger than memory should ever hold."""
+
+import asyncio
+import json
+import resource
+from collections.abc import AsyncIterator, Iterator
+
+import httpx
+import pytest
+from app_kit import LIGHTHOUSE, make_settings, running_service, serving
+
+from app.sse import KEEPALIVE, Event, format_events, send_with_keepalive
+from app.uploads import BadUpload, read_field, read_in_thread, read_parts
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_client_that_leaves_a_stream_ends_its_generation(tiny_checkpoint, tmp_path):
+    long = {"max_output_tokens": 1500, "max_quote_tokens": 1000, "max_quotes": 500}
+    settings = make_settings(tiny_checkpoint, tmp_path / "data", answers=long)
+    with serving(settings) as url:
+        headers = {"Authorization": f"Bearer {(settings.data_dir / 'admin.key').read_text().strip()}"}
+        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60) as http:
+            files = {"file": ("a.md", ((LIGHTHOUSE + "\n") * 4).encode())}
+            document = (await http.post("/v1/documents", files=files)).json()["data"][0]
+            await http.get(f"/v1/documents/{document['id']}/events")
+            body = {"question": "Who?", "stream": True, "temperature": 2.0, "seed": 3}
+            async with http.stream("POST", "/v1/answers", json=body) as reply:
+                async for line in reply.aiter_lines():
+                    if line.startswith("event: answer.text.delta"):
+                        break
+            await wait_until_idle(http)
+            impatient = asyncio.create_task(http.post("/v1/answers", json=body | {"stream": False}))
+            await wait_until_busy(http)
+            impatient.cancel()
+            await wait_until_idle(http)
+            metrics = (await http.get("/metrics")).text
+            assert "jamba_rag_answers_total{" not in metrics  # neither was finished
+
+
+async def pending(http: httpx.AsyncClient) -> float:
+    lines = (await http.get("/metrics")).text.splitlines()
+    return float(next(line for line in lines if line.startswith("jamba_rag_answers_pending")).split()[1])
+
+
+async def wait_until_idle(http: httpx.AsyncClient) -> None:
+    while await pending(http):
+        await asyncio.sleep(0.02)
+
+
+async def wait_until_busy(http: httpx.AsyncClient) -> None:
+    while not await pending(http):
+        await asyncio.sleep(0.005)
+
+
+async def test_deleting_a_document_ends_the_answers_that_read_it(tiny_checkpoint, tmp_path):
+    async with running_service(make_settings(tiny_checkpoint, tmp_path / "data")) as client:
+        document = await client.upload("a.md", LIGHTHOUSE)
+        service = client.app.state.service
+        principal = client.app.state.authenticator.authenticate(client.headers["Authorization"])
+        from app.schemas import AnswerRequest
+
+        answer = await service.start_answer(service.read_query(AnswerRequest(question="Who?"), principal))
+        events = answer.events()
+        seen = [await anext(events), await anext(events)]
+        assert [event.type for event in seen] == ["answer.created", "answer.sources"]
+        assert (await client.delete(f"/v1/documents/{document['id']}")).status_code == 204
+        rest = [event async for event in events]
+        assert [event.type for event in rest] == ["answer.error"] and rest[0].data["code"] == "document_deleted"
+        assert service.cache.stats()[1]["host"]["items"] == 0
+
+
+async def one_by_one(*events: Event, pause_s: float = 0.0) -> AsyncIterator[Event]:
+    for event in events:
+        await asyncio.sleep(pause_s)
+        yield event
+
+
+async def test_events_are_numbered_and_idle_streams_say_so():
+    slow = one_by_one(Event("a", {"x": "ü\n"}), Event("b", {}), pause_s=0.05)
+    lines = [line async for line in send_with_keepalive(format_events(slow), keepalive_s=0.02)]
+    assert KEEPALIVE in lines
+    real = [line for line in lines if line != KEEPALIVE]
+    assert real[0].startswith("id: 1\nevent: a\ndata: ") and real[0].endswith("\n\n")
+    assert json.loads(real[0].split("data: ")[1]) == {"x": "ü\n"} and real[1].startswith("id: 2\nevent: b\n")
+
+
+async def test_a_stream_that_is_dropped_closes_its_source():
+    closed = asyncio.Event()
+
+    async def endless() -> AsyncIterator[Event]:
+        try:
+            while True:
+                yield Event("tick", {})
+                await asyncio.sleep(0.001)
+        finally:
+            closed.set()
+
+    stream = send_with_keepalive(format_events(endless()), keepalive_s=1)
+    await anext(stream)
+    await stream.aclose()
+    assert closed.is_set()
+
+
+class FormRequest:
+    """The part of a Request that `read_parts` reads."""
+
+    def __init__(self, body: bytes, piece: int, content_type: str = "multipart/form-data; boundary=XX") -> None:
+        self.headers = {"content-type": content_type}
+        self._body, self._piece = body, piece
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        for start in range(0, len(self._body), self._piece):
+            yield self._body[start : start + self._piece]
+        yield b""
+
+
+FORM = (
+    b'--XX\r\nContent-Disposition: form-data; name="collection"\r\n\r\nbirds\r\n'
+    b'--XX\r\nContent-Disposition: form-data; name="file"; filename="\xc3\xbcber \\"x\\".txt"\r\n'
+    b"Content-Type: text/plain\r\n\r\nline\r\n--X\r\n--XY\r\nend\r\n"
+    b'--XX\r\nContent-Disposition: form-data; name="file"; filename="empty"\r\n\r\n\r\n--XX--\r\n'
+)
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 64, 10_000])
+async def test_a_form_is_the_same_however_it_arrives(piece):
+    parts = []
+    async for part in read_parts(FormRequest(FORM, piece)):
+        if part.filename is None:
+            parts.append((part.name, await read_field(part)))
+        else:
+            parts.append((part.filename, await read_in_thread(part, b"".join, 0)))
+    assert parts == [("collection", "birds"), ('über "x".txt', b"line\r\n--X\r\n--XY\r\nend"), ("empty", b"")]
+
+
+@pytest.mark.parametrize("end", range(10, len(FORM) - 4, 23))
+async def test_a_form_that_is_cut_off_is_refused(end):
+    with pytest.raises(BadUpload):
+        async for part in read_parts(FormRequest(FORM[:end], 16)):
+            async for _ in part.pieces:
+                pass
+
+
+async def test_a_refused_part_is_skipped_up_to_a_limit():
+    def refuse(pieces: Iterator[bytes]) -> None:
+        next(pieces)
+        raise ValueError("no")
+
+    body = (
+        b'--XX\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + b"x" * 5000 + b"\r\n--XX--\r\n"
+    )
+    async for part in read_parts(FormRequest(body, 100)):
+        with pytest.raises(ValueError, match="no"):
+            await read_in_thread(part, refuse, 10_000)
+    async for part in read_parts(FormRequest(body, 100)):
+        with pytest.raises(BadUpload, match="the rest is not read"):
+            await read_in_thread(part, refuse, 1000)
+        break
+
+
+async def test_a_large_upload_is_not_held_in_memory(tiny_checkpoint, tmp_path):
+    size, piece = 192 << 20, b"0123456789abcdef" * 4096
+
+    def body() -> Iterator[bytes]:
+        yield b'--XX\r\nContent-Disposition: form-data; name="file"; filename="large.bin"\r\n\r\n'
+        for _ in range(size // len(piece)):
+            yield piece
+        yield b"\r\n--XX--\r\n"
+
+    settings = make_settings(tiny_checkpoint, tmp_path / "data", ingest={"workers": 0})
+    with serving(settings) as url:
+        headers = {"Authorization": f"Bearer {(settings.data_dir / 'admin.key').read_text().strip()}"}
+        headers["Content-Type"] = "multipart/form-data; boundary=XX"
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        reply = httpx.post(f"{url}/v1/documents", content=body(), headers=headers, timeout=120)
+        grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert reply.status_code == 202 and reply.json()["data"][0]["bytes"] == size
+    assert grown_kib < 64 << 10

@@ -1,0 +1,65 @@
+"""Holds the import rules of the rooms: `app -> ingest, retrieval, model`; `ingest -> retrieval`; nothing back."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = {
+    "app": {"ingest", "retrieval", "model"},
+    "ingest": {"retrieval"},
+    "retrieval": set(),
+    "model": set(),
+}
+OURS = {*ROOMS, "bench", "tests", "samples"}
+SQL_FREE = ("app", "ingest", "model")
+
+
+def modules(room: str) -> list[Path]:
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level packages that a module imports, anywhere in it; relative imports stay in its own room."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add((node.module or "").partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_only_what_they_may(room):
+    forbidden = OURS - ROOMS[room] - {room}
+    found = {str(path.relative_to(ROOT)): imported(path) & forbidden for path in modules(room)}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize("room", SQL_FREE)
+def test_sql_stands_in_the_store_alone(room):
+    allowed = {ROOT / "app" / "backup.py"}  # copies the file as it is, without a statement
+    assert [path for path in modules(room) if "sqlite3" in imported(path) and path not in allowed] == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_pickle_and_nothing_read_from_the_environment_outside_the_settings(room):
+    allowed = {ROOT / "app" / "settings.py"}
+    for path in modules(room):
+        assert not imported(path) & {"pickle", "dill", "joblib", "shelve", "marshal"}, path
+        names = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+        if path not in allowed and "train" not in path.parts:
+            assert not names & {"environ", "getenv"}, path
+
+
+@pytest.mark.parametrize("room", sorted(OURS))
+def test_files_and_functions_keep_to_their_size(room):
+    for path in modules(room):
+        source = path.read_text()
+        assert len(source.splitlines()) <= 400, path
+        limit = 120 if path.name.endswith("_triton.py") else 60  # a kernel is one function
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < limit, f"{path}: {node.name}"

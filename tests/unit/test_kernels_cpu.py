@@ -1,0 +1,269 @@
+"""The C kernels against their definitions: odd shapes, cut anywhere, alone and in a batch, into memory full of NaN."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import Jamba, load_model
+from model.cpu_decode import MAX_TOKENS
+from model.kernels import cpu, cpu_build
+from model.kernels.causal_conv import causal_conv_ref
+from model.kernels.rms_norm import RMSNorm, rms_norm_ref
+from model.kernels.selective_scan import selective_scan_ref
+from model.kernels.silu_mul import silu_mul, silu_mul_ref
+from tests.numeric import assert_close
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C compiler")
+RATIO = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
+DTYPES = [torch.float32, torch.bfloat16]
+SCAN_SHAPES = [(1, 1, 1, 1), (2, 2, 17, 4), (1, 3, 96, 16), (3, 63, 130, 17), (1, 64, 96, 4), (2, 65, 17, 16)]
+SCAN_SHAPES += [(1, 257, 130, 16), (1, 5, 16, 300)]
+WIDTHS = [2, 3, 4, 20]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.empty` gives NaN: an element that a kernel leaves out shows."""
+    real = torch.empty
+
+    def empty(*shape: object, **options: object) -> Tensor:
+        out = real(*shape, **options)
+        return out.fill_(torch.nan) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def scan_inputs(b: int, t: int, e: int, n: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """u, z, B and C as the mixer has them: slices of wider rows."""
+    u, z = normal(b, t, 2 * e).to(dtype).chunk(2, dim=-1)
+    B, C = normal(b, t, 2 * n + 3).to(dtype)[..., 3:].chunk(2, dim=-1)
+    delta = F.softplus(normal(b, t, e, seed=1))
+    return {"u": u, "delta": delta, "A": -normal(e, n).exp(), "B": B, "C": C, "D": normal(e), "z": z}
+
+
+def doubled(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.double() for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize(
+    ("which", "function", "low", "high"),
+    [(0, torch.exp2, -125.9, 127.9), (1, F.silu, -80.0, 200.0), (2, F.softplus, -80.0, 200.0)],
+)
+def test_elementwise_functions_equal_float64(which: int, function: Callable, low: float, high: float) -> None:
+    x = torch.cat([torch.linspace(low, high, 100_001), torch.linspace(-1, 1, 10_001), torch.tensor([0.0])])
+    out, expected = apply(which, x), function(x.double())
+    relative = ((out.double() - expected) / expected).abs()[expected.abs() > 1e-37]
+    units = 2 if which == 0 else 4 + 0.5 * 80  # exp(-x) by 2^(-x log2 e) loses |x| / 2 units for a large |x|
+    assert relative.max() <= units * 2**-23
+    near = relative[(x.abs() < 4)[expected.abs() > 1e-37]]
+    assert near.max() <= 8 * 2**-23
+
+
+def test_elementwise_functions_at_the_edges() -> None:
+    inf = torch.inf
+    assert apply(0, torch.tensor([0.0, -1000.0, 128.0, 1000.0])).tolist() == [1.0, 0.0, inf, inf]
+    assert apply(1, torch.tensor([-1e30, 0.0, 1e30, inf])).tolist() == [0.0, 0.0, torch.tensor(1e30).item(), inf]
+    low, lower, high = apply(2, torch.tensor([-1e30, -inf, inf])).tolist()
+    assert max(low, lower) < 1e-38 and high == inf
+    for which in range(3):
+        assert apply(which, torch.tensor([torch.nan, 1.0])).isnan().tolist() == [True, False]
+
+
+def apply(which: int, x: Tensor) -> Tensor:
+    out = torch.full_like(x, torch.nan)
+    pointers = (ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()))
+    cpu.call("apply_elementwise", *pointers, ctypes.c_int64(len(x)), ctypes.c_int64(which))
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SCAN_SHAPES)
+@pytest.mark.usefixtures("poisoned")
+def test_scan_equals_its_definition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    b, _, e, n = shape
+    inputs, state = scan_inputs(*shape, dtype), normal(b, e, n)
+    expected_state = state.double()
+    expected = selective_scan_ref(**doubled(inputs), state=expected_state)
+    assert_close("y", cpu.selective_scan(**inputs, state=state), expected, RATIO[dtype])
+    assert_close("state", state, expected_state, RATIO[torch.float32])
+    from_zeros = selective_scan_ref(**doubled(inputs))
+    assert_close("from zeros", cpu.selective_scan(**inputs), from_zeros, RATIO[dtype])
+
+
+def test_scan_adds_the_bias_before_softplus() -> None:
+    inputs = scan_inputs(2, 37, 17, 4, torch.float32)
+    raw, bias = 10 * normal(2, 37, 17), normal(17)
+    expected = selective_scan_ref(**doubled(inputs) | {"delta": F.softplus((raw + bias).double())})
+    ours = cpu.selective_scan(**inputs | {"delta": raw}, delta_bias=bias)
+    assert_close("y", ours, expected, RATIO[torch.float32])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("split", [1, 2, 63, 64, 256])
+def test_scan_cut_in_two_gives_the_same_bits(split: int, threads: int) -> None:
+    inputs = scan_inputs(2, 257, 130, 16, torch.float32)
+    whole_state, state = normal(2, 130, 16), normal(2, 130, 16)
+    whole = cpu.selective_scan(**inputs, state=whole_state)
+    torch.set_num_threads(threads)
+    timed = ("u", "delta", "B", "C", "z")
+    heads = inputs | {name: inputs[name][:, :split] for name in timed}
+    tails = inputs | {name: inputs[name][:, split:] for name in timed}
+    parts = [cpu.selective_scan(**part, state=state) for part in (heads, tails)]
+    torch.set_num_threads(1)
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+    assert torch.equal(state, whole_state)
+
+
+def test_scan_says_nan_where_its_input_is_nan() -> None:
+    inputs = scan_inputs(1, 9, 18, 16, torch.float32)
+    inputs["u"][0, 4, 17] = torch.nan
+    y = cpu.selective_scan(**inputs)
+    expected = torch.zeros(1, 9, 18, dtype=torch.bool)
+    expected[0, 4:, 17] = True
+    assert torch.equal(y.isnan(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("w", WIDTHS)
+@pytest.mark.parametrize(("b", "t", "e"), [(1, 1, 1), (3, 1, 96), (2, 2, 17), (1, 3, 130), (2, 64, 16), (1, 65, 33)])
+@pytest.mark.usefixtures("poisoned")
+def test_conv_equals_its_definition(b: int, t: int, e: int, w: int, dtype: torch.dtype) -> None:
+    x, weight, bias = normal(b, t, 2 * e).to(dtype)[..., e:], normal(e, w).to(dtype), normal(e).to(dtype)
+    state = normal(b, e, w - 1).to(dtype)
+    expected_state = state.double()
+    expected = causal_conv_ref(x.double(), expected_state, weight.double(), bias.double())
+    assert_close("y", cpu.causal_conv(x, state, weight, bias), expected, RATIO[dtype])
+    assert torch.equal(state.double(), expected_state)
+    expected = causal_conv_ref(x.double(), None, weight.double(), None)
+    assert_close("without bias, from zeros", cpu.causal_conv(x, None, weight, None), expected, RATIO[dtype])
+
+
+@pytest.mark.parametrize("split", [1, 2, 3, 4, 64])
+def test_conv_cut_in_two_gives_the_same_bits(split: int) -> None:
+    x, weight, bias = normal(2, 65, 33), normal(33, 4), normal(33)
+    whole_state, state = normal(2, 33, 3), normal(2, 33, 3)
+    whole = cpu.causal_conv(x, whole_state, weight, bias)
+    parts = [cpu.causal_conv(part, state, weight, bias) for part in (x[:, :split], x[:, split:])]
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+    assert torch.equal(state, whole_state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("out", "in_"), [(1, 1), (7, 33), (131, 97), (64, 576)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 15, 65])
+@pytest.mark.usefixtures("poisoned")
+def test_int8_linear_equals_its_definition(rows: int, out: int, in_: int, dtype: torch.dtype) -> None:
+    x, scale, bias = normal(rows, 1, in_).to(dtype), normal(out).exp(), normal(out).to(dtype)
+    weight = torch.randint(-127, 128, (out, in_), dtype=torch.int8, generator=torch.Generator().manual_seed(out))
+    # many rows go through weights rounded to bfloat16
+    assert_close(
+        "y", cpu.int8_linear(x, weight, scale, bias), cpu.int8_linear_ref(x, weight, scale, bias), RATIO[dtype]
+    )
+    assert_close("no bias", cpu.int8_linear(x, weight, scale), cpu.int8_linear_ref(x, weight, scale), RATIO[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_few_rows_give_the_same_bits_alone(dtype: torch.dtype) -> None:
+    x = normal(15, 97)
+    weight = torch.randint(-127, 128, (131, 97), dtype=torch.int8).to(dtype)
+    together = cpu.linear_few(x, weight)
+    assert_close("y", together, x.double() @ weight.double().T, RATIO[torch.float32])
+    alone = torch.cat([cpu.linear_few(row[None], weight) for row in x])
+    torch.set_num_threads(2)
+    shared = cpu.linear_few(x, weight)
+    torch.set_num_threads(1)
+    assert torch.equal(alone, together) and torch.equal(shared, together)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 16, 36, 130])
+@pytest.mark.usefixtures("poisoned")
+def test_rms_norm_and_gate_equal_their_definitions(width: int, dtype: torch.dtype) -> None:
+    left, right = (1e3 * normal(3, 5, 2 * width)).to(dtype).chunk(2, dim=-1)
+    norm = RMSNorm(width, eps=1e-6).to(dtype)
+    norm.weight.copy_(normal(width))
+    assert_close("norm", norm(right), rms_norm_ref(right.double(), norm.weight, 1e-6), RATIO[dtype])
+    assert_close("gate", silu_mul(left, right), silu_mul_ref(left.double(), right.double()), RATIO[dtype])
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("num_tokens", [1, 2, MAX_TOKENS // 2])
+def test_a_few_tokens_at_once_equal_the_modules(tiny_jamba_dir: Path, num_tokens: int, quantize: str | None) -> None:
+    model = load_model(tiny_jamba_dir, quantize=quantize)
+    generator = torch.Generator().manual_seed(num_tokens)
+    prompt, rest = (torch.randint(512, (2, t), generator=generator) for t in (40, num_tokens))
+    fast, slow = ([model.new_state() for _ in range(2)] for _ in range(2))
+    for states in (fast, slow):
+        model(prompt, states)
+    ours = model(rest, fast)
+    expected = modules_only(model, rest, slow)
+    assert_close("logits", ours, expected, 1e-5)
+    for one, other in zip(fast, slow, strict=True):
+        assert_close("ssm", one.ssm, other.ssm, 1e-5)
+        assert_close("conv", one.conv, other.conv, 1e-5)
+
+
+def modules_only(model: Jamba, token_ids: Tensor, states: list) -> Tensor:
+    """The same tokens with enough company to be too many for the fast path; their own logits."""
+    company = [model.new_state() for _ in range(MAX_TOKENS)]
+    others = token_ids[:1].expand(MAX_TOKENS, -1)
+    return model(torch.cat([token_ids, others]), [*states, *company])[: len(token_ids)]
+
+
+def test_no_compiler_means_not_available_and_one_line_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cpu_build.shutil, "which", lambda _: None)
+    cpu_build._load_library.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert not cpu.available() and not cpu.supports(torch.zeros(1))
+        assert [record.name for record in caplog.records] == ["model.kernels.cpu_build"]
+    finally:
+        cpu_build._load_library.cache_clear()
+
+
+def test_a_compiler_that_fails_means_not_available(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cpu_build, "_FLAGS", ["--no-such-flag"])
+    monkeypatch.setattr(cpu_build, "_cache_dir", lambda: tmp_path)
+    cpu_build._load_library.cache_clear()
+    try:
+        assert not cpu.available()
+        assert "--no-such-flag" in caplog.text
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        cpu_build._load_library.cache_clear()
+
+
+def test_two_processes_building_at_once_both_get_the_library(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, sys; from model.kernels import cpu_build; "
+        f"cpu_build._cache_dir = lambda: pathlib.Path({str(tmp_path)!r}); sys.exit(not cpu_build.load_library())"
+    )
+    # torch first: the library takes OpenMP from it
+    command = [sys.executable, "-c", "import torch; " + code]
+    processes = [subprocess.Popen(command) for _ in range(2)]
+    assert [process.wait(timeout=100) for process in processes] == [0, 0]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
