@@ -41,7 +41,8 @@ def show_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None
     table = Table(*columns, box=None, header_style="bold", pad_edge=False)
     for row in rows:
         table.add_row(*(escape("-" if cell is None else str(cell)) for cell in row))
-    out.print(table, width=None if out.is_terminal else _PIPE_WIDTH)
+    console = out if out.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
+    console.print(table)
 
 
 def show_answer(answer: Mapping[str, Any], with_text: bool = True) -> None:
