@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA_DIR = ROOT / "build" / "demo"
 COLLECTION = "samples"
 QUESTIONS = (
-    ("Above which wind speed must the mast never be raised?", "fr12-handbook.pdf"),
-    ("How often is the filter of the humidity probe replaced?", "fr12-handbook.pdf"),
+    ("Within how many days must a travel claim be submitted?", "travel-policy.docx"),
     ("Who grants exceptions from the travel policy?", "travel-policy.docx"),
+    ("When was the FR-12 first deployed on the Varanger peninsula?", "fr12-handbook.pdf"),
 )
 
 

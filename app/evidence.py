@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from app.advice import Advice
 from app.conversation import Turn, standalone_query
 from app.prompting import AnswerFormat
 from app.settings import AnswerSettings
@@ -55,10 +56,11 @@ class EvidenceFinder:
         retriever: Retriever,
         prompt_format: AnswerFormat,
         settings: AnswerSettings,
+        advice: Advice,
         evidence_hits: int,
     ) -> None:
         self._store, self._retriever, self._format = store, retriever, prompt_format
-        self._settings, self._evidence_hits = settings, evidence_hits
+        self._settings, self._advice, self._evidence_hits = settings, advice, evidence_hits
 
     def find(self, query: Query, widened: bool = False) -> Found:
         """Evidence for a question; `widened` takes all that fits. Raises ContextTooLong, CollectionNotFound, and
@@ -91,16 +93,23 @@ class EvidenceFinder:
     def _pack(self, query: Query, hits: Sequence[Hit], whole_budget: int, widened: bool) -> Evidence:
         if query.mode != "rag" and not widened:
             try:
-                return self._pack_as("full_context", query, hits, whole_budget)
+                budget = whole_budget if query.mode == "full_context" else self._auto_budget(query, whole_budget)
+                return self._pack_as("full_context", query, hits, budget)
             except EvidenceTooLarge:
                 if query.mode == "full_context":
                     raise
-        return self._pack_as("rag", query, hits, whole_budget if widened else self._rag_budget(query, whole_budget))
+        budget = self._auto_budget if widened else self._rag_budget
+        return self._pack_as("rag", query, hits, budget(query, whole_budget))
+
+    def _auto_budget(self, query: Query, whole_budget: int) -> int:
+        if query.max_evidence_tokens is not None or self._advice.auto_evidence_tokens is None:
+            return whole_budget
+        return min(whole_budget, self._advice.auto_evidence_tokens)
 
     def _rag_budget(self, query: Query, whole_budget: int) -> int:
         if query.max_evidence_tokens is not None:
             return whole_budget
-        return min(whole_budget, self._settings.rag_evidence_tokens)
+        return min(whole_budget, self._advice.rag_evidence_tokens)
 
     def _pack_as(self, mode: EvidenceMode, query: Query, hits: Sequence[Hit], budget_tokens: int) -> Evidence:
         return pack_evidence(

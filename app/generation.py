@@ -152,7 +152,7 @@ class RunningAnswer:
                 yield event
 
     def _refuses(self, writer: AnswerReader) -> bool:
-        return writer.none_margin > self._service.settings.none_margin
+        return writer.none_margin > self._service.advice.none_margin
 
     async def _generate(self, found: Found, writer: AnswerReader, allow_none: bool) -> AsyncIterator[Event]:
         self._check_alive()

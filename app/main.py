@@ -18,6 +18,7 @@ import torch
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 
+from app.advice import take_advice
 from app.auth import Authenticator
 from app.datadir import DataDir
 from app.errors import install_error_handlers
@@ -55,7 +56,6 @@ log = logging.getLogger(__name__)
 
 VERSION = "0.1.0"
 _DEFAULT_CONTEXT_TOKENS = 262_144
-_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class _AnnouncingStore(DocumentStore):
@@ -166,6 +166,7 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
     index = open_index(store, data_dir.index, embedder.dim, embedder.name)
     weights = FusionWeights(settings.retrieval.dense_weight, settings.retrieval.lexical_weight)
     retriever = Retriever(store, index, embedder, weights)
+    advice = take_advice(settings.model.path, settings.answers)
     files = FileStore(data_dir.files)
     worker = IngestWorker(
         store,
@@ -181,12 +182,15 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
         store=store,
         files=files,
         index=index,
-        finder=EvidenceFinder(store, retriever, model.format, settings.answers, settings.retrieval.evidence_hits),
+        finder=EvidenceFinder(
+            store, retriever, model.format, settings.answers, advice, settings.retrieval.evidence_hits
+        ),
         engine=engine_thread,
         cache=model.cache,
         format=model.format,
         metrics=Metrics(),
         settings=settings.answers,
+        advice=advice,
         tokenizer=model.tokenizer,
         model_name=model.name,
         salt=bytes.fromhex(_kept_secret(store, "prefix_salt", 16)),
@@ -242,7 +246,8 @@ def build_model(settings: Settings, stack: ExitStack, answering: bool, nonce: st
     if settings.model.threads:
         torch.set_num_threads(settings.model.threads)
     quantize = None if settings.model.quantize == "none" else settings.model.quantize
-    model = load_model(path, choose_device(settings.model), _DTYPES[settings.model.dtype], quantize)
+    device = choose_device(settings.model)
+    model = load_model(path, device, choose_dtype(settings.model, device), quantize)
     fingerprint = state_fingerprint(path, quantize, model.new_state().layout.fingerprint())
     cache = PrefixCache(stores, fingerprint, _plan_settings(settings))
     engine = JambaEngine(
@@ -305,6 +310,14 @@ def choose_device(settings: ModelSettings) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SettingsError(f"JAMBA_RAG_MODEL__DEVICE={device}: {torch.cuda.device_count()} CUDA devices are here")
     return device
+
+
+def choose_dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device multiplies it fast: on GPUs, and on CPUs with AMX."""
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)
+    fast = device.type != "cpu" or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def _read_context_length(path: Path) -> int:

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from app.advice import Advice
 from app.auth import Principal
 from app.conversation import Turn
 from app.errors import DocumentDeleted, InvalidRequest, Overloaded, QuestionTooLong
@@ -66,6 +67,7 @@ class RagService:
     format: AnswerFormat
     metrics: Metrics
     settings: AnswerSettings
+    advice: Advice
     tokenizer: Tokenizer
     model_name: str
     salt: bytes

@@ -49,7 +49,7 @@ class ModelSettings(_Group):
     path: Path = _setting(SHIPPED_CHECKPOINT, "Checkpoint directory in Hugging Face layout.")
     device: str = _setting("auto", "`auto`, `cpu`, `cuda` or `cuda:<n>`; `auto` takes a GPU when there is one.")
     dtype: Literal["auto", "float32", "bfloat16"] = _setting("auto", "Type of activations; `auto` fits the device.")
-    quantize: Literal["none", "int8"] = _setting("none", "Quantize linear weights while loading.")
+    quantize: Literal["none", "int8"] = _setting("int8", "How linear weights are kept: as stored, or in int8 rows.")
     threads: int = _setting(0, "CPU threads of the model; 0 takes all cores.", "threads", ge=0)
     max_context_tokens: int = _setting(
         0, "Longest prompt plus answer; 0 takes the checkpoint's `max_position_embeddings`.", "tokens", ge=0
@@ -96,14 +96,24 @@ class AnswerSettings(_Group):
     max_evidence_tokens: int = _setting(
         0, "Most evidence in a prompt unless the request says less; 0 takes what the context leaves.", "tokens", ge=0
     )
-    rag_evidence_tokens: int = _setting(
-        4096, "Most evidence that `rag` packs before it widens; `full_context` may take more.", "tokens", ge=64
+    auto_evidence_tokens: int | None = _setting(
+        None,
+        "Most evidence that `auto` takes whole, and that it widens to; unset: as the checkpoint advises, else all.",
+        "tokens",
+        ge=64,
+    )
+    rag_evidence_tokens: int | None = _setting(
+        None, "Most evidence that `rag` packs at first; unset: as the checkpoint advises, else 4096.", "tokens", ge=64
     )
     max_output_tokens: int = _setting(256, "Most tokens of an answer, unless a request says its own.", "tokens", ge=1)
     max_quote_tokens: int = _setting(96, "Longest quote the model may make.", "tokens", ge=1)
     max_quotes: int = _setting(4, "Most quotes in an answer.", "quotes", ge=1)
-    none_margin: float = _setting(
-        0.0, "Answer `not_found` when log P(none) - log P(quote) exceeds this.", "nats", ge=-50, le=50
+    none_margin: float | None = _setting(
+        None,
+        "Answer `not_found` when log P(none) - log P(quote) exceeds this; unset: as the checkpoint advises, else 0.",
+        "nats",
+        ge=-50,
+        le=50,
     )
     max_pending: int = _setting(64, "Answers running or waiting, after which new ones get 429.", "answers", ge=1)
 

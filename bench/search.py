@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench.runs import BenchRun
 
+from bench.runs import BenchRun
 from retrieval.embedder import MiniLMEmbedder
 from retrieval.index import FaissIndex, open_index
 from retrieval.search import Retriever
