@@ -77,6 +77,7 @@ def main() -> None:
                       nmse=nmse.mean().item(), nmse_median=nmse.median().item(), worst=nmse.max().item())  # fmt: skip
     if cluster.rank == 0:
         optimizer.save(args.out / "align.safetensors")
+    cluster.close()
 
 
 if __name__ == "__main__":

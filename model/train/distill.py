@@ -110,7 +110,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("gguf", "corpora", "tokens", "tokenizer", "pairs", "dev", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--start", type=Path, nargs="*", default=[], help="saved masters to start from, in order")
+    parser.add_argument("--weights", type=Path, nargs="*", default=[], help="saved masters to start from, in order")
     parser.add_argument("--seconds", type=float, default=300, help="wall clock of this call, its start not counted")
     parser.add_argument("--from-share", type=float, default=0.0, help="where in the schedule this call starts")
     parser.add_argument("--to-share", type=float, default=1.0, help="and where it ends")
@@ -148,7 +148,7 @@ def main() -> None:
     teacher = build_teacher(args.gguf).requires_grad_(False)
     student = build_student(teacher).to(cluster.device)
     teacher.to(cluster.device, torch.bfloat16)
-    for path in args.start:
+    for path in args.weights:
         load_into(student, path)
     optimizer = MasterAdamW(student, rate_of)
     student.collect_router_stats = True
@@ -192,6 +192,7 @@ def main() -> None:
     if cluster.rank == 0:
         log.write(stage="eval", step=step, **evaluate.score(student, tokenizer, items))
         optimizer.save(args.out / "distill.safetensors")
+    cluster.close()
 
 
 def compile_layers(model: Jamba) -> None:

@@ -37,7 +37,7 @@ class Cluster:
         """Average the gradients over the processes, one message a dtype."""
         if self.size == 1:
             return
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (torch.bfloat16, torch.float32):  # in one order everywhere: the processes wait for each other
             grads = [p.grad for p in parameters if p.dtype == dtype]
             flat = torch._utils._flatten_dense_tensors(grads)
             dist.all_reduce(flat, op=dist.ReduceOp.AVG)
@@ -47,6 +47,10 @@ class Cluster:
         if self.size > 1:
             dist.all_reduce(value, op=dist.ReduceOp.AVG)
         return value
+
+    def close(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
 
 
 class MasterAdamW:
