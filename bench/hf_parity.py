@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from transformers import DynamicCache, JambaForCausalLM
+from transformers.utils import logging
 
 from bench.runs import BenchRun
 from ingest.parse import parse_file
@@ -46,6 +47,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     prompts = sample_prompts(arguments.prompts)
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory) / "fp32"
@@ -104,7 +107,7 @@ def sample_prompts(number: int) -> list[list[int]]:
 def load_transformers(folder: Path) -> JambaForCausalLM:
     """Its PyTorch path in float32."""
     return JambaForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", use_mamba_kernels=False, local_files_only=True
+        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     ).eval()
 
 

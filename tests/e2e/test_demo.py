@@ -1,0 +1,49 @@
+"""`make demo` with the checkpoint that ships: answers, the page of the PDF, the cache; and a question it refuses."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from app.client import connect
+from app.ingesting import expand_paths, ingest_files
+from app.settings import load_settings
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLES = ROOT / "samples"
+DEMO_IN = "import pathlib, sys; from app import demo; demo.DATA_DIR = pathlib.Path(sys.argv[1]); demo.main()"
+
+
+def test_demo_answers_with_page_and_cache(tmp_path):
+    """On a data dir of its own, so that nothing is there already."""
+    command = [sys.executable, "-W", "error::ResourceWarning", "-c", DEMO_IN, str(tmp_path / "demo")]
+    environment = os.environ | {"COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+    demo = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=240, check=False
+    )
+    assert demo.returncode == 0, demo.stderr
+    first, second, third = re.split(r"^Question \d, ", demo.stdout, flags=re.MULTILINE)[1:]
+    assert "“30 days”" in first
+    assert "“the head of finance" in second
+    assert "“9 October 2017”" in third and "page 2" in third
+    cached = re.search(r"(\d+) of (\d+) prompt tokens came from the cache", second)
+    assert cached and 900 < int(cached[1]) < int(cached[2])
+    assert "there already" not in demo.stdout and "Traceback" not in demo.stderr
+
+
+def test_price_that_no_document_gives_is_not_found(tmp_path):
+    """With default settings, over all samples. Not every near miss is refused: bench/answers.py says how many."""
+    questions = json.loads((SAMPLES / "questions.json").read_text(encoding="utf-8"))["unanswerable"]
+    question = next(item["question"] for item in questions if item["id"] == "u01")
+    settings = load_settings(None, data_dir=tmp_path / "data", url=None)
+    with connect(settings) as service:
+        ingest_files(service, expand_paths([str(SAMPLES / "documents")]), {"collection": "samples"})
+        answer = service.request("POST", "/v1/answers", json={"question": question, "collections": ["samples"]})
+    assert answer["grounding"] == "not_found"
+    assert answer["citations"] == [] and answer["sources"]
