@@ -21,6 +21,7 @@ from app.log import request_id_var
 from app.uploads import BadUpload
 from ingest.files import FileTooLarge
 from ingest.files import StorageFull as FilesFull
+from ingest.parse import ParseError
 from ingest.sniff import EmptyFile, UnsupportedMediaType
 from model.engine import ContextTooLong, EngineOverloaded
 from model.engine_thread import EngineStopped
@@ -64,6 +65,10 @@ class KeyNotFound(ValueError):
     """No key in force has this id."""
 
 
+class PageNotFound(ValueError):
+    """The document has no such page, or its format has no pages."""
+
+
 class ModelNotFound(ValueError):
     """No collection stands behind this model name."""
 
@@ -89,6 +94,7 @@ ERRORS: dict[type[Exception], ErrorKind] = {
     Forbidden: ErrorKind(403, "forbidden", "The key's role does not allow this"),
     CollectionNotFound: ErrorKind(404, "collection_not_found", "No such collection"),
     DocumentNotFound: ErrorKind(404, "document_not_found", "No such document"),
+    PageNotFound: ErrorKind(404, "page_not_found", "No such page"),
     KeyNotFound: ErrorKind(404, "key_not_found", "No such key"),
     ModelNotFound: ErrorKind(404, "model_not_found", "No such model"),
     CollectionExists: ErrorKind(409, "collection_exists", "The collection is there already"),
@@ -102,6 +108,7 @@ ERRORS: dict[type[Exception], ErrorKind] = {
     EvidenceTooLarge: ErrorKind(413, "context_too_long", "The documents do not fit the model's context"),
     BodyTooLarge: ErrorKind(413, "request_too_large", "The request is too large"),
     UnsupportedMediaType: ErrorKind(415, "unsupported_media_type", "This kind of file cannot be read"),
+    ParseError: ErrorKind(422, "unreadable_document", "The document cannot be read"),
     EmptyFile: ErrorKind(422, "empty_file", "The file is empty"),
     BadUpload: ErrorKind(422, "invalid_request", "The upload is not a valid form"),
     InvalidRequest: ErrorKind(422, "invalid_request", "The request is not valid"),

@@ -3,7 +3,7 @@
 Questions come as JSON lines: {set, passages: [[title, text], ...], question, answer or null, gold or null}; `gold` is
 the number of the passage that holds the answer. Every question is answered once without the way out of `<|none|>`, and
 the margin log P(none) − log P(quote) of its first step is kept: so one run gives the scores at every threshold.
-Run: `python -m bench.answers QUESTIONS.jsonl --threshold 0`. Where retrieval finds the passages: bench/retrieval.py.
+Run: `python -m bench.answers QUESTIONS.jsonl --threshold 0`.
 """
 
 from __future__ import annotations

@@ -12,6 +12,12 @@ from ingest.parse.decode import UndecodableText, decode_text
 SNIFF_BYTES = 64 * 1024
 PDF = "application/pdf"
 DOCX = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
+XLSX = "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet"
+PPTX = "application/vnd.openxmlformats-officedocument.presentationml.presentation"
+ODT = "application/vnd.oasis.opendocument.text"
+EPUB = "application/epub+zip"
+EML = "message/rfc822"
+RTF = "application/rtf"
 HTML = "text/html"
 MARKDOWN = "text/markdown"
 TEXT = "text/plain"
@@ -19,8 +25,8 @@ _TEXT_BY_SUFFIX = {
     **dict.fromkeys((".md", ".markdown", ".mdown", ".mkd"), MARKDOWN),
     ".rst": "text/x-rst",
     ".csv": "text/csv",
-    ".tsv": "text/tab-separated-values",
-    **dict.fromkeys((".json", ".jsonl"), "application/json"),
+    **dict.fromkeys((".tsv", ".tab"), "text/tab-separated-values"),
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), "application/json"),
     **dict.fromkeys((".xml", ".svg"), "application/xml"),
     **dict.fromkeys(
         (".py", ".js", ".ts", ".c", ".h", ".cc", ".cpp", ".java", ".go", ".rs", ".sh", ".sql", ".rb", ".toml", ".yaml"),
@@ -28,8 +34,11 @@ _TEXT_BY_SUFFIX = {
     ),
 }
 TEXT_TYPES = frozenset({TEXT, *_TEXT_BY_SUFFIX.values()} - {MARKDOWN})
-SUPPORTED_TYPES = frozenset({PDF, DOCX, HTML, MARKDOWN} | TEXT_TYPES)
-SUPPORTED = "PDF, DOCX, HTML, Markdown and text in any encoding (CSV, JSON, reStructuredText, source code included)"
+SUPPORTED_TYPES = frozenset({PDF, DOCX, XLSX, PPTX, ODT, EPUB, RTF, EML, HTML, MARKDOWN} | TEXT_TYPES)
+SUPPORTED = (
+    "PDF, DOCX, XLSX, PPTX, ODT, EPUB, RTF, HTML, Markdown, CSV, TSV, JSON, e-mail (.eml) and text in any encoding "
+    "(reStructuredText, source code included)"
+)
 
 # Formats that are often sent and that no parser here reads: the bytes they start with, and what to do instead.
 _FOREIGN = (
@@ -41,13 +50,21 @@ _FOREIGN = (
     (b"\x1f\x8b", "a gzip archive", "unpack it and upload the files"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it and upload the files"),
     (b"Rar!", "a RAR archive", "unpack it and upload the files"),
-    (b"{\\rtf", "an RTF document", "save it as DOCX or PDF"),
     (b"%!PS", "a PostScript file", "convert it to PDF"),
     (b"\x7fELF", "a program", "upload its documentation"),
     (b"SQLite format 3\x00", "an SQLite database", "export it as CSV"),
 )
 _OLE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
+_ZIP_MEMBER = re.compile(rb"PK\x03\x04(?=.{26}([!-~]{1,200}))", re.S)
+_ZIP_MIMETYPE = re.compile(
+    rb"PK\x03\x04.{26}mimetype.{0,64}?(application/(?:epub\+zip|vnd\.oasis\.opendocument\.[a-z-]+))", re.S
+)
+_OFFICE_FOLDERS = {b"word/": DOCX, b"xl/": XLSX, b"ppt/": PPTX}
+_ZIP_BY_SUFFIX = {".docx": DOCX, ".xlsx": XLSX, ".pptx": PPTX, ".odt": ODT, ".epub": EPUB}
 _HTML_START = re.compile(r"\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body)\b", re.I | re.S)
+_MAIL_HEADERS = re.compile(r"(?:(?:[!-9;-~]{1,76}:[^\n]*|[ \t][^\n]*|>?From [^\n]*)\r?\n)+(?=\r?\n|\Z)")
+_MAIL_SENDER = re.compile(r"^(?:From|Sender|Return-Path):", re.I | re.M)
+_MAIL_TRACE = re.compile(r"^(?:Received|Message-ID|MIME-Version|Date):", re.I | re.M)
 _HTML_TAG = re.compile(r"<(?:p|div|h[1-6]|table|ul|ol|span|a|br|article|section)\b[^>]*>", re.I)
 
 
@@ -75,6 +92,8 @@ def sniff_media_type(head: bytes, filename: str) -> str:
         return PDF
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return _sniff_zip(head, suffix)
+    if head.startswith(b"{\\rtf"):
+        return RTF
     if head.startswith(_OLE):
         raise _unsupported(*_describe_ole(head))
     for magic, what, instead in _FOREIGN:
@@ -88,17 +107,22 @@ def sniff_media_type(head: bytes, filename: str) -> str:
 
 
 def _sniff_zip(head: bytes, suffix: str) -> str:
-    """Tell office files by the member names in the zip's local headers; they stand in the clear."""
-    if b"word/" in head:
-        return DOCX
-    for member, what in ((b"xl/", "an Excel workbook"), (b"ppt/", "a PowerPoint presentation")):
-        if member in head:
-            raise _unsupported(what, "save it as PDF, or as CSV for a table")
-    for name, what in ((b"opendocument", "an OpenDocument file"), (b"epub+zip", "an EPUB book")):
-        if name in head[:256]:
-            raise _unsupported(what, "save it as DOCX or PDF")
-    if suffix == ".docx":
-        return DOCX
+    """Tell documents by the member names in the zip's local headers, which stand in the clear; OpenDocument and EPUB
+    say what they are in a first member that is not compressed."""
+    declared = _ZIP_MIMETYPE.match(head)
+    if declared:
+        kind = declared[1].decode("ascii")
+        if kind in {ODT, EPUB}:
+            return kind
+        raise _unsupported("an OpenDocument file other than a text", "save it as XLSX, PPTX or PDF")
+    for name in _ZIP_MEMBER.findall(head):
+        if name.startswith(b"xl/workbook.bin"):
+            raise _unsupported("a binary Excel workbook", "save it as XLSX")
+        for folder, media_type in _OFFICE_FOLDERS.items():
+            if name.startswith(folder):
+                return media_type
+    if suffix in _ZIP_BY_SUFFIX:
+        return _ZIP_BY_SUFFIX[suffix]
     raise _unsupported("a zip archive", "unpack it and upload the files")
 
 
@@ -113,7 +137,16 @@ def _sniff_text(text: str, suffix: str) -> str:
         return HTML
     if suffix in {".html", ".htm", ".xhtml"} and _HTML_TAG.search(text):
         return HTML
-    return _TEXT_BY_SUFFIX.get(suffix, TEXT)
+    return EML if _is_mail(text, suffix) else _TEXT_BY_SUFFIX.get(suffix, TEXT)
+
+
+def _is_mail(text: str, suffix: str) -> bool:
+    """Begins with headers, among them a sender and what a mail program adds; one of the two will do for an .eml."""
+    headers = _MAIL_HEADERS.match(text)
+    if headers is None:
+        return False
+    found = [pattern.search(headers[0]) is not None for pattern in (_MAIL_SENDER, _MAIL_TRACE)]
+    return any(found) if suffix == ".eml" else all(found) and suffix not in _TEXT_BY_SUFFIX
 
 
 def _unsupported(what: str, instead: str) -> UnsupportedMediaType:

@@ -151,7 +151,7 @@ class PrefixCache:
         return counted, {store.tier: store.stats() for store in self._stores}
 
     def _item(self, plan: PrefixPlan, key: str, end: int, tensors: Sequence[Tensor]) -> StateItem:
-        return StateItem(key, encode_value(key, self._layout, tensors), plan.tags_before(end))
+        return _describe(plan, key, end, encode_value(key, self._layout, tensors))
 
     def _put(self, plan: PrefixPlan, stores: Sequence[StateStore], items: Sequence[StateItem]) -> bool:
         """Put the items unless one of their documents was invalidated since the plan was made."""
@@ -215,11 +215,17 @@ class PrefixCache:
         ends = [(key, (i + 1) * size) for i, key in enumerate(plan.block_keys[: position // size])]
         ends.append((plan.snapshot_keys[position], position))
         for level in range(1, len(self._stores)):
-            items = [
-                StateItem(key, loaded[key].value, plan.tags_before(end)) for key, end in ends if where[key] == level
-            ]
+            items = [_describe(plan, key, end, loaded[key].value) for key, end in ends if where[key] == level]
             if items:
                 self._put(plan, self._stores[:level], items)
+
+
+def _describe(plan: PrefixPlan, key: str, end: int, value: bytearray) -> StateItem:
+    """A block or a snapshot of the first `end` tokens, with what the stores should know of it."""
+    is_snapshot = plan.snapshot_keys.get(end) == key
+    before = end // plan.block_tokens - (not is_snapshot)  # blocks without which it is of no use
+    after = plan.block_keys[before - 1] if before else ""
+    return StateItem(key, value, plan.tags_before(end), after, end if is_snapshot else 0)
 
 
 def _deepest(plan: PrefixPlan, where: Mapping[str, int]) -> int:

@@ -1,17 +1,20 @@
 """Where states are kept as bytes: the contract of every tier, the tier in memory, and writing behind.
 
 A store knows keys, values and tags; not what a state is (state_codec.py), not which ones are worth keeping
-(prefix_cache.py). A store never raises because of what it is given or of a server it depends on: what it cannot give
-is a miss, what it cannot take is dropped, and `stats` counts both. Redis: redis_store.py.
+(prefix_cache.py) or which go first when memory is full (state_eviction.py). A store never raises because of what it is
+given or of a server it depends on: what it cannot give is a miss, what it cannot take is dropped, and `stats` counts
+both. Redis: redis_store.py.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
+
+from model.state_eviction import Entry, EvictionPolicy, LeastValuable
 
 Buffer = bytes | bytearray | memoryview
 _WRITE_BATCH_BYTES = 16 << 20
@@ -19,11 +22,17 @@ _log = logging.getLogger(__name__)
 
 
 class StateItem(NamedTuple):
-    """`tags` are the documents the value was made from: `delete(tags=...)` finds it by any of them."""
+    """`tags` are the documents the value was made from: `delete(tags=...)` finds it by any of them.
+
+    The rest are hints for eviction: `after` is the key of the value without which this one is of no use, and
+    `saves_tokens` how many tokens need not be computed when this value is there, 0 if it saves none by itself.
+    """
 
     key: str
     value: Buffer
     tags: frozenset[str] = frozenset()
+    after: str = ""
+    saves_tokens: int = 0
 
 
 class StateStore(Protocol):
@@ -32,7 +41,7 @@ class StateStore(Protocol):
     tier: str  # as answers name it: "host", "redis"
 
     def contains_many(self, keys: Sequence[str]) -> list[bool]:
-        """Which keys would probably be found now. Asking counts as a use: the last one asked for is the most recent."""
+        """Which keys would probably be found now. Asking may count as a use, the last key as the newest."""
         ...
 
     def get_many(self, keys: Sequence[str]) -> list[Buffer | None]:
@@ -53,39 +62,33 @@ class StateStore(Protocol):
 
 
 class MemoryStateStore:
-    """Up to `max_bytes` of values in this process; the least recently used go first."""
+    """Up to `max_bytes` of values in this process, exceeded only while a put runs; `policy` says which go first."""
 
     tier = "host"
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, policy: EvictionPolicy | None = None) -> None:
         self._max_bytes, self._bytes = max_bytes, 0
-        self._items: OrderedDict[str, StateItem] = OrderedDict()
+        self._policy = policy or LeastValuable()
+        self._items: dict[str, StateItem] = {}
         self._keys_of_tag: dict[str, set[str]] = {}
         self._evicted = self._dropped = 0
         self._lock = threading.Lock()
 
     def contains_many(self, keys: Sequence[str]) -> list[bool]:
         with self._lock:
-            return [self._touch(key) for key in keys]
+            return [self._touch(key, read=False) for key in keys]
 
     def get_many(self, keys: Sequence[str]) -> list[Buffer | None]:
         with self._lock:
-            return [self._items[key].value if key in self._items else None for key in keys]
+            return [self._items[key].value if self._touch(key, read=True) else None for key in keys]
 
     def put_many(self, items: Sequence[StateItem]) -> None:
         with self._lock:
             for item in items:
-                self._remove(item.key)
-                if len(item.value) > self._max_bytes:
-                    self._dropped += 1
-                    continue
-                self._items[item.key] = item
-                self._bytes += len(item.value)
-                for tag in item.tags:
-                    self._keys_of_tag.setdefault(tag, set()).add(item.key)
-                while self._bytes > self._max_bytes:
-                    self._remove(next(iter(self._items)))
-                    self._evicted += 1
+                self._add(item)
+            while self._bytes > self._max_bytes:
+                self._remove(self._policy.victim())
+                self._evicted += 1
 
     def delete(self, keys: Collection[str] = (), tags: Collection[str] = ()) -> None:
         with self._lock:
@@ -106,20 +109,38 @@ class MemoryStateStore:
     def close(self) -> None:
         self.delete(keys=list(self._items))
 
-    def _touch(self, key: str) -> bool:
+    def _touch(self, key: str, read: bool) -> bool:
         if key not in self._items:
             return False
-        self._items.move_to_end(key)
+        self._policy.touch(key, read)
         return True
 
-    def _remove(self, key: str) -> None:
-        if (item := self._items.pop(key, None)) is None:
+    def _add(self, item: StateItem) -> None:
+        if len(item.value) > self._max_bytes:
+            self._remove(item.key)
+            self._dropped += 1
             return
+        self._forget(item.key)
+        self._items[item.key] = item
+        self._bytes += len(item.value)
+        self._policy.add(item.key, Entry(len(item.value), item.after, item.saves_tokens))
+        for tag in item.tags:
+            self._keys_of_tag.setdefault(tag, set()).add(item.key)
+
+    def _remove(self, key: str) -> None:
+        if self._forget(key):
+            self._policy.remove(key)
+
+    def _forget(self, key: str) -> bool:
+        """Take the value out, unknown to the policy; False if there was none."""
+        if (item := self._items.pop(key, None)) is None:
+            return False
         self._bytes -= len(item.value)
         for tag in item.tags:
             self._keys_of_tag[tag].discard(key)
             if not self._keys_of_tag[tag]:
                 del self._keys_of_tag[tag]
+        return True
 
 
 class WriteBehindStore:

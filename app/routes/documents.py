@@ -5,10 +5,10 @@ from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
 import anyio.to_thread
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import FileResponse
 
-from app import intake, schemas
+from app import intake, page_images, schemas
 from app.auth import Principal
 from app.deps import Reader, ServiceDep, SettingsDep, Writer
 from app.errors import InvalidRequest, describe_error
@@ -127,6 +127,33 @@ def get_text(
     text = content.text[start:end]
     pages = [page for page in content.pages if page.char_start < start + len(text) and page.char_end > start]
     return schemas.DocumentText(text=text, pages=[schemas.PageSpan.model_validate(page) for page in pages])
+
+
+@router.get(
+    "/{document_id}/pages/{page}/image",
+    response_class=Response,
+    responses={
+        200: {"content": {"image/png": {}}, "description": "The page; Highlight-Boxes says what is marked on it"},
+        304: {"description": "The picture that If-None-Match names is still right"},
+    },
+)
+def get_page_image(
+    document_id: str,
+    page: Annotated[int, Path(ge=1)],
+    principal: Reader,
+    service: ServiceDep,
+    settings: SettingsDep,
+    start: Annotated[int, Query(ge=0)] = 0,
+    end: Annotated[int, Query(ge=0)] = 0,
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> Response:
+    """A page of a PDF as a PNG, with the characters start..end of the document's text marked where the page has them.
+
+    The header Highlight-Boxes lists the marked rectangles as `left top width height`, fractions of the picture, parted
+    by commas; it is empty when the passage isn't found on the page.
+    """
+    document = service.visible_document(document_id, principal)
+    return page_images.respond(service, document, page, (start, end), if_none_match, settings.ingest.parse_max_bytes)
 
 
 @router.get("/{document_id}/chunks")

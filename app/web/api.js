@@ -66,6 +66,13 @@ export const deleteDocument = (id) => request(documentPath(id), { method: "DELET
 export const getFile = async (id) => (await request(`${documentPath(id)}/file`)).blob();
 export const getText = (id, start, end) => readJson(`${documentPath(id)}/text?start=${start}&end=${end}`);
 
+/** A page of a PDF with a passage marked: `{blob, boxes}`, a box being [left, top, width, height] in fractions of it. */
+export async function getPageImage(id, page, start, end) {
+  const response = await request(`${documentPath(id)}/pages/${page}/image?start=${start}&end=${end}`);
+  const boxes = (response.headers.get("Highlight-Boxes") || "").split(", ").filter(Boolean);
+  return { blob: await response.blob(), boxes: boxes.map((box) => box.split(" ").map(Number)) };
+}
+
 /** Every document of a collection, a page of 100 at a time. */
 export async function listDocuments(collection) {
   const documents = [];

@@ -11,7 +11,8 @@ const documents = new DocumentsPanel({
   onDeleted: (id) => source.closeIfShowing(id),
 });
 const questions = new AskPanel({
-  onCite: ({ document_id: id, filename, location }, opener) => source.open({ id, filename, location }, opener),
+  onCite: ({ document_id: id, filename, location, cited_text: quote = "" }, opener) =>
+    source.open({ id, filename, location, quote }, opener),
   getCollection: () => documents.collection,
 });
 

@@ -1,11 +1,13 @@
-/** Questions and answers: streams each answer, numbers its citations, says plainly when the documents hold none. */
+/** A conversation: streams each answer, numbers its citations, says plainly when the documents hold none. */
 import * as api from "./api.js";
 import { announce, byId, counted, formatDuration, formatNumber, formatPages, h } from "./dom.js";
 import { sliceText } from "./source.js";
 
 const STORED_THREAD = "jamba-rag.thread";
 const KEPT_TURNS = 20;
+const SENT_TURNS = 6; // earlier ones that go along with a follow-up
 const NEAREST = 3;
+const NOT_FOUND = "This is not in your documents.";
 const TIERS = { gpu: "GPU", host: "memory", redis: "Redis" };
 
 /** One question with its answer as far as it has come. */
@@ -64,11 +66,11 @@ class Turn {
   }
 
   showNotFound() {
-    this.body.replaceChildren(h("p", { class: "not-found" }, "This is not in your documents."));
+    this.body.replaceChildren(h("p", { class: "not-found" }, NOT_FOUND));
     const entries = this.sources.slice(0, NEAREST).map((source) => this.passage(source, source.text, "≈"));
     const nearest = entries.length > 0 && h("p", { class: "hint" }, "The nearest passages, in case the question was meant differently:");
     this.footer.replaceChildren(...(nearest ? [nearest, h("ol", { class: "passages", "aria-label": "Nearest passages" }, ...entries)] : []));
-    announce("This is not in your documents.");
+    announce(NOT_FOUND);
   }
 
   passage(place, text, mark) {
@@ -140,6 +142,16 @@ export class AskPanel {
     }
   }
 
+  /** The conversation so far, about this collection, with `question` at its end; the form that the service reads. */
+  messages(question, collection) {
+    const before = this.turns.filter((turn) => turn.answer && turn.collection === collection).slice(-SENT_TURNS);
+    const said = before.flatMap((turn) => [
+      { role: "user", content: turn.question },
+      { role: "assistant", content: turn.answer.text.trim() || NOT_FOUND },
+    ]);
+    return [...said, { role: "user", content: question }];
+  }
+
   append(turn) {
     this.turns.push(turn);
     byId("thread").append(turn.element);
@@ -160,7 +172,9 @@ export class AskPanel {
 
   async ask(question) {
     if (!question || this.running) return;
-    const turn = this.append(new Turn(this, { question, collection: this.getCollection() }));
+    const collection = this.getCollection();
+    const messages = this.messages(question, collection);
+    const turn = this.append(new Turn(this, { question, collection }));
     this.save();
     this.field.value = "";
     this.running = new AbortController();
@@ -168,7 +182,7 @@ export class AskPanel {
     turn.body.append(h("p", { class: "hint waiting" }, "Reading…"));
     turn.element.scrollIntoView({ block: "end" });
     try {
-      const body = { question, collections: [turn.collection], mode: byId("mode").value };
+      const body = { messages, collections: [collection], mode: byId("mode").value };
       for await (const event of api.streamAnswer(body, this.running.signal)) turn.apply(event);
       if (!turn.answer) throw new Error("The connection broke before the answer was complete.");
     } catch (problem) {

@@ -1,7 +1,9 @@
-/** Shows a document's text beside the answer, with one passage marked. Reads only a window of it around the passage. */
+/** Shows a document beside the answer with one passage marked: pages of a PDF as pictures, all else as text. Of a text it
+ * reads only a window around the passage. */
 import * as api from "./api.js";
 import { byId, formatPages, h } from "./dom.js";
 
+const MAX_PAGES = 3; // of a passage that are shown as pictures
 const WINDOW = 6000; // characters read before and after what is shown
 
 /** `text` between two offsets in code points, which is how the service counts (JavaScript counts UTF-16 units). */
@@ -12,6 +14,9 @@ export class SourcePanel {
     this.element = byId("source");
     this.request = 0;
     this.opener = null;
+    this.pictures = []; // {page, url, boxes} of the pages that are shown, empty while it's the text
+    byId("source-view").addEventListener("click", () => (this.pictures.length ? this.showText() : this.showPages()));
+    byId("source-zoom").addEventListener("click", () => this.zoom(byId("source-zoom").getAttribute("aria-pressed") !== "true"));
     byId("source-close").addEventListener("click", () => this.close());
     byId("source-download").addEventListener("click", () => this.download());
     document.addEventListener("keydown", (event) => {
@@ -19,18 +24,74 @@ export class SourcePanel {
     });
   }
 
-  /** `location` gives the passage's char_start and char_end; without it the document opens at its beginning. */
-  async open({ id, filename, location = null }, opener = document.activeElement) {
-    Object.assign(this, { id, filename, location, opener });
+  /** `location` gives the passage's pages, char_start and char_end; without it the document's text opens at its beginning. */
+  async open({ id, filename, location = null, quote = "" }, opener = document.activeElement) {
+    Object.assign(this, { id, filename, location, quote, opener });
     byId("source-title").textContent = filename;
     const headings = location?.heading_path?.length ? ` · ${location.heading_path.join(" › ")}` : "";
     byId("source-place").textContent = location ? `${formatPages(location)}${headings}`.replace(/^ · /, "") : "";
-    byId("source-text").replaceChildren();
+    this.empty();
+    byId("source-view").hidden = true;
     this.element.hidden = false;
     byId("workspace").classList.add("with-source");
-    const start = Math.max(0, (location?.char_start ?? 0) - WINDOW);
-    await this.load(start, (location?.char_end ?? 0) + WINDOW);
+    if (!location?.page_start || !(await this.showPages())) await this.showText();
+  }
+
+  async showText() {
+    this.empty();
+    byId("source-view").textContent = "Page";
+    const start = Math.max(0, (this.location?.char_start ?? 0) - WINDOW);
+    await this.load(start, (this.location?.char_end ?? 0) + WINDOW);
     (byId("source-text").querySelector("mark") || byId("source-title")).focus({ preventScroll: true });
+  }
+
+  /** Shows the passage's pages as pictures; false when there are none or the passage isn't found on them. */
+  async showPages() {
+    const { page_start: first, page_end: last, char_start: start, char_end: end } = this.location;
+    const pages = Array.from({ length: Math.min(MAX_PAGES, (last || first) - first + 1) }, (_, index) => first + index);
+    const request = (this.request += 1);
+    let images;
+    try {
+      images = await Promise.all(pages.map((page) => api.getPageImage(this.id, page, start, end)));
+    } catch {
+      return request !== this.request; // the text then says what is wrong, if it is more than the picture
+    }
+    if (request !== this.request) return true; // something else was opened meanwhile
+    if (!images.some((image) => image.boxes.length)) return false;
+    this.empty();
+    this.pictures = images.map(({ blob, boxes }, index) => ({ page: pages[index], url: URL.createObjectURL(blob), boxes }));
+    byId("source-view").textContent = "Text";
+    byId("source-view").hidden = byId("source-zoom").hidden = false;
+    const alt = ({ page, boxes }) => `Page ${page}${boxes.length ? `. Marked on it: ${this.quote}` : ""}`;
+    const nodes = this.pictures.map((picture) => h("img", { class: "page-image", src: picture.url, alt: alt(picture) }));
+    byId("source-text").append(...nodes);
+    byId("source-text").focus({ preventScroll: true });
+    await Promise.all(nodes.map((image) => image.decode().catch(() => {})));
+    this.scrollToMark();
+    return true;
+  }
+
+  scrollToMark() {
+    const view = byId("source-text");
+    const index = this.pictures.findIndex(({ boxes }) => boxes.length);
+    const image = view.children[index];
+    if (!image) return;
+    const [left, top] = this.pictures[index].boxes[0];
+    const [inner, outer] = [image.getBoundingClientRect(), view.getBoundingClientRect()];
+    view.scrollBy(inner.left - outer.left + left * inner.width - outer.width / 4, inner.top - outer.top + top * inner.height - outer.height / 3);
+  }
+
+  zoom(isLarge) {
+    byId("source-zoom").setAttribute("aria-pressed", String(isLarge));
+    byId("source-text").classList.toggle("large", isLarge);
+    this.scrollToMark();
+  }
+
+  empty() {
+    for (const { url } of this.pictures) URL.revokeObjectURL(url);
+    this.pictures = [];
+    byId("source-zoom").hidden = true;
+    byId("source-text").replaceChildren();
   }
 
   async load(start, end) {
@@ -78,6 +139,7 @@ export class SourcePanel {
 
   close() {
     this.request += 1;
+    this.empty();
     this.element.hidden = true;
     byId("workspace").classList.remove("with-source");
     if (this.opener?.isConnected) this.opener.focus();

@@ -30,27 +30,69 @@ def parse_file(path: Path, media_type: str, *, max_pages: int = 20_000, report: 
     The text is normalized (decode.normalize_text) and is what gets stored; every offset refers to it.
     """
     report = report or (lambda done, total: None)
+    parsed = _parse_package(path, media_type, max_pages, report) or _parse_text(path.read_bytes(), media_type)
+    if not parsed.text.strip():
+        raise ParseError("empty_document", "the document holds no text; check that the right file was sent")
+    return parsed
+
+
+def _parse_package(path: Path, media_type: str, max_pages: int, report: Report) -> ParsedDocument | None:
+    """Formats that are read from the file piece by piece; None for the others."""
     match media_type:
         case "application/pdf":
             from ingest.parse.pdf import parse_pdf
 
-            parsed = parse_pdf(path, max_pages=max_pages, report=report)
+            return parse_pdf(path, max_pages=max_pages, report=report)
         case "application/vnd.openxmlformats-officedocument.wordprocessingml.document":
             from ingest.parse.docx import parse_docx
 
-            parsed = parse_docx(path)
+            return parse_docx(path)
+        case "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet":
+            from ingest.parse.xlsx import parse_xlsx
+
+            return parse_xlsx(path)
+        case "application/vnd.openxmlformats-officedocument.presentationml.presentation":
+            from ingest.parse.pptx import parse_pptx
+
+            return parse_pptx(path, max_pages=max_pages, report=report)
+        case "application/epub+zip":
+            from ingest.parse.epub import parse_epub
+
+            return parse_epub(path, report=report)
+        case "application/vnd.oasis.opendocument.text":
+            from ingest.parse.odt import parse_odt
+
+            return parse_odt(path)
+    return None
+
+
+def _parse_text(data: bytes, media_type: str) -> ParsedDocument:
+    """Formats that are text themselves; an unknown one is read as plain text."""
+    match media_type:
         case "text/html":
             from ingest.parse.html import parse_html
 
-            parsed = parse_html(path.read_bytes())
+            return parse_html(data)
         case "text/markdown":
             from ingest.parse.markdown import parse_markdown
 
-            parsed = parse_markdown(path.read_bytes())
-        case _:
-            from ingest.parse.text import parse_text
+            return parse_markdown(data)
+        case "application/json":
+            from ingest.parse.json_values import parse_json
 
-            parsed = parse_text(path.read_bytes(), media_type)
-    if not parsed.text.strip():
-        raise ParseError("empty_document", "the document holds no text; check that the right file was sent")
-    return parsed
+            return parse_json(data)
+        case "text/csv" | "text/tab-separated-values":
+            from ingest.parse.delimited import parse_delimited
+
+            return parse_delimited(data, media_type)
+        case "message/rfc822":
+            from ingest.parse.mail import parse_mail
+
+            return parse_mail(data)
+        case "application/rtf":
+            from ingest.parse.rtf import parse_rtf
+
+            return parse_rtf(data)
+    from ingest.parse.text import parse_text
+
+    return parse_text(data, media_type)

@@ -1,9 +1,9 @@
-"""Collects paragraphs, lines and headings into one text with exact offsets; shared by the HTML and DOCX parsers."""
+"""Collects paragraphs, lines, headings and pages into one text with exact offsets; shared by most parsers."""
 
 import re
 
 from ingest.parse.decode import normalize_text
-from retrieval.types import Heading, ParsedDocument
+from retrieval.types import Heading, Page, ParsedDocument
 
 _SPACE = re.compile(r"\s+")
 
@@ -17,6 +17,7 @@ class BlockWriter:
         self._pending: list[str] = []  # the line being written
         self._gap = ""  # what stands before the next line
         self._headings: list[Heading] = []
+        self._pages: list[Page] = []
 
     def add(self, text: str, *, keep_space: bool = False) -> None:
         """Append to the current line. Runs of white space become one blank unless they are kept."""
@@ -36,9 +37,17 @@ class BlockWriter:
         if self._length:
             self._gap = "\n\n"
 
+    def end_page(self, label: str | None = None) -> None:
+        """Everything since the page before is one page, numbered from 1; one without text has an empty range."""
+        self.end_block()
+        start = self._pages[-1].char_end if self._pages else 0
+        if self._pages and start and self._length > start:
+            start += len(self._gap)
+        self._pages.append(Page(len(self._pages) + 1, label, start, self._length))
+
     def end_heading(self, level: int) -> None:
         """Write the current line as a block of its own that opens a section."""
-        title = _SPACE.sub(" ", self.take())
+        title = normalize_text(_SPACE.sub(" ", self.take()))
         if title:
             self._gap = "\n\n" if self._length else ""
             start = self._length + len(self._gap)
@@ -60,7 +69,11 @@ class BlockWriter:
         if title is None and self._headings:
             title = self._headings[0].title
         return ParsedDocument(
-            text="".join(self._text), headings=tuple(self._headings), title=title, media_type=media_type
+            text="".join(self._text),
+            pages=tuple(self._pages),
+            headings=tuple(self._headings),
+            title=title,
+            media_type=media_type,
         )
 
 

@@ -1,7 +1,8 @@
 """Runs a parser in a child process that can be stopped, starved and killed without harm to the service.
 
-The parent's half is `parse_in_child`, the child's `main`. The child gets an empty environment, a session of its own
-and hard limits; it answers in JSON lines on its standard output: any number of progress lines, then one result.
+The parent's half is `parse_in_child`, the child's `main`; both stand on `run_in_child` and `answer_parent`, which serve
+other work on files from outside too. The child gets an empty environment, a session of its own and hard limits; it
+answers in JSON lines on its standard output: any number of progress lines, then one result.
 """
 
 import contextlib
@@ -14,16 +15,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ingest.parse import ParseError, Report, parse_file
 from retrieval.types import Heading, Page, ParsedDocument
 
 _ROOT = Path(__file__).resolve().parents[2]
-_START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from ingest.parse.child import main; main()"
+_START = (
+    "import sys, importlib; sys.path.insert(0, sys.argv[1]); importlib.import_module(sys.argv[2]).main(*sys.argv[3:])"
+)
 _MAX_STDERR_BYTES = 16 * 1024
 _READ_BYTES = 256 * 1024
 _CHECK_EVERY_S = 0.2
@@ -52,10 +55,23 @@ def parse_in_child(
     `check` is called several times a second; what it raises ends the child and comes out here. Raises ParseError, also
     for every way in which the child can fail.
     """
-    limits = limits or ParseLimits()
-    arguments = [str(path.resolve()), media_type, json.dumps(dataclasses.asdict(limits))]
+    arguments = [str(path.resolve()), media_type]
+    return _from_json(run_in_child("ingest.parse.child", arguments, limits or ParseLimits(), report, check))
+
+
+def run_in_child(
+    module: str,
+    arguments: Sequence[str],
+    limits: ParseLimits,
+    report: Report | None = None,
+    check: Callable[[], None] | None = None,
+) -> Any:
+    """What `module`'s `main(*arguments, limits as JSON)` gives to `answer_parent` in a child process.
+
+    `report` and `check` as in `parse_in_child`. Raises ParseError, also for every way in which the child can fail.
+    """
     child = subprocess.Popen(
-        [sys.executable, "-I", "-c", _START, str(_ROOT), *arguments],
+        [sys.executable, "-I", "-c", _START, str(_ROOT), module, *arguments, json.dumps(dataclasses.asdict(limits))],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -73,7 +89,7 @@ def parse_in_child(
             elif "error" in message:
                 raise ParseError(**message["error"])
             else:
-                return _from_json(message["document"])
+                return message["result"]
         raise _explain_death(child.wait(), errors, limits)
     except json.JSONDecodeError as error:
         raise ParseError("parser_crashed", "the parser wrote something that is no result; report this file") from error
@@ -192,14 +208,20 @@ def _set_limits(limits: ParseLimits) -> None:
     signal.alarm(int(limits.wall_s) + 5)
 
 
-def main() -> None:
-    """The child: arguments are path, media type and limits as JSON; the answer goes to standard output."""
-    path, media_type, raw_limits = sys.argv[1:]
+def main(path: str, media_type: str, raw_limits: str) -> None:
+    """The child that parses."""
     limits = ParseLimits(**json.loads(raw_limits))
+    answer_parent(
+        limits,
+        lambda: _to_json(parse_file(Path(path), media_type, max_pages=limits.pages, report=_send_progress)),
+    )
+
+
+def answer_parent(limits: ParseLimits, work: Callable[[], Any]) -> NoReturn:
+    """Do the child's work within the limits, write its result or error to standard output, and end the process."""
     _set_limits(limits)
     try:
-        parsed = parse_file(Path(path), media_type, max_pages=limits.pages, report=_send_progress)
-        answer: dict[str, Any] = {"document": _to_json(parsed)}
+        answer: dict[str, Any] = {"result": work()}
     except ParseError as error:
         answer = {"error": _error_json(error)}
     except MemoryError:

@@ -11,18 +11,17 @@ from docx.table import Table
 from docx.text.paragraph import Paragraph
 
 from ingest.parse import ParseError
+from ingest.parse.archive import check_archive
 from ingest.parse.blocks import BlockWriter, table_row_text
 from retrieval.types import ParsedDocument
 
 MEDIA_TYPE = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
-_MAX_UNPACKED_BYTES = 512 * 1024 * 1024
-_MAX_RATIO = 200  # text compresses about tenfold; what shrinks more is made to
 
 
 def parse_docx(path: Path) -> ParsedDocument:
     """Read the body; headers, footers, notes and comments are left out. Raises ParseError broken_docx, zip_bomb."""
     try:
-        _check_archive(path)
+        check_archive(path)
         document = docx.Document(str(path))
         return _read(document)
     except (ParseError, MemoryError):
@@ -31,17 +30,6 @@ def parse_docx(path: Path) -> ParsedDocument:
         raise _broken("it is no complete zip archive") from error
     except Exception as error:  # python-docx passes on whatever zlib, lxml or its own code stumble over
         raise _broken(f"{type(error).__name__}: {str(error)[:200]}") from error
-
-
-def _check_archive(path: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
-        unpacked = sum(member.file_size for member in archive.infolist())
-        packed = max(1, path.stat().st_size)
-    if unpacked > _MAX_UNPACKED_BYTES or (unpacked > 64 * 1024 * 1024 and unpacked > _MAX_RATIO * packed):
-        raise ParseError(
-            "zip_bomb",
-            f"the document unpacks from {packed} to {unpacked} bytes, over the limit; save it with smaller parts",
-        )
 
 
 def _read(document: DocxDocument) -> ParsedDocument:

@@ -1,4 +1,4 @@
-"""Plain text, and what is read as such: CSV, JSON, reStructuredText, source code. No headings, no pages."""
+"""Plain text, and what is read as such: reStructuredText, XML, source code. No headings, no pages."""
 
 from ingest.parse import ParseError
 from ingest.parse.decode import UndecodableText, decode_text, normalize_text

@@ -1,12 +1,15 @@
 """The page in a real Chromium against a real service: add a document, ask, follow a citation to the words."""
 
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from axe_core_python.selenium import Axe
 from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
@@ -39,6 +42,7 @@ pytestmark = [
 
 WAIT_S = 30
 WIDTHS = (1440, 1000, 360)
+PDF = Path(__file__).resolve().parents[2] / "samples" / "documents" / "fr12-handbook.pdf"
 HANDBOOK = """# Lighthouse handbook
 
 ## Lamps
@@ -46,6 +50,14 @@ The lamp is trimmed twice a night, at ten and at two. 🌊 After a storm the kee
 
 ## Boats
 The supply boat comes on the first Monday of the month.
+"""
+KEEP_REQUESTS = """
+window.sent = [];
+const send = window.fetch;
+window.fetch = (path, options) => {
+  if (String(path).endsWith("answers")) window.sent.push(options.body);
+  return send(path, options);
+};
 """
 ORDERS = """# Notes
 <script>document.title = "taken over"</script>
@@ -97,6 +109,29 @@ class Page:
         line = self.line(name)
         return line and line.get_attribute("data-status")
 
+    @contextmanager
+    def screen(self, width: int, height: int = 800, scheme: str = "light") -> Iterator[None]:
+        """As on a screen of this size, for someone who likes light or dark."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        try:
+            yield
+        finally:
+            self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+            self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+    def barriers(self) -> list[str]:
+        """What axe finds wrong with the page as it is now."""
+        found = Axe().run(self.driver)["violations"]
+        return [f"{rule['id']}: {rule['help']}: {node['html'][:200]}" for rule in found for node in rule["nodes"]]
+
+    def cite(self, turn: WebElement) -> None:
+        """Follow the turn's first citation to the words, wherever they're marked."""
+        turn.find_element(By.CSS_SELECTOR, ".cite").click()
+        self.wait(lambda: self.find_all("#source-text mark, .page-image"))
+
     def ask(self, question: str) -> WebElement:
         """Returns the whole turn when the answer is complete."""
         self.find("#question").send_keys(question, Keys.ENTER)
@@ -147,6 +182,57 @@ def test_citation_leads_to_its_words(page, handbook):
     assert quote and " ".join(marked.split()) == " ".join(quote.split())
     assert "handbook.md" in page.find("#source-title").text
     assert "prompt tokens from the cache" in turn.text and "First word after" in turn.text
+
+
+def test_citation_in_a_pdf_leads_to_the_picture_of_its_page(page):
+    page.add(PDF)
+    page.cite(page.ask("How high is the mast?"))
+    image = page.find(".page-image")
+    page.wait(lambda: image.get_property("naturalWidth") > 500)
+    quote = page.find(".passage .quote").text
+    assert " ".join(quote.split())[:20] in " ".join(image.get_attribute("alt").split())
+    height = page.driver.execute_script("return arguments[0].clientHeight", page.find("#source-text"))
+    page.find("#source-zoom").click()
+    assert image.rect["width"] >= 900 and image.rect["height"] > height
+    page.find("#source-view").click()
+    page.wait(lambda: page.find_all("#source-text mark"))
+    assert not page.find_all(".page-image, #source-zoom")
+    page.find("#source-view").click()
+    page.wait(lambda: page.find_all(".page-image"))
+    page.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert page.driver.switch_to.active_element.get_attribute("class") == "cite"
+
+
+def test_page_without_a_picture_is_shown_as_text(page):
+    page.add(PDF)
+    turn = page.ask("How high is the mast?")
+    page.driver.execute_cdp_cmd("Network.enable", {})
+    page.driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["*/image?*"]})
+    try:
+        turn.find_element(By.CSS_SELECTOR, ".cite").click()
+        page.wait(lambda: page.find_all("#source-text mark"))
+        assert not page.find_all(".page-image, #source-view")
+    finally:
+        page.driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": []})
+
+
+def test_follow_up_takes_the_conversation_along(page, handbook):
+    page.add(handbook)
+    page.driver.execute_script(KEEP_REQUESTS)
+    page.ask("When is the lamp trimmed?")
+    page.ask("And why?")
+    assert len(page.find_all(".turn")) == 2
+    page.find("#clear-thread").click()
+    assert not page.find_all(".turn") and page.find_all("#welcome")
+    page.ask("When does the boat come?")
+    sent = [json.loads(body)["messages"] for body in page.driver.execute_script("return window.sent")]
+    assert [[message["role"] for message in messages] for messages in sent] == [
+        ["user"],
+        ["user", "assistant", "user"],
+        ["user"],
+    ]
+    assert [message["content"] for message in sent[1][::2]] == ["When is the lamp trimmed?", "And why?"]
+    assert sent[1][1]["content"]
 
 
 def test_escape_closes_the_source_and_returns_the_focus(page, handbook):
@@ -224,14 +310,10 @@ def test_wrong_key_is_refused(driver, service):
 def test_fits_the_screen(page, handbook, width):
     page.add(handbook)
     page.ask("When is the lamp trimmed?")
-    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    try:
+    with page.screen(width):
         assert page.driver.execute_script("return document.documentElement.scrollWidth") <= width
         controls = page.find_all("button, select, textarea")
         assert [control.text for control in controls if control.rect["x"] + control.rect["width"] > width] == []
-    finally:
-        page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_every_control_has_a_name(page, handbook):
@@ -240,3 +322,24 @@ def test_every_control_has_a_name(page, handbook):
     page.wait(lambda: page.find_all("#source-text mark"))
     controls = page.find_all("button, input, select, textarea, progress, [role=region], aside, section, nav")
     assert [control.get_attribute("outerHTML") for control in controls if not control.accessible_name] == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_axe_finds_no_barrier(page, handbook, width, scheme):
+    with page.screen(width, scheme=scheme):
+        assert page.barriers() == []
+        page.driver.execute_script("document.querySelector('[data-show=documents]').click()")
+        page.add(handbook)
+        page.add(PDF)
+        assert page.barriers() == []
+        page.driver.execute_script("document.querySelector('[data-show=ask]').click()")
+        page.cite(page.ask("How high is the mast?"))
+        assert page.barriers() == []
+        page.find("#source-close").click()
+        page.driver.execute_script("document.querySelector('#document-list .link').click()")
+        page.wait(lambda: page.find("#source-text").text)
+        assert page.barriers() == []
+        page.find("#source-close").click()
+        page.find("#sign-out").click()
+        assert page.barriers() == []

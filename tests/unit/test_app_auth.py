@@ -22,6 +22,7 @@ CALLS = [
     ("GET", "/v1/documents/{document_id}/file", READER, None, True),
     ("GET", "/v1/documents/{document_id}/text", READER, None, True),
     ("GET", "/v1/documents/{document_id}/chunks", READER, None, True),
+    ("GET", "/v1/documents/{document_id}/pages/{page}/image", READER, None, True),
     ("PUT", "/v1/documents/{document_id}", WRITER, "upload", True),
     ("POST", "/v1/documents/{document_id}/retry", WRITER, None, True),
     ("DELETE", "/v1/documents/{document_id}", WRITER, None, True),
@@ -69,6 +70,7 @@ async def documents(client, keys) -> dict[str, str]:
 def fill(value, name: str, document_id: str):
     if isinstance(value, str):
         values = {"{name}": name, "{document_id}": document_id, "{model}": f"jamba-rag/{name}", "{key_id}": "key_none"}
+        values["{page}"] = "1"
         return re.sub(r"\{\w+\}", lambda found: values[found[0]], value)
     if isinstance(value, dict):
         return {key: fill(item, name, document_id) for key, item in value.items()}

@@ -170,6 +170,7 @@ async def test_documents_that_do_not_fit_are_refused_where_all_were_wanted(clien
         ("GET", "/v1/documents/doc_none", "document_not_found"),
         ("GET", "/v1/documents/doc_none/text", "document_not_found"),
         ("GET", "/v1/documents/doc_none/chunks", "document_not_found"),
+        ("GET", "/v1/documents/doc_none/pages/1/image", "document_not_found"),
         ("GET", "/v1/documents/doc_none/file", "document_not_found"),
         ("GET", "/v1/documents/doc_none/events", "document_not_found"),
         ("POST", "/v1/documents/doc_none/retry", "document_not_found"),

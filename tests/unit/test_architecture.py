@@ -1,6 +1,10 @@
 """Holds the import rules of the rooms: `app -> ingest, retrieval, model`; `ingest -> retrieval`; nothing back."""
 
 import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -36,6 +40,28 @@ def test_rooms_import_only_what_they_may(room):
     forbidden = OURS - ROOMS[room] - {room}
     found = {str(path.relative_to(ROOT)): imported(path) & forbidden for path in modules(room)}
     assert {path: names for path, names in found.items() if names} == {}
+
+
+def declared(*extras: str) -> set[str]:
+    """Distributions that pyproject.toml asks for, in lower case with dashes."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(one for extra in extras for one in project["optional-dependencies"][extra])]
+    return {re.split(r"[^\w.-]", one, maxsplit=1)[0].lower().replace("_", "-") for one in wanted}
+
+
+@pytest.mark.parametrize(
+    ("room", "extras"),
+    [("app", ()), ("ingest", ()), ("retrieval", ()), ("model", ()), ("model/train", ("train",)), ("tests", ("test",))],
+)
+def test_every_package_imported_is_declared(room, extras):
+    known, packages = declared(*extras), packages_distributions()
+    kits = {path.stem for path in modules("tests")}
+    paths = [path for path in modules(room) if room == "model/train" or "train" not in path.parts]
+    names = set().union(*map(imported, paths)) - sys.stdlib_module_names - OURS - kits - {""}
+    if room == "model":
+        names -= {"triton"}  # the CUDA builds of PyTorch bring it, and nothing else needs it
+    unknown = [n for n in names if not known & {d.lower().replace("_", "-") for d in packages.get(n, [n])}]
+    assert sorted(unknown) == []
 
 
 @pytest.mark.parametrize("room", SQL_FREE)

@@ -61,6 +61,19 @@ def test_files_named_exist(page):
     assert not missing
 
 
+def test_files_named_in_the_code_exist():
+    pattern = re.compile(
+        r"\b(?:app|bench|docs|ingest|model|retrieval|samples|tests)/[\w./-]+\.(?:md|py|json|txt|c|h)\b"
+    )
+    code = [
+        path
+        for room in ("app", "bench", "ingest", "model", "retrieval", "tests")
+        for path in ROOT.glob(f"{room}/**/*.py")
+    ]
+    named = {name for path in code for name in pattern.findall(path.read_text())}
+    assert sorted(name for name in named if not (ROOT / name).exists()) == []
+
+
 def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\(([^)#\s]+)", page.read_text())
     local = [target for target in targets if not re.match(r"[a-z]+:", target)]

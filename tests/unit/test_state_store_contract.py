@@ -6,6 +6,7 @@ import threading
 import pytest
 from state_kit import all_keys, open_store, running_server
 
+from model.state_eviction import LeastRecentlyUsed
 from model.state_store import MemoryStateStore, StateItem, WriteBehindStore
 
 
@@ -113,7 +114,7 @@ def test_many_threads(store):
 
 
 def test_memory_evicts_the_least_recently_used_by_bytes():
-    store = MemoryStateStore(max_bytes=30)
+    store = MemoryStateStore(max_bytes=30, policy=LeastRecentlyUsed())
     put(store, ("a", bytes(10), "x"), ("b", bytes(10)), ("c", bytes(10)))
     store.contains_many(["b", "a"])  # a is now the most recent
     put(store, ("d", bytes(15)))

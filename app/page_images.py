@@ -1,0 +1,56 @@
+"""Pictures of PDF pages over HTTP: which bytes and which words, an ETag, and a bound on how many are drawn at once."""
+
+import hashlib
+import threading
+
+from fastapi import Response
+
+from app.errors import Overloaded, PageNotFound
+from app.service import RagService
+from ingest.page_image import PageImage, render_page
+from retrieval.types import Document
+
+_DRAWING = 1  # changes with how pages are drawn, so that no cache keeps old pictures
+_AT_ONCE = 2
+_WAIT_S = 10.0
+_slots = threading.BoundedSemaphore(_AT_ONCE)
+
+
+def respond(
+    service: RagService,
+    document: Document,
+    number: int,
+    span: tuple[int, int],
+    if_none_match: str | None,
+    memory_bytes: int,
+) -> Response:
+    """The picture of page `number` with the characters `span` of the text marked, or a 304. Blocks.
+
+    The version that answers now is shown, as in `/text`. Raises PageNotFound, DocumentNotReady, ParseError, Overloaded.
+    """
+    content = service.store.get_content(document.id)
+    shown = next(iter(service.store.ready_documents([document.collection], [document.id])), document)
+    if shown.media_type != "application/pdf":
+        raise PageNotFound(f"{shown.filename!r} is no PDF and has no pages to show; read its text instead")
+    if number > len(content.pages):
+        raise PageNotFound(
+            f"page {number} is after the last page of {shown.filename!r}, which has {len(content.pages)}"
+        )
+    page = content.pages[number - 1]
+    text = content.text[page.char_start : page.char_end]
+    start, end = (min(max(0, offset - page.char_start), len(text)) for offset in span)
+    name = f"{_DRAWING} {shown.sha256} {number} {start} {max(start, end)}"
+    headers = {"ETag": f'"{hashlib.sha256(name.encode()).hexdigest()[:32]}"', "Cache-Control": "private, no-cache"}
+    if if_none_match is not None and headers["ETag"] in if_none_match:
+        return Response(status_code=304, headers=headers)
+    if not _slots.acquire(timeout=_WAIT_S):
+        raise Overloaded(f"{_AT_ONCE} pages are being drawn, which is the limit; try again shortly")
+    try:
+        image = render_page(service.files.path(shown.sha256), number, text, start, end, memory_bytes)
+    finally:
+        _slots.release()
+    return Response(image.png, media_type="image/png", headers={**headers, "Highlight-Boxes": _format_boxes(image)})
+
+
+def _format_boxes(image: PageImage) -> str:
+    return ", ".join(" ".join(f"{value:g}" for value in box) for box in image.boxes)

@@ -1,0 +1,175 @@
+"""Which prefix states to keep: three synthetic traces of questions, replayed without a model against several policies.
+
+Token positions and bytes at the sizes of the 52B model; policies: bench/prefix_policies.py. `zipf`: 1 to 4 of 400
+documents a question, 3% of them getting about 60% of the picks. `sessions`: interleaved conversations about 2 to 5 of
+the same documents. `collections`: each question reads one of 8 whole collections, to which documents are added. A
+system text opens every prompt; documents stand in the order of their collection.
+    python -m bench.prefix_traces [--seed 0] [--no-plot]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.prefix_policies import BlockGrid, CachePolicy, Marconi, OurCache, Prompt
+from bench.runs import BenchRun
+from model.state_eviction import LeastRecentlyUsed, LeastValuable
+
+GB = 10**9
+BUDGETS_GB = (2, 4, 8, 16, 32)
+PLOT = Path(__file__).parent.parent / "docs" / "images" / "prefix-traces.png"
+_GRIDS = (1, 4, 32)  # blocks of 256 tokens between snapshots
+_ALPHAS = (0.0, 0.5, 1.0, 2.0)
+
+
+class Writer:
+    """Random texts as token ids; no two are alike."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self._system = self.text(300)
+
+    def text(self, num_tokens: int) -> np.ndarray:
+        return self.rng.integers(0, 65_536, num_tokens, dtype=np.int32)
+
+    def documents(self, count: int, median_tokens: int) -> list[np.ndarray]:
+        lengths = np.clip(self.rng.lognormal(np.log(median_tokens), 0.8, count), 400, 16_000).astype(int)
+        return [self.text(length) for length in lengths]
+
+    def prompt(self, parts: Sequence[np.ndarray]) -> Prompt:
+        """`system | parts | question`, a boundary behind each part."""
+        pieces = [self._system, *parts]
+        ends = np.cumsum([len(piece) for piece in pieces])
+        token_ids = np.concatenate([*pieces, self.text(60)])
+        return Prompt(token_ids, tuple(map(int, ends)), self.text(80))
+
+
+def zipf_weights(count: int, exponent: float) -> np.ndarray:
+    weights = np.arange(1, count + 1, dtype=np.float64) ** -exponent
+    return weights / weights.sum()
+
+
+def zipf_trace(seed: int, questions: int = 800) -> list[Prompt]:
+    writer = Writer(seed)
+    documents = writer.documents(400, 3000)
+    weights = writer.rng.permutation(zipf_weights(len(documents), 1.15))
+    trace = []
+    for _ in range(questions):
+        chosen = writer.rng.choice(len(documents), writer.rng.integers(1, 5), replace=False, p=weights)
+        trace.append(writer.prompt([documents[i] for i in sorted(chosen)]))
+    return trace
+
+
+def session_trace(seed: int, questions: int = 800, open_sessions: int = 24) -> list[Prompt]:
+    """A session ends after a question with probability 1/5, and another one begins."""
+    writer = Writer(seed)
+    documents = writer.documents(400, 3000)
+    weights = writer.rng.permutation(zipf_weights(len(documents), 1.15))
+
+    def begin() -> list[np.ndarray]:
+        chosen = writer.rng.choice(len(documents), writer.rng.integers(2, 6), replace=False, p=weights)
+        return [documents[i] for i in sorted(chosen)]
+
+    sessions = [begin() for _ in range(open_sessions)]
+    trace = []
+    for _ in range(questions):
+        i = writer.rng.integers(open_sessions)
+        prompt = writer.prompt(sessions[i])
+        trace.append(prompt)
+        sessions[i].append(np.concatenate([prompt.token_ids[prompt.boundaries[-1] :], prompt.answer]))
+        if writer.rng.random() < 0.2:
+            sessions[i] = begin()
+    return trace
+
+
+def collection_trace(seed: int, questions: int = 300) -> list[Prompt]:
+    """Before one question in ten its collection gets a document more, until it holds about 120K tokens."""
+    writer = Writer(seed)
+    collections = [writer.documents(int(writer.rng.integers(4, 16)), 5000) for _ in range(8)]
+    trace = []
+    for _ in range(questions):
+        collection = collections[writer.rng.choice(len(collections), p=zipf_weights(len(collections), 1.0))]
+        if writer.rng.random() < 0.1 and sum(map(len, collection)) < 120_000:
+            collection += writer.documents(1, 5000)
+        trace.append(writer.prompt(collection))
+    return trace
+
+
+TRACES: dict[str, Callable[[int], list[Prompt]]] = {
+    "zipf": zipf_trace,
+    "sessions": session_trace,
+    "collections": collection_trace,
+}
+POLICIES: dict[str, list[tuple[str, Callable[[int], CachePolicy]]]] = {
+    "ours": [("", lambda size: OurCache(size, LeastValuable()))],
+    "ours, boundaries 512 apart": [("", lambda size: OurCache(size, LeastValuable(), 512))],
+    "ours, LRU": [("", lambda size: OurCache(size, LeastRecentlyUsed()))],
+    **{f"grid {blocks * 256}": [("", lambda size, blocks=blocks: BlockGrid(size, blocks))] for blocks in _GRIDS},
+    "Marconi": [(f"alpha {alpha}", lambda size, alpha=alpha: Marconi(size, alpha)) for alpha in _ALPHAS],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-plot", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    run = BenchRun("prefix-traces", argv=sys.argv)
+    for name, make in TRACES.items():
+        trace = make(arguments.seed)
+        for budget_gb in BUDGETS_GB:
+            for policy, variants in POLICIES.items():
+                results = [replay(trace, build(budget_gb * GB)) | {"setting": setting} for setting, build in variants]
+                best = max(results, key=lambda result: result["token_hit_rate"])
+                run.add(trace=name, budget_gb=budget_gb, policy=policy, **best)
+    run.finish()
+    if not arguments.no_plot:
+        plot(run.rows)
+
+
+def replay(trace: Sequence[Prompt], policy: CachePolicy) -> dict[str, Any]:
+    """Token hit rate over the whole trace, the first sight of everything included, and the bytes at the end."""
+    cached = [policy.ask(prompt) for prompt in trace]
+    tokens = sum(len(prompt.token_ids) for prompt in trace)
+    return {
+        "questions": len(trace),
+        "prompt_tokens": tokens,
+        "token_hit_rate": sum(cached) / tokens,
+        "questions_hit": float(np.count_nonzero(cached)) / len(trace),
+        "used_gb": policy.used_bytes() / GB,
+    }
+
+
+def plot(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Token hit rate over the budget, a panel a trace."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(TRACES), figsize=(12, 3.6), sharey=True, layout="constrained")
+    for panel, trace in zip(panels, TRACES, strict=True):
+        for policy in POLICIES:
+            points = [row for row in rows if row["trace"] == trace and row["policy"] == policy]
+            width = 2.5 if policy == "ours" else 1.2
+            rates = [100 * row["token_hit_rate"] for row in points]
+            panel.plot([row["budget_gb"] for row in points], rates, marker="o", lw=width, ms=4, label=policy)
+        panel.set(title=trace, xlabel="bytes for states, GB (52B sizes)", xscale="log", ylim=(0, 100))
+        panel.set_xticks(BUDGETS_GB, [str(budget) for budget in BUDGETS_GB], minor=False)
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("prompt tokens from the cache, %")
+    panels[-1].legend(loc="lower right", fontsize=8)
+    figure.savefig(PLOT, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""A page of a PDF as a picture with one passage marked, drawn in a limited child process (parse/child.py).
+
+This is the service's half and knows no PDF library; page_render.py is the child's. A passage is found on its page by
+its letters and digits alone: white space, hyphens and ligatures differ between the stored text and the page.
+"""
+
+import base64
+import unicodedata
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ingest.parse.child import ParseLimits, run_in_child
+
+_LIMITS = ParseLimits(wall_s=30.0, cpu_s=20, output_bytes=24 * 1024**2)
+_MAX_KEY_CHARS = 8000  # it travels as an argument, which Linux bounds at 128 KiB
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class PageImage:
+    """`boxes` are what is marked, (left, top, width, height) in fractions of the picture."""
+
+    png: bytes
+    boxes: tuple[Box, ...]
+
+
+def render_page(
+    path: Path, page: int, page_text: str = "", start: int = 0, end: int = 0, memory_bytes: int = _LIMITS.memory_bytes
+) -> PageImage:
+    """Page `page`, counted from 1, with `page_text[start:end]` marked where it is found. Raises ParseError."""
+    key = letters(page_text[start:end])[:_MAX_KEY_CHARS]
+    before = letters(page_text[:start]).count(key) if key else 0
+    arguments = [str(path.resolve()), str(page), key, str(before)]
+    limits = replace(_LIMITS, memory_bytes=memory_bytes)
+    result = run_in_child("ingest.page_render", arguments, limits)
+    return PageImage(base64.b64decode(result["png"]), tuple((x, y, w, h) for x, y, w, h in result["boxes"]))
+
+
+def letters(text: str) -> str:
+    """The letters and digits of the text, lower case, ligatures and accents taken apart."""
+    return "".join(filter(str.isalnum, unicodedata.normalize("NFKD", text).casefold()))

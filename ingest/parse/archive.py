@@ -1,0 +1,105 @@
+"""Documents that are zip archives of XML (XLSX, PPTX, ODT, EPUB): opened with limits, parsed without entities.
+
+Start at `open_package`. Nothing is ever unpacked to disk, so no name in an archive becomes a path.
+"""
+
+import posixpath
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import unquote
+
+from lxml import etree
+
+from ingest.parse import ParseError
+
+_MAX_UNPACKED_BYTES = 512 * 1024 * 1024
+_MAX_RATIO = 200  # text compresses about tenfold; what shrinks more is made to
+_RATIO_FREE_BYTES = 64 * 1024 * 1024
+_MAX_MEMBERS = 20_000
+_RELATIONSHIP = "{http://schemas.openxmlformats.org/package/2006/relationships}Relationship"
+_XML_SAFETY = {"resolve_entities": False, "no_network": True, "load_dtd": False, "huge_tree": False}
+
+
+def check_archive(path: Path) -> None:
+    """Add up what the archive says it unpacks to; zipfile never reads more of a member than that.
+
+    Raises ParseError zip_bomb; BadZipFile.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        unpacked = sum(member.file_size for member in members)
+    packed = max(1, path.stat().st_size)
+    if len(members) > _MAX_MEMBERS:
+        raise ParseError("zip_bomb", f"the document has {len(members)} parts, over the limit of {_MAX_MEMBERS}")
+    if unpacked > _MAX_UNPACKED_BYTES or (unpacked > _RATIO_FREE_BYTES and unpacked > _MAX_RATIO * packed):
+        raise ParseError(
+            "zip_bomb",
+            f"the document unpacks from {packed} to {unpacked} bytes, over the limit; save it with smaller parts",
+        )
+
+
+class Package:
+    """The members of an open archive by name; names are case-sensitive and without a leading slash."""
+
+    def __init__(self, archive: zipfile.ZipFile) -> None:
+        self._archive = archive
+        self._names = frozenset(archive.namelist())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def read(self, name: str) -> bytes:
+        """Raises KeyError, BadZipFile."""
+        return self._archive.read(name)
+
+    def xml(self, name: str) -> etree._Element:
+        """The root element of a member. Raises KeyError, XMLSyntaxError."""
+        return etree.fromstring(self.read(name), etree.XMLParser(**_XML_SAFETY, remove_comments=True, remove_pis=True))
+
+    def elements(self, name: str, tag: str) -> Iterator[etree._Element]:
+        """Each complete element of this tag, one in memory at a time: for members of many rows."""
+        with self._archive.open(name) as member:
+            for _, element in etree.iterparse(member, tag=tag, **_XML_SAFETY):
+                yield element
+                element.clear()
+                while element.getprevious() is not None:
+                    del element.getparent()[0]
+
+    def relations(self, name: str) -> dict[str, tuple[str, str]]:
+        """Id -> (last word of the type, name of the member) of what an Office part refers to."""
+        folder, base = posixpath.split(name)
+        rels = posixpath.join(folder, "_rels", f"{base}.rels")
+        if rels not in self:
+            return {}
+        return {
+            item.get("Id", ""): (item.get("Type", "").rpartition("/")[2], resolve(name, item.get("Target", "")))
+            for item in self.xml(rels).iter(_RELATIONSHIP)
+            if item.get("TargetMode") != "External"
+        }
+
+
+def resolve(base: str, target: str) -> str:
+    """Name of the member that the link `target` in member `base` leads to."""
+    target = unquote(target.partition("#")[0])
+    return posixpath.normpath(posixpath.join("/", posixpath.dirname(base), target)).lstrip("/")
+
+
+@contextmanager
+def open_package(path: Path, kind: str, what: str) -> Iterator[Package]:
+    """Open, check, and turn whatever goes wrong within the block into ParseError broken_<kind> or zip_bomb."""
+    try:
+        check_archive(path)
+        with zipfile.ZipFile(path) as archive:
+            yield Package(archive)
+    except (ParseError, MemoryError):
+        raise
+    except Exception as error:  # zipfile, zlib and lxml stumble over damage in many ways
+        damaged = isinstance(error, zipfile.BadZipFile)
+        reason = "it is no complete zip archive" if damaged else f"{type(error).__name__}: {str(error)[:200]}"
+        raise ParseError(
+            f"broken_{kind}",
+            f"the file is damaged or no {what} ({reason}); open it in the program it comes from and save it again as "
+            f"{kind.upper()}",
+        ) from error

@@ -1,0 +1,113 @@
+"""PPTX: each slide a page, its title a heading, then its texts, tables and speaker notes in the slide's order.
+
+Reads the parts of the zip directly (ECMA-376, PresentationML). Charts, diagrams and pictures are left out.
+"""
+
+from pathlib import Path
+
+from lxml import etree
+
+from ingest.parse import ParseError, Report
+from ingest.parse.archive import Package, open_package
+from ingest.parse.blocks import BlockWriter
+from ingest.parse.tables import write_rows
+from retrieval.types import ParsedDocument
+
+MEDIA_TYPE = "application/vnd.openxmlformats-officedocument.presentationml.presentation"
+_PRESENTATION = "ppt/presentation.xml"
+_TITLES = frozenset({"title", "ctrTitle"})
+_FURNITURE = frozenset({"sldNum", "dt", "ftr", "hdr", "sldImg"})
+
+
+def parse_pptx(path: Path, *, max_pages: int, report: Report) -> ParsedDocument:
+    """Read all slides, hidden ones too. Raises ParseError broken_pptx, zip_bomb, too_many_pages."""
+    with open_package(path, "pptx", "PowerPoint presentation") as package:
+        slides = _slides(package)
+        if len(slides) > max_pages:
+            raise ParseError(
+                "too_many_pages", f"{len(slides)} slides are over the limit of {max_pages}; split the presentation"
+            )
+        writer = BlockWriter()
+        for number, slide in enumerate(slides, 1):
+            _write_slide(writer, package.xml(slide))
+            _write_notes(writer, package, slide)
+            writer.end_page()
+            report(number, len(slides))
+        return writer.finish(MEDIA_TYPE)
+
+
+def _slides(package: Package) -> list[str]:
+    """Members in the order of the presentation, each once."""
+    relations = package.relations(_PRESENTATION)
+    slides: dict[str, None] = {}
+    for item in _all(package.xml(_PRESENTATION), "sldId"):
+        relation = next((value for key, value in item.attrib.items() if key.endswith("}id")), "")
+        kind, member = relations.get(relation, ("", ""))
+        if kind == "slide":
+            slides[member] = None
+    return list(slides)
+
+
+def _all(root: etree._Element, *names: str) -> list[etree._Element]:
+    """Elements of these names in any namespace, in order: transitional and strict files differ in theirs."""
+    return list(root.iter(*(f"{{*}}{name}" for name in names)))
+
+
+def _write_slide(writer: BlockWriter, slide: etree._Element) -> None:
+    for double in _all(slide, "Fallback"):  # of a shape for older programs
+        double.getparent().remove(double)
+    shapes = _all(slide, "sp", "graphicFrame")
+    title = next((shape for shape in shapes if _placeholder(shape) in _TITLES and _paragraphs(shape)), None)
+    if title is not None:
+        writer.add(" ".join(text for _, text in _paragraphs(title)))
+        writer.end_heading(1)
+    for shape in shapes:
+        if shape is title or _placeholder(shape) in _FURNITURE:
+            continue
+        writer.end_block()
+        for table in _all(shape, "tbl"):
+            write_rows(writer, (_cells(row) for row in _all(table, "tr")))
+        if etree.QName(shape).localname == "sp":
+            for level, text in _paragraphs(shape):
+                writer.add_line("  " * level + ("- " if level else "") + text)
+
+
+def _write_notes(writer: BlockWriter, package: Package, slide: str) -> None:
+    member = next((member for kind, member in package.relations(slide).values() if kind == "notesSlide"), None)
+    if member is None or member not in package:
+        return
+    writer.end_block()
+    lead = "Notes: "
+    for shape in _all(package.xml(member), "sp"):
+        if _placeholder(shape) == "body":
+            for _, text in _paragraphs(shape):
+                writer.add_line(lead + text)
+                lead = ""
+
+
+def _placeholder(shape: etree._Element) -> str | None:
+    """What the layout meant the shape for; "body" is what a placeholder without type is."""
+    found = shape.find("./{*}nvSpPr/{*}nvPr/{*}ph")
+    return None if found is None else found.get("type", "body")
+
+
+def _paragraphs(shape: etree._Element) -> list[tuple[int, str]]:
+    """(list level, text) of the paragraphs that hold any."""
+    found = []
+    for paragraph in _all(shape, "p"):
+        text = _text(paragraph)
+        properties = paragraph.find("./{*}pPr")
+        level = properties.get("lvl", "0") if properties is not None else "0"
+        if text:
+            found.append((int(level) if level in "12345678" else 0, text))
+    return found
+
+
+def _cells(row: etree._Element) -> dict[int, str]:
+    texts = (" ".join(text for _, text in _paragraphs(cell)) for cell in _all(row, "tc"))
+    return {column: text for column, text in enumerate(texts) if text}
+
+
+def _text(paragraph: etree._Element) -> str:
+    pieces = (" " if etree.QName(item).localname == "br" else item.text or "" for item in _all(paragraph, "t", "br"))
+    return " ".join("".join(pieces).split())

@@ -1,0 +1,156 @@
+"""JSON, JSON lines and e-mail."""
+
+import json
+from email.message import EmailMessage
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ingest.parse import ParseError, parse_file
+from ingest.parse.child import parse_in_child
+from ingest.parse.json_values import MEDIA_TYPE as JSON
+from ingest.parse.json_values import parse_json
+from ingest.parse.mail import MEDIA_TYPE as EML
+from ingest.parse.mail import parse_mail
+from ingest.sniff import TEXT, sniff_media_type
+
+
+def test_json_paths_are_readable_and_values_as_written():
+    data = """{"name": "Pump", "price": 1.10, "on": true, "tags": ["a", "b"], "none": null, "empty": {},
+      "server": {"port": 8080, "tls": {"cert": "/etc/x"}, "hosts": [{"ip": "::1"}]},
+      "orders": [{"id": 12345678901234567890, "who": {"city": "Oslo"}}, {"id": 2, "note": "two\\nlines"}, 7, [8, 9]]}"""
+    parsed = parse_json(data.encode())
+    assert parsed.text == (
+        "name: Pump\nprice: 1.10\non: true\ntags: a, b\nnone: null\n\n"
+        "server\n\nserver.port: 8080\nserver.tls.cert: /etc/x\nserver.hosts[0].ip: ::1\n\n"
+        "orders\n\nid: 12345678901234567890 | who.city: Oslo\n\nid: 2 | note: two lines\n\norders: 7\n\norders: 8, 9"
+    )
+    assert [(h.level, h.title, parsed.text[h.char_start :][: len(h.title)]) for h in parsed.headings] == [
+        (1, "server", "server"),
+        (1, "orders", "orders"),
+    ]
+
+
+def test_json_lines_are_records_and_a_broken_one_is_kept(tmp_path):
+    (tmp_path / "x").write_bytes('{"a": "é", "b": 1}\n\n{"a": \n{"a": "z"}\n'.encode("utf-16"))
+    assert parse_in_child(tmp_path / "x", JSON).text == 'a: é | b: 1\n\n{"a":\n\na: z'
+
+
+def test_long_json_records_get_a_line_a_value():
+    text = parse_json(json.dumps([{"a": "x " * 300, "b": 1}]).encode()).text
+    assert text.split("\n")[1] == "b: 1"
+
+
+@pytest.mark.parametrize("data", ['{"a": 1,}', "// note\n{}", "[" * 100_000, "{'a': 1}\n{'b': 2}", ""])
+def test_what_is_no_json_stays_text(data):
+    assert parse_json(data.encode()).text == data
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.recursive(
+        st.integers() | st.text("abc", min_size=1),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text("xyz", min_size=1), inner),
+    )
+)
+def test_no_json_value_is_lost(value):
+    text = parse_json(json.dumps(value).encode()).text
+    for letter in "abc":
+        assert text.count(letter) == json.dumps(value).count(letter)
+
+
+def make_mail() -> EmailMessage:
+    mail = EmailMessage()
+    mail["From"] = "Zoë <zoe@example.org>"
+    mail["To"] = "team@example.org"
+    mail["Subject"] = "Größe of the pump"
+    mail["Date"] = "Tue, 21 May 2024 10:00:00 +0200"
+    mail.set_content("Hello,\n\nit is 5 µm.\n", charset="iso-8859-1")
+    return mail
+
+
+def test_mail_has_headers_text_and_attachments(tmp_path):
+    mail = make_mail()
+    mail.add_alternative("<p>it is <b>html</b></p>", subtype="html")
+    mail.add_attachment("a,b\n1,2\n", subtype="csv", filename="größe.csv")
+    mail.add_attachment(b"\x89PNG", maintype="image", subtype="png", filename="photo.png")
+    inner = EmailMessage()
+    inner["From"], inner["Subject"] = "bob@example.org", "Older"
+    inner.set_content("<h1>Top</h1><p>old text</p>", subtype="html")
+    mail.add_attachment(inner)
+    (tmp_path / "x").write_bytes(mail.as_bytes())
+    assert sniff_media_type(mail.as_bytes(), "x.txt") == EML
+    parsed = parse_in_child(tmp_path / "x", EML)
+    assert parsed.text == (
+        "Größe of the pump\n\nFrom: Zoë <zoe@example.org>\nTo: team@example.org\nDate: Tue, 21 May 2024 10:00:00 +0200"
+        "\n\nHello,\n\nit is 5 µm.\n\nAttachment: größe.csv\n\na,b\n1,2\n\nAttachment: photo.png\n\n"
+        "Attachment: message\n\nOlder\n\nFrom: bob@example.org\n\nTop\n\nold text"
+    )
+    assert [(h.level, h.title) for h in parsed.headings] == [
+        (1, "Größe of the pump"),
+        (2, "Attachment: größe.csv"),
+        (2, "Attachment: photo.png"),
+        (2, "Older"),
+    ]
+
+
+def test_mail_with_only_html_is_read_as_html():
+    mail = make_mail()
+    mail.set_content("<p>one</p><script>no</script><p>two</p>", subtype="html")
+    assert parse_mail(mail.as_bytes()).text.endswith("+0200\n\none\n\ntwo")
+
+
+@pytest.mark.parametrize(
+    ("data", "name", "expected"),
+    [
+        (make_mail().as_bytes(), "x", EML),
+        (b"From: a@b\nSubject: x\n\ntext", "x.eml", EML),
+        (b"From: a@b\nSubject: x\n\ntext", "x.txt", TEXT),
+        (b"Note: this\n\nis text", "x.eml", TEXT),
+        (b"From: a\nDate: b\nand then prose\n\n", "x", TEXT),
+    ],
+)
+def test_mail_is_known_by_its_headers(data, name, expected):
+    assert sniff_media_type(data, name) == expected
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"From: a@b\nContent-Type: multipart/mixed; boundary=x\n\n--x\nContent-Type: text/plain\n\nnever ended",
+        b"From: =?utf-8?b?//8?= <\nDate: none\nSubject: =?x-no?q?a?=\nContent-Type: text/plain; charset=no\n\nw\xe9ll",
+        b"From: a@b\nContent-Transfer-Encoding: base64\n\n%%%not base64",
+        b"From: a@b\nContent-Type: multipart/mixed\n\nno boundary",
+    ],
+)
+def test_damaged_mail_is_read_as_far_as_it_goes(data):
+    assert parse_mail(data).text
+
+
+def test_messages_within_messages_end_somewhere():
+    mail = make_mail()
+    for _ in range(20):
+        outer = make_mail()
+        outer.add_attachment(mail)
+        mail = outer
+    assert max(heading.level for heading in parse_mail(mail.as_bytes()).headings) <= 10
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.binary(max_size=120),
+    st.sampled_from(["text/plain", "text/html", "multipart/mixed; boundary=b", "message/rfc822"]),
+)
+def test_any_body_gives_text_or_one_error(body, kind):
+    try:
+        assert parse_mail(b"Subject: s\nContent-Type: " + kind.encode() + b"\n\n" + body).text
+    except ParseError as error:
+        assert error.code
+
+
+def test_an_empty_json_value_is_an_empty_document(tmp_path):
+    (tmp_path / "x").write_text("{}")
+    with pytest.raises(ParseError) as caught:
+        parse_file(tmp_path / "x", JSON)
+    assert caught.value.code == "empty_document"
