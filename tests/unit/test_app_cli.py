@@ -1,6 +1,7 @@
 """The command line: in process and against a running service, for people and for programs."""
 
 import json
+import logging
 import os
 import shutil
 import socket
@@ -18,7 +19,18 @@ from app.datadir import DataDir, DataDirInUse
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, tiny_checkpoint):
+def logging_as_before(monkeypatch):
+    """`serve` sends the logs of its process to its stderr, which in a test is gone when the test ends."""
+    root = logging.getLogger()
+    before = {logger: logger.level for logger in map(logging.getLogger, ("", "httpx", "httpcore", "uvicorn.access"))}
+    monkeypatch.setattr(root, "handlers", [])
+    yield
+    for logger, level in before.items():
+        logger.setLevel(level)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tiny_checkpoint, logging_as_before):
     """run(*arguments) -> (exit code, stdout, stderr) of the command in this process."""
     monkeypatch.setenv("JAMBA_RAG_MODEL__PATH", str(tiny_checkpoint))
     monkeypatch.setenv("JAMBA_RAG_MODEL__THREADS", "1")
