@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA_DIR = ROOT / "build" / "demo"
 COLLECTION = "samples"
 QUESTIONS = (
-    ("Within how many days must a travel claim be submitted?", "travel-policy.docx"),
-    ("Who grants exceptions from the travel policy?", "travel-policy.docx"),
+    ("How long may store-and-forward stay on?", "oncall-runbook.md"),
+    ("When does the on-call week start?", "oncall-runbook.md"),
     ("When was the FR-12 first deployed on the Varanger peninsula?", "fr12-handbook.pdf"),
 )
 

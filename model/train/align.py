@@ -73,7 +73,7 @@ def main() -> None:
         step += 1
         if step % 20 == 0:
             tokens = step * args.rows * args.length * cluster.size
-            log.write(stage="align", step=step, tokens=tokens, tok_per_s=tokens / elapsed, rate=rate, norm=norm,
+            log.write(stage="align", step=step, tokens=tokens, tok_per_s=tokens / elapsed, rate=rate, norm=norm.item(),
                       nmse=nmse.mean().item(), nmse_median=nmse.median().item(), worst=nmse.max().item())  # fmt: skip
     if cluster.rank == 0:
         optimizer.save(args.out / "align.safetensors")

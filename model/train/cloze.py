@@ -46,15 +46,16 @@ class ClozeContexts:
         if not self.texts:
             raise ValueError("no text is long enough (700 characters) to make cloze questions of")
 
-    def draw(self, rng: random.Random, max_chars: int) -> Context | None:
-        """A context of about `max_chars` with up to six blanks; None where the drawn text repeats no term."""
+    def draw(self, rng: random.Random, max_chars: int, shortest: int = 250) -> Context | None:
+        """A context of about `max_chars` in passages of `shortest` characters or more, with up to six blanks; None
+        where the drawn text repeats no term."""
         title, text = rng.choice(self.texts)
         start = rng.randrange(max(1, len(text) - max_chars))
         sentences = [s for s in SENTENCE_END.split(text[start : start + max_chars])[1:-1] if s.strip()]
         if len(sentences) < 5:
             return None
         taken = self._choose(sentences, rng)
-        passages = self._passages(title, [s for i, s in enumerate(sentences) if i not in taken], rng)
+        passages = self._passages(title, [s for i, s in enumerate(sentences) if i not in taken], shortest, rng)
         questions = []
         for i, (term, at) in taken.items():
             homes = [k for k, (_, body) in enumerate(passages) if self._find(body, term) >= 0]
@@ -90,13 +91,13 @@ class ClozeContexts:
         return taken
 
     @staticmethod
-    def _passages(title: str, sentences: list[str], rng: random.Random) -> list[tuple[str, str]]:
-        passages, body, size = [], "", rng.randrange(250, 1100)
+    def _passages(title: str, sentences: list[str], shortest: int, rng: random.Random) -> list[tuple[str, str]]:
+        passages, body, size = [], "", rng.randrange(shortest, 4 * shortest + 100)
         for sentence in sentences:
             body = f"{body} {sentence}" if body else sentence
             if len(body) >= size:
                 passages.append((title, body))
-                body, size = "", rng.randrange(250, 1100)
+                body, size = "", rng.randrange(shortest, 4 * shortest + 100)
         return [*passages, (title, body)] if body else passages
 
     @staticmethod

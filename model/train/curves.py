@@ -1,4 +1,4 @@
-"""Draws a training run's logs as one picture. Run: `python -m model.train.curves ALIGN.jsonl DISTILL.jsonl OUT.png`."""
+"""Draws training logs as one picture. Run: `python -m model.train.curves OUT.png LOG.jsonl … [--align ALIGN.jsonl]`."""
 
 from __future__ import annotations
 
@@ -10,38 +10,58 @@ import matplotlib
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+SCORES = ("dev1/EM", "dev3/EM", "dev8/EM", "hand1/EM", "hand8/EM")
+SCORES += ("pairs1/exact", "pairs3/exact", "pairs8/exact", "templated4/exact", "none3/refused")  # of older logs
 
 
-def read_log(path: Path, stage: str) -> list[dict]:
-    return [row for row in map(json.loads, path.read_text().splitlines()) if row["stage"] == stage]
+def read_log(path: Path, *stages: str) -> list[dict]:
+    return [row for row in map(json.loads, path.read_text().splitlines()) if row["stage"] in stages]
+
+
+def draw_alignment(axis: Axes, path: Path) -> None:
+    rows = read_log(path, "align")
+    for name, label in (("nmse", "mean of 26 mixers"), ("worst", "worst")):
+        axis.plot([row["tokens"] / 1e6 for row in rows], [row[name] for row in rows], label=label)
+    axis.set(title="Aligning Mamba to attention", ylabel="NMSE of the output", ylim=(0, 1))
+
+
+def draw_losses(axis: Axes, paths: list[Path]) -> None:
+    for path in paths:
+        rows, run = read_log(path, "tune", "distill"), path.stem
+        for name, label in (("answer", "answers"), ("kl", "KL to the teacher, text")):
+            known = [row for row in rows if row.get(name)]
+            if known:
+                axis.plot([row["tokens"] / 1e6 for row in known], [row[name] for row in known], label=f"{run}: {label}")
+    axis.set(title="End to end", ylabel="nats a token", ylim=(0, 3))
+
+
+def draw_scores(axis: Axes, paths: list[Path]) -> None:
+    for path in paths:
+        steps, scores = read_log(path, "tune", "distill"), read_log(path, "eval")
+        at = [min(steps, key=lambda row, score=score: abs(row["seconds"] - score["seconds"])) for score in scores]
+        for name in (name for name in SCORES if scores and name in scores[0]):
+            shares = [row[name] * (100 if "/EM" not in name else 1) for row in scores]
+            axis.plot([row["tokens"] / 1e6 for row in at], shares, marker="o", label=f"{path.stem}: {name}")
+    axis.set(title="Held-out questions", ylabel="%", ylim=(0, 100))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("align", "distill", "out"):
-        parser.add_argument(name, type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("logs", type=Path, nargs="+", help="of model.train.tune and model.train.distill")
+    parser.add_argument("--align", type=Path)
     args = parser.parse_args()
-    align, steps, scores = (
-        read_log(args.align, "align"),
-        read_log(args.distill, "distill"),
-        read_log(args.distill, "eval"),
-    )
-    tokens_at = {row["step"]: row["tokens"] / 1e6 for row in steps}
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    axes[0].plot([r["tokens"] / 1e6 for r in align], [r["nmse"] for r in align], label="mean of 26 mixers")
-    axes[0].plot([r["tokens"] / 1e6 for r in align], [r["worst"] for r in align], label="worst")
-    axes[0].set(title="Aligning Mamba to attention", ylabel="NMSE of the output", ylim=(0, 1))
-    for name, label in (("answer", "answers"), ("kl", "KL to the teacher, text")):
-        axes[1].plot([r["tokens"] / 1e6 for r in steps], [r[name] for r in steps], label=label)
-    axes[1].set(title="End to end", ylabel="nats a token", ylim=(0, 3))
-    for name in ("pairs1/exact", "pairs3/exact", "pairs8/exact", "templated4/exact", "none3/refused"):
-        places = [min(tokens_at, key=lambda step, at=row["step"]: abs(step - at)) for row in scores]
-        axes[2].plot([tokens_at[step] for step in places], [100 * row[name] for row in scores], marker="o", label=name)
-    axes[2].set(title="Held-out questions", ylabel="%", ylim=(0, 100))
+    figure, axes = plt.subplots(1, 3 if args.align else 2, figsize=(14, 4), layout="constrained")
+    if args.align:
+        draw_alignment(axes[0], args.align)
+    draw_losses(axes[-2], args.logs)
+    draw_scores(axes[-1], args.logs)
     for axis in axes:
         axis.set_xlabel("million tokens")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=6)
     figure.savefig(args.out, dpi=110)
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -19,13 +21,24 @@ from model.tokenizer import Tokenizer
 from model.train import templated
 from model.train.cloze import ClozeContexts
 from model.train.contexts import Context, Question, merge_contexts
+from model.train.rephrase import rephrase
+from model.train.statement_contexts import StatementContexts, ask_more
 
-ANSWER, TEXT, PADDING = 1.0, 0.0, -1.0  # kinds of target token; weights are given to them by the loss
+NAME_BESIDE = (
+    re.compile(r"(?:(?:[A-Z][\w'’-]+|[A-Z]\.) ){1,3}$"),
+    re.compile(r"^(?: (?:[A-Z][\w'’-]+|[A-Z]\.|van|von|de))* [A-Z][\w'’-]+"),
+)
+UNIT_BEHIND = re.compile(
+    r"^[ -]?(?:bytes?|bits?|[kKMGT]i?B|[kMG]?Hz|(?:milli|micro|nano)?seconds?|minutes?|hours?|days?|weeks?|months?|"
+    r"years?|ms|percent|%|pixels?|lines?|characters?|degrees|metres?|meters?|feet|inches|miles|km|kg|dollars|USD)(?![\w-])"
+)
+# Kinds of target token. Answers weigh as much as their kind: where the document is chosen, the quote begins and ends.
+DECISIVE, ANSWER, QUESTION, TEXT, PADDING = 3.0, 1.0, 0.5, 0.0, -1.0
 
 
 def load_pairs(path: Path) -> PairContexts:
     """The cleaned pairs `pairs_X.jsonl` and, beside them, `passages_X.jsonl`, as `model.train.pairs` writes them."""
-    pairs = [json.loads(line) for line in path.read_text().splitlines()]
+    pairs = [widen_answer(json.loads(line)) for line in path.read_text().splitlines()]
     wanted = {i for pair in pairs for i in pair["negatives"]}
     passages = {}
     with path.with_name(path.name.replace("pairs_", "passages_")).open() as file:
@@ -33,6 +46,20 @@ def load_pairs(path: Path) -> PairContexts:
             if record["id"] in wanted:
                 passages[record["id"]] = (record["title"] or record["doc"], record["text"])
     return PairContexts(pairs, passages)
+
+
+def widen_answer(pair: dict) -> dict:
+    """A part of a person's name becomes the whole name, a bare number takes its unit along."""
+    start, text = pair["start"], pair["passage"]
+    end = start + len(pair["answer"])
+    if pair["question"].startswith(("Who ", "By whom ")):
+        if before := NAME_BESIDE[0].search(text[:start]):
+            start = before.start()
+        if after := NAME_BESIDE[1].match(text[end:]):
+            end += after.end()
+    elif text[end - 1].isdigit() and (unit := UNIT_BEHIND.match(text[end:])):
+        end += unit.end()
+    return pair | {"start": start, "answer": text[start:end]}
 
 
 def covering_tokens(tokenizer: Tokenizer, text: str, start: int, end: int) -> tuple[list[int], int, int] | None:
@@ -47,17 +74,16 @@ def covering_tokens(tokenizer: Tokenizer, text: str, start: int, end: int) -> tu
 
 
 class ContextRenderer:
-    """Turns a `Context` into token ids and target kinds, at most `max_tokens` long."""
+    """Turns a `Context` into token ids and target kinds, at most `max_tokens` long; with `rephrase`, in other words."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.format = ChatFormat(tokenizer)
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, rephrase: bool = False) -> None:
+        self.format, self.tokenizer, self.rephrase = ChatFormat(tokenizer), tokenizer, rephrase
 
     def render(self, context: Context, max_tokens: int, rng: random.Random) -> tuple[list[int], list[float]]:
-        """Token ids and, for each, ANSWER or TEXT; questions that no longer fit are left out."""
+        """Token ids and, for each, its kind; questions that no longer fit are left out."""
         passages = [self.tokenizer.encode(text) for _, text in context.passages]
         groups = self._group_passages(context, rng)
-        ceiling = 10 ** rng.uniform(1.2, 3.0)
+        ceiling = 10 ** rng.uniform(0.0, 3.0)
         ordinals = sorted(rng.sample(range(1, max(int(ceiling), len(groups) + 1)), len(groups)))
         ids, ordinal_of = self.format.system(), {}
         for ordinal, group in zip(ordinals, groups, strict=True):
@@ -65,11 +91,12 @@ class ContextRenderer:
             ordinal_of |= dict.fromkeys(group, ordinal)
         kinds = [TEXT] * len(ids)
         for question in context.questions:
-            asked, answer = self.format.ask(question.text), self._answer(context, question, ordinal_of)
+            asked = self.format.ask(rephrase(question.text, rng) if self.rephrase else question.text)
+            answer = self._answer(context, question, ordinal_of)
             if answer is None or len(ids) + len(asked) + len(answer) > max_tokens:
                 continue
             ids += [*asked, *answer]
-            kinds += [TEXT] * len(asked) + [ANSWER] * len(answer)
+            kinds += [QUESTION] * len(asked) + self._kinds(answer)
         return ids[:max_tokens], kinds[:max_tokens]
 
     def _answer(self, context: Context, question: Question, ordinal_of: dict[int, int]) -> list[int] | None:
@@ -81,6 +108,13 @@ class ContextRenderer:
             return None
         ids, first, last = found
         return self.format.quoted_answer(ids[first:last], ordinal_of[question.passage])
+
+    def _kinds(self, answer: list[int]) -> list[float]:
+        """Decisive: quote or none, the quote's first token and its end, and the citation."""
+        if answer[0] != self.format.quote:
+            return [DECISIVE] + [ANSWER] * (len(answer) - 1)
+        end = answer.index(self.format.quote_end)
+        return [DECISIVE if i < 2 or end <= i < len(answer) - 1 else ANSWER for i in range(len(answer))]
 
     @staticmethod
     def _group_passages(context: Context, rng: random.Random) -> list[list[int]]:
@@ -134,7 +168,7 @@ class PairContexts:
     def _distractors(self, seed: dict, rng: random.Random) -> Iterator[tuple[str, str, dict | None]]:
         near = [self.passages[i] for i in seed["negatives"] if i in self.passages]
         rng.shuffle(near)
-        for title, text in near[: rng.randrange(5)]:
+        for title, text in near[: rng.randrange(8)]:
             yield title[:80], text, None
         same_doc = list(self.by_doc[seed["source"], seed["doc"]])
         rng.shuffle(same_doc)
@@ -184,48 +218,55 @@ def templated_context(
 class QaRows:
     """Rows of one length for training: each a context of its own, padded at the end.
 
-    Blanks teach to find and to copy, invented facts to tell like from like, pairs what people ask: their shares move
-    from the first to the last over the training (`progress`, 0 to 1).
+    Blanks teach to find and to copy, invented facts to tell like from like, statements and pairs what people ask: the
+    shares move from the first to the last over the training (`progress`, 0 to 1). Early passages are short: many
+    documents in few tokens, and so many choices to learn from.
     """
 
-    FIRST, LAST = {"cloze": 0.5, "templated": 0.3, "pairs": 0.2}, {"cloze": 0.15, "templated": 0.3, "pairs": 0.55}
+    FIRST: ClassVar = {"cloze": 0.3, "templated": 0.2, "statements": 0.3, "pairs": 0.2}
+    LAST: ClassVar = {"cloze": 0.05, "templated": 0.2, "statements": 0.35, "pairs": 0.4}
 
     def __init__(self, tokenizer: Tokenizer, pairs: PairContexts, texts: Sequence[tuple[str, str]]) -> None:
-        self.renderer = ContextRenderer(tokenizer)
-        self.pairs, self.cloze = pairs, ClozeContexts(texts)
+        self.renderer = ContextRenderer(tokenizer, rephrase=True)
+        self.pairs, self.cloze, self.statements = pairs, ClozeContexts(texts), StatementContexts(texts)
 
     def row(self, rng: random.Random, length: int, progress: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
         """(length + 1,) token ids int64 and kinds float32 of one context that fills most of the row."""
-        shares = [(1 - progress) * self.FIRST[kind] + progress * self.LAST[kind] for kind in self.FIRST]
+        shares = {kind: (1 - progress) * self.FIRST[kind] + progress * self.LAST[kind] for kind in self.FIRST}
         ids, kinds = [], []
-        while ANSWER not in kinds:
-            context = self._context(rng, shares, int(length * rng.uniform(1.5 if length <= 512 else 2.2, 2.9)))
+        while max(kinds, default=TEXT) < ANSWER:
+            chars = int(length * rng.uniform(1.8, 2.6) if length <= 512 else length * rng.uniform(2.6, 3.4))
+            context = self._context(rng, shares, chars, shortest=60 if rng.random() > progress else 250)
             ids, kinds = self.renderer.render(context, length + 1, rng)
         row = np.zeros(length + 1, dtype=np.int64)
         marks = np.full(length + 1, PADDING, dtype=np.float32)
         row[: len(ids)], marks[: len(ids)] = ids, kinds
         return row, marks
 
-    def _context(self, rng: random.Random, shares: list[float], max_chars: int) -> Context:
+    def _context(self, rng: random.Random, shares: Mapping[str, float], max_chars: int, shortest: int) -> Context:
         """Contexts of one kind or several, together of about `max_chars`."""
         parts: list[Context] = []
         room = max_chars
         while room > 0.25 * max_chars:
-            kind = rng.choices(list(self.FIRST), shares)[0]
-            budget = int(room * rng.uniform(0.5, 1.0))
-            if kind == "cloze":
-                part = self.cloze.draw(rng, budget)
-            elif kind == "templated":
-                host = self.pairs.draw(rng, budget) if rng.random() < 0.35 else None
-                part = templated_context(rng, budget, host=host)
-            else:
-                part = self.pairs.draw(rng, budget)
+            kind = rng.choices(list(shares), list(shares.values()))[0]
+            part = self._part(kind, rng, int(room * rng.uniform(0.5, 1.0)), shortest)
             if part is not None and part.chars < 1.1 * room:
                 parts.append(part)
                 room -= part.chars
             elif parts:
                 break
         return merge_contexts(parts, rng) if len(parts) > 1 else parts[0]
+
+    def _part(self, kind: str, rng: random.Random, max_chars: int, shortest: int) -> Context | None:
+        if kind == "cloze":
+            return self.cloze.draw(rng, max_chars, shortest)
+        if kind == "statements":
+            return self.statements.draw(rng, max_chars, shortest)
+        if kind == "templated":
+            host = self.pairs.draw(rng, max_chars) if rng.random() < 0.35 else None
+            return templated_context(rng, max_chars, host=host)
+        part = self.pairs.draw(rng, max_chars)
+        return ask_more(part, rng) if rng.random() < 0.6 else part
 
 
 class TextRows:

@@ -12,7 +12,8 @@ import math
 import multiprocessing
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from model.attention import Attention
-from model.batch import Batch
 from model.jamba import Jamba
 from model.tokenizer import Tokenizer
 from model.train import evaluate
-from model.train.data import ANSWER, PADDING, QaRows, TextRows, load_pairs
+from model.train.data import ANSWER, QUESTION, TEXT, QaRows, TextRows, load_pairs
 from model.train.export import fake_quantize
-from model.train.losses import distillation, weighted_cross_entropy
+from model.train.forward import accelerate, forward_hidden, set_rope
+from model.train.losses import distillation, weighted_cross_entropy, weighted_distillation
 from model.train.surgery import build_student, build_teacher
 from model.train.tokens import read_texts
 from model.train.trainer import Cluster, Log, MasterAdamW, load_into, worker_random
@@ -46,26 +46,16 @@ class Steps(IterableDataset):
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         worker, args = get_worker_info(), self.args
         part, parts = self.rank * worker.num_workers + worker.id, self.size * worker.num_workers
-        text, texts = TextRows(args.tokens), list(read_texts(args.corpora, part, parts))
+        text = TextRows(args.tokens) if args.text_tokens else None
+        texts = list(read_texts(args.corpora, part, parts))
         questions = QaRows(Tokenizer.load(args.tokenizer), load_pairs(args.pairs), texts)
         rng, step = worker_random(args.seed, self.rank, worker.id), worker.id
         while True:
-            length = random.Random(args.seed * 7919 + step).choices(LENGTHS, LENGTH_SHARES)[0]
+            length = min(random.Random(args.seed * 7919 + step).choices(LENGTHS, LENGTH_SHARES)[0], args.qa_tokens)
             rows = [questions.row(rng, length, self.progress.value) for _ in range(max(1, args.qa_tokens // length))]
-            texts = [text.row(rng, args.length) for _ in range(args.text_tokens // args.length)]
-            yield np.stack(texts), np.stack([ids for ids, _ in rows]), np.stack([kinds for _, kinds in rows])
+            lines = [text.row(rng, args.length) for _ in range(args.text_tokens // args.length)] if text else [[]]
+            yield np.stack(lines), np.stack([ids for ids, _ in rows]), np.stack([kinds for _, kinds in rows])
             step += worker.num_workers
-
-
-def forward_hidden(model: Jamba, token_ids: Tensor, taps: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
-    """token_ids (b, t) -> final hidden states (b·t, d) before the head, and those after the layers in `taps`."""
-    batch = Batch.fresh(*token_ids.shape, token_ids.device)
-    x, kept = model.embed_tokens(token_ids.flatten()), []
-    for i, layer in enumerate(model.layers):
-        x = layer(x, batch)
-        if i in taps:
-            kept.append(x)
-    return model.final_layernorm(x), kept
 
 
 def relative_error(x: Tensor, target: Tensor) -> Tensor:
@@ -89,16 +79,35 @@ def text_loss(student: Jamba, teacher: Jamba, rows: Tensor, args: argparse.Names
     return args.kl * kl + args.ce * ce + args.hidden * gap, torch.stack([kl, ce, gap]).detach()
 
 
-def question_loss(student: Jamba, rows: Tensor, kinds: Tensor, text_weight: float) -> tuple[Tensor, Tensor]:
-    """rows, kinds (b, t + 1) -> loss, and the cross entropy of the answers detached. Text counts for `text_weight`."""
-    hidden, _ = forward_hidden(student, rows[:, :-1])
-    kinds, targets = kinds[:, 1:].flatten(), rows[:, 1:].flatten()
-    answers = (kinds == ANSWER).float()
-    sampled = ((kinds != PADDING) & (kinds != ANSWER)).float() * (torch.rand_like(kinds) < 0.1)
-    weights = answers / answers.sum().clamp(min=1) + text_weight * sampled / sampled.sum().clamp(min=1)
+def question_loss(
+    student: Jamba, tuned: Jamba | None, rows: Tensor, kinds: Tensor, args: argparse.Namespace
+) -> tuple[Tensor, Tensor]:
+    """rows, kinds (b, t + 1) -> loss, and (answers' cross entropy or mixture, hidden states' error) detached.
+
+    Answers count for one, by their kinds; a tenth of the other tokens for `args.text_weight`. With a tuned teacher all
+    follow its distribution too, the answers mixed with the truth, and its hidden states at questions and answers.
+    """
+    taps = TAPS if tuned is not None and args.hidden > 0 else ()
+    hidden, own = forward_hidden(student, rows[:, :-1], taps)
+    places, targets = kinds[:, 1:].flatten(), rows[:, 1:].flatten()
+    answers = places * (places >= ANSWER)
+    sampled = ((places >= TEXT) & (places < ANSWER)).float() * (torch.rand_like(places) < 0.1)
+    weights = answers / answers.sum().clamp(min=1) + args.text_weight * sampled / sampled.sum().clamp(min=1)
     chosen = weights.nonzero().squeeze(1)
-    loss = weighted_cross_entropy(hidden[chosen], student.lm_head.weight, targets[chosen], weights[chosen])
-    return loss, loss.detach()
+    head, gap = student.lm_head.weight, torch.zeros((), device=rows.device)
+    if tuned is None:
+        loss = weighted_cross_entropy(hidden[chosen], head, targets[chosen], weights[chosen])
+        return loss, torch.stack([loss.detach(), gap])
+    with torch.no_grad():
+        other, theirs = forward_hidden(tuned, rows[:, :-1], taps)
+    hard = (answers[chosen] > 0) * args.hard
+    loss = weighted_distillation(
+        hidden[chosen], head, other[chosen], tuned.lm_head.weight, targets[chosen], weights[chosen], hard
+    )
+    if taps:
+        near = ((kinds[:, :-1].flatten() >= QUESTION) | (sampled > 0)).nonzero().squeeze(1)
+        gap = torch.stack([relative_error(a[near], b[near]) for a, b in zip(own, theirs, strict=True)]).mean()
+    return loss + args.hidden * gap, torch.stack([loss.detach(), gap.detach()])
 
 
 def rate_of(name: str) -> float:
@@ -108,17 +117,18 @@ def rate_of(name: str) -> float:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("gguf", "corpora", "tokens", "tokenizer", "pairs", "dev", "out"):
+    for name in ("gguf", "corpora", "tokens", "tokenizer", "pairs", "items", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--weights", type=Path, nargs="*", default=[], help="saved masters to start from, in order")
+    parser.add_argument("--tuned", type=Path, help="masters of `model.train.tune`; taken up when the file appears")
     parser.add_argument("--seconds", type=float, default=300, help="wall clock of this call, its start not counted")
     parser.add_argument("--from-share", type=float, default=0.0, help="where in the schedule this call starts")
     parser.add_argument("--to-share", type=float, default=1.0, help="and where it ends")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--text-tokens", type=int, default=32_768, help="a step and process")
     parser.add_argument("--qa-tokens", type=int, default=32_768, help="a step and process")
-    parser.add_argument("--text-until", type=float, default=0.6, help="after it, only every third step has text")
-    parser.add_argument("--rope-until", type=float, default=0.4)
+    parser.add_argument("--text-until", type=float, default=0.0, help="after it, only every third step has text")
+    parser.add_argument("--rope-until", type=float, default=0.4, help="share; 0: no positions from the start")
     parser.add_argument("--quant-from", type=float, default=0.85)
     parser.add_argument("--rate", type=float, default=8e-4)
     parser.add_argument("--kl", type=float, default=1.0)
@@ -127,7 +137,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--aux", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=12)
-    parser.add_argument("--compile", action="store_true", help="compile the layers without attention")
+    parser.add_argument("--compile", action="store_true", help="compile norms and gates")
+    parser.add_argument("--text-weight", type=float, default=0.1, help="of documents and questions, to the answers' 1")
+    parser.add_argument(
+        "--hard", type=float, default=0.5, help="share of the truth, beside the tuned teacher, in answers"
+    )
+    parser.add_argument("--save-every", type=float, default=240, help="seconds")
+    parser.add_argument("--score-every", type=float, default=180, help="seconds")
+    parser.add_argument("--eval-items", type=int, default=32, help="a set, while training")
+    parser.add_argument("--final-items", type=int, default=200, help="a set, at the end")
+    parser.add_argument("--profile", type=int, default=0, help="print where the time of so many steps goes, and stop")
+    parser.add_argument("--profile-from", type=int, default=10, help="steps before")
     return parser.parse_args()
 
 
@@ -136,70 +156,136 @@ def schedule_rate(args: argparse.Namespace, step: int, share: float) -> float:
     return args.rate * min(1.0, (step + 1) / 60) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
 
 
-def set_rope(model: Jamba, scale: float) -> None:
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.rope_scale = scale
-
-
 def main() -> None:
     args, cluster = parse_arguments(), Cluster()
-    log, tokenizer = Log(args.out / "distill.jsonl", cluster), Tokenizer.load(args.tokenizer)
-    teacher = build_teacher(args.gguf).requires_grad_(False)
-    student = build_student(teacher).to(cluster.device)
-    teacher.to(cluster.device, torch.bfloat16)
-    for path in args.weights:
-        load_into(student, path)
-    optimizer = MasterAdamW(student, rate_of)
-    student.collect_router_stats = True
-    if args.compile:
-        compile_layers(student)
-        compile_layers(teacher)
+    run = Run(args, cluster)
     steps = Steps(args, cluster)
-    loader = DataLoader(steps, batch_size=None, num_workers=args.workers, prefetch_factor=2, pin_memory=True)
-    items = evaluate.build_items(tokenizer, load_pairs(args.dev), 96)
-    start, tokens, losses = None, 0, []
+    loader = DataLoader(steps, batch_size=None, num_workers=args.workers, prefetch_factor=4, pin_memory=True)
     for step, batch in enumerate(loader):
-        start = start or time.monotonic()  # the first rows and the compiler's work are not the stage's
-        elapsed = cluster.mean(torch.tensor(time.monotonic() - start, device=cluster.device)).item()
-        share = args.from_share + (args.to_share - args.from_share) * elapsed / args.seconds
+        share = run.share()
         if share >= args.to_share:
             break
         steps.progress.value = share
-        set_rope(student, max(0.0, 1.0 - share / args.rope_until))
-        text, rows, kinds = (torch.as_tensor(x).to(cluster.device, non_blocking=True) for x in batch)
-        parts = torch.zeros(3, device=cluster.device)
-        if share < args.text_until or step % 3 == 0:
-            loss, parts = text_loss(student, teacher, text, args)
-            (loss + student.load_balancing_loss(args.aux)).backward()
-            tokens += text.numel() * cluster.size
-        loss, answers = question_loss(student, rows, kinds, text_weight=0.1)
-        (loss + student.load_balancing_loss(args.aux)).backward()
-        tokens += rows.numel() * cluster.size
-        cluster.mean_gradients([p for p in optimizer.parameters if p.grad is not None])
-        quantize = fake_quantize if share >= args.quant_from else None
-        norm = optimizer.step(schedule_rate(args, step if not args.from_share else 99, share), fake_quant=quantize)
-        losses.append([*parts.tolist(), answers.item()])
-        if step % 20 == 0:
-            recent = np.array(losses[-20:])
-            kl, ce, gap = recent[recent[:, 0] > 0, :3].mean(0) if (recent[:, 0] > 0).any() else (0.0, 0.0, 0.0)
-            use = student.expert_utilisation()
-            log.write(stage="distill", step=step, share=share, tokens=tokens, tok_per_s=tokens / max(elapsed, 1e-9),
-                      kl=float(kl), ce=float(ce), hidden=float(gap), answer=float(recent[:, 3].mean()), norm=norm,
-                      expert_min=use.min().item(), expert_max=use.max().item())  # fmt: skip
-        if step % 250 == 249 and cluster.rank == 0:
-            log.write(stage="eval", step=step, **evaluate.score(student, tokenizer, items))
-    if cluster.rank == 0:
-        log.write(stage="eval", step=step, **evaluate.score(student, tokenizer, items))
-        optimizer.save(args.out / "distill.safetensors")
+        run.step(step, share, [torch.as_tensor(x).to(cluster.device, non_blocking=True) for x in batch])
+        if args.profile and step == args.profile_from - 1:
+            run.profile(loader, args.profile)
+            return
+    run.finish(step)
     cluster.close()
 
 
-def compile_layers(model: Jamba) -> None:
-    """Fuse what lies between the matrix products; the scan and the experts' grouping stay as they are."""
-    for layer in model.layers:
-        if not layer.is_attention:
-            layer.mamba.forward = torch.compile(layer.mamba.forward, dynamic=False)
+class Run:
+    """Teacher, student, optimizer and clock of one call."""
+
+    def __init__(self, args: argparse.Namespace, cluster: Cluster) -> None:
+        self.args, self.cluster, self.log = args, cluster, Log(args.out / "distill.jsonl", cluster)
+        self.tokenizer = Tokenizer.load(args.tokenizer)
+        self.teacher = build_teacher(args.gguf).requires_grad_(False)
+        self.student = build_student(self.teacher).to(cluster.device)
+        self.teacher.to(cluster.device, torch.bfloat16)
+        for path in args.weights:
+            load_into(self.student, path)
+        self.optimizer = MasterAdamW(self.student, rate_of)
+        self.student.collect_router_stats = True
+        if args.compile:
+            accelerate(self.student)
+        self.items = evaluate.load_items(args.items, self.tokenizer, args.eval_items)
+        self.tuned, self.start, self.tokens, self.seconds = None, None, 0, args.seconds
+        self.losses: list[Tensor] = []
+        self.saved = self.scored = 0.0
+
+    def elapsed(self) -> float:
+        """Seconds since the first call: the first rows and the compiler's work are not the stage's."""
+        self.start = self.start or time.monotonic()
+        seconds = time.monotonic() - self.start
+        if self.cluster.size == 1:
+            return seconds
+        return self.cluster.mean(torch.tensor(seconds, device=self.cluster.device)).item()
+
+    def share(self) -> float:
+        """How far the schedule is."""
+        args = self.args
+        return args.from_share + (args.to_share - args.from_share) * self.elapsed() / self.seconds
+
+    def step(self, step: int, share: float, batch: list[Tensor]) -> None:
+        """One update; every 20 steps what is written, watched and saved."""
+        args, (text, rows, kinds) = self.args, batch
+        set_rope(self.student, max(0.0, 1.0 - share / args.rope_until) if args.rope_until > 0 else 0.0)
+        parts = torch.zeros(3, device=rows.device)
+        if share < args.text_until or step % 3 == 0:
+            loss, parts = text_loss(self.student, self.teacher, text, args)
+            (loss + self.student.load_balancing_loss(args.aux)).backward()
+            self.tokens += text.numel() * self.cluster.size
+        loss, answers = question_loss(self.student, self.tuned, rows, kinds, args)
+        (loss + self.student.load_balancing_loss(args.aux)).backward()
+        self.tokens += rows.numel() * self.cluster.size
+        self.cluster.mean_gradients([p for p in self.optimizer.parameters if p.grad is not None])
+        quantize = fake_quantize if share >= args.quant_from else None
+        norm = self.optimizer.step(schedule_rate(args, step, share), fake_quant=quantize)
+        self.losses.append(torch.cat([parts, answers]))
+        if step % 20 == 0:
+            self.report(step, share, norm)
+            self.watch()
+
+    def report(self, step: int, share: float, norm: Tensor) -> None:
+        recent, self.losses = torch.stack(self.losses).tolist(), []
+        texts, use = [row for row in recent if row[0] > 0], self.student.expert_utilisation()
+        kl, ce, gap = (sum(row[i] for row in texts) / max(1, len(texts)) for i in range(3))
+        answer, near = (sum(row[i] for row in recent) / len(recent) for i in (3, 4))
+        self.log.write(stage="distill", step=step, share=share, tokens=self.tokens,
+                       tok_per_s=self.tokens / max(self.elapsed(), 1e-9), kl=kl, ce=ce, hidden=gap, answer=answer,
+                       hidden_qa=near, norm=norm.item(), tuned=int(self.tuned is not None),
+                       expert_min=use.min().item(), expert_max=use.max().item())  # fmt: skip
+
+    def watch(self) -> None:
+        """Take up the tuned teacher, and from OUT/seconds another length of the run; score and save by the clock."""
+        args, now = self.args, self.elapsed()
+        if args.tuned is not None and self.tuned is None and args.tuned.exists():
+            load_into(self.teacher, args.tuned)
+            self.tuned = self.teacher
+        told = args.out / "seconds"
+        if told.exists() and told.read_text().strip():
+            self.seconds = float(told.read_text())
+        if now - self.saved >= args.save_every:
+            self.saved = now
+            self.save(f"distill-{now:.0f}s.safetensors")
+        if now - self.scored >= args.score_every:
+            self.scored = now
+            self.score(self.items)
+
+    def save(self, name: str) -> None:
+        if self.cluster.rank == 0:
+            self.optimizer.save(self.args.out / name)
+
+    def score(self, items: Sequence[evaluate.Item]) -> None:
+        if self.cluster.rank == 0:
+            began = time.monotonic()
+            scores = evaluate.score(self.student, self.tokenizer, items)
+            self.log.write(stage="eval", share=self.share(), took=time.monotonic() - began, **scores)
+
+    def finish(self, step: int) -> None:
+        """Save what the schedule ends with, then score it on more questions."""
+        self.save("distill.safetensors")
+        self.score(evaluate.load_items(self.args.items, self.tokenizer, self.args.final_items))
+
+    def profile(self, loader: DataLoader, steps: int) -> None:
+        """The time of a step, and where that of `steps` steps goes, operator by operator."""
+        from torch.profiler import ProfilerActivity, profile
+
+        cuda, device = torch.cuda.is_available(), self.cluster.device
+        batches = [[torch.as_tensor(x).to(device) for x in batch] for batch in islice(loader, 3 * steps)]
+        began, done = time.monotonic(), self.tokens
+        for step, batch in enumerate(batches[steps:], start=3):
+            self.step(step, self.share(), batch)
+        if cuda:
+            torch.cuda.synchronize()
+        seconds, done = time.monotonic() - began, self.tokens - done
+        print(f"tok_per_s={done / seconds:.0f} ms_per_step={seconds / len(batches[steps:]) * 1e3:.1f}", flush=True)
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as prof:
+            for step, batch in enumerate(batches[:steps], start=3):
+                self.step(step, self.share(), batch)
+        order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+        print(prof.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=70))
 
 
 if __name__ == "__main__":

@@ -1,86 +1,200 @@
-"""Scores a model on held-out questions by teacher forcing.
+"""Scores a model in training on held-out questions: the answers it gives greedily, and how sure it is of refusing.
 
-Greedy decoding gives an answer exactly when every one of its tokens is the most likely one, so exact match needs one
-forward and no generation.
-
-The service's own scores (free generation, constraints, F1) are `bench/answers.py`'s. Start at `score`.
+No state is kept: each forward runs whole rows, and the right answer is tried first, so that one forward is enough
+wherever the model gives it. The first token is fixed to a quote; the margin log P(none) − log P(quote) tells what would
+be refused. The service's own scores are `bench/answers.py`'s, which writes the questions read here. Start at `score`.
+Run: `python -m model.train.evaluate --help`.
 """
 
 from __future__ import annotations
 
-import random
+import argparse
+import json
+import re
+import string
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
+from model.chat_format import ChatFormat
 from model.jamba import Jamba
 from model.tokenizer import Tokenizer
-from model.train.contexts import Context
-from model.train.data import ANSWER, ContextRenderer, PairContexts, templated_context
+from model.train.data import covering_tokens
+from model.train.forward import forward_hidden, set_rope
+from model.train.surgery import STUDENT, TEACHER
+from model.train.trainer import load_into
+
+FALSE_REFUSALS = 0.08
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Item:
-    """One prompt with its right answer: `answer` of the token ids come last."""
+    """One question; `said` grows while it is answered, and starts with the token of a quote."""
 
-    name: str
-    ids: tuple[int, ...]
-    answer: int
+    set: str
+    prompt: list[int]
+    gold: list[int]  # the whole right answer's tokens, empty where there is none
+    answer: str | None
+    ordinal: int  # of the passage that holds the answer
+    said: list[int] = field(default_factory=list)
+    margin: float = 0.0
+    done: bool = False
 
 
-def build_items(tokenizer: Tokenizer, contexts: PairContexts, per_set: int, seed: int = 7) -> list[Item]:
-    """Answerable questions with 1, 3 and 8 passages, unanswerable ones with 3 and 8, and invented facts with 4."""
-    rng, renderer = random.Random(seed), ContextRenderer(tokenizer)
-    items = []
-    draws = {f"pairs{k}": lambda k=k: contexts.draw(rng, 10_000, k, lost=0.0) for k in (1, 3, 8)}
-    draws |= {f"none{k}": lambda k=k: contexts.draw(rng, 10_000, k + 3, lost=0.4) for k in (3, 8)}
-    draws |= {"templated4": lambda: templated_context(rng, 2_000, 4)}
-    for name, draw in draws.items():
-        made = 0
-        while made < per_set:
-            context = draw()
-            wanted = [q for q in context.questions if (q.answer is None) == name.startswith("none")]
-            if not wanted:
-                continue
-            items += _render(name, renderer, replace(context, questions=(rng.choice(wanted),)), rng)
-            made += 1
+def load_items(path: Path, tokenizer: Tokenizer, per_set: int) -> list[Item]:
+    """The first `per_set` of each set of {set, passages: [[title, text]], question, answer or null, gold or null}."""
+    prompts, items, counts = ChatFormat(tokenizer), list[Item](), Counter[str]()
+    for record in map(json.loads, path.read_text().splitlines()):
+        counts[record["set"]] += 1
+        if counts[record["set"]] > per_set:
+            continue
+        ids = prompts.system()
+        for i, (title, text) in enumerate(record["passages"], start=1):
+            ids += prompts.document(i, title, [tokenizer.encode(text)])
+        ordinal = (record["gold"] or 0) + 1
+        gold = [] if record["answer"] is None else prompts.quoted_answer(_gold_tokens(tokenizer, record), ordinal)
+        items.append(Item(record["set"], ids + prompts.ask(record["question"]), gold, record["answer"], ordinal))
     return items
 
 
-def _render(name: str, renderer: ContextRenderer, context: Context, rng: random.Random) -> list[Item]:
-    ids, kinds = renderer.render(context, 8192, rng)
-    count = kinds.count(ANSWER)
-    return [Item(name, tuple(ids), count)] if count else []
+def _gold_tokens(tokenizer: Tokenizer, record: dict) -> list[int]:
+    """The answer in its passage's own tokens where it is cut between tokens there."""
+    text, answer = record["passages"][record["gold"]][1], record["answer"]
+    at = text.find(answer)
+    found = covering_tokens(tokenizer, text, at, at + len(answer)) if at >= 0 else None
+    return found[0][found[1] : found[2]] if found else tokenizer.encode(answer)
 
 
 @torch.no_grad()
-def score(model: Jamba, tokenizer: Tokenizer, items: Sequence[Item], batch_tokens: int = 32_768) -> dict[str, float]:
-    """Per set: `exact` (whole answer), `document` (the cited one, given the quote), `refused` (first token is none)."""
-    none, quote_end = tokenizer.special("<|none|>"), tokenizer.special("<|/quote|>")
-    tallies: dict[str, list[tuple[bool, bool, bool]]] = {}
-    device = model.embed_tokens.weight.device
-    ordered = sorted(items, key=lambda item: len(item.ids))
-    while ordered:
-        width = len(ordered[-1].ids)
-        batch = [ordered.pop() for _ in range(min(len(ordered), max(1, batch_tokens // width)))]
-        ids = torch.zeros(len(batch), width, dtype=torch.int64)
-        for row, item in zip(ids, batch, strict=True):
-            row[: len(item.ids)] = torch.tensor(item.ids)
-        best = _predictions(model, ids.to(device))
-        for item, row in zip(batch, best, strict=True):
-            gold, said = item.ids[-item.answer :], row[len(item.ids) - item.answer - 1 : len(item.ids) - 1].tolist()
-            after = gold.index(quote_end) + 1 if quote_end in gold else 0
-            document = said[after:] == list(gold[after:])
-            tallies.setdefault(item.name, []).append((said == list(gold), document, said[0] == none))
-    return {
-        f"{name}/{metric}": sum(row[i] for row in rows) / len(rows)
-        for name, rows in sorted(tallies.items())
-        for i, metric in enumerate(("exact", "document", "refused"))
-        if not (name.startswith("none") and metric != "refused")
+def answer_all(
+    model: Jamba, tokenizer: Tokenizer, items: Sequence[Item], max_new: int = 64, tokens: int = 65_536
+) -> None:
+    """Greedy answers, in place; the tokens of one forward are at most `tokens`."""
+    prompts = ChatFormat(tokenizer)
+    for item in items:
+        item.said, item.done = [prompts.quote], False
+    active = list(items)
+    for turn in range(max_new):
+        active.sort(key=lambda item: -len(item.prompt) - len(item.said))
+        first = 0
+        while first < len(active):
+            width = len(active[first].prompt) + max(len(active[first].gold), len(active[first].said)) + 64
+            batch = active[first : first + max(1, tokens // width)]
+            _advance(model, prompts, batch, drafted=turn == 0)
+            first += len(batch)
+        active = [item for item in active if not item.done and len(item.said) < max_new]
+
+
+def _advance(model: Jamba, prompts: ChatFormat, batch: Sequence[Item], drafted: bool) -> None:
+    """One forward: as much of the right answer as the model would have given (`drafted`), and one token more."""
+    drafts = [item.gold[1:] if drafted else [] for item in batch]
+    rows = [item.prompt + item.said + draft for item, draft in zip(batch, drafts, strict=True)]
+    width = -(-max(map(len, rows)) // 64) * 64
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    for line, row in zip(ids, rows, strict=True):
+        line[: len(row)] = torch.tensor(row)
+    hidden, _ = forward_hidden(model, ids.to(model.embed_tokens.weight.device))
+    hidden = hidden.unflatten(0, ids.shape)
+    for i, (item, draft) in enumerate(zip(batch, drafts, strict=True)):
+        start = len(item.prompt) - 1
+        logits = model.lm_head(hidden[i, start : start + len(item.said) + len(draft) + 1]).float()
+        if drafted:
+            item.margin = (logits[0, prompts.none] - logits[0, prompts.quote]).item()
+        best = logits[len(item.said) :].argmax(-1).tolist()
+        kept = next((n for n, (own, given) in enumerate(zip(best, draft, strict=False)) if own != given), len(draft))
+        item.said += best[: kept + 1]
+        if prompts.im_end in item.said:
+            item.said, item.done = item.said[: item.said.index(prompts.im_end) + 1], True
+
+
+def score(model: Jamba, tokenizer: Tokenizer, items: Sequence[Item]) -> dict[str, float]:
+    """Per set: EM, F1 and cited % of what can be answered if all of it is answered, and `refusals`."""
+    answer_all(model, tokenizer, items)
+    marks: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for item in items:
+        if item.answer is not None:
+            marks[item.set].append(_mark(tokenizer, item))
+    scores = {
+        f"{name}/{metric}": round(100 * sum(row[i] for row in rows) / len(rows), 1)
+        for name, rows in marks.items()
+        for i, metric in enumerate(("EM", "F1", "cited"))
     }
+    return scores | {f"{name}/refused": round(share, 1) for name, share in refusals(items).items()}
 
 
-def _predictions(model: Jamba, token_ids: torch.Tensor) -> torch.Tensor:
-    """Most likely next tokens, (b, t) -> (b, t), a few rows of logits at a time."""
-    return torch.cat([model(rows).argmax(-1).cpu() for rows in token_ids.split(max(1, 16_384 // token_ids.shape[1]))])
+def refusals(items: Sequence[Item]) -> dict[str, float]:
+    """Refused % of each set, at the margin that refuses 8% of the answerable questions of its family (dev, hand)."""
+    sets: dict[str, list[Item]] = defaultdict(list)
+    margins: dict[str, list[float]] = defaultdict(list)
+    for item in items:
+        sets[item.set].append(item)
+        if item.answer is not None:
+            margins[_family(item.set)].append(item.margin)
+    shares = {}
+    for name, members in sets.items():
+        known = sorted(margins[_family(name)], reverse=True)
+        threshold = known[int(FALSE_REFUSALS * len(known))] if known else 0.0
+        shares[name] = 100 * sum(item.margin > threshold for item in members) / len(members)
+    return shares
+
+
+def _family(name: str) -> str:
+    return name.rstrip("0123456789").removesuffix("none")
+
+
+def _mark(tokenizer: Tokenizer, item: Item) -> tuple[float, float, float]:
+    """Exact match, F1 of words, and whether the right passage is cited."""
+    quote, cited = said_of(tokenizer, item)
+    ours, gold = normalize_answer(quote).split(), normalize_answer(item.answer or "").split()
+    shared = sum((Counter(ours) & Counter(gold)).values())
+    return float(ours == gold), 2 * shared / max(1, len(ours) + len(gold)), float(cited == f"d{item.ordinal}")
+
+
+def said_of(tokenizer: Tokenizer, item: Item) -> tuple[str, str]:
+    """The quote and the citation of an answer."""
+    end = tokenizer.special("<|/quote|>")
+    cut = item.said.index(end) if end in item.said else len(item.said)
+    return tokenizer.decode(item.said[:cut]).strip(), tokenizer.decode(item.said[cut + 1 :]).strip()
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, no punctuation, no articles, single blanks. Source: SQuAD's evaluate-v1.1.py."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def table(scores: dict[str, float]) -> str:
+    """One line a set."""
+    names = sorted({name.split("/")[0] for name in scores})
+    return "\n".join(
+        f"{name:12}"
+        + "".join(f"  {key.split('/')[1]} {value:5.1f}" for key, value in scores.items() if key.startswith(f"{name}/"))
+        for name in names
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--masters", type=Path, required=True, help="saved by distill or tune")
+    parser.add_argument("--transformer", action="store_true", help="the masters are a tuned Transformer's")
+    for name in ("tokenizer", "items", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--per-set", type=int, default=200)
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Jamba(TEACHER if args.transformer else STUDENT)
+    load_into(model, args.masters)
+    model.to(device, torch.bfloat16)
+    set_rope(model, float(args.transformer))
+    tokenizer = Tokenizer.load(args.tokenizer)
+    items = load_items(args.items, tokenizer, args.per_set)
+    scores = score(model, tokenizer, items)
+    args.out.write_text(json.dumps(scores, indent=1) + "\n")
+    print(table(scores))
+
+
+if __name__ == "__main__":
+    main()

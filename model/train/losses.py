@@ -32,3 +32,19 @@ def distillation(hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Te
 
     pieces = zip(hidden.split(CHUNK_TOKENS), teacher.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
     return torch.stack([checkpoint(chunk_loss, *piece, use_reentrant=False) for piece in pieces]).sum(0) / len(targets)
+
+
+def weighted_distillation(
+    hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor, targets: Tensor, weights: Tensor, hard: Tensor
+) -> Tensor:
+    """Sum of weights·(hard·(−log p(target)) + (1 − hard)·KL(teacher ‖ student)), (N,) or (N, d) -> scalar float32."""
+
+    def chunk_loss(x: Tensor, other: Tensor, target: Tensor, weight: Tensor, share: Tensor) -> Tensor:
+        log_q = F.linear(x, head).float().log_softmax(-1)
+        with torch.no_grad():
+            log_p = F.linear(other, teacher_head).float().log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        return (weight * (share * F.nll_loss(log_q, target, reduction="none") + (1 - share) * kl)).sum()
+
+    pieces = zip(*(x.split(CHUNK_TOKENS) for x in (hidden, teacher, targets, weights, hard)), strict=True)
+    return torch.stack([checkpoint(chunk_loss, *piece, use_reentrant=False) for piece in pieces]).sum()

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from model.train.passages import NegativeFinder, cut_passages, words
+from model.train.lexical import words
+from model.train.passages import NegativeFinder, cut_passages
 from model.train.sources import EXCLUDED, HELD_OUT, is_dev_document, read_word_lists
 
 Pair = dict[str, Any]

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from scipy import sparse
 
+from model.train.lexical import words
+
 SHORTEST, LONGEST = 320, 1150
-_WORD = re.compile(r"[A-Za-z0-9_]{2,}")
 _SENTENCE_END = re.compile(r"(?<=[.!?:;])\s+(?=[\"'(\[]?[A-Z0-9-])")
 
 
@@ -53,12 +54,6 @@ def _is_heading(paragraph: str) -> bool:
         and not paragraph.startswith("- ")
         and "|" not in paragraph
     )
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words, plurals cut: what lexical nearness is measured on."""
-    return [w[:-1] if len(w) > 3 and w.endswith("s") and not w.endswith("ss") else w for w in
-            (m.lower() for m in _WORD.findall(text))]  # fmt: skip
 
 
 class NegativeFinder:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from model.train import sources
+from model.train.lexical import words
 from model.train.pairs import question_content
-from model.train.passages import NegativeFinder, cut_passages, words
+from model.train.passages import NegativeFinder, cut_passages
 
 _QUESTIONS = Path(__file__).parent / "testsets" / "questions.jsonl"
 _SEED = 42  # of the cuts that the questions were written on

@@ -75,7 +75,7 @@ class MasterAdamW:
         ]
         self.optimizer = torch.optim.AdamW(_merge(groups), betas=(0.9, 0.95), eps=1e-8, fused=True)
 
-    def step(self, rate: float, clip: float = 1.0, fake_quant: Callable[[str, Tensor], Tensor] | None = None) -> float:
+    def step(self, rate: float, clip: float = 1.0, fake_quant: Callable[[str, Tensor], Tensor] | None = None) -> Tensor:
         """Apply the parameters' gradients at learning rate `rate`, clear them; returns the gradients' norm."""
         grads = [master.grad for master in self.masters]
         given = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
@@ -86,7 +86,7 @@ class MasterAdamW:
             group["lr"] = rate * group["factor"]
         self.optimizer.step()
         self.publish(fake_quant)
-        return norm.item()
+        return norm
 
     @torch.no_grad()
     def publish(self, fake_quant: Callable[[str, Tensor], Tensor] | None = None) -> None:
@@ -99,12 +99,14 @@ class MasterAdamW:
             p.grad = None
 
     def save(self, path: Path) -> None:
-        """Masters in bfloat16 (float32 where the parameters are): enough to go on from."""
+        """Masters in bfloat16 (float32 where the parameters are): enough to go on from. Never leaves half a file."""
         tensors = {
             name: master.to(p.dtype).contiguous()
             for name, p, master in zip(self.names, self.parameters, self.masters, strict=True)
         }
-        save_file(tensors, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path.with_suffix(".part"))
+        path.with_suffix(".part").rename(path)
 
     def load(self, path: Path) -> None:
         for name, tensor in load_file(path).items():

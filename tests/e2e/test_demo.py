@@ -29,11 +29,11 @@ def test_demo_answers_with_page_and_cache(tmp_path):
     )
     assert demo.returncode == 0, demo.stderr
     first, second, third = re.split(r"^Question \d, ", demo.stdout, flags=re.MULTILINE)[1:]
-    assert "“30 days”" in first
-    assert "“the head of finance" in second
+    assert "“6 hours”" in first
+    assert "“Tuesday at 10:00" in second
     assert "“9 October 2017”" in third and "page 2" in third
     cached = re.search(r"(\d+) of (\d+) prompt tokens came from the cache", second)
-    assert cached and 900 < int(cached[1]) < int(cached[2])
+    assert cached and 1000 < int(cached[1]) < int(cached[2])
     assert "there already" not in demo.stdout and "Traceback" not in demo.stderr
 
 

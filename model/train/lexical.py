@@ -1,0 +1,13 @@
+"""Words, as lexical nearness counts them."""
+
+from __future__ import annotations
+
+import re
+
+_WORD = re.compile(r"[A-Za-z0-9_]{2,}")
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words, plurals cut: what lexical nearness is measured on."""
+    return [w[:-1] if len(w) > 3 and w.endswith("s") and not w.endswith("ss") else w for w in
+            (m.lower() for m in _WORD.findall(text))]  # fmt: skip

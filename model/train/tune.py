@@ -1,0 +1,82 @@
+"""Tunes the Transformer on the questions: a teacher of answers to the hybrid, and the bound of what the data teaches.
+
+Same rows as `model.train.distill`, cross entropy on the answers, and a part of the other tokens so that it stays a
+language model. Run: `python -m model.train.tune --help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from model.jamba import Jamba
+from model.tokenizer import Tokenizer
+from model.train import evaluate
+from model.train.distill import Steps, question_loss
+from model.train.forward import accelerate
+from model.train.surgery import build_teacher
+from model.train.trainer import Cluster, Log, MasterAdamW
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("gguf", "corpora", "tokenizer", "pairs", "items", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=300, help="wall clock of the stage, its start not counted")
+    parser.add_argument("--qa-tokens", type=int, default=32_768, help="a step and process")
+    parser.add_argument("--rate", type=float, default=3e-4)
+    parser.add_argument("--text-weight", type=float, default=0.1, help="of documents and questions, to the answers' 1")
+    parser.add_argument("--final-items", type=int, default=120, help="questions a set, at the end")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--compile", action="store_true", help="compile norms and gates")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args, cluster = parse_arguments(), Cluster()
+    args.hidden, args.text_tokens = 0.0, 0
+    log, tokenizer = Log(args.out / "tune.jsonl", cluster), Tokenizer.load(args.tokenizer)
+    model: Jamba = build_teacher(args.gguf).to(cluster.device)
+    optimizer = MasterAdamW(model, lambda name: 1.0, weight_decay=0.01)
+    if args.compile:
+        accelerate(model)
+    steps = Steps(args, cluster)
+    loader = DataLoader(steps, batch_size=None, num_workers=args.workers, prefetch_factor=4, pin_memory=True)
+    start, tokens, losses = None, 0, []
+    for step, batch in enumerate(loader):
+        start = start or time.monotonic()
+        share = cluster.mean(torch.tensor((time.monotonic() - start) / args.seconds, device=cluster.device)).item()
+        if share >= 1:
+            break
+        steps.progress.value = share
+        rows, kinds = (torch.as_tensor(x).to(cluster.device, non_blocking=True) for x in batch[1:])
+        loss, parts = question_loss(model, None, rows, kinds, args)
+        loss.backward()
+        cluster.mean_gradients([p for p in optimizer.parameters if p.grad is not None])
+        rate = args.rate * min(1.0, (step + 1) / 50) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * share)))
+        norm = optimizer.step(rate)
+        losses.append(parts[0])
+        tokens += rows.numel() * cluster.size
+        if step % 20 == 0:
+            loss, losses = torch.stack(losses).mean().item(), []
+            log.write(stage="tune", step=step, share=share, tokens=tokens, rate=rate, answer=loss, norm=norm.item(),
+                      tok_per_s=tokens / max(1e-9, time.monotonic() - start))  # fmt: skip
+    if cluster.rank == 0:
+        optimizer.save(args.out / "tuned.safetensors")
+        began = time.monotonic()
+        scores = evaluate.score(model, tokenizer, evaluate.load_items(args.items, tokenizer, args.final_items))
+        log.write(stage="eval", took=time.monotonic() - began, **scores)
+        (args.out / "tuned.json").write_text(json.dumps(scores, indent=1) + "\n")
+        print(evaluate.table(scores), flush=True)
+    cluster.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The forward of training gives what the model gives, faster or not; a tuned teacher's loss is the plain one."""
+
+import argparse
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.config import JambaConfig
+from model.jamba import Jamba
+from model.train import distill, forward, losses, surgery
+from model.train.data import ANSWER, QUESTION
+from tests.numeric import assert_close
+
+
+def small(**changes) -> Jamba:
+    shape = {"vocab_size": 64, "hidden_size": 36, "intermediate_size": 64, "num_hidden_layers": 4, "mamba_dt_rank": 4}
+    shape |= {"num_attention_heads": 9, "num_key_value_heads": 3, "attn_layer_period": 2, "attn_layer_offset": 0}
+    shape |= {"num_experts": 2, "num_experts_per_tok": 1}
+    torch.manual_seed(1)
+    return Jamba(JambaConfig(**(surgery.BASE | shape | changes)))
+
+
+def gradients(model: Jamba, token_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    hidden, _ = forward.forward_hidden(model, token_ids)
+    (model.lm_head(hidden).logsumexp(-1).mean() + model.load_balancing_loss(0.1)).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_accelerated_parts_change_neither_result_nor_gradient():
+    plain, fast = small(), small()
+    token_ids = torch.randint(64, (3, 21))
+    forward.accelerate(fast, backend="aot_eager")
+    for model in (plain, fast):
+        model.collect_router_stats = True
+    expected = gradients(plain, token_ids)
+    for name, grad in gradients(fast, token_ids).items():
+        assert_close(name, grad, expected[name], ratio=1e-4)
+    assert torch.equal(fast.expert_utilisation(), plain.expert_utilisation())
+    with torch.no_grad():
+        assert_close("without gradients", fast(token_ids), plain(token_ids), ratio=1e-5)
+
+
+def test_hidden_states_end_in_the_logits_and_positions_count_each_row():
+    model = small()
+    token_ids = torch.randint(64, (2, 9))
+    with torch.no_grad():
+        hidden, kept = forward.forward_hidden(model, token_ids, taps=(1, 3))
+        assert_close("logits", model.lm_head(hidden), model(token_ids).flatten(0, 1), ratio=1e-6)
+        assert_close("last layer", model.final_layernorm(kept[1]), hidden, ratio=1e-6)
+    assert forward.Rows.fresh(2, 3, torch.device("cpu")).positions().tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_positions_that_faded_out_are_no_positions():
+    model, bare = small(), small(rope_theta=None)
+    token_ids = torch.randint(64, (2, 9))
+    with torch.no_grad():
+        forward.set_rope(model, 0.0)
+        assert torch.equal(model(token_ids), bare(token_ids))
+        forward.set_rope(model, 1.0)
+        assert torch.equal(model(token_ids), small()(token_ids))
+
+
+def test_mixed_distillation_is_cross_entropy_and_divergence_by_weight(monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_TOKENS", 7)
+    torch.manual_seed(0)
+    hidden, other, head, other_head = (torch.randn(*s) for s in ((20, 8), (20, 8), (11, 8), (11, 8)))
+    targets, weights, hard = torch.randint(11, (20,)), torch.rand(20), torch.rand(20)
+    log_p, log_q = (other @ other_head.T).log_softmax(-1), (hidden @ head.T).log_softmax(-1)
+    kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    expected = (weights * (hard * F.nll_loss(log_q, targets, reduction="none") + (1 - hard) * kl)).sum()
+    given = losses.weighted_distillation(hidden, head, other, other_head, targets, weights, hard)
+    assert_close("loss", given, expected, ratio=1e-5)
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_answers_weigh_more_than_documents(tuned):
+    student, args = small(), argparse.Namespace(hidden=0.3, hard=0.5, text_weight=0.0)
+    student.collect_router_stats = True
+    rows, kinds = torch.randint(64, (2, 17)), torch.zeros(2, 17)
+    kinds[:, 5:9], kinds[:, 9:12] = QUESTION, ANSWER
+    distill_taps = (1, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill, "TAPS", distill_taps)
+        loss, parts = distill.question_loss(student, small() if tuned else None, rows, kinds, args)
+    logits = student(rows[:, :-1])
+    ce = F.cross_entropy(logits[:, 8:11].flatten(0, 1), rows[:, 9:12].flatten())
+    # a teacher that is the student itself adds no divergence and no distance
+    assert_close("loss", loss, ce * (0.5 if tuned else 1.0), ratio=1e-4)
+    assert parts.shape == (2,)
