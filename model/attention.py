@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from model.batch import Batch
 from model.config import JambaConfig
+from model.kernels import gpu_past
+
+_UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Attention(nn.Module):
@@ -30,20 +36,27 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """(T, d) -> (T, d); appends to the states' KV."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.project(x)
         if self.rope_theta is not None:
             cos, sin = rotation(batch.positions(), self.rope_theta, self.rope_scale, self.head_dim)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = self._attend_states(q, k, v, batch) if batch.states else _attend_fresh(q, k, v, batch)
+        out = self.attend_states(q, k, v, batch) if batch.states else _attend_fresh(q, k, v, batch)
         return self.o_proj(out.flatten(-2))
 
-    def _attend_states(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (T, d) -> q (T, h, p), k, v (T, g, p), without positions."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return q, k, v
+
+    def attend_states(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+        """Each of the batch's sequences to its own KV, which grows by k and v -> (T, h, p)."""
         outputs = []
         parts = (x.split(batch.lengths) for x in (q, k, v))
-        for state, q_own, k_own, v_own in zip(batch.states, *parts, strict=True):
-            keys, values = state.append_kv(self.index, k_own, v_own)
-            outputs.append(_attend_past(q_own, keys, values))
-        return torch.cat(outputs)
+        with _any_length(q):
+            for state, q_own, k_own, v_own in zip(batch.states, *parts, strict=True):
+                keys, values = state.append_kv(self.index, k_own, v_own)
+                outputs.append(_attend_past(q_own, keys, values))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def rotation(positions: Tensor, theta: float, scale: float, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -68,11 +81,23 @@ def _attend_fresh(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     return out.transpose(1, 2).flatten(0, 1)
 
 
+def _any_length(q: Tensor) -> AbstractContextManager[None]:
+    """Keeps cuDNN out on a GPU: PyTorch prefers it on Hopper, and it plans tens of milliseconds for each new length.
+
+    Source: PyTorch sdp_utils.cpp::check_prefer_cudnn_attention, cudnn/MHA.cpp.
+    """
+    return sdpa_kernel(_UNPLANNED) if q.is_cuda else nullcontext()
+
+
 def _attend_past(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """The last t of s+t tokens attend to all before them. q (t, h, p), keys, values (s+t, g, p) -> (t, h, p).
 
-    The heads of a group share their keys by view (a second batch dimension of stride 0): KV is never copied.
+    The heads of a group share their keys by view (a second batch dimension of stride 0): KV is never copied. On a GPU
+    flash attention cuts the keys among blocks by itself where the queries are too few to fill the card.
+    Source: PyTorch flash_api.cpp::mha_fwd, whose causal mask is aligned to the last key.
     """
+    if gpu_past.takes(q, keys, values):
+        return gpu_past.attend(q, keys, values)
     t, total, kv_heads = len(q), len(keys), keys.shape[1]
     q = q.unflatten(1, (kv_heads, -1))  # (t, g, h/g, p)
     keys, values = (x.transpose(0, 1)[None] for x in (keys, values))  # (1, g, s+t, p)

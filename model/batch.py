@@ -58,10 +58,14 @@ class Batch:
     def positions(self) -> Tensor:
         """(T,) the place of each token in its sequence."""
         pasts = [state.num_tokens for state in self.states] or [0] * len(self.lengths)
-        return torch.cat([torch.arange(s, s + t) for s, t in zip(pasts, self.lengths, strict=True)]).to(self.device)
+        pieces = zip(pasts, self.lengths, strict=True)
+        return torch.cat([torch.arange(s, s + t, device=self.device) for s, t in pieces])
 
     def last_rows(self) -> Tensor:
         """(number of sequences,) the row of the last token of each."""
+        if len(self.groups) == 1:  # made on the device: copying there would wait for all that it has to do
+            t = self.lengths[0]
+            return torch.arange(t - 1, t * len(self.lengths), t, device=self.device)
         return (torch.tensor(self.lengths).cumsum(0) - 1).to(self.device)
 
     def map_groups(self, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

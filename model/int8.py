@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.jamba import Jamba
-from model.kernels import cpu
+from model.kernels import cpu, gpu, gpu_prefill
 from model.kernels.silu_mul import silu_mul
 from model.moe import Experts
 
@@ -27,6 +27,8 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) @ (weight (out, in) * scale (out,)).T + bias, in x.dtype."""
+    if gpu.supports(x, weight, bias) and gpu_prefill.fits(x, weight):
+        return gpu_prefill.int8_linear(x, weight, scale, bias)
     if cpu.supports(x):
         return cpu.int8_linear(x, weight, scale, bias)
     out = F.linear(x, weight.to(x.dtype)) * scale
@@ -55,9 +57,18 @@ class Int8Experts(nn.Module):
 
     def forward(self, x: Tensor, counts: list[int]) -> Tensor:
         """As `Experts.forward`."""
-        weights = (self.gate_up_proj, self.gate_up_scale, self.down_proj, self.down_scale)
-        parts = zip(x.split(counts), *(weight.unbind() for weight in weights), strict=True)
+        parts = zip(x.split(counts), *(weight.unbind() for weight in self._weights()), strict=True)
         return torch.cat([_swiglu(rows, *expert) for rows, *expert in parts if len(rows)])
+
+    def can_mix(self, x: Tensor) -> bool:
+        return gpu.supports(x, self.down_proj) and gpu_prefill.fits(x, self.gate_up_proj, self.down_proj)
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """As `Experts.mix`."""
+        return gpu_prefill.mix_experts(x, weights, chosen, *self._weights())
+
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.gate_up_proj, self.gate_up_scale, self.down_proj, self.down_scale
 
 
 def swap_linears(model: Jamba) -> None:

@@ -15,10 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model import gpu_segment
 from model.attention import Attention
 from model.batch import Batch
 from model.config import JambaConfig
 from model.cpu_decode import DecodeLayer, can_decode
+from model.gpu_decode import MAX_BATCH as MAX_GPU_BATCH
+from model.gpu_decode import GpuDecoder, fits
+from model.kernels import gpu
 from model.kernels.rms_norm import RMSNorm
 from model.mamba import MambaMixer
 from model.moe import MLP, MoE
@@ -57,6 +61,9 @@ class Jamba(nn.Module):
         self.final_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._decode: list[DecodeLayer] | None = None
+        self._gpu_decode: GpuDecoder | Literal["unfit"] | None = None
+        self._gpu_segments: gpu_segment.GpuSegments | None = None
+        self._collect_router_stats = False
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
         self.tie_weights()
 
@@ -102,23 +109,30 @@ class Jamba(nn.Module):
     ) -> Tensor:
         """Sequences of any lengths end to end: token_ids (T,) -> logits (T, v), or (len(lengths), v) of the last ones.
 
+        token_ids may stay on the CPU: a decode step on the GPU then uploads them with all else that it needs.
         `states[i]` belongs to the i-th sequence and is advanced in place by `lengths[i]` tokens. Raises ValueError,
         before anything is changed, when lengths, states and token_ids do not fit each other; after any other
         exception the states are of no use.
         """
         self._check_packed(token_ids, lengths, states)
-        batch = Batch.of_states(lengths, states, token_ids.device)
-        out = self._run(token_ids, batch, logits)
+        if max(lengths) == 1 and (decoder := self._gpu_decoder(len(states))):
+            return decoder.step(token_ids, states)
+        if len(states) == 1 and logits == "last" and (segments := self._short_segments(lengths[0])):
+            return segments.run(token_ids, states[0])
+        device = self.embed_tokens.weight.device
+        batch = Batch.of_states(lengths, states, device)
+        out = self._run(token_ids.to(device), batch, logits)
         batch.commit()
         return out
 
     @property
     def collect_router_stats(self) -> bool:
         """Whether each MoE layer keeps the router statistics of its last call; set it before that call."""
-        return any(moe.collect_stats for moe in self._moe_layers())
+        return self._collect_router_stats
 
     @collect_router_stats.setter
     def collect_router_stats(self, collect: bool) -> None:
+        self._collect_router_stats = collect
         for moe in self._moe_layers():
             moe.collect_stats, moe.stats = collect, None
 
@@ -150,9 +164,25 @@ class Jamba(nn.Module):
             self._decode = [DecodeLayer(layer) for layer in self.layers]
         return self._decode
 
+    def _gpu_decoder(self, b: int) -> GpuDecoder | None:
+        """What decodes b sequences on the GPU, if this model and its card can; it holds addresses of the weights."""
+        if b > MAX_GPU_BATCH or not gpu.supports(self.embed_tokens.weight) or self.collect_router_stats:
+            return None
+        if self._gpu_decode is None:
+            self._gpu_decode = GpuDecoder(self) if fits(self) else "unfit"
+        return None if self._gpu_decode == "unfit" else self._gpu_decode
+
+    def _short_segments(self, t: int) -> gpu_segment.GpuSegments | None:
+        """What computes t tokens of one sequence as graphs, if this model and its card can."""
+        if not gpu_segment.ENABLED or t > gpu_segment.MAX_TOKENS or self._gpu_decoder(1) is None:
+            return None
+        if self._gpu_segments is None:
+            self._gpu_segments = gpu_segment.GpuSegments(self)
+        return self._gpu_segments if self._gpu_segments.takes(t) else None
+
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         """Every way to move or cast the weights comes through here."""
-        self._decode = None
+        self._decode = self._gpu_decode = self._gpu_segments = None
         return super()._apply(*args, **kwargs)
 
     def _moe_layers(self) -> Iterator[MoE]:

@@ -50,6 +50,8 @@ class MoE(nn.Module):
         """(T, d) -> (T, d)"""
         probabilities = self.router(x).softmax(dim=-1, dtype=torch.float32)  # (T, m)
         weights, chosen = probabilities.topk(self.top_k, dim=-1)  # (T, k)
+        if not self.collect_stats and self.experts.can_mix(x):
+            return self.experts.mix(x, weights, chosen)
         order = chosen.flatten().argsort(stable=True)  # assignments, expert by expert
         counts = torch.zeros(self.num_experts, dtype=torch.int64, device=x.device)
         counts.scatter_add_(0, chosen.flatten(), torch.ones_like(order))
@@ -73,6 +75,14 @@ class Experts(nn.Module):
         """x (T*k, d) sorted by expert, `counts` rows for each -> (T*k, d)."""
         parts = zip(x.split(counts), self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
         return torch.cat([_swiglu(rows, gate_up, down) for rows, gate_up, down in parts if len(rows)])
+
+    def can_mix(self, x: Tensor) -> bool:
+        """Whether `mix` takes tokens like x (T, d): int8 experts on a GPU do."""
+        return False
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """x (T, d) through the chosen experts (T, k) of each token, summed by weights (T, k) float32 -> (T, d)."""
+        raise NotImplementedError
 
 
 def _swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from functools import cache
 from typing import Self
 
 import torch
@@ -19,7 +20,7 @@ from model.config import JambaConfig
 
 _HEADER = struct.Struct("<8s16s16sQ16x")  # magic, layout fingerprint, checksum, num_tokens: 64 bytes
 _MAGIC = b"jambast1"
-_MIN_CAPACITY_TOKENS = 256
+_MIN_CAPACITY_TOKENS, _MAX_SPARE_TOKENS = 256, 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class StateLayout:
     version: int = 1
 
     @classmethod
+    @cache  # asked for at every step
     def of(cls, config: JambaConfig, dtype: torch.dtype) -> Self:
         """The layout of a model whose activations have `dtype`."""
         return cls(
@@ -96,11 +98,21 @@ class HybridState:
         """Memory held, the room for tokens to come included."""
         return self.conv.nbytes + self.ssm.nbytes + self._kv.nbytes
 
+    @property
+    def capacity(self) -> int:
+        """How many tokens' KV there is room for."""
+        return self._kv.shape[2]
+
+    def addresses(self) -> tuple[int, int, int]:
+        """Where conv, SSM and KV (n_attn, 2, capacity, g, p) lie; the KV moves when `reserve` makes room."""
+        return self.conv.data_ptr(), self.ssm.data_ptr(), self._kv.data_ptr()
+
     def reserve(self, num_tokens: int) -> None:
-        """Make room for the KV of `num_tokens` tokens in all; the room doubles, so appending is cheap."""
-        capacity = self._kv.shape[2]
-        if num_tokens > capacity:
-            grown = self._new_kv(max(num_tokens, 2 * capacity, _MIN_CAPACITY_TOKENS))
+        """Make room for the KV of `num_tokens` tokens in all. Appending one by one is cheap: the room doubles, a large
+        one grows by a fixed piece. Who knows how long a sequence gets reserves that, and nothing is ever copied."""
+        if num_tokens > self.capacity:
+            spare = min(self.capacity, _MAX_SPARE_TOKENS)
+            grown = self._new_kv(max(num_tokens, self.capacity + spare, _MIN_CAPACITY_TOKENS))
             grown[:, :, : self.num_tokens] = self._kv[:, :, : self.num_tokens]
             self._kv = grown
 

@@ -15,6 +15,9 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 from transformers import JambaConfig, JambaForCausalLM
 from transformers.utils import logging
 
+from model.kernels import gpu
+from tests import cuda_on_cpu as emulation
+
 WriteJamba = Callable[..., JambaForCausalLM]
 
 # every kind of layer: attention and Mamba, each with and without experts
@@ -41,6 +44,12 @@ def _quiet_and_single_threaded() -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+@pytest.fixture
+def cuda_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the CUDA kernels work on CPU tensors."""
+    monkeypatch.setattr(gpu, "emulator", emulation.kernel)
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels import cpu
+from model.kernels import cpu, gpu
 
 try:
     from model.kernels.causal_conv_triton import causal_conv_triton
 except ImportError:  # a PyTorch without Triton, as the CPU wheels are
     causal_conv_triton = None
+
+_BITS = {torch.float32: 32, torch.bfloat16: 16}
+# How conv.cu shares out the work; a benchmark may try others.
+CONV_TUNING = {"THREADS": 128, "STEPS": 32, "AT_ONCE": 8}
 
 
 def causal_conv(x: Tensor, conv_state: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -19,11 +23,41 @@ def causal_conv(x: Tensor, conv_state: Tensor | None, weight: Tensor, bias: Tens
 
     Differentiable when `conv_state` is None.
     """
+    if gpu.supports(x, conv_state, weight, bias) and _fits_cuda(x, conv_state, weight):
+        return causal_conv_cuda(x, conv_state, weight, bias)
     if cpu.supports(x, weight, bias):
         return cpu.causal_conv(x, conv_state, weight, bias)
     if x.is_cuda and causal_conv_triton is not None:
         return causal_conv_triton(x, conv_state, weight, bias)
     return causal_conv_torch(x, conv_state, weight, bias)
+
+
+def causal_conv_cuda(
+    x: Tensor,
+    conv_state: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    tuning: dict[str, int] | None = None,
+) -> Tensor:
+    """`causal_conv` by conv.cu, where `_fits_cuda`; `tuning` replaces entries of CONV_TUNING. Not differentiable."""
+    b, t, e = x.shape
+    constants = CONV_TUNING | (tuning or {})
+    bits = {"ACTIVATION_BITS": _BITS[x.dtype], "WEIGHT_BITS": _BITS[weight.dtype]}
+    bits["STATE_BITS"] = _BITS[x.dtype if conv_state is None else conv_state.dtype]
+    out = torch.empty(b, t, e, dtype=x.dtype, device=x.device)
+    grid = (-(-e // (8 * constants["THREADS"])), -(-t // constants["STEPS"]), b)
+    bias = None if bias is None else bias.to(weight.dtype).contiguous()
+    conv = gpu.kernel("conv", "conv", W=weight.shape[1], **constants, **bits)
+    conv(grid, constants["THREADS"], x, conv_state, weight, bias, out, t, e, *x.stride()[:2])
+    return out
+
+
+def _fits_cuda(x: Tensor, conv_state: Tensor | None, weight: Tensor) -> bool:
+    """Whether conv.cu takes these: 16-byte loads of eight channels."""
+    aligned = all(at * x.element_size() % 16 == 0 for at in x.stride()[:2]) and x.data_ptr() % 16 == 0
+    own_state = conv_state is None or (conv_state.is_contiguous() and conv_state.dtype in _BITS)
+    known = x.dtype in _BITS and weight.dtype in _BITS and weight.is_contiguous() and weight.shape[1] > 1
+    return aligned and own_state and known and x.stride(-1) == 1 and x.shape[-1] % 8 == 0
 
 
 def causal_conv_torch(x: Tensor, conv_state: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -55,7 +55,7 @@ def _load_library() -> ctypes.CDLL | None:
 
 
 def _open(compile_command: list[str], link_command: list[str]) -> ctypes.CDLL:
-    directory = _cache_dir()
+    directory = cache_dir()
     path = directory / f"kernels-{_fingerprint([*compile_command, *link_command])}.so"
     if not path.exists():
         _build(compile_command, link_command, path)
@@ -89,7 +89,7 @@ def _cpu_features() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _cache_dir() -> Path:
+def cache_dir() -> Path:
     """Where only this user writes: ~/.cache, else a directory of the user's own under the temporary one."""
     candidates = (Path.home() / ".cache/jamba-rag", Path(tempfile.gettempdir()) / f"jamba-rag-{os.getuid()}")
     for directory in candidates:

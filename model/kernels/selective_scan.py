@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model.kernels import cpu
+from model.kernels import cpu, gpu
 
 try:
     from model.kernels.selective_scan_triton import selective_scan_triton
@@ -19,6 +19,10 @@ except ImportError:  # a PyTorch without Triton, as the CPU wheels are
     selective_scan_triton = None
 
 _TILE_STEPS = 32
+_BITS = {torch.float32: 32, torch.bfloat16: 16}
+# How scan.cu shares out the work; a benchmark may try others.
+SCAN_TUNING = {"LANES": 8, "CHANNELS_PER_LANE": 2, "CHANNELS": 32, "TILE": 32, "BLOCKS_PER_SM": 2}
+_MIN_CHUNK_STEPS = 64  # below, a chunk's own start outweighs what its neighbours save
 
 
 def selective_scan(
@@ -39,6 +43,8 @@ def selective_scan(
     t may be any length >= 1; splitting t over calls gives the same result. Differentiable when `state` is None.
     Source: Mamba, section 3.2, algorithm 2; state-spaces/mamba ops/selective_scan_interface.py::selective_scan_ref.
     """
+    if gpu.supports(u, delta, A, B, C, D, z, state, delta_bias) and _fits_cuda(u, delta, A, B, C, z, state):
+        return selective_scan_cuda(u, delta, A, B, C, D, z, state, delta_bias)
     if cpu.supports(u, delta, A, B, C, D, z, delta_bias):
         return cpu.selective_scan(u, delta, A, B, C, D, z, state, delta_bias)
     if delta_bias is not None:
@@ -46,6 +52,63 @@ def selective_scan(
     if u.is_cuda and selective_scan_triton is not None:
         return selective_scan_triton(u, delta, A, B, C, D, z, state)
     return selective_scan_torch(u, delta, A, B, C, D, z, state)
+
+
+def selective_scan_cuda(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    state: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    tuning: dict[str, int] | None = None,
+    chunks: int | None = None,
+) -> Tensor:
+    """`selective_scan` by scan.cu, where `_fits_cuda`; not differentiable.
+
+    `tuning` replaces entries of SCAN_TUNING, `chunks` is how many parts the sequence is cut into (None: as many as fill
+    the card).
+    """
+    (b, t, e), n = u.shape, A.shape[1]
+    constants = SCAN_TUNING | (tuning or {})
+    constants["LANES"] = min(constants["LANES"], n // 2)
+    threads = constants["CHANNELS"] * constants["LANES"] // constants["CHANNELS_PER_LANE"]
+    blocks, tile = -(-e // constants["CHANNELS"]), constants["TILE"]
+    if chunks is None:
+        room = constants["BLOCKS_PER_SM"] * gpu.sm_count(u.device) // (blocks * b)
+        chunks = max(1, min(room, t // _MIN_CHUNK_STEPS))
+    chunk_steps = -(-t // (chunks * tile)) * tile
+    chunks = -(-t // chunk_steps)
+    out = torch.empty(b, t, e, dtype=u.dtype, device=u.device)
+    ends = torch.empty(b, chunks - 1, e, n, device=u.device) if chunks > 1 else None
+    delta_sums = torch.empty(b, chunks - 1, e, device=u.device) if chunks > 1 else None
+    A, D = A.float().contiguous(), D.float().contiguous()
+    bias = None if delta_bias is None else delta_bias.float().contiguous()
+    options = {"N": n, "CHUNKED": int(chunks > 1), "SOFTPLUS": int(bias is not None)}
+    options |= {"ACTIVATION_BITS": _BITS[u.dtype], "ROW_BITS": _BITS[B.dtype]}
+    scan = gpu.kernel("scan", "scan", **constants, **options)
+    shared_bytes = 8 * tile * (constants["CHANNELS"] * 3 + 2 * n + 8)  # see the layout in scan.cu
+    strides = [stride for x in (u, delta, z, B, C) for stride in x.stride()[:2]]
+    for first_chunk in range(min(chunks, 2)):
+        grid = (blocks, b, max(chunks - 1, 1))
+        tensors = (u, delta, z, B, C, A, D, bias, state, out, ends, delta_sums)
+        scan(grid, threads, *tensors, t, e, chunk_steps, first_chunk, *strides, shared_bytes=shared_bytes)
+    return out
+
+
+def _fits_cuda(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor, state: Tensor | None) -> bool:
+    """Whether scan.cu takes these: 16-byte loads of eight channels, states in pairs."""
+    eights = all(
+        x.dtype == u.dtype and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
+        and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:2])
+        for x in (u, delta, z)
+    )  # fmt: skip
+    rows = B.dtype == C.dtype and B.dtype in _BITS and B.stride(-1) == C.stride(-1) == 1
+    own_state = state is None or (state.is_contiguous() and state.dtype == torch.float32)
+    return eights and rows and own_state and u.dtype in _BITS and u.shape[-1] % 8 == 0 and A.shape[1] in (4, 8, 16, 32)
 
 
 def selective_scan_torch(

@@ -247,7 +247,7 @@ def test_a_compiler_that_fails_means_not_available(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(cpu_build, "_FLAGS", ["--no-such-flag"])
-    monkeypatch.setattr(cpu_build, "_cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(cpu_build, "cache_dir", lambda: tmp_path)
     cpu_build._load_library.cache_clear()
     try:
         assert not cpu.available()
@@ -260,7 +260,7 @@ def test_a_compiler_that_fails_means_not_available(
 def test_two_processes_building_at_once_both_get_the_library(tmp_path: Path) -> None:
     code = (
         "import pathlib, sys; from model.kernels import cpu_build; "
-        f"cpu_build._cache_dir = lambda: pathlib.Path({str(tmp_path)!r}); sys.exit(not cpu_build.load_library())"
+        f"cpu_build.cache_dir = lambda: pathlib.Path({str(tmp_path)!r}); sys.exit(not cpu_build.load_library())"
     )
     # torch first: the library takes OpenMP from it
     command = [sys.executable, "-c", "import torch; " + code]

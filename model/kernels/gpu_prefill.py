@@ -1,0 +1,196 @@
+"""int8 weights and many tokens on the GPU: weights are unpacked to bfloat16, a matrix at a time, and cuBLAS multiplies.
+
+Also the passes over rows around the products: gate, norm, and the sum over experts. Callers ask `gpu.supports` and
+`fits` first. The kernels are in elementwise.cu. Few tokens: gpu_linear.py. Not captured in graphs: `mix_experts` waits
+for the counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.kernels import gpu, gpu_linear
+from model.kernels.gpu_linear import MAX_ASSIGNMENTS, MAX_EXPERTS, MAX_TOKENS
+
+OVERLAP = False  # unpack the next matrix of an expert on a stream of its own while this one is multiplied
+MAX_ROWS = 8192  # of one product with an expert's gates and ups: 28,672 columns make that 0.5 GB
+_MAX_SCRATCH = 1 << 27  # weights unpacked at a time
+_MAX_NORM_COLUMNS = 8192
+_THREADS = 256
+
+_scratch: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def fits(x: Tensor, *weights: Tensor) -> bool:
+    """Whether `int8_linear` and `mix_experts` take activations like x and these weights."""
+    return x.dtype == torch.bfloat16 and all(map(gpu_linear.fits, weights))
+
+
+def rows_fit(*rows: Tensor) -> bool:
+    """Whether the passes over rows take these: bfloat16, 16 bytes at a time, evenly spaced."""
+    return all(
+        x.dtype == torch.bfloat16
+        and x.shape[-1] % 8 == 0
+        and x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and (x.ndim == 1 or x.stride(-2) % 8 == 0)
+        and (x.ndim < 3 or x.is_contiguous())
+        and x.numel() > 0
+        for x in rows
+    )
+
+
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., k) @ (weight (n, k) * scale (n,)[:, None]).T + bias -> (..., n) in bfloat16; see `fits`."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    if 0 < len(rows) <= MAX_TOKENS:
+        out = x.new_empty(len(rows), len(weight))
+        gpu_linear.int8_rows(rows, weight, scale, out, bias)
+        return out.view(*x.shape[:-1], -1)
+    step = max(_MAX_SCRATCH // weight.shape[1], 1)
+    cuts = range(0, len(weight), step)
+    biases = [None] * len(cuts) if bias is None else bias.split(step)
+    parts = zip(weight.split(step), scale.split(step), biases, strict=True)
+    outs = [F.linear(x, dequantize(some, scales, _room(some, 0)), added) for some, scales, added in parts]
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+
+
+def mix_experts(
+    x: Tensor,
+    weights: Tensor,
+    chosen: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+) -> Tensor:
+    """Each token's chosen experts, summed by `weights` (T, k) float32: x (T, d) -> (T, d).
+
+    gate_up (m, 2f, d), down (m, d, f). Few tokens read the chosen experts' int8 alone and nothing waits; of many the
+    experts are run one after the other, so that no more than one expert's activations are held.
+    """
+    if len(x) <= MAX_TOKENS and chosen.numel() <= MAX_ASSIGNMENTS and len(gate_up) <= MAX_EXPERTS:
+        experts = chosen.int()
+        h = x.new_empty(*chosen.shape, down.shape[2])
+        rows = x.new_empty(*chosen.shape, down.shape[1], dtype=torch.float32)
+        gpu_linear.experts_gate_up(x.contiguous(), experts, gate_up, gate_up_scale, h)
+        gpu_linear.experts_down(h, experts, down, down_scale, rows)
+        return (weights[..., None] * rows).sum(1).to(x.dtype)
+    order = chosen.flatten().argsort(stable=True)
+    counts = torch.zeros(len(gate_up), dtype=torch.int64, device=x.device)
+    counts = counts.scatter_add_(0, chosen.flatten(), torch.ones_like(order)).tolist()
+    tokens, shares = (order // chosen.shape[1]).split(counts), weights.flatten()[order].split(counts)
+    crowded = [i for i, count in enumerate(counts) if count > MAX_TOKENS]
+    pairs = (((gate_up[i], gate_up_scale[i]), (down[i], down_scale[i])) for i in crowded)
+    unpacked = _unpack_in_turn([matrix for pair in pairs for matrix in pair])
+    out = torch.zeros_like(x)
+    for i, own in enumerate(tokens):
+        if not len(own):
+            continue
+        rows = x.index_select(0, own)
+        if len(own) <= MAX_TOKENS:
+            rows = _few(rows, gate_up[i], gate_up_scale[i], down[i], down_scale[i])
+        else:
+            h = _gated(rows, next(unpacked))
+            rows = F.linear(h, next(unpacked))
+        add_rows(rows, own, shares[i], out)
+    return out
+
+
+def dequantize(weight: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+    """out (n, k) bfloat16 = weight (n, k) int8 * scale (n,)[:, None]; returns out."""
+    kernel = gpu.kernel("elementwise", "dequantize")
+    kernel(_grid(weight.numel() // 16), _THREADS, weight, scale, out, *weight.shape)
+    return out
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up in one pass; both (..., f) may be slices of wider rows, see `rows_fit`."""
+    out, f = gate.new_empty(gate.shape), gate.shape[-1]
+    rows = gate.numel() // f
+    strides = (x.stride(-2) if x.ndim > 1 else f for x in (gate, up))
+    gpu.kernel("elementwise", "silu_mul")(_grid(rows * f // 8), _THREADS, gate, up, out, rows, f, *strides)
+    return out
+
+
+def norm_fits(x: Tensor, weight: Tensor) -> bool:
+    return rows_fit(x, weight) and x.shape[-1] <= _MAX_NORM_COLUMNS
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`F.rms_norm` over the last dimension in one pass; x (..., d) may be a slice of wider rows, see `norm_fits`."""
+    out, d = x.new_empty(x.shape), x.shape[-1]
+    rows, stride = x.numel() // d, x.stride(-2) if x.ndim > 1 else d
+    kernel = gpu.kernel("elementwise", "rms_norm", CHUNKS=-(-d // 256))
+    kernel((-(-rows // 8),), _THREADS, x, weight, out, rows, d, stride, float(eps))
+    return out
+
+
+def add_rows(rows: Tensor, index: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out[index[i]] += weight[i] * rows[i]. rows (count, d), index int64 without repetition, weight float32."""
+    grid = _grid(rows.numel() // 8)
+    gpu.kernel("elementwise", "add_rows")(grid, _THREADS, rows, index, weight, out, *rows.shape)
+
+
+def _few(x: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, down_scale: Tensor) -> Tensor:
+    (gate, up), (gate_scale, up_scale) = gate_up.chunk(2), gate_up_scale.chunk(2)
+    h, out = x.new_empty(len(x), len(gate)), x.new_empty(len(x), len(down))
+    gpu_linear.swiglu_rows(x, gate, gate_scale, up, up_scale, h)
+    gpu_linear.int8_rows(h, down, down_scale, out)
+    return out
+
+
+def _gated(x: Tensor, gate_up: Tensor) -> Tensor:
+    """x (rows, d) -> silu(gate) * up (rows, f), never more than `MAX_ROWS` rows of gates and ups at a time."""
+    parts = [silu_mul(*F.linear(rows, gate_up).chunk(2, dim=-1)) for rows in x.split(MAX_ROWS)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _unpack_in_turn(matrices: list[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    """Yields each weight in bfloat16; it is valid until the next but one is asked for, in two rooms by turns.
+
+    With `OVERLAP` on a second stream, one ahead of the consumer.
+    """
+    if not (OVERLAP and matrices and matrices[0][0].is_cuda):
+        for i, (weight, scale) in enumerate(matrices):
+            yield dequantize(weight, scale, _room(weight, i % 2))
+        return
+    main, side = torch.cuda.current_stream(), _side_stream(matrices[0][0].device)
+    free, ready = [main.record_event(), main.record_event()], []
+    for i, (weight, _) in enumerate(matrices[:2]):
+        _room(weight, i)  # allocated on the consumer's stream
+    for i in range(len(matrices) + 1):
+        if i < len(matrices):
+            weight, scale = matrices[i]
+            room = _room(weight, i % 2)
+            side.wait_event(free[i % 2])
+            with torch.cuda.stream(side):
+                ready.append((dequantize(weight, scale, room), side.record_event()))
+        if i:
+            unpacked, event = ready[i - 1]
+            main.wait_event(event)
+            yield unpacked
+            free[(i - 1) % 2] = main.record_event()
+
+
+def _room(weight: Tensor, which: int) -> Tensor:
+    """Memory for `weight` in bfloat16, one and the same for all calls on a device with this `which`."""
+    key, size = (weight.device, which), weight.numel()
+    if key not in _scratch or _scratch[key].numel() < size:
+        with torch.inference_mode(False):
+            _scratch[key] = torch.empty(size, dtype=torch.bfloat16, device=weight.device)
+    return _scratch[key][:size].view(weight.shape)
+
+
+def _grid(threads: int) -> tuple[int]:
+    return (-(-threads // _THREADS),)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
