@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
+import itertools
 import json
+import os
 import shutil
-import tempfile
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,7 +26,13 @@ from model.weights import INDEX_NAME, SINGLE_NAME, CheckpointReader, Slot, Store
 
 Format = Literal["int8", "int4", "bf16", "fp32"]
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_THREADS = 4
+_WORK_FILE = "conversion.json"  # in an unfinished conversion: of what and to what
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
+class ConversionRunning(RuntimeError):
+    """Another process converts to the same directory."""
 
 
 def convert_checkpoint(
@@ -28,15 +40,22 @@ def convert_checkpoint(
     dst: Path | str,
     to: Format = "int8",
     progress: Callable[[int, int], None] | None = None,
-    max_shard_bytes: int = 16 << 20,
+    max_shard_bytes: int | None = None,
 ) -> None:
     """Write the checkpoint `src` to the new directory `dst`; the tokenizer and other files go along.
 
     bf16, fp32: what `transformers` loads too (A_log and D stay float32). int8: every matrix that int8.py computes in
     int8. int4: MLPs, experts and in_proj of the Mamba in int4, the other of these matrices and the embedding in int8.
-    What is left alone keeps its dtype. A shard grows past `max_shard_bytes` only for a single larger tensor.
-    progress: called with (tensors done, tensors in all). An interrupted conversion leaves no `dst`.
-    Raises UnsupportedWeights for a bad `src`, ValueError for an unknown format, FileExistsError if `dst` is there.
+    What is left alone keeps its dtype. A shard grows past `max_shard_bytes` (None: 16 MiB to 1 GiB, by the size of
+    `src`) only for a single larger tensor; about a shard and a tensor are in memory at a time.
+    progress: called with (tensors done, those of an interrupted run included, tensors in all).
+
+    The work is done in the directory `.<name of dst>.partial` beside `dst`, which no one takes for a checkpoint and
+    which becomes `dst` at the end. Whatever ended it, the same conversion goes on from the last whole shard; another
+    one, or one of changed files, starts over.
+
+    Raises UnsupportedWeights for a bad `src`, ValueError for an unknown format, FileExistsError if `dst` is there,
+    ConversionRunning.
     """
     src, dst = Path(src), Path(dst)
     if to not in ("int8", "int4", *_DTYPES):
@@ -44,27 +63,91 @@ def convert_checkpoint(
     if dst.exists():
         raise FileExistsError(f"{dst} is already there; remove it or choose another directory")
     reader = CheckpointReader(src)
+    slots = _int8_slots(reader)
+    max_shard_bytes = max_shard_bytes or _choose_shard_bytes(src)
+    work = dst.parent / f".{dst.name}.partial"
+    with _locked(work) as lock:
+        finished = _resume(work, _describe_work(src, to, max_shard_bytes))
+        writer = _ShardWriter(work, max_shard_bytes, len(finished))
+        written = set(itertools.chain.from_iterable(finished))
+        left = [name for name in reader.names if name not in written and f"{name}.qweight" not in written]
+        for done, tensors in enumerate(_encode_all(reader, left, slots, to), start=len(slots) - len(left) + 1):
+            writer.add(tensors)
+            if progress:
+                progress(done, len(slots))
+        writer.finish()
+        _copy_other_files(src, work)
+        (work / "config.json").write_text(json.dumps(_config_for(reader.raw_config, to), indent=2) + "\n")
+        (work / _WORK_FILE).unlink()
+        lock.unlink()
+        work.rename(dst)
+
+
+def _int8_slots(reader: CheckpointReader) -> dict[str, Slot]:
+    """What the checkpoint must hold, with a scale where int8.py would have one. Raises UnsupportedWeights."""
     with torch.device("meta"):
         model = Jamba(reader.config)
     swap_linears(model)
     slots = find_slots(model)
     reader.check({name: tuple(slot.values.shape) for name, slot in slots.items()})
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=dst.parent, prefix=f".{dst.name}."))
+    return slots
+
+
+def _choose_shard_bytes(src: Path) -> int:
+    total = sum(path.stat().st_size for path in src.glob("*.safetensors"))
+    return min(max(total // 64, 16 << 20), 1 << 30)
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[Path]:
+    """Make the directory and keep others out of it; yields the lock's file."""
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "lock"
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConversionRunning(f"another process is writing {work}; wait for it or stop it") from None
+        yield path
+
+
+def _describe_work(src: Path, to: Format, max_shard_bytes: int) -> dict[str, Any]:
+    """What must be the same for shards of two runs to fit together."""
+    stats = {path.name: path.stat() for path in [*src.glob("*.safetensors"), *src.glob("*.json")]}
+    files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(stats.items())}
+    return {"version": 1, "to": to, "max_shard_bytes": max_shard_bytes, "files": files}
+
+
+def _resume(work: Path, description: dict[str, Any]) -> list[list[str]]:
+    """The names in each shard that an interrupted run of the same work has finished; everything else is removed."""
+    marker = work / _WORK_FILE
     try:
-        writer = _ShardWriter(work, max_shard_bytes)
-        for done, (name, stored) in enumerate(reader, start=1):
-            writer.add(_encode(name, stored, slots[name], to))
-            if progress:
-                progress(done, len(reader))
-        writer.finish()
-        _copy_other_files(src, work)
-        (work / "config.json").write_text(json.dumps(_config_for(reader.raw_config, to), indent=2) + "\n")
-        work.chmod(0o755)  # mkdtemp's are private
-        work.rename(dst)
-    except BaseException:
-        shutil.rmtree(work)
-        raise
+        same = json.loads(marker.read_text()) == description
+    except (OSError, ValueError):
+        same = False
+    finished: list[list[str]] = []
+    while same and (path := _part(work, len(finished))).exists():
+        finished.append(_names_in(path))
+    keep = {"lock", *(_part(work, i).name for i in range(len(finished)))}
+    for path in work.iterdir():
+        if path.name not in keep:
+            path.unlink()
+    marker.write_text(json.dumps(description))
+    return finished
+
+
+def _encode_all(
+    reader: CheckpointReader, names: Sequence[str], slots: Mapping[str, Slot], to: Format
+) -> Iterator[dict[str, Tensor]]:
+    """`_encode` of each, in order, a few of them ahead of who takes them."""
+    pending: deque[Future[dict[str, Tensor]]] = deque()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for name in names:
+            pending.append(pool.submit(lambda name=name: _encode(name, reader[name], slots[name], to)))
+            if len(pending) > _THREADS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def _encode(name: str, stored: StoredTensor, slot: Slot, to: Format) -> dict[str, Tensor]:
@@ -101,39 +184,57 @@ def _copy_other_files(src: Path, work: Path) -> None:
 
 
 class _ShardWriter:
-    """Collects tensors into files of at most `max_bytes`, and their index."""
+    """Collects tensors into files of at most `max_bytes`, and their index. `finished` files are there already."""
 
-    def __init__(self, directory: Path, max_bytes: int) -> None:
-        self._directory, self._max_bytes = directory, max_bytes
+    def __init__(self, directory: Path, max_bytes: int, finished: int) -> None:
+        self._directory, self._max_bytes, self._finished = directory, max_bytes, finished
         self._pending: dict[str, Tensor] = {}
-        self._shards: list[tuple[str, ...]] = []
-        self._total_bytes = 0
 
     def add(self, tensors: dict[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if self._pending and sum(t.nbytes for t in self._pending.values()) + tensor.nbytes > self._max_bytes:
-                self._flush()
-            self._pending[name] = tensor.contiguous()
-            self._total_bytes += tensor.nbytes
+        """The tensors of one call stay together."""
+        nbytes = sum(tensor.nbytes for tensor in (*self._pending.values(), *tensors.values()))
+        if self._pending and nbytes > self._max_bytes:
+            self._flush()
+        self._pending |= {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def finish(self) -> None:
         """Write what is pending, give the files their final names, write the index."""
-        self._flush()
-        if len(self._shards) == 1:
-            self._part(0).rename(self._directory / SINGLE_NAME)
+        if self._pending:
+            self._flush()
+        parts = [_part(self._directory, i) for i in range(self._finished)]
+        if len(parts) == 1:
+            parts[0].rename(self._directory / SINGLE_NAME)
             return
-        weight_map = {}
-        for i, names in enumerate(self._shards):
-            file = f"model-{i + 1:05d}-of-{len(self._shards):05d}.safetensors"
-            self._part(i).rename(self._directory / file)
-            weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        weight_map, total_bytes = {}, 0
+        for i, part in enumerate(parts, start=1):
+            file = f"model-{i:05d}-of-{len(parts):05d}.safetensors"
+            weight_map |= dict.fromkeys(_names_in(part), file)
+            total_bytes += _payload_bytes(part)
+            part.rename(self._directory / file)
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (self._directory / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def _flush(self) -> None:
-        save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
-        self._shards.append(tuple(self._pending))
-        self._pending = {}
+        """A shard gets its name when it is whole and on the disk."""
+        path = _part(self._directory, self._finished)
+        unfinished = path.with_suffix(".unfinished")
+        save_file(self._pending, unfinished, metadata={"format": "pt"})
+        with unfinished.open("rb+") as file:
+            os.fsync(file.fileno())
+        unfinished.rename(path)
+        self._pending, self._finished = {}, self._finished + 1
 
-    def _part(self, i: int) -> Path:
-        return self._directory / f"part-{i}.safetensors"
+
+def _part(directory: Path, i: int) -> Path:
+    return directory / f"part-{i}.safetensors"
+
+
+def _names_in(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
+def _payload_bytes(path: Path) -> int:
+    """Of the tensors in a safetensors file: all but the header and the 8 bytes that say how long it is."""
+    with path.open("rb") as file:
+        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")

@@ -10,7 +10,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -18,15 +18,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from model.generation import FinishReason, Generated, Generation
+from model.admission import StateBudget
+from model.engine_request import EngineRequest, RequestTimings, StepOutput
+from model.generation import FinishReason, Generated, Generation, Likeliest, score
 from model.jamba import Jamba
+from model.layered_prefill import LayeredPrefill
 from model.prefix_cache import PrefixCache, PrefixHit
 from model.prefix_plan import PrefixPlan
-from model.sampling import SamplingParams, TokenConstraint
 from model.state import HybridState
 from model.tokenizer import Tokenizer
 
 _LOAD_WAIT_S = 0.05  # how long a step without anything else to do waits for a state to load
+_WHOLE_TOKENS = {"cpu": 512, "cuda": 64}  # longest segment that no decode step interrupts
+_PREFILL_PER_DECODE = 2.0  # of a longer one, time between two decode steps in times of such a step
 _log = logging.getLogger(__name__)
 
 
@@ -44,55 +48,6 @@ class ContextTooLong(ValueError):
 
 class EngineOverloaded(RuntimeError):
     """More requests wait than the engine accepts; the same request may succeed later."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineRequest:
-    """`boundaries`: positions where prompts that begin alike may part, ascending or not; states are kept there.
-
-    `tags` are the documents that the prompt saw and `tag_starts` where their tokens begin (absent: at 0), for
-    `Engine.invalidate`. `salt` separates tenants. `epoch` is `PrefixCache.epoch` from before the documents were
-    chosen. The log-probabilities of `watch_tokens` come with every step.
-    """
-
-    token_ids: tuple[int, ...]
-    boundaries: tuple[int, ...] = ()
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    salt: bytes = b""
-    tags: frozenset[str] = frozenset()
-    constraint: TokenConstraint | None = None
-    tag_starts: Mapping[str, int] = field(default_factory=dict)
-    epoch: int | None = None
-    watch_tokens: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class RequestTimings:
-    """`ttft_ms` runs from `add` to the first token, waiting included; 0 until it is there."""
-
-    state_load_ms: float = 0.0
-    prefill_ms: float = 0.0
-    ttft_ms: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """One token of one request, or its end. Log-probabilities are the model's, before temperature and constraint.
-
-    `text` is what became certain with this token; it lags behind the tokens while a character is incomplete or a stop
-    string may have begun.
-    """
-
-    request_id: str
-    token_id: int | None
-    logprob: float | None
-    text: str
-    finish_reason: FinishReason | None
-    cached_tokens: int
-    tier: str  # "gpu", "host", "redis" or "none"
-    timings: RequestTimings
-    watch_logprobs: tuple[float, ...] = ()
-    error: str | None = None
 
 
 class Engine(Protocol):
@@ -126,22 +81,30 @@ class _Sequence:
     plan: PrefixPlan
     generation: Generation
     added_s: float
-    state: HybridState | None = None  # from the end of loading
+    state: HybridState | None = None  # with room for prompt and answer, from when it need not wait any more
     kept_tokens: int = 0  # how many tokens' KV the cache has
     cached_tokens: int = 0
     tier: str = "none"
-    timings: RequestTimings = RequestTimings()
+    timings: RequestTimings = field(default_factory=RequestTimings)
+    segment: LayeredPrefill | None = None  # begun and not yet computed to the end
 
     @property
     def position(self) -> int:
         return 0 if self.state is None else self.state.num_tokens
+
+    @property
+    def max_tokens(self) -> int:
+        """How long prompt and answer may become together."""
+        return self.plan.num_tokens + self.request.sampling.max_new_tokens
 
 
 class JambaEngine:
     """The engine on one device.
 
     A prefill segment is always computed alone, so that its bits depend on nothing but its prompt. `max_batch` bounds
-    the requests under way, `max_waiting` those before them, `max_context_tokens` prompt and answer of one.
+    the requests under way, `max_waiting` those before them, `max_context_tokens` prompt and answer of one,
+    `state_max_bytes` (None: nothing) the memory of all states under way: it is taken when a request starts, for all of
+    its prompt and answer, and who does not find it waits for others to end.
     """
 
     def __init__(
@@ -153,10 +116,14 @@ class JambaEngine:
         max_context_tokens: int,
         max_batch: int = 8,
         max_waiting: int = 256,
+        state_max_bytes: int | None = None,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self.prefix_cache = prefix_cache or PrefixCache(())
-        self._max_context_tokens, self._max_batch, self._max_waiting = max_context_tokens, max_batch, max_waiting
+        self._max_batch, self._max_waiting = max_batch, max_waiting
+        self._budget = StateBudget(model.state_layout, state_max_bytes)
+        fitting = self._budget.max_tokens
+        self.max_context_tokens = max_context_tokens if fitting is None else min(fitting, max_context_tokens)
         self._device = model.embed_tokens.weight.device
         self._ids = (f"seq-{number}" for number in itertools.count(1))
         self._sequences: dict[str, _Sequence] = {}  # all of them, in order of arrival
@@ -165,6 +132,7 @@ class JambaEngine:
         self._loading: dict[_Sequence, Future[tuple[PrefixHit | None, float]]] = {}
         self._prefilling: deque[_Sequence] = deque()
         self._decoding: list[_Sequence] = []
+        self._decode_s = 0.0  # of the last batch
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefix-load")
 
     def add(self, request: EngineRequest) -> str:
@@ -179,9 +147,11 @@ class JambaEngine:
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
-        """One decode batch and one prefill segment, the prefills taking turns: a long one holds up nobody."""
-        outputs = self._end_aborted()
-        self._start_waiting()
+        """One decode batch and one prefill segment, the prefills taking turns: a long one holds up nobody.
+
+        A segment that would take much longer than the decoding is computed in several steps.
+        """
+        outputs = self._end_aborted() + self._start_waiting()
         self._collect_loaded()
         outputs += self._decode_batch()
         outputs += self._prefill_segment()
@@ -207,8 +177,8 @@ class JambaEngine:
         prompt_tokens, max_new_tokens = len(request.token_ids), request.sampling.max_new_tokens
         if prompt_tokens == 0:
             raise ValueError("the prompt has no tokens")
-        if prompt_tokens + max_new_tokens > self._max_context_tokens:
-            raise ContextTooLong(prompt_tokens, max_new_tokens, self._max_context_tokens)
+        if prompt_tokens + max_new_tokens > self.max_context_tokens:
+            raise ContextTooLong(prompt_tokens, max_new_tokens, self.max_context_tokens)
         vocabulary = range(self._model.config.vocab_size)
         for token_id in (min(request.token_ids), max(request.token_ids), *request.watch_tokens):
             if token_id not in vocabulary:
@@ -221,14 +191,39 @@ class JambaEngine:
         self._aborted.clear()
         return [self._end(sequence, "abort") for sequence in ended]
 
-    def _start_waiting(self) -> None:
-        """Let requests in, oldest first; those whose prefix is being computed right now wait for it."""
+    def _start_waiting(self) -> list[StepOutput]:
+        """Let requests in, oldest first, as far as there is memory; those whose prefix is being computed right now wait
+        for it."""
+        outputs = []
         for sequence in list(self._waiting):
-            if len(self._loading) + len(self._prefilling) + len(self._decoding) >= self._max_batch:
-                return
-            if not self._prefix_is_coming(sequence):
-                self._waiting.remove(sequence)
-                self._loading[sequence] = self._loader.submit(self._find_prefix, sequence.plan)
+            under_way = [*self._loading, *self._prefilling, *self._decoding]
+            if len(under_way) >= self._max_batch:
+                break
+            if self._prefix_is_coming(sequence):
+                continue
+            try:
+                sequence.state = self._new_state(sequence.max_tokens, [other.state for other in under_way])
+            except Exception as error:
+                outputs.append(self._fail(sequence, error))
+                continue
+            if sequence.state is None:  # nobody overtakes it, or it might wait for ever
+                break
+            self._waiting.remove(sequence)
+            self._loading[sequence] = self._loader.submit(self._find_prefix, sequence.plan)
+        return outputs
+
+    def _new_state(self, num_tokens: int, others: list[HybridState]) -> HybridState | None:
+        """With room for `num_tokens`; None if there is no memory for it beside the `others`."""
+        if not self._budget.has_room(num_tokens, others):
+            return None
+        try:
+            state = self._model.new_state()
+            state.reserve(num_tokens)
+        except torch.OutOfMemoryError:
+            if others:
+                return None
+            raise
+        return state
 
     def _prefix_is_coming(self, sequence: _Sequence) -> bool:
         """Whether another request is about to pass a snapshot that this one could start from."""
@@ -259,7 +254,6 @@ class JambaEngine:
         for sequence in [sequence for sequence, future in self._loading.items() if future.done()]:
             hit, load_ms = self._loading.pop(sequence).result()
             start = time.perf_counter()
-            sequence.state = self._model.new_state()
             if hit is not None:
                 self._restore(sequence, hit)
             sequence.timings = RequestTimings(state_load_ms=load_ms + _ms_since(start))
@@ -268,32 +262,49 @@ class JambaEngine:
     def _restore(self, sequence: _Sequence, hit: PrefixHit) -> None:
         try:
             self.prefix_cache.restore(hit, sequence.state)
-        except ValueError:
-            _log.exception("a cached state does not fit the model; computing it")
+        except (ValueError, torch.OutOfMemoryError):
+            _log.exception("a cached state does not fit the model or its memory; computing it")
             return
         sequence.cached_tokens = sequence.kept_tokens = hit.num_tokens
         sequence.tier = hit.tier
 
     def _prefill_segment(self) -> list[StepOutput]:
-        """Compute the next segment of the first prefill in turn; its first token if that was the last segment."""
+        """Go on with the first prefill in turn; its first token if that was the end of its last segment."""
         if not self._prefilling:
             return []
-        sequence = self._prefilling.popleft()
+        sequence = self._prefilling[0]
         start = time.perf_counter()
         try:
-            begin, end = sequence.position, sequence.plan.next_cut(sequence.position)
-            logprobs = self._forward([sequence.request.token_ids[begin:end]], [sequence])
+            scores = self._advance_segment(sequence)
         except Exception as error:
             return [self._fail(sequence, error)]
+        if scores is None:
+            sequence.timings = _add_prefill(sequence.timings, start)
+            return []
+        self._prefilling.popleft()
         self._keep(sequence)
-        timings = sequence.timings
-        sequence.timings = replace(timings, prefill_ms=timings.prefill_ms + _ms_since(start))
+        sequence.timings = _add_prefill(sequence.timings, start)
         if sequence.position < sequence.plan.num_tokens:
             self._prefilling.append(sequence)
             return []
         self._decoding.append(sequence)
         sequence.timings = replace(sequence.timings, ttft_ms=_ms_since(sequence.added_s))
-        return [self._advance(sequence, logprobs[0])]
+        return [self._advance(sequence, scores)]
+
+    def _advance_segment(self, sequence: _Sequence) -> Tensor | Likeliest | None:
+        """What the generation needs when the segment is at its end, None before that."""
+        if sequence.segment is None:
+            begin, end = sequence.position, sequence.plan.next_cut(sequence.position)
+            piece = sequence.request.token_ids[begin:end]
+            if len(piece) <= _WHOLE_TOKENS[self._device.type]:
+                return self._forward([piece], [sequence])[0]
+            token_ids = torch.tensor(piece, device=self._device)
+            sequence.segment = LayeredPrefill(self._model, token_ids, sequence.state)
+        logits = sequence.segment.run(_PREFILL_PER_DECODE * self._decode_s if self._decoding else None)
+        if logits is None:
+            return None
+        sequence.segment = None
+        return score(logits, [sequence.generation])[0]
 
     def _keep(self, sequence: _Sequence) -> None:
         """Save the state if the plan wants that here; an answer does not fail because its state cannot be kept."""
@@ -307,11 +318,14 @@ class JambaEngine:
         batch = list(self._decoding)
         if not batch:
             return []
+        positions, start = [sequence.position for sequence in batch], time.perf_counter()
         try:
-            return self._decode(batch)
+            outputs = self._decode(batch)
+            self._decode_s = time.perf_counter() - start
+            return outputs
         except Exception as error:
-            if len(batch) == 1:
-                return [self._fail(batch[0], error)]
+            if len(batch) == 1 or positions != [sequence.position for sequence in batch]:  # a token is never run twice
+                return [self._fail(sequence, error) for sequence in batch]
             _log.warning("a batch of %d failed (%s); decoding one by one", len(batch), error)
         return [output for sequence in batch for output in self._decode_alone(sequence)]
 
@@ -323,19 +337,19 @@ class JambaEngine:
             return [self._fail(sequence, error)]
 
     def _decode(self, batch: list[_Sequence]) -> list[StepOutput]:
-        logprobs = self._forward([sequence.generation.token_ids[-1:] for sequence in batch], batch)
-        return [self._advance(sequence, row) for sequence, row in zip(batch, logprobs, strict=True)]
+        scores = self._forward([sequence.generation.token_ids[-1:] for sequence in batch], batch)
+        return [self._advance(sequence, own) for sequence, own in zip(batch, scores, strict=True)]
 
-    def _forward(self, pieces: list[Collection[int]], batch: list[_Sequence]) -> Tensor:
-        """Advance each sequence by its piece of tokens; (len(batch), v) float32 log-probabilities on the CPU."""
+    def _forward(self, pieces: list[Collection[int]], batch: list[_Sequence]) -> list[Tensor | Likeliest]:
+        """Advance each sequence by its piece of tokens; what each generation needs to choose the next one."""
         token_ids = torch.tensor(list(itertools.chain.from_iterable(pieces)), device=self._device)
         states = [sequence.state for sequence in batch]
         logits = self._model.forward_packed(token_ids, [len(piece) for piece in pieces], states, logits="last")
-        return logits.float().log_softmax(-1).cpu()
+        return score(logits, [sequence.generation for sequence in batch])
 
-    def _advance(self, sequence: _Sequence, logprobs: Tensor) -> StepOutput:
+    def _advance(self, sequence: _Sequence, scores: Tensor | Likeliest) -> StepOutput:
         try:
-            generated = sequence.generation.advance(logprobs)
+            generated = sequence.generation.advance(scores)
         except Exception as error:
             return self._fail(sequence, error)
         if generated.finish_reason is not None:
@@ -343,6 +357,9 @@ class JambaEngine:
         return self._output(sequence, generated)
 
     def _fail(self, sequence: _Sequence, error: Exception) -> StepOutput:
+        """End this request alone, unless the device is lost to the process: then no other would fare better."""
+        if isinstance(error, torch.AcceleratorError):
+            raise error
         _log.error("request %s failed", sequence.request_id, exc_info=error)
         return self._end(sequence, "error", f"{type(error).__name__}: {error}")
 
@@ -367,3 +384,7 @@ class JambaEngine:
 
 def _ms_since(start_s: float) -> float:
     return (time.perf_counter() - start_s) * 1e3
+
+
+def _add_prefill(timings: RequestTimings, start_s: float) -> RequestTimings:
+    return replace(timings, prefill_ms=timings.prefill_ms + _ms_since(start_s))

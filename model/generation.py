@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from model.sampling import SamplingParams, StopMatcher, TokenConstraint, choose_token
 from model.tokenizer import StreamDecoder, Tokenizer
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Likeliest(NamedTuple):
+    """All that a greedy step without constraint or watched tokens needs of its logits."""
+
+    token_id: int
+    logprob: float  # not finite when a logit is not
 
 
 class Generated(NamedTuple):
@@ -39,14 +49,27 @@ class Generation:
         self._random = random.Random(sampling.seed)
         self._decoder, self._matcher = StreamDecoder(tokenizer), StopMatcher(sampling.stop)
 
-    def advance(self, logprobs: Tensor) -> Generated:
-        """Choose the next token from logprobs (v,) float32 on the CPU. Raises ValueError, and as the constraint."""
+    @property
+    def needs_only_likeliest(self) -> bool:
+        return self._sampling.temperature == 0 and self._constraint is None and not self._watch
+
+    def advance(self, scores: Tensor | Likeliest) -> Generated:
+        """Choose the next token by what `score` gives. Raises ValueError, and as the constraint."""
+        if isinstance(scores, Likeliest):
+            return self._take(*scores, ())
+        return self._choose(scores)
+
+    def _choose(self, logprobs: Tensor) -> Generated:
         allowed = None if self._constraint is None else self._constraint.allowed(self.token_ids)
         token_id = choose_token(logprobs, self._sampling, self._random, allowed)
+        return self._take(token_id, float(logprobs[token_id]), tuple(logprobs[self._watch].tolist()))
+
+    def _take(self, token_id: int, logprob: float, watched: tuple[float, ...]) -> Generated:
+        if not math.isfinite(logprob):
+            raise ValueError("the model gave logits that are not finite")
         self.token_ids.append(token_id)
         text, finish_reason = self._text_of(token_id)
-        watched = tuple(logprobs[self._watch].tolist())
-        return Generated(token_id, float(logprobs[token_id]), watched, text, finish_reason)
+        return Generated(token_id, logprob, watched, text, finish_reason)
 
     def _text_of(self, token_id: int) -> tuple[str, FinishReason | None]:
         """Text that is certain now; a stop token and a stop string are not part of it."""
@@ -60,3 +83,24 @@ class Generation:
             return text, None
         rest, stopped = self._matcher.push(self._decoder.finish())
         return (text + rest, "stop") if stopped else (text + rest + self._matcher.finish(), "length")
+
+
+def score(logits: Tensor, generations: Sequence[Generation]) -> list[Tensor | Likeliest]:
+    """logits (b, v) on any device -> for each generation what `advance` takes: log-probabilities (v,) float32 on the
+    CPU, or, where that is enough, the likeliest token, for which nothing of the size of v leaves the device."""
+    logits = logits.float()
+    scores: list[Tensor | Likeliest | None] = [None] * len(generations)
+    greedy = [i for i, generation in enumerate(generations) if generation.needs_only_likeliest]
+    if greedy:
+        best, ids = (rows := _rows(logits, greedy)).max(-1)
+        found = torch.stack([ids.double(), (best - rows.logsumexp(-1)).double()], dim=-1).tolist()
+        for i, (token_id, logprob) in zip(greedy, found, strict=True):
+            scores[i] = Likeliest(int(token_id), logprob)
+    if others := [i for i in range(len(generations)) if i not in greedy]:
+        for i, row in zip(others, _rows(logits, others).log_softmax(-1).cpu(), strict=True):
+            scores[i] = row
+    return scores
+
+
+def _rows(logits: Tensor, rows: list[int]) -> Tensor:
+    return logits if len(rows) == len(logits) else logits[rows]

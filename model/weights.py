@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,10 +27,13 @@ from model.moe import Experts
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 QUANT_METHODS = ("jamba_rag_int8", "jamba_rag_int4")
+_READERS = 4
+_ROUND_ELEMENTS = {"cpu": 1 << 18, "gpu": 1 << 24}  # of a matrix that are float at a time; a CPU's cache holds few
 _ALWAYS_FLOAT32 = ("A_log", "D", "scale")
 _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 
 
+@torch.inference_mode(False)  # the weights are filled by threads, where the caller's mode does not hold
 def load_model(
     path: Path | str,
     device: torch.device | str = "cpu",
@@ -50,10 +54,11 @@ def load_model(
     if quantize:
         swap_linears(model)
     reader.check({name: tuple(slot.values.shape) for name, slot in find_slots(model).items()})
-    _allocate(model, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16), device)
+    allocate(model, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16), device)
     slots = find_slots(model)
-    for name, stored in reader:
-        slots[name].fill(stored)
+    with ThreadPoolExecutor(_READERS) as pool:  # one thread waits for the disk or rounds while others copy
+        for _ in pool.map(lambda name: slots[name].fill(reader[name]), reader.names):
+            pass
     return model.eval()
 
 
@@ -72,11 +77,24 @@ class StoredTensor:
             return unpack_int4(self.values, self.scale)
         return self.values.float() * self.scale[:, None]
 
-    def int8(self) -> tuple[Tensor, Tensor]:
-        """The weights as int8 rows and their scales: as stored, or rounded now."""
+    def int8(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """The matrix as int8 rows and their scales: as stored, or rounded now on `device`, a few rows at a time."""
         if self.scale is not None and self.values.dtype == torch.int8:
             return self.values, self.scale
-        return quantize_rows(self.dense())
+        device = torch.device(device)
+        values = torch.empty(self.shape, dtype=torch.int8, device=device)
+        scale = torch.empty(self.shape[0], device=device)
+        step = max(1, _ROUND_ELEMENTS["cpu" if device.type == "cpu" else "gpu"] // self.shape[1])
+        for start in range(0, self.shape[0], step):
+            rows = slice(start, start + step)
+            part = StoredTensor(self.values[rows], None if self.scale is None else self.scale[rows])
+            values[rows], scale[rows] = quantize_rows(part.dense().to(device))
+        return values, scale
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = tuple(self.values.shape)
+        return (*shape[:-1], 2 * shape[-1]) if self.values.dtype == torch.uint8 else shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +108,7 @@ class Slot:
         if self.scale is None:
             self.values.copy_(stored.dense())
         else:
-            values, scale = stored.int8()
+            values, scale = stored.int8(self.values.device)
             self.values.copy_(values)
             self.scale.data.copy_(scale)
 
@@ -123,7 +141,7 @@ def _expert_slots(experts: Experts | Int8Experts) -> Iterator[tuple[str, Slot]]:
         yield f"{i}.down_proj.weight", Slot(down[i], None if down_scale is None else down_scale.data[i])
 
 
-def _allocate(model: Jamba, dtype: torch.dtype, device: torch.device) -> None:
+def allocate(model: Jamba, dtype: torch.dtype, device: torch.device) -> None:
     """Give the parameters of a model on "meta" their memory, uninitialised."""
     for name, parameter in list(model.named_parameters()):
         own = torch.float32 if name.endswith(_ALWAYS_FLOAT32) else dtype
@@ -143,7 +161,7 @@ class _Entry:
 
 
 class CheckpointReader:
-    """The tensors of a checkpoint directory by their hub names; iterates over them in the order they lie on disk."""
+    """The tensors of a checkpoint directory by their hub names. Reading them is safe from several threads."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -157,11 +175,10 @@ class CheckpointReader:
         self._entries = dict(self._find_entries())
         self._drop_tied_head()
 
-    def __iter__(self) -> Iterator[tuple[str, StoredTensor]]:
-        return ((name, self[name]) for name in self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all tensors, in the order they lie on disk."""
+        return tuple(self._entries)
 
     def __getitem__(self, name: str) -> StoredTensor:
         entry = self._entries[name]

@@ -230,16 +230,6 @@ def test_int4_storage_is_small_and_near(wide_jamba_dir: Path, tmp_path: Path) ->
     assert_close("int8 from int4", logits_of(tmp_path / "out", quantize="int8"), logits_of(model), ratio=0.1)
 
 
-def test_an_interrupted_conversion_leaves_nothing(wide_jamba_dir: Path, tmp_path: Path) -> None:
-    def interrupt(done: int, total: int) -> None:
-        if done == total // 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert_checkpoint(wide_jamba_dir, tmp_path / "out", "int8", interrupt, max_shard_bytes=100_000)
-    assert not list(tmp_path.iterdir())
-
-
 def test_conversion_refuses_bad_arguments(wide_jamba_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="already there"):
         convert_checkpoint(wide_jamba_dir, tmp_path)

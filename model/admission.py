@@ -1,0 +1,64 @@
+"""How much memory the states of running requests may take together, so that what is let in can be finished.
+
+Knows bytes of states and of a device; not who waits for them (engine.py).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+import torch
+
+from model.jamba import Jamba
+from model.state import HybridState, StateLayout
+
+_SLACK = 1.25  # a prefill whose tokens prefer one expert needs more than the one that was measured
+_LONGEST_TOKENS = 1 << 26
+_SPARE_BYTES = 512 << 20  # beside that, for what the allocator cannot use and for graphs of decode steps
+
+
+class StateBudget:
+    """`max_bytes` for all states under way; None: no bound."""
+
+    def __init__(self, layout: StateLayout, max_bytes: int | None = None) -> None:
+        self._layout, self.max_bytes = layout, max_bytes
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Of the longest sequence that fits when it is alone; 0 if none does."""
+        if self.max_bytes is None:
+            return None
+        return bisect_right(range(1, _LONGEST_TOKENS), self.max_bytes, key=self._bytes_of)
+
+    def has_room(self, num_tokens: int, states: list[HybridState]) -> bool:
+        """Whether a state with room for `num_tokens` fits beside these."""
+        if self.max_bytes is None:
+            return True
+        return self._bytes_of(num_tokens) + sum(state.nbytes for state in states) <= self.max_bytes
+
+    def _bytes_of(self, num_tokens: int) -> int:
+        state = HybridState(self._layout, "meta")
+        state.reserve(num_tokens)
+        return state.nbytes
+
+
+@torch.inference_mode()
+def measure_state_bytes(model: Jamba, segment_tokens: int) -> int | None:
+    """What a GPU has left for states: its free memory less what a prefill segment needs, which is run once for that.
+
+    None on other devices. The run also builds the kernels, so that no request waits for them.
+    """
+    device = model.embed_tokens.weight.device
+    if device.type != "cuda":
+        return None
+    tokens = torch.randint(0, model.config.vocab_size, (segment_tokens,), device=device)
+    state = model.new_state()
+    state.reserve(segment_tokens)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    model.forward_packed(tokens, [segment_tokens], [state]).sum().item()
+    workspace = torch.cuda.max_memory_allocated(device) - before
+    del state, tokens
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(0, free - int(_SLACK * workspace) - _SPARE_BYTES)

@@ -1,0 +1,58 @@
+"""What goes into an engine and what comes out of it; engine.py is what lies between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from model.generation import FinishReason
+from model.sampling import SamplingParams, TokenConstraint
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """`boundaries`: positions where prompts that begin alike may part, ascending or not; states are kept there.
+
+    `tags` are the documents that the prompt saw and `tag_starts` where their tokens begin (absent: at 0), for
+    `Engine.invalidate`. `salt` separates tenants. `epoch` is `PrefixCache.epoch` from before the documents were
+    chosen. The log-probabilities of `watch_tokens` come with every step.
+    """
+
+    token_ids: tuple[int, ...]
+    boundaries: tuple[int, ...] = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    salt: bytes = b""
+    tags: frozenset[str] = frozenset()
+    constraint: TokenConstraint | None = None
+    tag_starts: Mapping[str, int] = field(default_factory=dict)
+    epoch: int | None = None
+    watch_tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTimings:
+    """`ttft_ms` runs from `add` to the first token, waiting included; 0 until it is there."""
+
+    state_load_ms: float = 0.0
+    prefill_ms: float = 0.0
+    ttft_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """One token of one request, or its end. Log-probabilities are the model's, before temperature and constraint.
+
+    `text` is what became certain with this token; it lags behind the tokens while a character is incomplete or a stop
+    string may have begun.
+    """
+
+    request_id: str
+    token_id: int | None
+    logprob: float | None
+    text: str
+    finish_reason: FinishReason | None
+    cached_tokens: int
+    tier: str  # "gpu", "host", "redis" or "none"
+    timings: RequestTimings
+    watch_logprobs: tuple[float, ...] = ()
+    error: str | None = None
