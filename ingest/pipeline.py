@@ -76,7 +76,7 @@ def ingest_document(
     limits = limits or IngestLimits()
     parsed = _parse(job, files, limits.parse)
     job.set_progress("chunking", 0, 0, "chunks")
-    chunks = chunk_document(parsed, job.document.id, _fit(limits.chunk, embedder), _token_counter(embedder))
+    chunks = chunk_document(parsed, job.document.id, fit_limits(limits.chunk, embedder), token_counter(embedder))
     vectors = _embed(job, parsed, chunks, embedder, limits.embed_batch)
     job.set_progress("indexing", 0, len(chunks), "chunks")
     job.store.replace_chunks(  # one transaction: SQLite is the truth
@@ -97,13 +97,13 @@ def _parse(job: Job, files: FileStore, limits: ParseLimits) -> ParsedDocument:
     return parse_in_child(path, job.document.media_type, limits, job.reporter("parsing", "pages"), job.check)
 
 
-def _token_counter(embedder: IngestEmbedder) -> Callable[[str], int]:
+def token_counter(embedder: IngestEmbedder) -> Callable[[str], int]:
     """Counts without the special tokens."""
     special = embedder.count_tokens([""])[0]
     return lambda text: embedder.count_tokens([text])[0] - special
 
 
-def _fit(limits: ChunkLimits, embedder: IngestEmbedder) -> ChunkLimits:
+def fit_limits(limits: ChunkLimits, embedder: IngestEmbedder) -> ChunkLimits:
     """Chunks that the embedder sees whole, with the headings above them."""
     room = max(16, embedder.max_tokens - embedder.count_tokens([""])[0] - _CONTEXT_TOKENS)
     return ChunkLimits(min(limits.target_tokens, room), limits.min_tokens, limits.chars_per_token)
@@ -117,13 +117,13 @@ def _embed(
     vectors = np.empty((len(chunks), embedder.dim), dtype=np.float32)
     job.set_progress("embedding", 0, len(chunks), "chunks")
     for start in range(0, len(chunks), batch):
-        texts = [_text_to_embed(parsed.title, chunk) for chunk in chunks[start : start + batch]]
+        texts = [text_to_embed(parsed.title, chunk) for chunk in chunks[start : start + batch]]
         vectors[start : start + len(texts)] = embedder.embed_passages(texts)
         report(start + len(texts), len(chunks))
     return vectors
 
 
-def _text_to_embed(title: str | None, chunk: Chunk) -> str:
+def text_to_embed(title: str | None, chunk: Chunk) -> str:
     """The chunk under its title and headings: a paragraph alone often does not say what it is about."""
     context = [part for part in (title, *chunk.heading_path) if part and part not in chunk.text[:200]]
     return "\n".join((*(part[:80] for part in dict.fromkeys(context)), chunk.text))

@@ -17,27 +17,42 @@ PPTX = "application/vnd.openxmlformats-officedocument.presentationml.presentatio
 ODT = "application/vnd.oasis.opendocument.text"
 EPUB = "application/epub+zip"
 EML = "message/rfc822"
+MBOX = "application/mbox"
+ZIP = "application/zip"
+TAR = "application/x-tar"
+GZIP = "application/gzip"
+BZIP2 = "application/x-bzip2"
+XZ = "application/x-xz"
+RST = "text/x-rst"
+SOURCE = "text/x-source"
 RTF = "application/rtf"
 HTML = "text/html"
 MARKDOWN = "text/markdown"
 TEXT = "text/plain"
 _TEXT_BY_SUFFIX = {
     **dict.fromkeys((".md", ".markdown", ".mdown", ".mkd"), MARKDOWN),
-    ".rst": "text/x-rst",
+    **dict.fromkeys((".rst", ".rest"), RST),
     ".csv": "text/csv",
     **dict.fromkeys((".tsv", ".tab"), "text/tab-separated-values"),
     **dict.fromkeys((".json", ".jsonl", ".ndjson"), "application/json"),
     **dict.fromkeys((".xml", ".svg"), "application/xml"),
     **dict.fromkeys(
-        (".py", ".js", ".ts", ".c", ".h", ".cc", ".cpp", ".java", ".go", ".rs", ".sh", ".sql", ".rb", ".toml", ".yaml"),
-        "text/x-source",
+        (
+            *(".py", ".js", ".mjs", ".ts", ".tsx", ".jsx", ".c", ".h", ".cc", ".cpp", ".hpp", ".cs", ".java", ".kt"),
+            *(".go", ".rs", ".swift", ".scala", ".sh", ".bash", ".sql", ".rb", ".php", ".pl", ".lua", ".r"),
+            *(".toml", ".yaml", ".yml", ".ini", ".cfg"),
+        ),
+        SOURCE,
     ),
 }
 TEXT_TYPES = frozenset({TEXT, *_TEXT_BY_SUFFIX.values()} - {MARKDOWN})
-SUPPORTED_TYPES = frozenset({PDF, DOCX, XLSX, PPTX, ODT, EPUB, RTF, EML, HTML, MARKDOWN} | TEXT_TYPES)
+PACKED_TYPES = frozenset({ZIP, TAR, GZIP, BZIP2, XZ})
+SUPPORTED_TYPES = frozenset(
+    {PDF, DOCX, XLSX, PPTX, ODT, EPUB, RTF, EML, MBOX, HTML, MARKDOWN} | TEXT_TYPES | PACKED_TYPES
+)
 SUPPORTED = (
-    "PDF, DOCX, XLSX, PPTX, ODT, EPUB, RTF, HTML, Markdown, CSV, TSV, JSON, e-mail (.eml) and text in any encoding "
-    "(reStructuredText, source code included)"
+    "PDF, DOCX, XLSX, PPTX, ODT, EPUB, RTF, HTML, Markdown, reStructuredText, CSV, TSV, JSON, e-mail (.eml, .mbox), "
+    "source code, text in any encoding, and ZIP or TAR archives of these"
 )
 
 # Formats that are often sent and that no parser here reads: the bytes they start with, and what to do instead.
@@ -47,19 +62,21 @@ _FOREIGN = (
     (b"GIF8", "a GIF image", "run OCR on it and upload the text"),
     (b"II*\x00", "a TIFF image", "run OCR on it and upload the text"),
     (b"MM\x00*", "a TIFF image", "run OCR on it and upload the text"),
-    (b"\x1f\x8b", "a gzip archive", "unpack it and upload the files"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it and upload the files"),
     (b"Rar!", "a RAR archive", "unpack it and upload the files"),
     (b"%!PS", "a PostScript file", "convert it to PDF"),
     (b"\x7fELF", "a program", "upload its documentation"),
     (b"SQLite format 3\x00", "an SQLite database", "export it as CSV"),
 )
+_PACKED = ((b"\x1f\x8b", GZIP), (b"BZh", BZIP2), (b"\xfd7zXZ\x00", XZ))
+_TAR_MAGIC = slice(257, 262)
 _OLE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 _ZIP_MEMBER = re.compile(rb"PK\x03\x04(?=.{26}([!-~]{1,200}))", re.S)
 _ZIP_MIMETYPE = re.compile(
     rb"PK\x03\x04.{26}mimetype.{0,64}?(application/(?:epub\+zip|vnd\.oasis\.opendocument\.[a-z-]+))", re.S
 )
 _OFFICE_FOLDERS = {b"word/": DOCX, b"xl/": XLSX, b"ppt/": PPTX}
+_OFFICE_FIRST = (b"[Content_Types].xml", b"_rels/", b"docProps/", b"customXml/", *_OFFICE_FOLDERS)
 _ZIP_BY_SUFFIX = {".docx": DOCX, ".xlsx": XLSX, ".pptx": PPTX, ".odt": ODT, ".epub": EPUB}
 _HTML_START = re.compile(r"\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body)\b", re.I | re.S)
 _MAIL_HEADERS = re.compile(r"(?:(?:[!-9;-~]{1,76}:[^\n]*|[ \t][^\n]*|>?From [^\n]*)\r?\n)+(?=\r?\n|\Z)")
@@ -96,6 +113,11 @@ def sniff_media_type(head: bytes, filename: str) -> str:
         return RTF
     if head.startswith(_OLE):
         raise _unsupported(*_describe_ole(head))
+    for magic, media_type in _PACKED:
+        if head.startswith(magic):
+            return media_type
+    if head[_TAR_MAGIC] == b"ustar":
+        return TAR
     for magic, what, instead in _FOREIGN:
         if head.startswith(magic):
             raise _unsupported(what, instead)
@@ -115,7 +137,10 @@ def _sniff_zip(head: bytes, suffix: str) -> str:
         if kind in {ODT, EPUB}:
             return kind
         raise _unsupported("an OpenDocument file other than a text", "save it as XLSX, PPTX or PDF")
-    for name in _ZIP_MEMBER.findall(head):
+    names = _ZIP_MEMBER.findall(head)
+    if suffix not in _ZIP_BY_SUFFIX and not (names and names[0].startswith(_OFFICE_FIRST)):
+        return ZIP  # the names further in may be those of a document that is a member
+    for name in names:
         if name.startswith(b"xl/workbook.bin"):
             raise _unsupported("a binary Excel workbook", "save it as XLSX")
         for folder, media_type in _OFFICE_FOLDERS.items():
@@ -123,7 +148,7 @@ def _sniff_zip(head: bytes, suffix: str) -> str:
                 return media_type
     if suffix in _ZIP_BY_SUFFIX:
         return _ZIP_BY_SUFFIX[suffix]
-    raise _unsupported("a zip archive", "unpack it and upload the files")
+    return ZIP
 
 
 def _describe_ole(head: bytes) -> tuple[str, str]:
@@ -137,7 +162,9 @@ def _sniff_text(text: str, suffix: str) -> str:
         return HTML
     if suffix in {".html", ".htm", ".xhtml"} and _HTML_TAG.search(text):
         return HTML
-    return EML if _is_mail(text, suffix) else _TEXT_BY_SUFFIX.get(suffix, TEXT)
+    if _is_mail(text, suffix):
+        return MBOX if text.startswith("From ") else EML
+    return _TEXT_BY_SUFFIX.get(suffix, TEXT)
 
 
 def _is_mail(text: str, suffix: str) -> bool:

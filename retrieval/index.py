@@ -17,9 +17,15 @@ from typing import Protocol
 import faiss
 import numpy as np
 
+from .ivf import build_ivf, imbalance
+
 _LOG = logging.getLogger(__name__)
 _MANIFEST = "index.json"
-_LAYOUT = 1
+_LAYOUT = 2
+_FLAT_MAX = 200_000
+_EXACT_ROWS = 4096  # so few allowed rows are compared one by one
+_GROWTH = 2.0  # an inverted file is trained anew when it has grown so much,
+_DRIFT = 1.5  # or its lists have become so much less equal
 
 
 class IndexDamaged(ValueError):
@@ -69,13 +75,25 @@ class _Manifest:
     count: int
     dim: int
     embedder: str
+    trained: int
+    balance: float
 
 
 class FaissIndex:
-    """Exact search: `IndexIDMap2(IndexFlatIP)`, 1.5 KB a chunk at dim 384."""
+    """Exact search up to `flat_max` vectors (`IndexFlatIP`), then an inverted file; 1.5 KB a chunk at dim 384.
 
-    def __init__(self, dim: int, embedder_name: str) -> None:
+    The inverted file is trained in the background while searches go on, when there are too many vectors for exact
+    search and when they have drifted since; it takes over only if it finds 97% of what exact search does. Searches
+    within given rows are always exact.
+    """
+
+    def __init__(self, dim: int, embedder_name: str, flat_max: int = _FLAT_MAX) -> None:
         self._dim = dim
+        self._flat_max = flat_max
+        self._trained = 0  # vectors that the inverted file was trained for; 0 = flat
+        self._balance = 1.0  # of its lists at that time
+        self._refused = 0  # vectors at which no inverted file was good enough
+        self._trainer: threading.Thread | None = None
         self._embedder_name = embedder_name
         self._generation = 0
         self._index = _empty_index(dim)
@@ -105,7 +123,18 @@ class FaissIndex:
                 self._rebuild(source, upto)
             else:
                 self._advance(source, after, upto)
+            self._consider_training(source)
             return True
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether all vectors are compared with a question, as opposed to those of some lists."""
+        return self._trained == 0
+
+    def settle(self) -> None:
+        """Wait until no training is under way."""
+        if (trainer := self._trainer) is not None:
+            trainer.join()
 
     def rebuild(self, source: VectorSource) -> None:
         """Forget everything and read all vectors of the store; searches see the old ones until it is done."""
@@ -117,17 +146,49 @@ class FaissIndex:
         for rows, vectors in source.vectors(0, upto):
             fresh.add_with_ids(self._checked(vectors), rows)
         with self._lock:
-            self._index, self._generation = fresh, upto
+            self._index, self._generation, self._trained = fresh, upto, 0
+
+    def _consider_training(self, source: VectorSource) -> None:
+        """Start a thread that trains, if it is time for it; the caller holds `_writer`."""
+        count = self._index.ntotal
+        if count <= self._flat_max or count < _GROWTH * self._refused or (self._trainer and self._trainer.is_alive()):
+            return
+        grown = count > _GROWTH * self._trained  # also when it was never trained
+        if grown or imbalance(self._index) > _DRIFT * self._balance:
+            self._trainer = threading.Thread(target=self._train, args=(source,), name="index-training", daemon=True)
+            self._trainer.start()
+
+    def _train(self, source: VectorSource) -> None:
+        """Build an inverted file beside the index in use, then bring it up to date and let it take over."""
+        upto, count = self._generation, self._index.ntotal
+        try:
+            built = build_ivf(source.vectors(0, upto), source.vectors(0, upto), count, self._dim)
+            with self._writer:
+                if built is None:
+                    self._refused = count
+                    _LOG.warning("vector index stays exact: no inverted file over %d vectors is good enough", count)
+                elif self._generation >= upto and source.knows_generation(upto):
+                    _change(built.index, *self._changes(source, upto, self._generation))
+                    with self._lock:
+                        self._index, self._trained = built.index, built.trained
+                        self._balance = imbalance(built.index)
+                    numbers = (built.trained, built.index.nlist, built.index.nprobe, built.recall)
+                    _LOG.info("vector index: %d vectors in %d lists, %d probed, recall@10 %.3f", *numbers)
+        except Exception:
+            _LOG.exception("cannot train the vector index; the one in use goes on")
+
+    def _changes(
+        self, source: VectorSource, after: int, upto: int
+    ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+        """Rows removed and (rows, vectors) added."""
+        added = [(rows, self._checked(vectors)) for rows, vectors in source.vectors(after, upto)]
+        return source.removed_chunks(after, upto), added
 
     def _advance(self, source: VectorSource, after: int, upto: int) -> None:
-        added = [(rows, self._checked(vectors)) for rows, vectors in source.vectors(after, upto)]
-        removed = source.removed_chunks(after, upto)
+        changes = self._changes(source, after, upto)
         with self._lock:
             self._generation = 0  # should the rest fail, the next call rebuilds
-            if len(removed):
-                self._index.remove_ids(faiss.IDSelectorBatch(removed))
-            for rows, vectors in added:
-                self._index.add_with_ids(vectors, rows)
+            _change(self._index, *changes)
             self._generation = upto
 
     def _checked(self, vectors: np.ndarray) -> np.ndarray:
@@ -139,15 +200,20 @@ class FaissIndex:
         self, vector: np.ndarray, limit: int, allowed: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         query = self._checked(vector[None])
-        params = None
-        if allowed is not None:
-            if not len(allowed):
-                return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
-            bits = np.zeros(int(allowed[-1]) + 1, dtype=bool)
-            bits[allowed] = True
-            params = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(np.packbits(bits, bitorder="little")))
+        if allowed is not None and not len(allowed):
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
+        selector = None if allowed is None else _select(allowed)
         with self._lock:
-            scores, rows = self._index.search(query, min(limit, max(1, self._index.ntotal)), params=params)
+            number = min(limit, max(1, self._index.ntotal))
+            if self._trained == 0:
+                params = None if selector is None else faiss.SearchParameters(sel=selector)
+            elif selector is None:
+                params = None
+            elif len(allowed) <= _EXACT_ROWS and (read := _read_rows(self._index, allowed)) is not None:
+                return _rank(allowed, read @ query[0], limit)
+            else:
+                params = faiss.SearchParametersIVF(sel=selector, nprobe=self._index.nlist)
+            scores, rows = self._index.search(query, number, params=params)
         found = rows[0] >= 0
         return rows[0][found], scores[0][found]
 
@@ -156,10 +222,13 @@ class FaissIndex:
         with self._saver:
             with self._lock:
                 generation, count = self._generation, self._index.ntotal
+                trained, balance = self._trained, self._balance
                 content = faiss.serialize_index(self._index)
             digest = hashlib.blake2b(content, digest_size=16).hexdigest()
-            name = f"flat-{generation}-{digest[:8]}.faiss"
-            manifest = _Manifest(_LAYOUT, name, digest, generation, count, self._dim, self._embedder_name)
+            name = f"{'ivf' if trained else 'flat'}-{generation}-{digest[:8]}.faiss"
+            manifest = _Manifest(
+                *(_LAYOUT, name, digest, generation, count, self._dim, self._embedder_name, trained, balance)
+            )
             _write_durably(directory / name, memoryview(content))
             _write_durably(directory / _MANIFEST, json.dumps(asdict(manifest)).encode())
             for old in directory.glob("*.faiss"):
@@ -173,7 +242,7 @@ class FaissIndex:
             manifest = _Manifest(**json.loads((directory / _MANIFEST).read_bytes()))
             if (manifest.layout, manifest.dim, manifest.embedder) != (_LAYOUT, dim, embedder_name):
                 raise IndexDamaged(f"{directory} holds an index of {manifest.embedder}, not of {embedder_name}")
-            content = np.fromfile(directory / Path(manifest.file).name, dtype=np.uint8)
+            content = np.memmap(directory / Path(manifest.file).name, dtype=np.uint8, mode="r")
         except (OSError, ValueError, TypeError) as error:
             raise IndexDamaged(f"{directory / _MANIFEST}: {error}") from error
         if hashlib.blake2b(content, digest_size=16).hexdigest() != manifest.blake2b:
@@ -181,6 +250,7 @@ class FaissIndex:
         index = cls(dim, embedder_name)
         index._index = faiss.deserialize_index(content)
         index._generation = manifest.generation
+        index._trained, index._balance = manifest.trained, manifest.balance
         return index
 
 
@@ -203,6 +273,33 @@ def open_index(source: VectorSource, directory: Path | str, dim: int, embedder_n
 
 def _empty_index(dim: int) -> faiss.IndexIDMap2:
     return faiss.IndexIDMap2(faiss.IndexFlatIP(dim))
+
+
+def _change(index: faiss.Index, removed: np.ndarray, added: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    if len(removed):
+        has_map = isinstance(index, faiss.IndexIVFFlat)  # which takes an array only; without one that would be slow
+        index.remove_ids(faiss.IDSelectorArray(removed) if has_map else faiss.IDSelectorBatch(removed))
+    for rows, vectors in added:
+        index.add_with_ids(vectors, rows)
+
+
+def _select(allowed: np.ndarray) -> faiss.IDSelectorBitmap:
+    bits = np.zeros(int(allowed[-1]) + 1, dtype=bool)
+    bits[allowed] = True
+    return faiss.IDSelectorBitmap(np.packbits(bits, bitorder="little"))
+
+
+def _read_rows(index: faiss.IndexIVFFlat, rows: np.ndarray) -> np.ndarray | None:
+    """(len(rows), dim) vectors; None when one of them is gone."""
+    try:
+        return index.reconstruct_batch(rows)
+    except RuntimeError:
+        return None
+
+
+def _rank(rows: np.ndarray, scores: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    best = np.argsort(-scores, kind="stable")[:limit]
+    return rows[best], scores[best].astype(np.float32)
 
 
 def _write_durably(path: Path, content: bytes | memoryview) -> None:

@@ -30,8 +30,8 @@ def index_text(text: str) -> str:
     return _UNSPACED_CHAR.sub(r" \g<0> ", unicodedata.normalize("NFKC", text))
 
 
-def build_query(text: str) -> str | None:
-    """Return an FTS5 query for any text, matching a chunk that has any of its terms; None if it has no term.
+def query_terms(text: str) -> list[str]:
+    """Return the FTS5 phrases that any text asks for, without words that say nothing unless there are no others.
 
     Words of a piece held together by dots, dashes or underscores (`max_model_len`, `ERR-4012`, `3.2.1`) are asked for
     as a phrase, hyphenated words singly too. Only letters, digits and marks of `text` reach FTS5, inside quotes.
@@ -42,7 +42,12 @@ def build_query(text: str) -> str | None:
         if len(terms) >= MAX_QUERY_TERMS * 2:
             break
     wanted = [term for term in terms if term not in _STOP_WORDS] or list(terms)
-    return " OR ".join(f'"{term}"' for term in wanted[:MAX_QUERY_TERMS]) or None
+    return [f'"{term}"' for term in wanted[:MAX_QUERY_TERMS]]
+
+
+def build_query(text: str) -> str | None:
+    """Return an FTS5 query for any text, matching a chunk that has any of its `query_terms`; None if it has none."""
+    return " OR ".join(query_terms(text)) or None
 
 
 def _piece_terms(piece: str) -> list[str]:

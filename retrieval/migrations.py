@@ -59,6 +59,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             key TEXT PRIMARY KEY, fingerprint TEXT NOT NULL, status INTEGER NOT NULL, body TEXT NOT NULL,
             created_at REAL NOT NULL) WITHOUT ROWID""",
     ),
+    # A word in the title or the headings says as much as one in the text: docs/retrieval.md.
+    ("INSERT INTO chunk_words(chunk_words, rank) VALUES ('rank', 'bm25(1.0, 1.0)')",),
 )
 _APPLICATION_ID = 0x4A524147  # "JRAG", in the file's header: another program's database is not ours to change
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from .embedder import Embedder
 from .index import VectorIndex
-from .lexical import build_query
+from .lexical import build_query, query_terms
+from .rerank import Reranker, rerank
 from .store import DocumentStore, Selection
 from .types import Fusion, Hit, SearchParams
 
@@ -25,35 +26,55 @@ Scores = Mapping[int, float]
 
 @dataclass(frozen=True, slots=True)
 class FusionWeights:
-    """How the two halves of a hybrid search are put together.
+    """How the two halves of a hybrid search are put together; measured in docs/retrieval.md.
 
     `minmax`: each half scaled from no similarity = 0 to its best = 1, weighted, summed; `rrf`: weighted reciprocal
-    ranks. `candidates`: how many each half gives, at least.
+    ranks. `candidates`: how many each half gives, at least. `trust_from`, `trust_all`: the lexical weight counts in
+    full where the best lexical score is at least `trust_all` of what a passage with all words of the question is
+    expected to have, not at all up to `trust_from`, and in proportion between; the dense half gets what is left.
     Source: Bruch, Gai, Ingber 2023, section 4: the floor of a score is its theoretical one, not the worst seen.
     """
 
-    dense: float = 0.5
-    lexical: float = 0.5
+    dense: float = 0.2
+    lexical: float = 0.8
     fusion: Fusion = "minmax"
     candidates: int = 100
+    trust_from: float = 0.5
+    trust_all: float = 0.8
 
     def __post_init__(self) -> None:
         if min(self.dense, self.lexical) < 0 or self.dense + self.lexical <= 0:
             raise ValueError(f"weights must be >= 0 and not both 0, got dense {self.dense}, lexical {self.lexical}")
+        if not 0 <= self.trust_from < self.trust_all:
+            raise ValueError(f"trust_from {self.trust_from} must be >= 0 and below trust_all {self.trust_all}")
+
+    def trust(self, best: float, expected: float) -> float:
+        """How much of the lexical weight counts, 0 to 1, when `best` BM25 was found and `expected` could be."""
+        share = best / expected if expected > 0 else 1.0
+        return min(1.0, max(0.0, (share - self.trust_from) / (self.trust_all - self.trust_from)))
 
 
 class Retriever:
     """Searches the store and the index. Thread safe; sees every write that ended before the search began."""
 
     def __init__(
-        self, store: DocumentStore, index: VectorIndex, embedder: Embedder, weights: FusionWeights | None = None
+        self,
+        store: DocumentStore,
+        index: VectorIndex,
+        embedder: Embedder,
+        weights: FusionWeights | None = None,
+        reranker: Reranker | None = None,
+        rerank_hits: int = 50,
     ) -> None:
-        """Raises EmbedderMismatch if the store's vectors are another embedder's."""
+        """`reranker` orders the `rerank_hits` best anew. Raises EmbedderMismatch if the store's vectors are another
+        embedder's."""
         store.require_embedder(embedder.name, embedder.dim)
         self._store = store
         self._index = index
         self._embedder = embedder
         self._weights = weights or FusionWeights()
+        self._reranker = reranker
+        self._rerank_hits = rerank_hits
         self._selections: OrderedDict[tuple[int, str], Selection] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -68,18 +89,24 @@ class Retriever:
         selection = self._select(collections, params)
         if selection.is_empty or not query.strip():
             return []
-        limit = max(self._weights.candidates, 2 * params.max_num_results)
+        reranker = self._reranker if params.rerank else None
+        wanted = max(params.max_num_results, self._rerank_hits if reranker else 0)
+        limit = max(self._weights.candidates, 2 * wanted)
         dense: Scores = {}
         lexical: Scores = {}
         if params.mode != "dense":
             lexical = self._search_lexical(query, selection, limit)
         if params.mode != "lexical":
             dense = self._search_dense(query, selection, limit, also=list(lexical))
-        score = fuse_scores(dense, lexical, self._weights) if params.mode == "hybrid" else dense or lexical
-        ranked = sorted(score, key=lambda row: (-score[row], row))[: 2 * params.max_num_results]
+        score = self._fuse(query, dense, lexical) if params.mode == "hybrid" else dense or lexical
+        ranked = sorted(score, key=lambda row: (-score[row], row))[: 2 * wanted]
         found = self._store.load_hits(ranked)  # a row may have gone since it was found
-        hits = [_scored(found[row], row, score, dense, lexical, params) for row in ranked if row in found]
-        return hits[: params.max_num_results]
+        hits = [_scored(found[row], row, score, dense, lexical, params) for row in ranked if row in found][:wanted]
+        return (rerank(reranker, query, hits) if reranker else hits)[: params.max_num_results]
+
+    def _fuse(self, query: str, dense: Scores, lexical: Scores) -> Scores:
+        best, expected = max(lexical.values(), default=0.0), self._store.expected_bm25(query_terms(query))
+        return fuse_scores(dense, lexical, self._weights, self._weights.trust(best, expected))
 
     def _search_lexical(self, query: str, selection: Selection, limit: int) -> Scores:
         words = build_query(query)
@@ -112,11 +139,14 @@ class Retriever:
         return selection
 
 
-def fuse_scores(dense: Scores, lexical: Scores, weights: FusionWeights) -> dict[int, float]:
-    """Row -> score in 0..1 for every row of either half; what a half did not find gets nothing from it."""
+def fuse_scores(dense: Scores, lexical: Scores, weights: FusionWeights, trust: float = 1.0) -> dict[int, float]:
+    """Row -> score in 0..1 for every row of either half; what a half did not find gets nothing from it.
+
+    `trust`: share of the lexical weight that counts, see FusionWeights; a dense weight of 0 stays 0.
+    """
     scale = _scale_minmax if weights.fusion == "minmax" else _scale_ranks
-    total = weights.dense + weights.lexical
-    halves = ((weights.dense / total, scale(dense)), (weights.lexical / total, scale(lexical)))
+    share = weights.lexical / (weights.dense + weights.lexical) * (trust if weights.dense else 1.0)
+    halves = ((1 - share, scale(dense)), (share, scale(lexical)))
     return {row: sum(weight * half.get(row, 0.0) for weight, half in halves) for row in dense.keys() | lexical.keys()}
 
 

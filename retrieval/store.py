@@ -1,8 +1,7 @@
 """DocumentStore: the truth about documents, on SQLite. All SQL of the project stands in this module's family.
 
-This page is the contract; the statements are next door: store_documents.py (collections, documents, versions),
-store_jobs.py (leases), store_content.py (what becomes searchable), store_search.py (reading it), store_access.py (keys,
-replies, settings).
+This page is the contract; the statements are in store_documents.py (collections, documents, versions), store_jobs.py
+(leases), store_content.py (what becomes searchable), store_search.py (reading it), store_access.py (keys, settings).
 Files and FAISS are not its business: it names chunks by row id and says what changed since a generation.
 """
 
@@ -90,7 +89,7 @@ class DocumentStore:
             return documents.create_collection(c, name, self._clock())
 
     def list_collections(self) -> list[Collection]:
-        """All, oldest first, which is also their canonical order."""
+        """All, oldest first: their canonical order."""
         with self._db.read() as c:
             return documents.list_collections(c)
 
@@ -135,10 +134,8 @@ class DocumentStore:
         metadata: Mapping[str, object] | None = None,
     ) -> tuple[Document, bool]:
         """Queue new bytes for a document; the old version answers until the new one is ready. Returns as
-        `create_document`.
-
-        Same bytes and metadata as its newest version = nothing to do, unless that failed. `metadata` None keeps the
-        old one. A version still on its way is superseded. Raises DuplicateDocument if another document has these bytes.
+        `create_document`. Same bytes and metadata as its newest version = nothing to do, unless that failed. `metadata`
+        None keeps the old one. A version on its way is superseded. Raises DuplicateDocument if another has these bytes.
         """
         with self._db.write() as c:
             old = documents.get_document(c, document_id)
@@ -282,7 +279,6 @@ class DocumentStore:
             return searching.get_content(c, document_id)
 
     def get_text(self, document_id: str) -> str:
-        """Raises DocumentNotReady."""
         return self.get_content(document_id).text
 
     def get_chunks(self, document_id: str) -> list[Chunk]:
@@ -313,6 +309,11 @@ class DocumentStore:
         """Best (chunk row, BM25 score, higher is better) for an FTS5 query made by `lexical.build_query`."""
         with self._db.read() as c:
             return searching.search_lexical(c, query, selection, limit)
+
+    def expected_bm25(self, terms: Sequence[str]) -> float:
+        """BM25 of an average passage that has each of `lexical.query_terms` once; 0 without terms."""
+        with self._db.read() as c:
+            return searching.expected_bm25(c, terms)
 
     def load_hits(self, chunk_rows: Sequence[int]) -> dict[int, Hit]:
         """Row -> hit without scores, of those rows that still exist."""

@@ -8,12 +8,12 @@ database restored from a backup never gives a number that its lost future gave b
 import json
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 
 import numpy as np
 
 from .lexical import index_text
-from .types import Chunk, Heading, IndexChange, Page, ParsedDocument
+from .types import Chunk, DocumentError, Heading, IndexChange, Page, ParsedDocument
 
 _KEPT_GENERATIONS = 10_000
 _EMBEDDER = "embedder"
@@ -59,11 +59,12 @@ def replace_content(
     )
     c.execute("UPDATE documents SET current_version = newest_version WHERE row = ?", (document_row,))
     (filename,) = c.execute(
-        """UPDATE versions SET status = 'ready', done = ?, total = ?, unit = 'chunks', error = NULL, title = ?,
+        """UPDATE versions SET status = 'ready', done = ?, total = ?, unit = 'chunks', error = ?, title = ?,
             media_type = ?, pages = ?, chunks = ?, tokens = ?, lease_owner = NULL, lease_until = NULL, updated_at = ?
         WHERE document_row = ? RETURNING filename""",
         (
-            *(len(chunks), len(chunks), parsed.title, parsed.media_type, len(parsed.pages) or None),
+            *(len(chunks), len(chunks), _dump_unread(parsed), parsed.title, parsed.media_type),
+            len(parsed.pages) or None,
             *(len(chunks), sum(chunk.tokens for chunk in chunks), now, document_row),
         ),
     ).fetchone()
@@ -77,6 +78,10 @@ def replace_content(
         [(row, vector.astype("<f4").tobytes()) for row, vector in zip(added, vectors, strict=True)],
     )
     return IndexChange(generation, tuple(added), tuple(removed))
+
+
+def _dump_unread(parsed: ParsedDocument) -> str | None:
+    return parsed.unread and json.dumps(asdict(DocumentError("partly_read", parsed.unread, retryable=False)))
 
 
 def _dump(items: Sequence[Page] | Sequence[Heading]) -> str:

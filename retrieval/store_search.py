@@ -1,6 +1,7 @@
 """Statements that read content: whole documents, chunks by place, and the lexical half of a search."""
 
 import json
+import math
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import numpy as np
 from .location import locate
 from .store_documents import collection_rows, get_current, ready_rows
 from .types import Chunk, Filters, Heading, Hit, Location, Page, ParsedDocument
+
+_LEAST_IDF = 1e-6  # Source: SQLite, ext/fts5/fts5_aux.c, fts5Bm25GetData
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,6 +101,17 @@ def search_lexical(c: sqlite3.Connection, query: str, selection: Selection, limi
             (query, json.dumps(selection.document_rows), limit),
         )
     return [(row, -rank) for row, rank in found]
+
+
+def expected_bm25(c: sqlite3.Connection, terms: Sequence[str]) -> float:
+    """BM25 score of a passage of average length that has each of the terms once: the sum of their idf, as FTS5's."""
+    (chunks,) = c.execute(
+        """SELECT coalesce(sum(v.chunks), 0) FROM documents d
+        JOIN versions v ON v.document_row = d.row AND v.version = d.current_version"""
+    ).fetchone()
+    found = (c.execute("SELECT count(*) FROM chunk_words WHERE chunk_words MATCH ?", (term,)) for term in terms)
+    holding = (min(count, chunks) for cursor in found for (count,) in cursor)
+    return sum(max(_LEAST_IDF, math.log((chunks - count + 0.5) / (count + 0.5))) for count in holding)
 
 
 def load_hits(c: sqlite3.Connection, chunk_rows: Sequence[int]) -> dict[int, Hit]:

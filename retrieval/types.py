@@ -101,11 +101,14 @@ class Heading:
 
 @dataclass(frozen=True, slots=True)
 class ParsedDocument:
+    """`unread`: what of the original is not in the text and why, in words for its owner; None = nothing."""
+
     text: str
     pages: tuple[Page, ...] = ()
     headings: tuple[Heading, ...] = ()
     title: str | None = None
     media_type: str = "text/plain"
+    unread: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,17 +144,21 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class SearchParams:
-    """What one search wants. `filters`: metadata key -> value, or a list of which one must match."""
+    """What one search wants. `filters`: metadata key -> value, or a list of which one must match.
+
+    `rerank` False leaves out the reranker, where there is one.
+    """
 
     max_num_results: int = 10
     mode: SearchMode = "hybrid"
     filters: Filters | None = None
     document_ids: Sequence[str] | None = None
+    rerank: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A found chunk. `scores` holds dense (cosine), lexical (BM25, higher is better) and fused, each if computed.
+    """A found chunk. `scores` holds dense (cosine), lexical (BM25, higher is better), fused and rerank, if computed.
 
     `score` is the one it was ranked by. `document_ordinal` and `document_version` are those of the text searched.
     """

@@ -9,6 +9,7 @@ from pathlib import Path
 from retrieval.types import ParsedDocument
 
 Report = Callable[[int, int], None]  # (pages done, pages in all)
+Source = Path | bytes  # where a parser reads from: most read a file piece by piece
 
 
 class ParseError(ValueError):
@@ -29,40 +30,69 @@ def parse_file(path: Path, media_type: str, *, max_pages: int = 20_000, report: 
 
     The text is normalized (decode.normalize_text) and is what gets stored; every offset refers to it.
     """
-    report = report or (lambda done, total: None)
-    parsed = _parse_package(path, media_type, max_pages, report) or _parse_text(path.read_bytes(), media_type)
+    return _parse(path, media_type, max_pages, report or (lambda done, total: None), depth=0)
+
+
+def parse_bytes(data: bytes, media_type: str, *, max_pages: int = 20_000, depth: int = 0) -> ParsedDocument:
+    """`parse_file` of what is in memory; `depth` counts the archives and messages around it."""
+    return _parse(data, media_type, max_pages, lambda done, total: None, depth)
+
+
+def _parse(source: Source, media_type: str, max_pages: int, report: Report, depth: int) -> ParsedDocument:
+    parsed = _parse_package(source, media_type, max_pages, report)
+    if parsed is None:
+        data = source if isinstance(source, bytes) else source.read_bytes()
+        parsed = _parse_many(data, media_type, max_pages, depth) or _parse_text(data, media_type)
     if not parsed.text.strip():
         raise ParseError("empty_document", "the document holds no text; check that the right file was sent")
     return parsed
 
 
-def _parse_package(path: Path, media_type: str, max_pages: int, report: Report) -> ParsedDocument | None:
+def _parse_many(data: bytes, media_type: str, max_pages: int, depth: int) -> ParsedDocument | None:
+    """Formats that hold other documents; None for the others."""
+    match media_type:
+        case "message/rfc822":
+            from ingest.parse.mail import parse_mail
+
+            return parse_mail(data, max_pages, depth)
+        case "application/mbox":
+            from ingest.parse.mail import parse_mailbox
+
+            return parse_mailbox(data, max_pages, depth)
+        case "application/zip" | "application/x-tar" | "application/gzip" | "application/x-bzip2" | "application/x-xz":
+            from ingest.parse.members import parse_archive
+
+            return parse_archive(data, media_type, max_pages, depth)
+    return None
+
+
+def _parse_package(source: Source, media_type: str, max_pages: int, report: Report) -> ParsedDocument | None:
     """Formats that are read from the file piece by piece; None for the others."""
     match media_type:
         case "application/pdf":
             from ingest.parse.pdf import parse_pdf
 
-            return parse_pdf(path, max_pages=max_pages, report=report)
+            return parse_pdf(source, max_pages=max_pages, report=report)
         case "application/vnd.openxmlformats-officedocument.wordprocessingml.document":
             from ingest.parse.docx import parse_docx
 
-            return parse_docx(path)
+            return parse_docx(source)
         case "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet":
             from ingest.parse.xlsx import parse_xlsx
 
-            return parse_xlsx(path)
+            return parse_xlsx(source)
         case "application/vnd.openxmlformats-officedocument.presentationml.presentation":
             from ingest.parse.pptx import parse_pptx
 
-            return parse_pptx(path, max_pages=max_pages, report=report)
+            return parse_pptx(source, max_pages=max_pages, report=report)
         case "application/epub+zip":
             from ingest.parse.epub import parse_epub
 
-            return parse_epub(path, report=report)
+            return parse_epub(source, report=report)
         case "application/vnd.oasis.opendocument.text":
             from ingest.parse.odt import parse_odt
 
-            return parse_odt(path)
+            return parse_odt(source)
     return None
 
 
@@ -85,10 +115,14 @@ def _parse_text(data: bytes, media_type: str) -> ParsedDocument:
             from ingest.parse.delimited import parse_delimited
 
             return parse_delimited(data, media_type)
-        case "message/rfc822":
-            from ingest.parse.mail import parse_mail
+        case "text/x-rst":
+            from ingest.parse.rst import parse_rst
 
-            return parse_mail(data)
+            return parse_rst(data)
+        case "text/x-source":
+            from ingest.parse.source import parse_source
+
+            return parse_source(data)
         case "application/rtf":
             from ingest.parse.rtf import parse_rtf
 

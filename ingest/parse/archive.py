@@ -3,16 +3,16 @@
 Start at `open_package`. Nothing is ever unpacked to disk, so no name in an archive becomes a path.
 """
 
+import io
 import posixpath
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from urllib.parse import unquote
 
 from lxml import etree
 
-from ingest.parse import ParseError
+from ingest.parse import ParseError, Source
 
 _MAX_UNPACKED_BYTES = 512 * 1024 * 1024
 _MAX_RATIO = 200  # text compresses about tenfold; what shrinks more is made to
@@ -22,22 +22,32 @@ _RELATIONSHIP = "{http://schemas.openxmlformats.org/package/2006/relationships}R
 _XML_SAFETY = {"resolve_entities": False, "no_network": True, "load_dtd": False, "huge_tree": False}
 
 
-def check_archive(path: Path) -> None:
+def open_source(source: Source) -> str | io.BytesIO:
+    """What libraries open: a path as text, or the bytes as a file."""
+    return io.BytesIO(source) if isinstance(source, bytes) else str(source)
+
+
+def check_archive(source: Source) -> None:
     """Add up what the archive says it unpacks to; zipfile never reads more of a member than that.
 
     Raises ParseError zip_bomb; BadZipFile.
     """
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(open_source(source)) as archive:
         members = archive.infolist()
         unpacked = sum(member.file_size for member in members)
-    packed = max(1, path.stat().st_size)
+    packed = max(1, len(source) if isinstance(source, bytes) else source.stat().st_size)
     if len(members) > _MAX_MEMBERS:
         raise ParseError("zip_bomb", f"the document has {len(members)} parts, over the limit of {_MAX_MEMBERS}")
-    if unpacked > _MAX_UNPACKED_BYTES or (unpacked > _RATIO_FREE_BYTES and unpacked > _MAX_RATIO * packed):
+    if is_bomb(packed, unpacked):
         raise ParseError(
             "zip_bomb",
             f"the document unpacks from {packed} to {unpacked} bytes, over the limit; save it with smaller parts",
         )
+
+
+def is_bomb(packed: int, unpacked: int) -> bool:
+    """Whether so many bytes are too many, or too many for what they were packed into."""
+    return unpacked > _MAX_UNPACKED_BYTES or (unpacked > _RATIO_FREE_BYTES and unpacked > _MAX_RATIO * packed)
 
 
 class Package:
@@ -87,11 +97,11 @@ def resolve(base: str, target: str) -> str:
 
 
 @contextmanager
-def open_package(path: Path, kind: str, what: str) -> Iterator[Package]:
+def open_package(source: Source, kind: str, what: str) -> Iterator[Package]:
     """Open, check, and turn whatever goes wrong within the block into ParseError broken_<kind> or zip_bomb."""
     try:
-        check_archive(path)
-        with zipfile.ZipFile(path) as archive:
+        check_archive(source)
+        with zipfile.ZipFile(open_source(source)) as archive:
             yield Package(archive)
     except (ParseError, MemoryError):
         raise

@@ -63,6 +63,15 @@ class BlockWriter:
             self._length += len(self._gap) + len(line)
             self._gap = "\n"
 
+    def add_document(self, parsed: ParsedDocument, depth: int) -> None:
+        """Write the text of a parsed document as it is; its headings open sections `depth` levels further in."""
+        self.end_block()
+        start = self._length + len(self._gap)
+        self._text += (self._gap, parsed.text)
+        self._length = start + len(parsed.text)
+        self._headings += [Heading(h.level + depth, h.title, start + h.char_start) for h in parsed.headings]
+        self._gap = "\n\n"
+
     def finish(self, media_type: str, *, title: str | None = None) -> ParsedDocument:
         """Title: the given one, else the first heading."""
         self.end_block()

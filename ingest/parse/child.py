@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ingest.parse import ParseError, Report, parse_file
-from retrieval.types import Heading, Page, ParsedDocument
+from ingest.parse.wire import from_json, to_json
+from retrieval.types import ParsedDocument
 
 _ROOT = Path(__file__).resolve().parents[2]
 _START = (
@@ -56,7 +57,7 @@ def parse_in_child(
     for every way in which the child can fail.
     """
     arguments = [str(path.resolve()), media_type]
-    return _from_json(run_in_child("ingest.parse.child", arguments, limits or ParseLimits(), report, check))
+    return from_json(run_in_child("ingest.parse.child", arguments, limits or ParseLimits(), report, check))
 
 
 def run_in_child(
@@ -175,26 +176,6 @@ def _memory_exceeded(limits: ParseLimits) -> ParseError:
     )
 
 
-def _from_json(data: dict[str, Any]) -> ParsedDocument:
-    return ParsedDocument(
-        text=data["text"],
-        pages=tuple(Page(*page) for page in data["pages"]),
-        headings=tuple(Heading(*heading) for heading in data["headings"]),
-        title=data["title"],
-        media_type=data["media_type"],
-    )
-
-
-def _to_json(parsed: ParsedDocument) -> dict[str, Any]:
-    return {
-        "text": parsed.text,
-        "pages": [dataclasses.astuple(page) for page in parsed.pages],
-        "headings": [dataclasses.astuple(heading) for heading in parsed.headings],
-        "title": parsed.title,
-        "media_type": parsed.media_type,
-    }
-
-
 def _set_limits(limits: ParseLimits) -> None:
     """Limit this process for good. The alarm ends it even when the parent is gone and nobody counts wall time."""
     for what, value in (
@@ -213,7 +194,7 @@ def main(path: str, media_type: str, raw_limits: str) -> None:
     limits = ParseLimits(**json.loads(raw_limits))
     answer_parent(
         limits,
-        lambda: _to_json(parse_file(Path(path), media_type, max_pages=limits.pages, report=_send_progress)),
+        lambda: to_json(parse_file(Path(path), media_type, max_pages=limits.pages, report=_send_progress)),
     )
 
 

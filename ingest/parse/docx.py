@@ -2,7 +2,6 @@
 
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import docx
 from docx.document import Document as DocxDocument
@@ -10,19 +9,19 @@ from docx.opc.exceptions import PackageNotFoundError
 from docx.table import Table
 from docx.text.paragraph import Paragraph
 
-from ingest.parse import ParseError
-from ingest.parse.archive import check_archive
+from ingest.parse import ParseError, Source
+from ingest.parse.archive import check_archive, open_source
 from ingest.parse.blocks import BlockWriter, table_row_text
 from retrieval.types import ParsedDocument
 
 MEDIA_TYPE = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
 
 
-def parse_docx(path: Path) -> ParsedDocument:
+def parse_docx(source: Source) -> ParsedDocument:
     """Read the body; headers, footers, notes and comments are left out. Raises ParseError broken_docx, zip_bomb."""
     try:
-        check_archive(path)
-        document = docx.Document(str(path))
+        check_archive(source)
+        document = docx.Document(open_source(source))
         return _read(document)
     except (ParseError, MemoryError):
         raise

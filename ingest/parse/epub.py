@@ -1,10 +1,8 @@
 """EPUB: the chapters in reading order, each read as HTML; a chapter without a heading gets its name in the contents."""
 
-from pathlib import Path
-
 from lxml import etree
 
-from ingest.parse import ParseError, Report
+from ingest.parse import ParseError, Report, Source
 from ingest.parse.archive import Package, open_package, resolve
 from ingest.parse.decode import normalize_text
 from ingest.parse.html import parse_html
@@ -16,9 +14,9 @@ _TITLE = "{http://purl.org/dc/elements/1.1/}title"
 _HTML_TYPES = frozenset({"application/xhtml+xml", "text/html"})
 
 
-def parse_epub(path: Path, *, report: Report) -> ParsedDocument:
+def parse_epub(source: Source, *, report: Report) -> ParsedDocument:
     """Read the book's main text. Raises ParseError broken_epub, encrypted_epub, zip_bomb."""
-    with open_package(path, "epub", "EPUB book") as package:
+    with open_package(source, "epub", "EPUB book") as package:
         opf = _package_document(package)
         root = package.xml(opf)
         items = {item.get("id", ""): item for item in root.iterfind("./{*}manifest/{*}item")}

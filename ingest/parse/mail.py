@@ -1,31 +1,57 @@
-"""E-mail (.eml): subject as heading, who and when, the text, then the attachments by name, with their text if they
-are text. Other attachments are only named.
+"""E-mail (.eml, .mbox): subject as heading, who and when, the text, then the attachments by name, with their text.
+
+Attachments that are documents are parsed as if they had been uploaded; pictures are only named.
 """
 
 import email
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from email import policy
 from email.message import EmailMessage
 
 from ingest.parse import ParseError
 from ingest.parse.blocks import BlockWriter
 from ingest.parse.html import parse_html
+from ingest.parse.members import Members
 from ingest.parse.text import read_text
+from ingest.parse.unpack import Budget
+from ingest.sniff import EML, MBOX
 from retrieval.types import ParsedDocument
 
-MEDIA_TYPE = "message/rfc822"
 _HEADERS = ("From", "To", "Cc", "Date")
 _MAX_DEPTH = 8  # of messages within messages
 _MAX_PARTS = 1_000
+_MAX_MESSAGES = 20_000
+_MBOX_START = re.compile(rb"(?:\A|(?<=\n\n)|(?<=\n\r\n))From [^\n]*\n")
+_MBOX_QUOTED = re.compile(rb"^>(?=>*From )", re.M)
 
 
-def parse_mail(data: bytes) -> ParsedDocument:
-    """Read one message. Raises ParseError broken_eml."""
+def parse_mail(data: bytes, max_pages: int = 20_000, depth: int = 0) -> ParsedDocument:
+    """Read one message. Raises ParseError broken_eml, zip_bomb."""
+    return _parse_messages([data], EML, Members(Budget(len(data)), max_pages, depth))
+
+
+def parse_mailbox(data: bytes, max_pages: int = 20_000, depth: int = 0) -> ParsedDocument:
+    """Read all messages of a mailbox in the mbox format. Raises ParseError broken_eml, zip_bomb, too_many_pages.
+
+    Source: RFC 4155, appendix A; a quoted ">From " is undone (mboxrd).
+    """
+    starts = [match.span() for match in _MBOX_START.finditer(data)]
+    if len(starts) > _MAX_MESSAGES:
+        raise ParseError("too_many_pages", f"{len(starts)} messages are over the limit of {_MAX_MESSAGES}; split it")
+    ends = [start for start, _ in starts[1:]] + [len(data)]
+    messages = [_MBOX_QUOTED.sub(b"", data[start:end]) for (_, start), end in zip(starts, ends, strict=True)]
+    return _parse_messages(messages, MBOX, Members(Budget(len(data)), max_pages, depth))
+
+
+def _parse_messages(messages: list[bytes], media_type: str, members: Members) -> ParsedDocument:
     try:
-        message = email.message_from_bytes(data, policy=policy.default)
         writer = BlockWriter()
-        _write_message(writer, message, depth=1)
-        return writer.finish(MEDIA_TYPE)
+        for data in messages:
+            _write_message(writer, email.message_from_bytes(data, policy=policy.default), 1, members)
+        parsed = writer.finish(media_type)
+        return replace(parsed, unread=members.unread())
     except (ParseError, MemoryError):
         raise
     except Exception as error:  # the email package and its codecs fail in many ways on bad input
@@ -35,7 +61,7 @@ def parse_mail(data: bytes) -> ParsedDocument:
         ) from error
 
 
-def _write_message(writer: BlockWriter, message: EmailMessage, depth: int) -> None:
+def _write_message(writer: BlockWriter, message: EmailMessage, depth: int, members: Members) -> None:
     writer.end_block()
     writer.add(_header(message, "Subject") or "(no subject)")
     writer.end_heading(depth)
@@ -49,7 +75,7 @@ def _write_message(writer: BlockWriter, message: EmailMessage, depth: int) -> No
     for number, part in enumerate(_attachments(message, body)):
         if number == _MAX_PARTS:
             raise ParseError("too_many_pages", f"the message has over {_MAX_PARTS} attachments; upload them separately")
-        _write_attachment(writer, part, depth + 1)
+        _write_attachment(writer, part, depth + 1, members)
 
 
 def _header(message: EmailMessage, name: str) -> str:
@@ -74,13 +100,13 @@ def _attachments(message: EmailMessage, body: EmailMessage | None) -> Iterator[E
             yield from _attachments(part, body)
 
 
-def _write_attachment(writer: BlockWriter, part: EmailMessage, depth: int) -> None:
+def _write_attachment(writer: BlockWriter, part: EmailMessage, depth: int, members: Members) -> None:
     name = " ".join((part.get_filename() or "").split())
     if part.get_content_type() == "message/rfc822" and depth <= _MAX_DEPTH:
         inner = part.get_payload(0)
         writer.end_block()
         writer.add_line(f"Attachment: {name or 'message'}")
-        _write_message(writer, inner, depth)
+        _write_message(writer, inner, depth, members)
         return
     if not name and part.get_content_maintype() != "text":
         return  # pictures in the text, signatures
@@ -89,6 +115,8 @@ def _write_attachment(writer: BlockWriter, part: EmailMessage, depth: int) -> No
     writer.end_heading(depth)
     if part.get_content_maintype() == "text":
         _write_text(writer, part)
+    elif part.get_content_maintype() != "image" and (data := part.get_payload(decode=True)):
+        members.write(writer, name, data, depth, is_titled=True)
 
 
 def _write_text(writer: BlockWriter, part: EmailMessage) -> None:

@@ -1,11 +1,10 @@
 """ODT: headings, paragraphs, lists and tables in order. LibreOffice stores no page breaks, so there are no pages."""
 
 import re
-from pathlib import Path
 
 from lxml import etree
 
-from ingest.parse import ParseError
+from ingest.parse import ParseError, Source
 from ingest.parse.archive import Package, open_package
 from ingest.parse.blocks import BlockWriter
 from ingest.parse.tables import write_rows
@@ -24,12 +23,12 @@ _SPACE = re.compile(r"\s+")
 _MAX_REPEAT = 1_000  # of blanks and cells that the file only counts
 
 
-def parse_odt(path: Path) -> ParsedDocument:
+def parse_odt(source: Source) -> ParsedDocument:
     """Read the body; headers, footnotes, comments and deleted text are left out.
 
     Raises ParseError broken_odt, encrypted_odt, zip_bomb.
     """
-    with open_package(path, "odt", "OpenDocument text") as package:
+    with open_package(source, "odt", "OpenDocument text") as package:
         manifest = "META-INF/manifest.xml"
         if manifest in package and package.xml(manifest).find(".//{*}encryption-data") is not None:
             raise ParseError("encrypted_odt", "the document is protected by a password; remove it and upload it again")

@@ -1,22 +1,24 @@
-"""PDF through PDFium: text per page, page labels, outline as headings. No OCR: pages without text stay empty.
+"""PDF through PDFium: text per page, page labels, outline as headings; scanned pages by OCR where there is one.
 
 PDFium is not thread-safe, one more reason why parsers run in a process of their own (child.py). How lines become
 paragraphs is in pdf_layout.py.
 """
 
 import re
+import time
 from itertools import islice, pairwise
-from pathlib import Path
 
 import pypdfium2 as pdfium
 import pypdfium2.raw as pdfium_c
 
-from ingest.parse import ParseError, Report
+from ingest.parse import ParseError, Report, Source, ocr
 from ingest.parse.decode import normalize_text
 from ingest.parse.pdf_layout import Line, join_hyphenated, join_lines
 from retrieval.types import Heading, Page, ParsedDocument
 
 _PAGE_GAP = "\n\n"
+_OCR_S = 180.0  # for all pages of a document
+_RUN_OCR = "run OCR on it (for example with ocrmypdf) and upload the result, or install tesseract with the service"
 _MAX_OUTLINE = 20_000
 _LIGATURES = {0xFB00: "ff", 0xFB01: "fi", 0xFB02: "fl", 0xFB03: "ffi", 0xFB04: "ffl", 0xFB05: "st", 0xFB06: "st"}
 _REPORT_EVERY = 16
@@ -25,28 +27,29 @@ _CELL_GAP_HEIGHTS = 1.0  # a gap this wide, in heights of a line, parts the cell
 _BLANKS = re.compile(r"\s+")
 
 
-def parse_pdf(path: Path, *, max_pages: int, report: Report) -> ParsedDocument:
+def parse_pdf(source: Source, *, max_pages: int, report: Report) -> ParsedDocument:
     """Read all pages; `pages` holds their exact ranges in the text, empty for a page without text.
 
     Ligatures are spelled out and words that were divided at a line's end are joined, so that quotes and searches match.
+    Scanned pages that are not read are named in `unread`.
     Raises ParseError encrypted_pdf, broken_pdf, empty_document, too_many_pages, no_text.
     """
-    document = _open(path)
+    document = _open(source)
     total = len(document)
     if total > max_pages:
         raise ParseError("too_many_pages", f"{total} pages are over the limit of {max_pages}; split the document")
     texts: list[str] = []
     labels: list[str | None] = []
+    scans = _Scans()
     for number in range(total):
         labels.append(normalize_text(document.get_page_label(number)).strip() or None)
-        texts.append(_page_text(document, number, {labels[-1], str(number + 1)}))
+        texts.append(_page_text(document, number, {labels[-1], str(number + 1)}) or scans.read(document, number))
         if (number + 1) % _REPORT_EVERY == 0 or number + 1 == total:
             report(number + 1, total)
     if not any(texts):
         raise ParseError(
             "no_text",
-            f"none of the {total} pages ({_span(total)}) holds text: this is probably a scan; run OCR on it "
-            "(for example with ocrmypdf) and upload the result",
+            f"none of the {total} pages ({_span(total)}) holds text: this is probably a scan; {_RUN_OCR}",
             page=1,
         )
     texts = [normalize_text(text).strip() for text in join_hyphenated(texts)]
@@ -57,18 +60,59 @@ def parse_pdf(path: Path, *, max_pages: int, report: Report) -> ParsedDocument:
     joined = _PAGE_GAP.join(texts)
     title = normalize_text(document.get_metadata_value("Title")).strip()
     headings = _read_outline(document, joined, pages)
-    return ParsedDocument(joined, tuple(pages), headings, title or None, "application/pdf")
+    return ParsedDocument(joined, tuple(pages), headings, title or None, "application/pdf", scans.unread())
+
+
+class _Scans:
+    """Reads pages that are pictures without text, as long as there is time for it, and remembers those it did not."""
+
+    def __init__(self) -> None:
+        self._unread: list[int] = []
+        self._deadline = time.monotonic() + _OCR_S
+
+    def read(self, document: pdfium.PdfDocument, number: int) -> str:
+        """The text of the page, if it is a scan and OCR is there; else empty."""
+        page = document[number]
+        try:
+            if next(page.get_objects(filter=[pdfium_c.FPDF_PAGEOBJ_IMAGE], max_depth=3), None) is None:
+                return ""  # blank, or a drawing
+            program = ocr.find_program()
+            if program is not None and time.monotonic() < self._deadline:
+                return ocr.read_page(page, program)
+        except (ParseError, pdfium.PdfiumError):
+            pass  # named as unread below
+        finally:
+            page.close()
+        self._unread.append(number + 1)
+        return ""
+
+    def unread(self) -> str | None:
+        if not self._unread:
+            return None
+        are = "page {} is a picture" if len(self._unread) == 1 else "pages {} are pictures"
+        return f"{are.format(_ranges(self._unread))} without text; {_RUN_OCR}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[1, 2, 3, 7] -> "1-3, 7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _span(total: int) -> str:
     return "1" if total == 1 else f"1-{total}"
 
 
-def _open(path: Path) -> pdfium.PdfDocument:
+def _open(source: Source) -> pdfium.PdfDocument:
     try:
-        return pdfium.PdfDocument(path)
+        return pdfium.PdfDocument(source)
     except pdfium.PdfiumError as error:
-        if _can_load(path):  # pypdfium2 refuses a document without pages, with the error of the load before it
+        if _can_load(source):  # pypdfium2 refuses a document without pages, with the error of the load before it
             raise ParseError("empty_document", "the PDF has no pages; export it again from its source") from error
         if error.err_code in (pdfium_c.FPDF_ERR_PASSWORD, pdfium_c.FPDF_ERR_SECURITY):
             raise ParseError(
@@ -79,8 +123,11 @@ def _open(path: Path) -> pdfium.PdfDocument:
         ) from error
 
 
-def _can_load(path: Path) -> bool:
-    document = pdfium_c.FPDF_LoadDocument(str(path).encode() + b"\0", None)
+def _can_load(source: Source) -> bool:
+    if isinstance(source, bytes):
+        document = pdfium_c.FPDF_LoadMemDocument64(source, len(source), None)
+    else:
+        document = pdfium_c.FPDF_LoadDocument(str(source).encode() + b"\0", None)
     if document:
         pdfium_c.FPDF_CloseDocument(document)
     return bool(document)

@@ -3,11 +3,9 @@
 Reads the parts of the zip directly (ECMA-376, PresentationML). Charts, diagrams and pictures are left out.
 """
 
-from pathlib import Path
-
 from lxml import etree
 
-from ingest.parse import ParseError, Report
+from ingest.parse import ParseError, Report, Source
 from ingest.parse.archive import Package, open_package
 from ingest.parse.blocks import BlockWriter
 from ingest.parse.tables import write_rows
@@ -19,9 +17,9 @@ _TITLES = frozenset({"title", "ctrTitle"})
 _FURNITURE = frozenset({"sldNum", "dt", "ftr", "hdr", "sldImg"})
 
 
-def parse_pptx(path: Path, *, max_pages: int, report: Report) -> ParsedDocument:
+def parse_pptx(source: Source, *, max_pages: int, report: Report) -> ParsedDocument:
     """Read all slides, hidden ones too. Raises ParseError broken_pptx, zip_bomb, too_many_pages."""
-    with open_package(path, "pptx", "PowerPoint presentation") as package:
+    with open_package(source, "pptx", "PowerPoint presentation") as package:
         slides = _slides(package)
         if len(slides) > max_pages:
             raise ParseError(

@@ -7,11 +7,10 @@ the workbook was saved. Charts, comments and pictures are left out.
 import re
 from collections.abc import Iterator
 from datetime import datetime, timedelta
-from pathlib import Path
 
 from lxml import etree
 
-from ingest.parse import ParseError
+from ingest.parse import ParseError, Source
 from ingest.parse.archive import Package, open_package
 from ingest.parse.blocks import BlockWriter
 from ingest.parse.tables import Row, write_rows
@@ -29,9 +28,9 @@ _NOT_PLACEHOLDERS = re.compile(r'"[^"]*"|\\.|_.|\*.|\[[^\]]*\]')
 _REFERENCE = re.compile(r"([A-Za-z]{1,3})\d*$")
 
 
-def parse_xlsx(path: Path) -> ParsedDocument:
+def parse_xlsx(source: Source) -> ParsedDocument:
     """Read all sheets, hidden ones too. Raises ParseError broken_xlsx, zip_bomb, too_many_cells."""
-    with open_package(path, "xlsx", "Excel workbook") as package:
+    with open_package(source, "xlsx", "Excel workbook") as package:
         return _Workbook(package).read()
 
 

@@ -1,7 +1,11 @@
 """JSON, JSON lines and e-mail."""
 
+import io
 import json
+import mailbox
+import zipfile
 from email.message import EmailMessage
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -11,9 +15,8 @@ from ingest.parse import ParseError, parse_file
 from ingest.parse.child import parse_in_child
 from ingest.parse.json_values import MEDIA_TYPE as JSON
 from ingest.parse.json_values import parse_json
-from ingest.parse.mail import MEDIA_TYPE as EML
-from ingest.parse.mail import parse_mail
-from ingest.sniff import TEXT, sniff_media_type
+from ingest.parse.mail import parse_mail, parse_mailbox
+from ingest.sniff import EML, MBOX, TEXT, sniff_media_type
 
 
 def test_json_paths_are_readable_and_values_as_written():
@@ -154,3 +157,51 @@ def test_an_empty_json_value_is_an_empty_document(tmp_path):
     with pytest.raises(ParseError) as caught:
         parse_file(tmp_path / "x", JSON)
     assert caught.value.code == "empty_document"
+
+
+def test_attached_documents_are_parsed_and_what_is_not_is_named(tmp_path):
+    mail = make_mail()
+    handbook = (Path(__file__).parents[2] / "samples" / "documents" / "fr12-handbook.pdf").read_bytes()
+    mail.add_attachment(handbook, maintype="application", subtype="octet-stream", filename="handbook")
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("notes/a.md", "# Alpha\n\nzipped words")
+    mail.add_attachment(packed.getvalue(), maintype="application", subtype="zip", filename="notes.zip")
+    mail.add_attachment(b"\x7fELF\0\0", maintype="application", subtype="octet-stream", filename="tool")
+    (tmp_path / "x").write_bytes(mail.as_bytes())
+    parsed = parse_in_child(tmp_path / "x", EML)
+    assert "Attachment: handbook\n\n" in parsed.text and "FR-12 automatic weather station" in parsed.text
+    assert "Attachment: notes.zip\n\nnotes.zip/notes/a.md\n\n# Alpha\n\nzipped words" in parsed.text
+    assert parsed.unread.startswith("1 of 3 files were not read or not wholly: tool (this looks like a program")
+    titles = [heading.title for heading in parsed.headings]
+    assert titles[:2] == ["Größe of the pump", "Attachment: handbook"] and titles[-2:] == ["Alpha", "Attachment: tool"]
+
+
+def test_a_mailbox_is_its_messages(tmp_path):
+    mails = [make_mail() for _ in range(3)]
+    mails[1].replace_header("Subject", "Second")
+    mails[1].set_content("one\n\nFrom here on it is text\n>From quoted\n")
+    mails[2].add_attachment(b"a,b\n1,2\n", maintype="application", subtype="x", filename="a.csv")
+    path = tmp_path / "box"
+    box = mailbox.mbox(path)
+    for mail in mails:
+        box.add(mailbox.mboxMessage(mail))
+    box.close()
+    data = path.read_bytes()
+    assert sniff_media_type(data, "Inbox") == sniff_media_type(data, "x.eml") == MBOX
+    parsed = parse_in_child(path, MBOX)
+    assert [h.title for h in parsed.headings if h.level == 1] == ["Größe of the pump", "Second", "Größe of the pump"]
+    assert "one\n\nFrom here on it is text\nFrom quoted" in parsed.text
+    assert parsed.text.endswith("Attachment: a.csv\n\na | b\na: 1 | b: 2")
+    assert (parsed.media_type, parsed.unread) == (MBOX, None)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.sampled_from([b"From a@b Mon\n", b"\n", b"Subject: x\n", b"\r\n", b"From ", b"text\n", b">From x\n"]))
+)
+def test_any_mailbox_gives_text_or_one_error(lines):
+    try:
+        assert parse_mailbox(b"From a@b Mon\n" + b"".join(lines)).text
+    except ParseError as error:
+        assert error.code

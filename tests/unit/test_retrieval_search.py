@@ -1,7 +1,10 @@
 """From a question to hits: both halves, their fusion, filters, and that nothing stale is ever found."""
 
+import dataclasses
 import itertools
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,8 +13,10 @@ from retrieval_kit import HashEmbedder, add, ingest, queue, sha
 
 from retrieval.embedder import MiniLMEmbedder
 from retrieval.index import FaissIndex, open_index
+from retrieval.lexical import query_terms
+from retrieval.rerank import rerank
 from retrieval.search import FusionWeights, Retriever, fuse_scores
-from retrieval.store import CollectionNotFound, DocumentStore, EmbedderMismatch
+from retrieval.store import CollectionNotFound, DocumentStore, EmbedderMismatch, Selection
 from retrieval.types import Heading, Location, Page, SearchParams
 
 LIBRARY = {
@@ -158,7 +163,7 @@ def test_another_embedder_is_refused(store):
 def test_weights_decide(store):
     assert fuse_scores({1: 0.8, 2: 0.4}, {2: 9.0}, FusionWeights(dense=1, lexical=0)) == {1: 1.0, 2: 0.5}
     assert fuse_scores({1: 0.8, 2: 0.4}, {2: 9.0}, FusionWeights(dense=0, lexical=3)) == {1: 0.0, 2: 1.0}
-    assert fuse_scores({1: 0.8, 2: 0.4}, {2: 9.0}, FusionWeights()) == {1: 0.5, 2: 0.75}
+    assert fuse_scores({1: 0.8, 2: 0.4}, {2: 9.0}, FusionWeights(1, 1)) == {1: 0.5, 2: 0.75}
     assert fuse_scores({1: -0.1}, {}, FusionWeights()) == {1: 0.0}
     for weights in ({"dense": -1}, {"dense": 0, "lexical": 0}):
         with pytest.raises(ValueError, match="weights"):
@@ -177,3 +182,76 @@ def test_fusion_stays_in_range_and_respects_dominance(dense, lexical, fusion, we
     for a, b in itertools.permutations(dense.keys() & lexical.keys(), 2):
         if dense[a] > dense[b] and lexical[a] > lexical[b]:
             assert fused[a] >= fused[b]
+
+
+def test_words_count_for_as_much_as_was_found_of_them():
+    weights = FusionWeights(dense=1, lexical=3, trust_from=0.5, trust_all=0.9)
+    assert [weights.trust(best, 10.0) for best in (0, 5, 7, 9, 30)] == pytest.approx([0, 0, 0.5, 1, 1])
+    assert weights.trust(3.0, 0.0) == 1.0  # words so common that nothing can be expected of them
+    dense, lexical = {1: 0.8, 2: 0.4}, {2: 9.0}
+    assert fuse_scores(dense, lexical, weights, 0.5) == pytest.approx({1: 0.625, 2: 0.6875})
+    assert fuse_scores(dense, lexical, weights, 0.0) == {1: 1.0, 2: 0.5}
+    assert fuse_scores(dense, lexical, FusionWeights(dense=0, lexical=1), 0.0) == {1: 0.0, 2: 1.0}
+    with pytest.raises(ValueError, match="trust_from"):
+        FusionWeights(trust_from=0.8, trust_all=0.8)
+
+
+def test_expected_score_is_that_of_an_average_chunk_with_each_word_once(store):
+    add(
+        store,
+        "red apple tart\n\ngreen apple cake\n\nblue plum stew\n\nwhite bread loaf\n\nold brown shoe\n\nnew tin can",
+    )
+    terms = query_terms("green plum")
+    scores = dict(store.search_lexical('"green"', Selection(), 9)), dict(store.search_lexical('"plum"', Selection(), 9))
+    assert store.expected_bm25(terms) == pytest.approx(sum(value for found in scores for value in found.values()))
+    assert store.expected_bm25([]) == 0
+    assert store.expected_bm25(query_terms("unheard")) > store.expected_bm25(query_terms("green"))
+    assert store.expected_bm25(query_terms("apple")) < store.expected_bm25(query_terms("green"))
+
+
+def test_a_question_in_other_words_is_not_led_astray_by_one_common_word(store, retriever):
+    """Only "machine" occurs; the passage that holds it must not pass the one that the embedder finds."""
+    for i in range(30):
+        add(store, f"filler {i}")
+    add(store, "the machine is green")
+    add(store, "halt motor stop engine")
+    found = retriever.search("how do we halt motor stop engine bolts screws nails washers machine", ["default"])
+    assert texts(found)[0] == "halt motor stop engine"
+
+
+class Backwards:
+    """A reranker that likes the shortest passage best."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def score(self, query: str, passages: Sequence[str]) -> np.ndarray:
+        self.seen += passages
+        return np.array([-len(passage) for passage in passages], dtype=np.float32)
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "dense", "lexical"])
+def test_a_reranker_orders_the_best_hits_anew(store, mode):
+    for i in range(12):
+        add(store, "apple " * (i + 1))
+    embedder, reranker = HashEmbedder(), Backwards()
+    retriever = Retriever(store, FaissIndex(embedder.dim, embedder.name), embedder, reranker=reranker, rerank_hits=6)
+    plain = retriever.search("apple", ["default"], SearchParams(3, mode, rerank=False))
+    assert not reranker.seen and "rerank" not in plain[0].scores
+    hits = retriever.search("apple", ["default"], SearchParams(3, mode))
+    assert len(hits) == 3 and len(reranker.seen) == 6
+    assert (
+        [hit.score for hit in hits]
+        == [hit.scores["rerank"] for hit in hits]
+        == sorted(-len(p) for p in reranker.seen)[:-4:-1]
+    )
+
+
+def test_passages_go_to_the_reranker_under_their_headings(store):
+    text = "Pump\nwater drips"
+    ingest(store, queue(store, text), text, headings=(Heading(1, "Pump", 0),))
+    hits = Retriever(store, FaissIndex(64, HashEmbedder.name), HashEmbedder()).search("water", ["default"])
+    reranker = Backwards()
+    chunk = dataclasses.replace(hits[0].chunk, heading_path=("Guide", "Pump"))
+    rerank(reranker, "water", [dataclasses.replace(hits[0], chunk=chunk)])
+    assert reranker.seen == ["Guide\nPump\nPump\nwater drips"]

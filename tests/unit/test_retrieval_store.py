@@ -367,3 +367,14 @@ def test_readers_and_writers_in_many_threads(store):
         list(pool.map(work, range(4)))
     assert store.count_chunks() == len(store.list_documents()) == 4 * 3
     assert store.check() == []
+
+
+def test_what_was_not_read_of_a_ready_document_is_said(store):
+    document = queue(store, "words")
+    parsed = ParsedDocument("words", unread="page 3 is a picture without text")
+    chunks = chunk_paragraphs(parsed, document.id)
+    vectors = HashEmbedder().embed_passages(["words"])
+    store.replace_chunks(document.id, parsed, chunks, vectors, "hashed-words", version=1)
+    document = store.get_document(document.id)
+    assert (document.status, document.last_error.code) == ("ready", "partly_read")
+    assert (document.last_error.message, document.last_error.retryable) == ("page 3 is a picture without text", False)

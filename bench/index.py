@@ -1,0 +1,126 @@
+"""How fast, how small and how good is the vector index at size?
+
+Vectors are made: mixtures around centres, as texts about subjects are; questions are new draws of the same. Exact
+search over all of them, in numpy, says which ten are the nearest. `--manuals` takes the vectors that bench/retrieval.py
+left behind and the questions of its set instead: fewer, but real.
+    python -m bench.index [--vectors 1000000] [--questions 200]
+    python -m bench.index --manuals
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from bench.retrieval_sets import DATA, FOLDER
+from bench.runs import BenchRun
+from retrieval.embedder import MiniLMEmbedder
+from retrieval.index import FaissIndex
+
+DIM = 384
+BATCH = 8192
+SPREAD = 0.7  # of a vector about its centre, in lengths of the centre
+
+
+def make_vectors(number: int, questions: int) -> tuple[np.ndarray, np.ndarray]:
+    """(number, 384) and (questions, 384) float32 of unit length."""
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((max(16, number // 500), DIM)).astype(np.float32)
+    made = np.empty((number + questions, DIM), dtype=np.float32)
+    for start in range(0, len(made), BATCH):
+        part = made[start : start + BATCH]
+        part[:] = centres[rng.integers(0, len(centres), len(part))]
+        part += SPREAD * rng.standard_normal(part.shape).astype(np.float32)
+        part /= np.linalg.norm(part, axis=1, keepdims=True)
+    return made[:number], made[number:]
+
+
+def read_manuals() -> tuple[np.ndarray, np.ndarray]:
+    """The vectors of all chunk sizes together, and those of the questions."""
+    paths = sorted((FOLDER / "vectors").glob("*.npy"))
+    if not paths:
+        raise SystemExit("there are no vectors yet: run python -m bench.retrieval first")
+    rows = (DATA / "questions.jsonl").read_text().splitlines()
+    questions = MiniLMEmbedder().embed_passages([json.loads(row)["question"] for row in rows])
+    return np.concatenate([np.load(path) for path in paths]), questions
+
+
+class ArraySource:
+    """A store with one generation of vectors."""
+
+    def __init__(self, vectors: np.ndarray) -> None:
+        self.all = vectors
+
+    def generation(self) -> int:
+        return 1
+
+    def knows_generation(self, generation: int) -> bool:
+        return generation in (0, 1)
+
+    def removed_chunks(self, after: int, upto: int) -> np.ndarray:
+        return np.empty(0, dtype=np.int64)
+
+    def vectors(self, after: int, upto: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, len(self.all) if after == 0 else 0, BATCH):
+            part = self.all[start : start + BATCH]
+            yield np.arange(start + 1, start + 1 + len(part), dtype=np.int64), part
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vectors", type=int, default=1_000_000)
+    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--manuals", action="store_true")
+    arguments = parser.parse_args()
+    run = BenchRun("index", argv=sys.argv)
+    read = read_manuals() if arguments.manuals else make_vectors(arguments.vectors, arguments.questions)
+    source, questions = ArraySource(read[0]), read[1]
+    nearest = [np.argpartition(-(source.all @ question), 10)[:10] + 1 for question in questions]
+    for flat_max in (len(source.all), len(source.all) // 2):  # exact, then an inverted file
+        bench_index(run, source, questions, nearest, flat_max)
+    run.finish()
+
+
+def bench_index(
+    run: BenchRun, source: ArraySource, questions: np.ndarray, nearest: list[np.ndarray], flat_max: int
+) -> None:
+    index = FaissIndex(DIM, "made", flat_max)
+    began = time.perf_counter()
+    index.catch_up(source)
+    filled = time.perf_counter()
+    index.settle()
+    trained = time.perf_counter()
+    with tempfile.TemporaryDirectory() as directory:
+        index.save(Path(directory))
+        saved = time.perf_counter()
+        nbytes = sum(path.stat().st_size for path in Path(directory).iterdir())
+        index = FaissIndex.load(Path(directory), DIM, "made")
+        index.search(questions[0], 10)
+        first_search_s = time.perf_counter() - saved
+    times_s, shares = [], []
+    for question, wanted in zip(questions, nearest, strict=True):
+        began_search = time.perf_counter()
+        rows, _ = index.search(question, 10)
+        times_s.append(time.perf_counter() - began_search)
+        shares.append(len(set(rows.tolist()) & set(wanted.tolist())) / 10)
+    run.add(
+        kind="exact" if index.is_exact else "inverted file",
+        vectors=len(source.all),
+        p50_ms=1e3 * float(np.median(times_s)),
+        p95_ms=1e3 * float(np.percentile(times_s, 95)),
+        recall_10=float(np.mean(shares)),
+        fill_s=filled - began,
+        train_s=trained - filled,
+        save_s=saved - trained,
+        load_and_search_s=first_search_s,
+        bytes_over_raw=nbytes / source.all.nbytes,
+    )
+
+
+if __name__ == "__main__":
+    main()

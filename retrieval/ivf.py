@@ -1,0 +1,102 @@
+"""An inverted file over many vectors: trained on a sample, tuned until it finds what an exact search does.
+
+Not an index by itself: index.py decides when one is built, and keeps it up to date. Start at `build_ivf`.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+
+LEAST_RECALL = (
+    0.98  # of the ten nearest, against exact search, for made questions; real ones get .97: docs/retrieval.md
+)
+_LISTS_PER_ROOT = 2.0
+_TRAINING_PER_LIST = 50
+_TRAINING_ROUNDS = 8
+_QUERIES = 256
+_NEAREST = 10
+_MOST_PROBED = 0.5  # of the lists: beyond that it is no faster than exact search
+_BLENDED = 3  # stored vectors that a made question lies between,
+_NOISE = 1.0  # and the length of what is added to it: real questions lie apart from all passages
+
+Batches = Iterator[tuple[np.ndarray, np.ndarray]]  # rows (n,) int64, vectors (n, dim) float32
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltIndex:
+    """`recall` was measured with `index.nprobe`; `trained` vectors were there at that time."""
+
+    index: faiss.IndexIVFFlat
+    recall: float
+    trained: int
+
+
+def build_ivf(first: Batches, again: Batches, count: int, dim: int) -> BuiltIndex | None:
+    """Train on a sample of `first`, fill from `again` (the same vectors), and probe as many lists as it takes.
+
+    None when that would be more than half of the lists: these vectors have no clusters. Memory is that of the index and
+    the sample, a fifth of it at most.
+    """
+    rng = np.random.default_rng(count)
+    lists = max(1, min(int(_LISTS_PER_ROOT * math.sqrt(count)), count // _TRAINING_PER_LIST))
+    sample = _take_sample(first, count, lists * _TRAINING_PER_LIST, rng)
+    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, lists, faiss.METRIC_INNER_PRODUCT)
+    index.cp.niter, index.cp.seed = _TRAINING_ROUNDS, 42
+    index.train(sample)
+    index.set_direct_map_type(faiss.DirectMap.Hashtable)  # removes and reads single rows without a scan
+    exact = _Nearest(_make_queries(sample, rng))
+    for rows, vectors in again:
+        index.add_with_ids(vectors, rows)
+        exact.add(rows, vectors)
+    for probed in (2**power for power in range(3, 32)):
+        if probed > _MOST_PROBED * lists:
+            return None
+        index.nprobe = probed
+        recall = exact.recall(index.search(exact.queries, _NEAREST)[1])
+        if recall >= LEAST_RECALL:
+            return BuiltIndex(index, recall, index.ntotal)
+    return None
+
+
+def imbalance(index: faiss.IndexIVFFlat) -> float:
+    """How much longer a probe takes than with lists of equal length; 1 = equal."""
+    return index.invlists.imbalance_factor()
+
+
+def _take_sample(batches: Batches, count: int, wanted: int, rng: np.random.Generator) -> np.ndarray:
+    share = min(1.0, 1.1 * wanted / max(1, count))
+    parts = [vectors[rng.random(len(vectors)) < share] for _, vectors in batches]
+    return np.ascontiguousarray(np.concatenate(parts)[:wanted], dtype=np.float32)
+
+
+def _make_queries(sample: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    between = _unit(sample[rng.choice(len(sample), (_QUERIES, _BLENDED))].sum(axis=1))
+    noise = rng.standard_normal(between.shape).astype(np.float32)
+    return _unit(between + _NOISE * _unit(noise))
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+class _Nearest:
+    """The exact ten nearest rows of each query, over batches as they come."""
+
+    def __init__(self, queries: np.ndarray) -> None:
+        self.queries = queries
+        self._rows = np.full((len(queries), _NEAREST), -1, dtype=np.int64)
+        self._scores = np.full((len(queries), _NEAREST), -np.inf, dtype=np.float32)
+
+    def add(self, rows: np.ndarray, vectors: np.ndarray) -> None:
+        scores = np.concatenate([self._scores, self.queries @ vectors.T], axis=1)
+        rows = np.concatenate([self._rows, np.broadcast_to(rows, (len(self.queries), len(rows)))], axis=1)
+        best = np.argpartition(-scores, _NEAREST - 1, axis=1)[:, :_NEAREST]
+        self._rows = np.take_along_axis(rows, best, axis=1)
+        self._scores = np.take_along_axis(scores, best, axis=1)
+
+    def recall(self, found: np.ndarray) -> float:
+        pairs = zip(self._rows, found, strict=True)
+        return float(np.mean([len(set(wanted.tolist()) & set(got.tolist())) / _NEAREST for wanted, got in pairs]))

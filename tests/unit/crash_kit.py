@@ -1,0 +1,197 @@
+"""Kills an ingesting process at its n-th step towards the disk, for every n, and looks at what a restart makes of it.
+
+Run as a program: `crash_kit.py DIR kill|full [START STOP STEP]`. It imports everything once and forks: one child works
+until it meets its end, the next takes over what is left and checks it. `kill`: the child kills itself before its n-th
+SQL statement, file opened for writing, rename or removal. `full`: no file of it can grow over n bytes.
+Prints a JSON line for each n; ends early when a child came through.
+"""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from retrieval_kit import HashEmbedder
+
+import ingest.pipeline
+from ingest.files import FileStore
+from ingest.jobs import _describe
+from ingest.parse import parse_file
+from ingest.pipeline import Job, ingest_document
+from retrieval.database import Database
+from retrieval.index import FaissIndex, open_index
+from retrieval.store import DocumentStore, Selection
+
+OLD = "old tide words\n\nold harbour words"
+NEW = "new tide words\n\nnew harbour words"
+OTHER = "other mountain words\n\nother valley words"
+GONE = "gone river words"
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+class CountingEmbedder(HashEmbedder):
+    def count_tokens(self, texts):
+        return [len(text.split()) + 2 for text in texts]
+
+
+class Place:
+    """A data directory, opened."""
+
+    def __init__(self, folder: Path, now: float) -> None:
+        self.store = DocumentStore(folder / "rag.sqlite3", clock=lambda: now)
+        self.files = FileStore(folder / "files")
+        self.embedder = CountingEmbedder()
+        self.index = open_index(self.store, folder / "faiss", self.embedder.dim, self.embedder.name)
+        self.folder = folder
+
+    def save(self, text: str) -> tuple[int, str]:
+        sha256, nbytes = self.files.save_stream([text.encode()], 1 << 20)
+        return nbytes, sha256
+
+    def create(self, text: str) -> str:
+        return self.store.create_document("default", "a.txt", "text/plain", *self.save(text))[0].id
+
+    def ingest_all(self) -> None:
+        """As a worker does."""
+        while document := self.store.lease_next("worker", 60):
+            try:
+                ingest_document(Job(document, self.store, "worker"), self.index, self.embedder, self.files)
+            except Exception as error:
+                code, message, retryable, page = _describe(error)
+                self.store.fail_document(
+                    *(document.id, code, message, retryable, page), version=document.version, worker_id="worker"
+                )
+        self.index.catch_up(self.store)
+        self.index.save(self.folder / "faiss")
+
+
+class Steps:
+    """Counts steps towards the disk and kills this process before the n-th."""
+
+    def __init__(self, fatal: int) -> None:
+        self._left = fatal
+        connect = Database._connection
+
+        def traced(database: Database):
+            connection = connect(database)
+            connection.set_trace_callback(lambda statement: self._step())
+            return connection
+
+        Database._connection = traced
+        sys.addaudithook(self._audit)
+
+    def _audit(self, event: str, values: tuple) -> None:
+        if event in ("os.rename", "os.remove") or (event == "open" and values[2] & _WRITING):
+            self._step()
+
+    def _step(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def prepare(folder: Path) -> dict[str, str]:
+    """What is there before: a document with an old version, and one that will be deleted."""
+    place = Place(folder, 1e9)
+    ids = {"replaced": place.create(OLD), "deleted": place.create(GONE)}
+    place.ingest_all()
+    place.store.close()
+    return ids
+
+
+def limit_files(nbytes: int) -> None:
+    """As a full disk: writing beyond fails, and nothing else does."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, nbytes))
+
+
+def work(folder: Path, ids: dict[str, str], say: Callable[[str], None]) -> None:
+    """Upload, replace, delete, ingest, save; `say` tells what was promised to a client."""
+    place = Place(folder, 1e9 + 1000)
+    say(f"created {place.create(OTHER)}")
+    place.store.replace_document(ids["replaced"], "a.txt", "text/plain", *place.save(NEW))
+    say("replaced")
+    place.ingest_all()
+    place.store.hide_document(ids["deleted"])
+    place.store.delete_document(ids["deleted"])
+    say("deleted")
+    place.index.catch_up(place.store)
+    place.index.save(folder / "faiss")
+
+
+def check(folder: Path, ids: dict[str, str], said: list[str]) -> None:
+    """Restart, finish what is queued, and compare all of it with what was promised. Raises AssertionError."""
+    place = Place(folder, 1e9 + 5000)  # leases have run out
+    for document in place.store.list_documents(status="deleting"):
+        place.store.delete_document(document.id)
+    place.ingest_all()
+    documents = {document.id: document for document in place.store.list_documents()}
+    assert all(document.status == "ready" for document in documents.values()), documents
+    texts = {name: place.store.get_text(name) for name in documents}
+    if "replaced" in said:
+        assert texts[ids["replaced"]] == NEW, texts
+    assert texts[ids["replaced"]] in (OLD, NEW), texts
+    assert ("deleted" not in said) or ids["deleted"] not in texts, texts
+    for promise in said:
+        if promise.startswith("created "):
+            assert texts[promise.split()[1]] == OTHER, texts
+    assert place.store.check() == []
+    rows = [int(row) for found, _ in place.store.vectors(0, place.store.generation()) for row in found]
+    stored = {row: hit.chunk.text for row, hit in place.store.load_hits(rows).items()}
+    assert sorted("\n\n".join(stored[row] for row in sorted(stored)).split()) == sorted(
+        " ".join(texts.values()).split()
+    )
+    assert len(rows) == len(set(rows)) == len(stored) == place.store.count_chunks()
+    lexical = [row for row, _ in place.store.search_lexical('"words"', Selection(), 99)]
+    assert sorted(lexical) == sorted(rows), (lexical, rows)
+    found, _ = place.index.search(place.embedder.embed_query("words"), 99)
+    assert sorted(found.tolist()) == sorted(rows), (found, rows)
+    loaded = FaissIndex.load(folder / "faiss", place.embedder.dim, place.embedder.name)
+    assert (loaded.count, loaded.generation) == (len(rows), place.store.generation())
+    assert not list((folder / "files").glob("upload-*"))
+    place.store.close()
+
+
+def in_child(job: Callable[[Callable[[str], None]], None]) -> tuple[int, list[str]]:
+    """Exit status of a fork that does the job, negative for a signal, and the lines it said."""
+    reading, writing = os.pipe()
+    if (pid := os.fork()) == 0:
+        os.close(reading)
+        status = 1
+        try:
+            job(lambda line: os.write(writing, f"{line}\n".encode()))
+            status = 0
+        except BaseException:
+            os.write(writing, traceback.format_exc().encode())
+        os._exit(status)
+    os.close(writing)
+    with open(reading) as pipe:
+        said = pipe.read().splitlines()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
+
+
+def main(directory: str, mode: str, first: str = "1", last: str = "1000", step: str = "1") -> None:
+    ingest.pipeline.parse_in_child = lambda path, media_type, *rest: parse_file(path, media_type)  # a fork each is slow
+    start = Path(directory) / "start"
+    status, lines = in_child(lambda say: say(json.dumps(prepare(start))))
+    assert status == 0, lines
+    ids = json.loads(lines[0])
+    arrange = {"kill": Steps, "full": limit_files}[mode]
+    for fatal in range(int(first), int(last), int(step)):
+        folder = Path(directory) / "now"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(start, folder)
+        status, said = in_child(lambda say, n=fatal, at=folder: (arrange(n), work(at, ids, say)))
+        checked, trouble = in_child(lambda say, at=folder, done=said: check(at, ids, done))
+        print(json.dumps({"step": fatal, "status": status, "said": said, "checked": checked, "trouble": trouble}))
+        if status == 0:
+            return
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
