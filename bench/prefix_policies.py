@@ -1,13 +1,15 @@
 """The policies that bench/prefix_traces.py compares: ours as it runs, and simulations of what others do.
 
-Ours is the service's own PrefixCache over a MemoryStateStore with states 512 times smaller than those of the 52B model;
-the headers of the values are counted too, 3% of a block. The others are simulated from their descriptions, token
+Ours is the service's own PrefixCache over a MemoryStateStore with states 128 times smaller than those of the 52B model;
+the headers of the values are counted too, under 1% of a block. The others are simulated from their descriptions, token
 positions and bytes only. All of them get a prompt, say how many of its tokens they had, and keep what they keep.
+`bound_hit_rate` is what none of them can exceed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,14 +21,14 @@ import torch
 from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings
 from model.state import HybridState, StateLayout
-from model.state_eviction import EvictionPolicy
+from model.state_eviction import Entry, EvictionPolicy
 from model.state_store import MemoryStateStore
 
 KV_BYTES = 16_384  # a token, all attention layers of the 52B model in bfloat16
 SNAPSHOT_BYTES = 512 * 31_360  # conv and SSM of its 28 Mamba layers
 BLOCK_TOKENS = 256
-_SCALE = 512
-_TINY = StateLayout(1, 28, 1, 8, 16, 16, 4, torch.bfloat16, torch.bfloat16)  # 32 bytes of KV a token, 31,360 a snapshot
+_SCALE = 128
+_TINY = StateLayout(1, 28, 1, 32, 64, 16, 4, torch.bfloat16, torch.bfloat16)  # 128 bytes of KV a token, 122.5 KiB else
 
 
 class Prompt(NamedTuple):
@@ -48,17 +50,34 @@ class CachePolicy(Protocol):
 
 
 class OurCache:
-    """The service's own classes: boundaries and sparse grid at first sight, `policy` for what goes."""
+    """The service's own classes: boundaries and sparse grid at first sight, `policy` for what goes.
 
-    def __init__(self, max_bytes: int, policy: EvictionPolicy, min_snapshot_distance: int = 2048) -> None:
+    `prefetch_turns`: when an answer is given, the state behind it is computed too, for a question that follows it up.
+    """
+
+    def __init__(
+        self, max_bytes: int, policy: EvictionPolicy, min_snapshot_distance: int = 512, prefetch_turns: bool = False
+    ) -> None:
         self._store = MemoryStateStore(max_bytes // _SCALE, policy)
         settings = PlanSettings(block_tokens=BLOCK_TOKENS, min_snapshot_distance=min_snapshot_distance)
         self._cache = PrefixCache([self._store], b"bench", settings)
         self._state = HybridState(_TINY)
+        self._prefetch_turns, self.prefetched_tokens = prefetch_turns, 0
 
     def ask(self, prompt: Prompt) -> int:
-        plan = self._cache.plan(prompt.token_ids, prompt.boundaries)
-        hit = self._cache.longest_prefix(plan)
+        cached = self._pass(prompt.token_ids, prompt.boundaries)
+        if self._prefetch_turns:
+            turn = np.concatenate([prompt.token_ids, prompt.answer])
+            self.prefetched_tokens += len(turn) - self._pass(turn, (*prompt.boundaries, len(turn)), prefetch=True)
+        return cached
+
+    def used_bytes(self) -> int:
+        return self._store.stats()["bytes"] * _SCALE
+
+    def _pass(self, token_ids: np.ndarray, boundaries: Sequence[int], prefetch: bool = False) -> int:
+        """Look a prompt up, keep what its plan wants kept; returns the tokens that were there."""
+        plan = self._cache.plan(token_ids, boundaries)
+        hit = self._cache.longest_prefix(plan, prefetch)
         cached = kept = hit.num_tokens if hit else 0
         self._state.reserve(plan.num_tokens)
         for position in plan.snapshot_keys:
@@ -69,8 +88,29 @@ class OurCache:
         self._state.num_tokens = 0
         return cached
 
-    def used_bytes(self) -> int:
-        return self._store.stats()["bytes"] * _SCALE
+
+class LeastRecentlyUsed:
+    """Gives up what was put or asked for longest ago; of one prefix the end before the beginning."""
+
+    def __init__(self) -> None:
+        self._order: OrderedDict[str, str] = OrderedDict()  # key -> the one it stands behind
+
+    def add(self, key: str, entry: Entry) -> None:
+        self._order[key] = entry.after
+        while key in self._order:
+            self._order.move_to_end(key)
+            key = self._order[key]
+
+    def remove(self, key: str) -> None:
+        del self._order[key]
+
+    def ask(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            if key in self._order:
+                self._order.move_to_end(key)
+
+    def victim(self) -> str:
+        return next(iter(self._order))
 
 
 class BlockGrid:
@@ -210,3 +250,44 @@ def _common_tokens(one: np.ndarray, other: np.ndarray) -> int:
     length = min(len(one), len(other))
     differ = np.nonzero(one[:length] != other[:length])[0]
     return int(differ[0]) if len(differ) else length
+
+
+def bound_hit_rate(prompts: Sequence[tuple[Sequence[tuple[int, bytes]], int]], max_bytes: int) -> float:
+    """Token hit rate that no policy with `max_bytes` exceeds, one that knows the future included.
+
+    A prompt is ((position, digest of the tokens before it) of all places it may part from others, its tokens). To have
+    p tokens at a prompt, the KV of each edge up to p and one snapshot at p must be held since the prompt before that
+    passed there: bytes x lookups. The prompts share max_bytes x lookups; the fractional multiple-choice knapsack over
+    the concave hulls of what each can have is a relaxation of what is possible.
+    Source: after Berger, Beckmann and Harchol-Balter, Practical bounds on optimal caching (PFOO), POMACS 2(2), 2018.
+    """
+    passed: dict[bytes, int] = {}
+    gains: list[tuple[float, float, int]] = []  # tokens a byte-lookup, byte-lookups, tokens
+    for now, (places, num_tokens) in enumerate(prompts):
+        kv_cost, before, hull = 0, 0, [(0, 0)]  # (byte-lookups, tokens)
+        for position, digest in places:
+            if digest not in passed or position >= num_tokens:
+                break
+            age = now - passed[digest]
+            kv_cost, before = kv_cost + (position - before) * KV_BYTES * age, position
+            _extend_hull(hull, (kv_cost + SNAPSHOT_BYTES * age, position))
+        for (cost, tokens), (next_cost, next_tokens) in itertools.pairwise(hull):
+            gains.append(((next_tokens - tokens) / (next_cost - cost), next_cost - cost, next_tokens - tokens))
+        passed.update((digest, now) for _, digest in places)
+    room, saved = float(max_bytes) * len(prompts), 0.0
+    for _, cost, tokens in sorted(gains, reverse=True):
+        saved += tokens * min(1.0, room / cost)
+        if (room := room - cost) <= 0:
+            break
+    return saved / sum(num_tokens for _, num_tokens in prompts)
+
+
+def _extend_hull(hull: list[tuple[int, int]], point: tuple[int, int]) -> None:
+    """Add a point with more tokens to an upper concave hull that begins at (0, 0)."""
+    cost, tokens = point
+    while len(hull) > 1:
+        (cost0, tokens0), (cost1, tokens1) = hull[-2:]
+        if cost > cost1 and (tokens - tokens1) * (cost1 - cost0) < (tokens1 - tokens0) * (cost - cost1):
+            break
+        hull.pop()
+    hull.append(point)

@@ -1,9 +1,9 @@
-"""States in Redis or Valkey: they outlive this process and can be shared by several.
+"""States in Redis or Valkey, one server or a cluster: they outlive this process and can be shared by several.
 
-A value over `part_bytes` is stored in parts, and a manifest under the value's own key is written after them. Every key
-expires. The index from tags to keys is a Redis set a tag, written before the values, so that a delete works after a
-restart too. Whatever goes wrong with the server is a miss or a dropped write, counted; a circuit breaker keeps a
-broken server from being asked again and again. Raw bytes only, nothing is unpickled.
+How the bytes travel: redis_bulk.py. A value over `part_bytes` is stored in parts, and a manifest under the value's own
+key is written after them. Every key expires. The index from tags to keys is a Redis set a tag, written before the
+values, so that a delete works after a restart too. Whatever goes wrong with the server is a miss or a dropped write,
+counted; a circuit breaker keeps a broken server from being asked again and again. Raw bytes only, nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -13,17 +13,22 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
+from redis.cluster import RedisCluster
+from redis.connection import parse_url
 
+from model.redis_bulk import get_bulk, open_client, set_bulk
 from model.state_store import Buffer, StateItem
 
 _MANIFEST = b"JAMBAPARTS1 "  # a value that happens to begin like this is stored in parts, whatever its size
+_MANIFEST_BYTES = 64
 _READ_BATCH = 16  # values in one round trip
+_WRITE_BATCH_BYTES = 32 << 20
+_MOVED = (redis.exceptions.MovedError, redis.exceptions.AskError)  # to another server of the cluster
 _NAME_BATCH = 1000  # names in one command or pipeline
 _MAX_PARTS = 1 << 16
 _INDEX_SLACK_S = 3600  # an index outlives what it points to
@@ -62,8 +67,9 @@ class CircuitBreaker:
 class RedisStateStore:
     """`url` as redis-py reads it: redis://, rediss:// (TLS) or unix://, with user and password.
 
-    `timeout_s` bounds connecting and each read or write of the socket; `retry_after_s` is how long the server is left
-    alone after a failure. `clock` is for tests. Raises ValueError for a url that is none.
+    Whether it is a cluster is asked of the server. `timeout_s` bounds connecting and each read or write of the socket;
+    `retry_after_s` is how long the server is left alone after a failure; `connections` may move values at a time.
+    `clock` is for tests. Raises ValueError for a url that is none.
     """
 
     tier = "redis"
@@ -73,14 +79,17 @@ class RedisStateStore:
         url: str,
         key_prefix: str = "jamba-rag:",
         ttl_s: int = 7 * 24 * 3600,
-        part_bytes: int = 4 << 20,
+        part_bytes: int = 32 << 20,
         timeout_s: float = 0.25,
         retry_after_s: float = 5.0,
+        connections: int = 2,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._client = redis.Redis.from_url(
-            url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0)
-        )
+        parse_url(url)
+        self._url, self._timeout_s = url, timeout_s
+        self._opened: redis.Redis | RedisCluster | None = None
+        self._opening = threading.Lock()
+        self._movers = ThreadPoolExecutor(connections, thread_name_prefix="state-server")
         self._prefix, self._ttl_s, self._part_bytes = key_prefix, ttl_s, part_bytes
         self._server = CircuitBreaker(retry_after_s, clock)
         self._room = CircuitBreaker(retry_after_s, clock)  # open while the server takes no writes
@@ -89,7 +98,7 @@ class RedisStateStore:
         self._counts = dict.fromkeys(("errors", "skipped", "dropped", "read_bytes", "written_bytes"), 0)
         self._lock = threading.Lock()
 
-    def contains_many(self, keys: Sequence[str]) -> list[bool]:
+    def contains_many(self, keys: Sequence[str], peek: bool = False) -> list[bool]:
         return self._ask(lambda: self._exist(keys), [False] * len(keys))
 
     def get_many(self, keys: Sequence[str]) -> list[Buffer | None]:
@@ -115,7 +124,32 @@ class RedisStateStore:
             return {**self._counts, "owed_deletes": owed, "open": int(self._server.is_open)}
 
     def close(self) -> None:
-        self._client.close()
+        self._movers.shutdown()
+        if self._opened is not None:
+            self._opened.close()
+
+    @property
+    def _client(self) -> redis.Redis | RedisCluster:
+        """The client, opened at first use: only the server knows whether it is a cluster. Raises as redis-py does."""
+        with self._opening:
+            if self._opened is None:
+                client: Any = open_client(self._url, self._timeout_s)
+                try:
+                    memory, clustered = client.info("memory"), client.info("cluster")["cluster_enabled"]
+                except BaseException:
+                    client.close()
+                    raise
+                if clustered:
+                    client.close()
+                    client = open_client(self._url, self._timeout_s, cluster=True)
+                if _evicts(memory):
+                    _log.warning(
+                        "the state server evicts by %s: deleting one document will drop all states in it; "
+                        "maxmemory-policy noeviction and the states' expiry are enough",
+                        memory["maxmemory_policy"],
+                    )
+                self._opened = client
+            return self._opened
 
     def _ask(self, work: Callable[[], _T], otherwise: _T, even_if_open: bool = False) -> _T:
         """`work()`, or `otherwise` when the server fails or is being left alone. Deletes that are owed go first."""
@@ -148,50 +182,79 @@ class RedisStateStore:
     def _read(self, keys: Sequence[str]) -> list[Buffer | None]:
         values = self._fetch([self._name(key) for key in keys])
         for i, value in enumerate(values):
-            if value is not None and value.startswith(_MANIFEST):
-                values[i] = self._read_parts(self._name(keys[i]), value)
+            if value is not None and (manifest := bytes(value[:_MANIFEST_BYTES])).startswith(_MANIFEST):
+                values[i] = self._read_parts(self._name(keys[i]), manifest)
         self._count("read_bytes", sum(len(value) for value in values if value is not None))
         return values
 
-    def _read_parts(self, name: str, manifest: bytes) -> bytes | None:
+    def _read_parts(self, name: str, manifest: bytes) -> Buffer | None:
         count, size = _parse_manifest(manifest)
         parts = self._fetch(_part_names(name, count))
         if None in parts or sum(map(len, parts)) != size:
             return None
-        return b"".join(parts)
+        return bytearray().join(parts)
 
-    def _fetch(self, names: Sequence[str]) -> list[bytes | None]:
-        values: list[bytes | None] = []
-        for batch in _batched(names, _READ_BATCH):
-            pipe = self._client.pipeline(transaction=False)
-            for name in batch:
-                pipe.get(name)
-            values += pipe.execute()
+    def _fetch(self, names: Sequence[str]) -> list[Buffer | None]:
+        jobs = self._jobs(names, [1] * len(names), _READ_BATCH)
+        replies = self._move(jobs, lambda job: get_bulk(job.client, [names[i] for i in job.places]))
+        values: list[Buffer | None] = [None] * len(names)
+        for i, reply in replies.items():
+            values[i] = self._client.get(names[i]) if isinstance(reply, _MOVED) else reply
+            if isinstance(reply, redis.ResponseError) and not isinstance(reply, _MOVED):
+                raise reply
         return values
+
+    def _set(self, pieces: Sequence[tuple[str, Buffer]]) -> list[object]:
+        """The server's replies, its refusals among them."""
+        jobs = self._jobs([name for name, _ in pieces], [len(piece) for _, piece in pieces], _WRITE_BATCH_BYTES)
+        replies = self._move(jobs, lambda job: set_bulk(job.client, [pieces[i] for i in job.places], self._ttl_s))
+        moved = [i for i, reply in replies.items() if isinstance(reply, _MOVED)]
+        replies |= {i: self._client.set(pieces[i][0], pieces[i][1], ex=self._ttl_s) for i in moved}
+        return [replies[i] for i in range(len(pieces))]
+
+    def _jobs(self, names: Sequence[str], weights: Sequence[int], max_weight: int) -> list[_Job]:
+        """The names' places by the server that has them, in runs of about `max_weight`."""
+        client, jobs = self._client, []
+        last: dict[Any, tuple[_Job, int]] = {}
+        for i, (name, weight) in enumerate(zip(names, weights, strict=True)):
+            node = client.get_node_from_key(name) if isinstance(client, RedisCluster) else None
+            job, total = last.get(node, (None, 0))
+            if job is None or total + weight > max_weight:
+                job, total = _Job(client if node is None else client.get_redis_connection(node), []), 0
+                jobs.append(job)
+            job.places.append(i)
+            last[node] = (job, total + weight)
+        return jobs
+
+    def _move(self, jobs: Sequence[_Job], transfer: Callable[[_Job], list[Any]]) -> dict[int, Any]:
+        """place -> reply; on several connections when there are several jobs."""
+        results = map(transfer, jobs) if len(jobs) == 1 else self._movers.map(transfer, jobs)
+        pairs = (zip(job.places, replies, strict=True) for job, replies in zip(jobs, results, strict=True))
+        return dict(itertools.chain.from_iterable(pairs))
 
     def _write(self, items: Sequence[StateItem]) -> int:
         """How many items the server took. Index first: nothing is ever there that a delete would not find."""
-        commands = [list(self._pieces(item)) for item in items]
+        pieces = [list(self._pieces(item)) for item in items]
         names_of_tag: dict[str, set[str]] = defaultdict(set)
-        for item, pieces in zip(items, commands, strict=True):
+        for item, parts in zip(items, pieces, strict=True):
             for tag in item.tags:
-                names_of_tag[tag].update(name for name, _ in pieces)
+                names_of_tag[tag].update((self._name(item.key), *(name for name, _ in parts)))
         pipe = self._client.pipeline(transaction=False)
         for tag, names in names_of_tag.items():
             pipe.sadd(self._tag_name(tag), *names)
             pipe.expire(self._tag_name(tag), self._ttl_s + _INDEX_SLACK_S)
         if self._refusals(pipe.execute(raise_on_error=False)):
             return 0
-        for name, piece in itertools.chain.from_iterable(commands):
-            pipe.set(name, piece, ex=self._ttl_s)
-        replies = pipe.execute(raise_on_error=False)
-        refused = self._refusals(replies)
-        if not refused:
+        owners = [i for i, parts in enumerate(pieces) for _ in parts]
+        refused = {owners[i] for i in self._refusals(self._set([piece for parts in pieces for piece in parts]))}
+        whole = [i for i in range(len(items)) if i not in refused]
+        manifests = [(self._name(items[i].key), _manifest(items[i], pieces[i])) for i in whole if len(pieces[i]) > 1]
+        if (manifests and self._refusals(self._set(manifests))) or refused:
+            whole = [i for i in whole if len(pieces[i]) == 1]
+        else:
             self._room.record(success=True)
-        ends = list(itertools.accumulate(map(len, commands), initial=0))
-        taken = [refused.isdisjoint(range(start, end)) for start, end in itertools.pairwise(ends)]
-        self._count("written_bytes", sum(len(item.value) for item, ok in zip(items, taken, strict=True) if ok))
-        return sum(taken)
+        self._count("written_bytes", sum(len(items[i].value) for i in whole))
+        return len(whole)
 
     def _refusals(self, replies: Sequence[object]) -> set[int]:
         """Places of the writes that the server (full, read-only) said no to; then writes pause and reads go on."""
@@ -203,20 +266,18 @@ class RedisStateStore:
         return set(refused)
 
     def _pieces(self, item: StateItem) -> Iterator[tuple[str, Buffer]]:
-        """(name, bytes) to set for one item, its manifest last."""
+        """(name, bytes) to set for one item, several if it needs a manifest."""
         name, view, step = self._name(item.key), memoryview(item.value), self._part_bytes
         if len(view) <= step and bytes(view[: len(_MANIFEST)]) != _MANIFEST:
             yield name, view
             return
-        count = -(-len(view) // step)
-        for i, part in enumerate(_part_names(name, count)):
+        for i, part in enumerate(_part_names(name, max(2, -(-len(view) // step)))):
             yield part, view[i * step : (i + 1) * step]
-        yield name, _MANIFEST + f"{count} {len(view)}".encode()
 
     def _pay_deletes(self) -> None:
         with self._lock:
             keys, tags = set(self._owed_keys), set(self._owed_tags)
-        if tags and self._evicts():
+        if tags and _evicts(self._client.info("memory")):
             self._unlink(self._client.scan_iter(match=_glob_escape(self._prefix) + "*", count=_NAME_BATCH))
         else:
             for tag in tags:
@@ -225,16 +286,12 @@ class RedisStateStore:
                 for batch in _batched(members, _NAME_BATCH):
                     self._client.srem(self._tag_name(tag), *batch)
         for name in map(self._name, keys):
-            manifest = self._client.getrange(name, 0, 64)
+            manifest = self._client.getrange(name, 0, _MANIFEST_BYTES)
             parts = _part_names(name, _parse_manifest(manifest)[0]) if manifest.startswith(_MANIFEST) else ()
             self._unlink([name, *parts])
         with self._lock:
             self._owed_keys -= keys
             self._owed_tags -= tags
-
-    def _evicts(self) -> bool:
-        memory = self._client.info("memory")
-        return memory["maxmemory"] > 0 and memory["maxmemory_policy"] != "noeviction"
 
     def _unlink(self, names: Collection[str] | Iterator[str]) -> None:
         for batch in _batched(names, _NAME_BATCH):
@@ -249,6 +306,24 @@ class RedisStateStore:
     def _count(self, name: str, amount: int = 1) -> None:
         with self._lock:
             self._counts[name] += amount
+
+
+class _Job(NamedTuple):
+    """A transfer in one round trip: which places of what is to be moved, and the server it goes to or comes from."""
+
+    client: redis.Redis
+    places: list[int]
+
+
+def _evicts(memory: Mapping[str, Any]) -> bool:
+    """Whether a server may lose a value before it expires; of a cluster, any of its servers. `memory`: its INFO."""
+    if "maxmemory" not in memory:
+        return any(map(_evicts, memory.values()))
+    return memory["maxmemory"] > 0 and memory["maxmemory_policy"] != "noeviction"
+
+
+def _manifest(item: StateItem, parts: Sequence[object]) -> bytes:
+    return _MANIFEST + f"{len(parts)} {len(item.value)}".encode()
 
 
 def _part_names(name: str, count: int) -> list[str]:

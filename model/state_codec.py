@@ -45,11 +45,11 @@ def encode_value(key: str, layout: str, tensors: Sequence[Tensor]) -> bytearray:
     return value
 
 
-def decode_value(key: str, layout: str, value: bytearray, count: int) -> list[Tensor]:
-    """The `count` tensors, on the CPU, sharing `value`'s memory. Raises DamagedValue."""
+def decode_value(key: str, layout: str, value: bytearray | memoryview, count: int) -> list[Tensor]:
+    """The `count` tensors, on the CPU, sharing `value`'s writable memory. Raises DamagedValue."""
     start = _check_bytes(key, value)
     try:
-        header = json.loads(value[_PRELUDE.size : start])
+        header = json.loads(bytes(value[_PRELUDE.size : start]))
         if (header["key"], header["layout"]) != (key, layout):
             raise DamagedValue(f"{key} of layout {layout}: holds {header['key']} of layout {header['layout']}")
         tensors = []
@@ -63,7 +63,7 @@ def decode_value(key: str, layout: str, value: bytearray, count: int) -> list[Te
     return tensors
 
 
-def _check_bytes(key: str, value: bytearray) -> int:
+def _check_bytes(key: str, value: bytearray | memoryview) -> int:
     """Where the payload begins, once length and checksum are right."""
     if len(value) < _PRELUDE.size:
         raise DamagedValue(f"{key}: {len(value)} bytes are too few for a header of {_PRELUDE.size}")
@@ -76,7 +76,7 @@ def _check_bytes(key: str, value: bytearray) -> int:
     return start
 
 
-def _tensor_at(value: bytearray, start: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+def _tensor_at(value: bytearray | memoryview, start: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
     count = math.prod(shape)
     if count == 0:
         return torch.empty(tuple(shape), dtype=dtype)

@@ -1,23 +1,33 @@
 """Which value a full store in memory gives up next.
 
-A policy sees keys, sizes and hints (`StateItem.after`, `StateItem.saves_tokens`), never what a value holds. The store
-(state_store.py) tells it what happens and asks for a victim. Not thread safe: the store holds its lock.
+A policy sees keys, sizes and hints (`StateItem.after`, `saves_tokens`, `ends_prompt`), never what a value holds. The
+store (state_store.py) tells it what happens and asks for a victim. Not thread safe: the store holds its lock.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
-from collections import OrderedDict
+import random
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
+
+_AGES = 11  # ages are told apart by powers of two, up to this one
+_SAMPLE = 64
+_FORGOTTEN_KEPT = 4096
+_FADE_EVERY = 8192
+_OWN_WEIGHT = 2.0  # uses that what is known of a snapshot's kind counts for, against its own
+
+Kind = tuple[int, bool] | None
 
 
 class Entry(NamedTuple):
-    """What a policy knows of a value; `after` and `saves_tokens` as in StateItem."""
+    """What a policy knows of a value; the hints as in StateItem."""
 
     nbytes: int
     after: str
     saves_tokens: int
+    ends_prompt: bool
 
 
 class EvictionPolicy(Protocol):
@@ -29,8 +39,8 @@ class EvictionPolicy(Protocol):
         """A known key is gone."""
         ...
 
-    def touch(self, key: str, read: bool) -> None:
-        """A known key was read, or only asked for."""
+    def ask(self, keys: Sequence[str]) -> None:
+        """A prompt was looked up that could use any of these, deepest first, known or not."""
         ...
 
     def victim(self) -> str:
@@ -38,115 +48,162 @@ class EvictionPolicy(Protocol):
         ...
 
 
-class LeastRecentlyUsed:
-    """The key that was put, asked for or read longest ago."""
+@dataclass(slots=True)
+class _Use:
+    """What is remembered of a snapshot, for a while also after it is gone. Times count lookups."""
+
+    first: int
+    last: int
+    count: int
+    ends_prompt: bool
+    kind: Kind = None
+
+
+class UseRates:
+    """How likely a snapshot of a kind is to be used at the next lookup, learned from all there were.
+
+    By age since the last use, in powers of two: of the snapshots of the kind that got so old, how many were used before
+    they were twice as old. Few numbers lean on those of all kinds, and these on 1/(3 age). Old numbers fade.
+    Source: after Beckmann et al., LHD: Improving cache hit rate by maximizing hit density, NSDI 2018.
+    """
 
     def __init__(self) -> None:
-        self._order: OrderedDict[str, None] = OrderedDict()
+        self._reached: dict[tuple[Kind, int], float] = {}
+        self._used: dict[tuple[Kind, int], float] = {}
 
-    def add(self, key: str, entry: Entry) -> None:
-        self._order[key] = None
-        self._order.move_to_end(key)
+    def count_reached(self, kind: Kind, age: int) -> None:
+        for cell in ((kind, _age_class(age)), (None, _age_class(age))):
+            self._reached[cell] = self._reached.get(cell, 0.0) + 1
 
-    def remove(self, key: str) -> None:
-        del self._order[key]
+    def count_used(self, kind: Kind, age: int) -> None:
+        for cell in ((kind, _age_class(age)), (None, _age_class(age))):
+            self._used[cell] = self._used.get(cell, 0.0) + 1
 
-    def touch(self, key: str, read: bool) -> None:
-        self._order.move_to_end(key)
+    def rate(self, kind: Kind, age: int) -> float:
+        """Uses a lookup, > 0."""
+        share = 1 / 3
+        for cell in ((None, _age_class(age)), (kind, _age_class(age))):
+            share = (self._used.get(cell, 0.0) + share) / (self._reached.get(cell, 0.0) + 1)
+        return share / 2 ** _age_class(age)
 
-    def victim(self) -> str:
-        return next(iter(self._order))
-
-
-class _Use(NamedTuple):
-    clock: float  # the policy's clock at the last use
-    count: int
+    def fade(self) -> None:
+        for table in (self._reached, self._used):
+            for cell in table:
+                table[cell] /= 2
 
 
 class LeastValuable:
-    """The snapshot that saves the fewest tokens for its bytes, weighed with how often and how lately it was read.
+    """The snapshot that is expected to save the fewest tokens a byte from now on.
 
-    Values form a tree by `after`: a KV block behind a block, a snapshot behind the last block it needs. A value that
-    others stand behind is never given up before them; a block that nothing stands behind any more is worth nothing and
-    goes first. So what is weighed are snapshots: tokens to the snapshot before it, over its own bytes plus the blocks
-    that only it needs. Priority = clock at the last read + reads x tokens / bytes; the clock is the highest priority
-    given up so far, which ages what is not read. O(log n) plus a walk over the blocks between two snapshots.
-    Source: Cao and Irani, Cost-aware WWW proxy caching algorithms (GreedyDual-Size); the value per byte is Marconi's,
-    arXiv 2411.19379, section 4.2.
+    Values form a tree by `after`: a KV block behind a block, a snapshot behind the last block it needs. A block that
+    others stand behind is never given up before them; one that nothing stands behind any more goes first. So what is
+    weighed are snapshots: expected uses x tokens to the snapshot before it / (its own bytes + the blocks that only it
+    needs). A use is a lookup for which it is the deepest one ever kept: a snapshot whose readers have moved on to a
+    deeper one loses its value by itself. The expectation is a gamma posterior: the rate of its kind (UseRates; how
+    often it was used, whether a prompt's documents ended there), as a prior worth two uses, and its own uses since it
+    came. Of more than 64 snapshots a random 64 are weighed. O(sample x blocks between two snapshots).
+    Source: value per byte as in Marconi, arXiv 2411.19379, section 4.2; the expectation is ours.
     """
 
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
         self._behind: dict[str, set[str]] = {}  # a key, known or not -> known keys whose `after` it is
-        self._uses: dict[str, _Use] = {}
-        self._heap: list[tuple[float, int, str]] = []  # priority, push number, key; only the last push of a key counts
-        self._last_push: dict[str, int] = {}
-        self._pushes = itertools.count()
-        self._clock = 0.0
+        self._loose: dict[str, None] = {}  # blocks that nothing stands behind
+        self._snapshots: list[str] = []
+        self._place: dict[str, int] = {}  # of a snapshot in that list
+        self._uses: OrderedDict[str, _Use] = OrderedDict()
+        self._rates, self._clock = UseRates(), 0
+        self._recent: deque[list[str]] = deque([[]], maxlen=2**_AGES + 1)  # used at a lookup, the newest last
+        self._random = random.Random(0)
 
     def add(self, key: str, entry: Entry) -> None:
         if key in self._entries:
             self._unlink(key)
         self._entries[key] = entry
         self._behind.setdefault(entry.after, set()).add(key)
-        self._uses[key] = _Use(self._clock, self._uses[key].count if key in self._uses else 1)
-        self._push(key)
+        self._loose.pop(entry.after, None)
+        if not entry.saves_tokens:
+            if key not in self._behind:
+                self._loose[key] = None
+            return
+        self._place[key] = len(self._snapshots)
+        self._snapshots.append(key)
+        if (use := self._uses.get(key)) is None:
+            use = self._uses[key] = _Use(self._clock, -1, 0, entry.ends_prompt)
+            self._note(key, use)
+        use.ends_prompt |= entry.ends_prompt
 
     def remove(self, key: str) -> None:
         self._unlink(key)
-        for table in (self._entries, self._uses, self._last_push):
-            del table[key]
+        del self._entries[key]
+        while len(self._uses) > _FORGOTTEN_KEPT + 4 * len(self._snapshots):
+            oldest, use = self._uses.popitem(last=False)
+            if oldest in self._entries:
+                self._uses[oldest] = use
 
-    def touch(self, key: str, read: bool) -> None:
-        if read:
-            self._uses[key] = _Use(self._clock, self._uses[key].count + 1)
-            if key not in self._behind:
-                self._push(key)
+    def ask(self, keys: Sequence[str]) -> None:
+        self._clock += 1
+        self._recent.append([])
+        self._count_survivors()
+        deepest = next((key for key in keys if key in self._uses), None)
+        deepest_here = next((key for key in keys if key in self._place), None)
+        for key in {deepest, deepest_here} - {None}:
+            use = self._uses[key]
+            self._rates.count_used(use.kind, self._clock - use.last)
+            use.count += 1
+            self._uses.move_to_end(key)
+            self._note(key, use)
 
     def victim(self) -> str:
-        while True:
-            priority, push, key = self._heap[0]
-            if self._last_push.get(key) != push or key in self._behind:
-                heapq.heappop(self._heap)
-            elif (now := self._priority(key)) > priority:  # it shares its blocks by now, or lost the one before it
-                heapq.heappop(self._heap)
-                self._push(key, now)
-            else:
-                self._clock = max(self._clock, priority)
-                return key
+        if self._loose:
+            return next(reversed(self._loose))
+        few = len(self._snapshots) <= _SAMPLE
+        return min(self._snapshots if few else self._random.sample(self._snapshots, _SAMPLE), key=self._value)
+
+    def _note(self, key: str, use: _Use) -> None:
+        """A snapshot was used, or came for the first time: its age is 0 again."""
+        use.last, use.kind = self._clock, (min(use.count, 2), use.ends_prompt)
+        self._recent[-1].append(key)
+        self._rates.count_reached(use.kind, 0)
+
+    def _count_survivors(self) -> None:
+        """Count those that have just grown 2, 4, 8, ... lookups old."""
+        for power in range(1, _AGES + 1):
+            if len(self._recent) <= 2**power:
+                break
+            for key in self._recent[-1 - 2**power]:
+                if (use := self._uses.get(key)) is not None and use.last == self._clock - 2**power:
+                    self._rates.count_reached(use.kind, 2**power)
+        if self._clock % _FADE_EVERY == 0:
+            self._rates.fade()
 
     def _unlink(self, key: str) -> None:
+        """Take a known key out of the tree and the lists."""
         after = self._entries[key].after
         behind = self._behind[after]
         behind.discard(key)
         if not behind:
             del self._behind[after]
-        if after in self._entries:
-            if not behind:
-                self._push(after)
-            elif len(behind) == 1:  # what is left now holds the blocks before it alone
-                self._push(*behind)
+            if after in self._entries and after not in self._place:
+                self._loose[after] = None
+        self._loose.pop(key, None)
+        if (place := self._place.pop(key, None)) is not None:
+            last = self._snapshots.pop()
+            if last != key:
+                self._snapshots[place], self._place[last] = last, place
 
-    def _push(self, key: str, priority: float | None = None) -> None:
-        number = self._last_push[key] = next(self._pushes)
-        heapq.heappush(self._heap, (self._priority(key) if priority is None else priority, number, key))
-        if len(self._heap) > 4 * len(self._entries) + 64:
-            self._heap = [entry for entry in self._heap if self._last_push.get(entry[2]) == entry[1]]
-            heapq.heapify(self._heap)
-
-    def _priority(self, key: str) -> float:
-        tokens, nbytes = self._worth(key)
-        if not tokens:
-            return 0.0
+    def _value(self, key: str) -> float:
+        """Tokens a byte that are expected to be saved at the next lookup."""
         use = self._uses[key]
-        return use.clock + use.count * tokens / nbytes
+        tokens, nbytes = self._worth(key)
+        prior = _OWN_WEIGHT / self._rates.rate(use.kind, self._clock - use.last)
+        return (_OWN_WEIGHT + use.count) / (prior + self._clock - use.first) * tokens / nbytes
 
     def _worth(self, key: str) -> tuple[int, int]:
-        """(tokens that would have to be computed again, bytes that would come free) without this value."""
-        _, after, saves_tokens = self._entries[key]
-        nbytes, alone = self._entries[key].nbytes, True
-        previous = key
-        while after and saves_tokens:
+        """(tokens that would have to be computed again, bytes that would come free) without this snapshot."""
+        nbytes, after, saves_tokens, _ = self._entries[key]
+        alone, previous = True, key
+        while after:
             if (block := self._entries.get(after)) is None:
                 return 0, nbytes  # a part of its prefix is missing
             behind = self._behind[after]
@@ -157,3 +214,7 @@ class LeastValuable:
                 return saves_tokens - shorter, nbytes
             previous, after = after, block.after
         return saves_tokens, nbytes
+
+
+def _age_class(age: int) -> int:
+    return min(max(age, 1).bit_length() - 1, _AGES)

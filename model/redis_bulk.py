@@ -1,0 +1,204 @@
+"""Large values to and from a Redis server without copies: on redis-py's connections, past its serializer and parser.
+
+Knows how bytes are sent and received; not what is stored or when a server is left alone (redis_store.py). Everything
+but the two bulk transfers goes through the client as usual. redis-py's own way costs two to three passes over a value
+in each direction (hiredis' packer joins command and value; both parsers collect, then cut out). Here a value is sent
+from where it lies (`send_packed_command` takes buffers) and received where it stays (`BulkParser`).
+Start at `open_client`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Sequence
+from selectors import EVENT_READ, DefaultSelector
+from typing import Any
+
+import numpy as np
+import redis
+from redis.backoff import NoBackoff
+from redis.cluster import RedisCluster
+from redis.connection import BaseParser, Connection, ConnectionPool, SSLConnection, parse_url
+from redis.retry import Retry
+
+Buffer = bytes | bytearray | memoryview
+_LINES = 1 << 16
+_BULK = 1 << 14  # shorter strings are bytes, as the client's own commands want them
+_REUSED = 8
+_FREE = 2 + 1  # references to a buffer that nobody has: the list's, the loop's and getrefcount's own
+
+
+class BufferPool:
+    """Memory for received values: touching new pages costs more than receiving into them.
+
+    A buffer is taken again when no view of it is left. Not thread safe: each connection has its own.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: deque[np.ndarray] = deque(maxlen=_REUSED)
+
+    def take(self, nbytes: int) -> memoryview:
+        """Writable bytes of any content."""
+        for buffer in self._buffers:
+            if nbytes <= len(buffer) <= 1.25 * nbytes and sys.getrefcount(buffer) == _FREE:
+                return memoryview(buffer)[:nbytes]
+        buffer = np.empty(nbytes, np.uint8)
+        self._buffers.append(buffer)
+        return memoryview(buffer)
+
+
+class BulkParser(BaseParser):
+    """Reads RESP2 replies; strings of 16 KiB and more are received into memory of their own and are memoryviews.
+
+    Timeouts are the socket's. No client-side caching and no pub/sub, hence neither decoding nor push messages.
+    """
+
+    def __init__(self, socket_read_size: int) -> None:
+        self._socket: Any = None
+        self._lines = bytearray(max(socket_read_size, _LINES))
+        self._start = self._end = 0  # of what was received and not yet read
+        self._pool = BufferPool()
+
+    def on_connect(self, connection: Any) -> None:
+        self._socket = connection._sock  # as redis-py's own parsers get it: there is no other name for it
+        self._start = self._end = 0
+
+    def on_disconnect(self) -> None:
+        self._socket = None
+
+    def can_read(self, timeout: float = 0) -> bool:
+        if self._start < self._end:
+            return True
+        if self._socket is None:
+            return False
+        with DefaultSelector() as selector:
+            selector.register(self._socket, EVENT_READ)
+            return bool(selector.select(timeout))
+
+    def read_response(self, disable_decoding: bool = False, timeout: object = None, **_: object) -> Any:
+        kind, rest = self._read_line()
+        match kind:
+            case b"+":
+                return rest
+            case b":":
+                return int(rest)
+            case b"$":
+                return None if rest == b"-1" else self._read_string(int(rest))
+            case b"*":
+                return None if rest == b"-1" else [self.read_response() for _ in range(int(rest))]
+            case b"-":
+                error = self.parse_error(rest.decode(errors="replace"))
+                if isinstance(error, redis.ConnectionError):
+                    raise error
+                return error
+        raise redis.InvalidResponse(f"a reply of kind {kind!r} from the server")
+
+    def _read_line(self) -> tuple[bytes, bytes]:
+        """(kind, rest) of the next line."""
+        while (end := self._lines.find(b"\r\n", self._start, self._end)) < 0:
+            if self._end - self._start > _LINES // 2:
+                raise redis.InvalidResponse("a line without an end from the server")
+            self._receive()
+        line, self._start = bytes(self._lines[self._start : end]), end + 2
+        return line[:1], line[1:]
+
+    def _read_string(self, length: int) -> bytes | memoryview:
+        if length < _BULK:
+            while self._end - self._start < length + 2:
+                self._receive()
+            value, self._start = bytes(self._lines[self._start : self._start + length]), self._start + length + 2
+            return value
+        value = self._pool.take(length)
+        filled = min(length, self._end - self._start)
+        value[:filled] = self._lines[self._start : self._start + filled]
+        self._start += filled
+        while filled < length:
+            filled += self._count(self._socket.recv_into(value[filled:]))
+        while self._end - self._start < 2:
+            self._receive()
+        self._start += 2
+        return value
+
+    def _receive(self) -> None:
+        """Get more lines, those not yet read moved to the front."""
+        left = self._end - self._start
+        self._lines[:left] = self._lines[self._start : self._end]
+        self._start, self._end = 0, left
+        with memoryview(self._lines) as lines:
+            self._end += self._count(self._socket.recv_into(lines[left:]))
+
+    def _count(self, received: int) -> int:
+        if not received:
+            raise redis.ConnectionError("the server closed the connection")
+        return received
+
+
+class _BulkConnection:
+    """Any of redis-py's connections with this parser, also where its cluster client sets another."""
+
+    def set_parser(self, parser_class: type[BaseParser]) -> None:
+        super().set_parser(BulkParser)  # type: ignore[misc]
+
+
+def open_client(url: str, timeout_s: float, cluster: bool = False) -> redis.Redis | RedisCluster:
+    """A client whose connections can `get_bulk` and `set_bulk`; does not connect, unless to a cluster.
+
+    Raises ValueError for a url that is none, redis.RedisError for a cluster that does not answer.
+    """
+    options = parse_url(url)
+    base = options.pop("connection_class", Connection)
+    common: dict[str, Any] = {
+        "connection_class": type(f"Bulk{base.__name__}", (_BulkConnection, base), {}),
+        "protocol": 2,
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+    }
+    if cluster:
+        if issubclass(base, SSLConnection):  # the class in the url would win over ours
+            url = url.replace("rediss://", "redis://", 1)
+        return RedisCluster.from_url(url, retry=Retry(NoBackoff(), 0), **common)
+    return redis.Redis(connection_pool=ConnectionPool(retry=Retry(NoBackoff(), 0), **common | options))
+
+
+def get_bulk(client: redis.Redis, names: Sequence[str]) -> list[Buffer | Exception | None]:
+    """The values in one round trip; a server's refusal stands in its place. Raises redis.RedisError, OSError."""
+    command = b"".join(b"*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n" % (len(name), name) for name in map(str.encode, names))
+    return _exchange(client, [command], len(names))
+
+
+def set_bulk(client: redis.Redis, items: Sequence[tuple[str, Buffer]], ttl_s: int) -> list[object]:
+    """Set the values in one round trip, sent from where they lie; a refusal stands in its place.
+
+    Raises redis.RedisError, OSError.
+    """
+    chunks: list[Buffer] = []
+    end, life = b"", b"\r\n$2\r\nEX\r\n$%d\r\n%d\r\n" % (len(str(ttl_s)), ttl_s)
+    for name, value in items:
+        encoded = name.encode()
+        start = b"%s*5\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n" % (end, len(encoded), encoded, len(value))
+        chunks += [start, value]
+        end = life
+    return _exchange(client, [*chunks, end], len(items))
+
+
+def _exchange(client: redis.Redis, chunks: Sequence[Buffer], replies: int) -> list[Any]:
+    pool = client.connection_pool
+    connection = pool.get_connection()
+    try:
+        connection.send_packed_command(chunks)
+        return [_read_reply(connection) for _ in range(replies)]
+    except BaseException:
+        connection.disconnect()  # replies may still be on their way
+        raise
+    finally:
+        pool.release(connection)
+
+
+def _read_reply(connection: Any) -> Any:
+    try:
+        return connection.read_response(disconnect_on_error=False)
+    except redis.ConnectionError:
+        raise
+    except redis.ResponseError as error:
+        return error

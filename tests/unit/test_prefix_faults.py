@@ -1,0 +1,254 @@
+"""Random walks over all that may happen to prefix states; the oracle is the same answer without any cache.
+
+Two models, documents that come, change and go, restarts, eviction, damage in every tier, and a real server behind a
+proxy that is killed, cut off in the middle of a value, filled up and stalled.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from engine_kit import SMALL, Answer, byte_tokenizer, doc_prompt, run_all
+from state_kit import Clock, FaultyProxy, running_server
+
+from model import Jamba, load_model
+from model.engine import EngineRequest, JambaEngine
+from model.prefix_cache import PrefixCache
+from model.redis_store import RedisStateStore
+from model.sampling import SamplingParams
+from model.state_store import MemoryStateStore, StateItem, WriteBehindStore
+
+TOKENIZER = byte_tokenizer()
+PREFIX = b"jamba-rag:"
+
+
+@pytest.fixture(scope="module")
+def models(tiny_jamba_dir: Path) -> dict[bytes, Jamba]:
+    return {b"float32": load_model(tiny_jamba_dir), b"bfloat16": load_model(tiny_jamba_dir, dtype=torch.bfloat16)}
+
+
+class World:
+    """A service's states, its documents, and everything that can happen to them, one method an event."""
+
+    def __init__(self, seed: int, models: dict[bytes, Jamba], port: int, server) -> None:
+        torch.set_num_threads(1)
+        self.rng, self.server, self.clock = random.Random(seed), server, Clock()
+        self.proxy = FaultyProxy(port)
+        self.models, self.fingerprint = models, b"float32"
+        self.cold = {
+            name: JambaEngine(model, TOKENIZER, PrefixCache((), name, SMALL), max_context_tokens=2000)
+            for name, model in models.items()
+        }
+        self.texts: dict[str, str] = {}
+        self.gone: dict[str, list[EngineRequest]] = {}  # document -> prompts from before it changed or went
+        self.asked: list[EngineRequest] = []
+        self.seen: Counter[str] = Counter()
+        self.start()
+        for _ in range(4):
+            self.upload()
+
+    def start(self) -> None:
+        self.redis = RedisStateStore(self.proxy.url, timeout_s=0.2, part_bytes=3000, clock=self.clock)
+        self.behind = WriteBehindStore(self.redis)
+        self.memory = MemoryStateStore(self.rng.choice([60_000, 200_000, 1 << 26]))
+        self.cache = PrefixCache([self.memory, self.behind], self.fingerprint, SMALL)
+        model = self.models[self.fingerprint]
+        self.warm = JambaEngine(model, TOKENIZER, self.cache, max_context_tokens=2000)
+
+    def stop(self) -> None:
+        self.warm.close()
+        stats, tiers = self.cache.stats()
+        self.seen.update(
+            damaged=stats.damaged, **{f"redis {name}": tiers["redis"][name] for name in ("errors", "dropped")}
+        )
+        self.behind.close()
+        self.redis.close()
+
+    def close(self) -> None:
+        self.stop()
+        self.proxy.close()
+        for engine in self.cold.values():
+            engine.close()
+
+    def ask(self) -> None:
+        """One to three questions at once, about what there is now."""
+        requests = [self.request() for _ in range(self.rng.choice([1, 1, 1, 3]))]
+        for answer, request in zip(run_all(self.warm, requests), requests, strict=True):
+            (expected,) = run_all(self.cold[self.fingerprint], [request])
+            self.seen[answer.end.tier] += 1
+            if len(requests) == 1:
+                assert answer.logprobs == expected.logprobs
+            assert (answer.token_ids, answer.text) == (expected.token_ids, expected.text)
+        self.asked = (self.asked + requests)[-8:]
+        if self.rng.random() < 0.7:
+            self.behind.flush()
+
+    def request(self) -> EngineRequest:
+        if self.asked and self.rng.random() < 0.4:
+            return self.rng.choice(self.asked)
+        names = sorted(self.rng.sample(sorted(self.texts), min(len(self.texts), self.rng.randint(0, 4))))
+        ids, boundaries, starts = doc_prompt(TOKENIZER, [self.texts[name] for name in names], self.rng.choice("abcde"))
+        starts = {name: starts[self.texts[name]] for name in names}
+        params = SamplingParams(max_new_tokens=4, ignore_eos=True)
+        return EngineRequest(
+            tuple(ids), tuple(boundaries), params, tags=frozenset(names), tag_starts=starts, epoch=self.cache.epoch
+        )
+
+    def upload(self) -> None:
+        name = f"d{len(self.texts) + len(self.gone)}"
+        self.texts[name] = f"{name}: " + "".join(self.rng.choices("abc déf", k=self.rng.randint(5, 90)))
+
+    def replace(self) -> None:
+        if self.texts:
+            name = self.rng.choice(sorted(self.texts))
+            self.forget(name)
+            self.texts[name] = f"{name}, again: " + "".join(self.rng.choices("xyz", k=self.rng.randint(5, 90)))
+
+    def delete(self) -> None:
+        if len(self.texts) > 2:
+            name = self.rng.choice(sorted(self.texts))
+            self.forget(name)
+            del self.texts[name]
+            self.gone.setdefault(name, [])
+
+    def forget(self, name: str) -> None:
+        """When an invalidation returns, no tier that can be reached holds a state that saw the document."""
+        self.warm.invalidate({name})
+        saw = [request for request in self.asked if name in request.tags]
+        self.asked = [request for request in self.asked if name not in request.tags]
+        for request in saw:
+            tags = {tag: request.tag_starts[tag] for tag in request.tags}
+            plan = self.cache.plan(request.token_ids, request.boundaries, tags=tags)
+            start, end = request.tag_starts[name] + 2, len(request.token_ids)  # every document begins with <|doc|> d
+            keys = [key for key in plan.keys_deepest_first(end) if key not in set(plan.keys_deepest_first(start))]
+            assert not any(self.memory.contains_many(keys, peek=True))
+            assert not any(self.redis.contains_many(keys, peek=True))
+            self.seen["forgotten"] += bool(keys)
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def change_model(self) -> None:
+        self.fingerprint = b"bfloat16" if self.fingerprint == b"float32" else b"float32"
+        self.restart()
+
+    def evict(self) -> None:
+        keys = sorted(self.memory._items)
+        self.memory.delete(keys=self.rng.sample(keys, len(keys) // 2))
+
+    def damage_memory(self) -> None:
+        """Values of this process have no business to change; that they are checked all the same costs one pass."""
+        for key in self.rng.sample(sorted(self.memory._items), min(6, len(self.memory._items))):
+            if (item := self.memory._items.get(key)) is None:
+                continue  # given up for one put here before
+            other = self.rng.choice(list(self.memory._items.values())).value
+            self.memory.put_many([StateItem(key, self.damaged(bytes(item.value), bytes(other)), item.tags, item.after)])
+
+    def damage_redis(self) -> None:
+        self.evict()
+        with self.server.client() as client:
+            limit = client.config_get("maxmemory")["maxmemory"]
+            client.config_set("maxmemory", 0)
+            names = sorted(name for name in client.keys(PREFIX + b"*") if not name.startswith(PREFIX + b"tag:"))
+            for name in self.rng.sample(names, min(12, len(names))):
+                value, other = client.get(name), client.get(self.rng.choice(names))
+                client.set(name, self.damaged(value or b"", other or b""))
+            client.config_set("maxmemory", limit)
+
+    def damaged(self, value: bytes, other: bytes) -> bytes:
+        match self.rng.randrange(3):
+            case 0 if value:
+                flipped = bytearray(value)
+                flipped[self.rng.randrange(len(value))] ^= 1 << self.rng.randrange(8)
+                return bytes(flipped)
+            case 1:
+                return value[: self.rng.randrange(len(value) + 1)]
+            case _:
+                return other
+
+    def cut_off(self) -> None:
+        """The connection breaks in the middle of what is written or read next, often in the middle of a value."""
+        self.evict()
+        setattr(self.proxy, self.rng.choice(["cut_down", "cut_up"]), self.rng.randrange(20_000))
+
+    def stall(self) -> None:
+        self.proxy.hold = True
+
+    def fill(self) -> None:
+        with self.server.client() as client:
+            client.config_set("maxmemory", self.rng.choice([1, 2_000_000]))
+
+    def lose_everything(self) -> None:
+        with self.server.client() as client:
+            client.flushall()
+
+    def mend(self) -> None:
+        """All is well again, and some time passes: the server must be noticed, owed deletes included."""
+        self.proxy.heal()
+        with self.server.client() as client:
+            client.config_set("maxmemory", 0)
+        self.clock.now += 60
+        self.behind.flush()
+        self.redis.contains_many(["any"])
+        stats = self.redis.stats()
+        assert (stats["open"], stats["owed_deletes"]) == (0, 0)
+        self.clock.now += 60
+
+    def wait(self) -> None:
+        self.clock.now += self.rng.choice([1, 10])
+
+
+EVENTS = {
+    "ask": 30, "upload": 2, "replace": 2, "delete": 2, "restart": 2, "change_model": 1, "evict": 2, "damage_memory": 2,
+    "damage_redis": 2, "cut_off": 2, "stall": 1, "fill": 1, "lose_everything": 0.3, "mend": 3, "wait": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_happens_answers_are_those_without_a_cache(models, seed):
+    with running_server(maxmemory_policy="noeviction") as server:
+        world = World(seed, models, server.port, server)
+        try:
+            for event in world.rng.choices(list(EVENTS), list(EVENTS.values()), k=130):
+                getattr(world, event)()
+            world.mend()
+            world.ask()
+        finally:
+            world.close()
+    assert min(world.seen[name] for name in ("none", "host", "redis", "damaged", "redis errors", "forgotten")) > 0
+
+
+def test_a_broken_server_is_left_alone_until_its_time_and_its_return_is_noticed(models):
+    with running_server() as server:
+        world = World(0, models, server.port, server)
+        try:
+
+            def ask_anew(salt: bytes) -> None:
+                run_all(world.warm, [replace(world.request(), salt=salt)])
+                world.behind.flush()
+
+            ask_anew(b"before")
+            world.proxy.hold = True
+            ask_anew(b"first to fail")
+            before, counted = world.redis.stats(), world.proxy.connections
+            assert before["open"] == 1
+            for i in range(5):
+                ask_anew(b"%d" % i)
+            after = world.redis.stats()
+            assert world.proxy.connections == counted  # not even asked
+            assert after["errors"] == before["errors"] and after["skipped"] > before["skipped"]
+            world.mend()
+            request = replace(world.request(), salt=b"new")
+            run_all(world.warm, [request])
+            assert world.behind.flush(10)
+            world.restart()
+            answer: Answer = run_all(world.warm, [request])[0]
+            assert answer.end.tier == "redis"
+        finally:
+            world.close()

