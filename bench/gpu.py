@@ -1,0 +1,399 @@
+"""The large Jamba on one GPU with random int8 weights: speed and memory beside what the card itself reaches.
+
+Sections: copy (the ceilings), memory, decode, batch, first-token, prefill, sharing (time between the tokens of running
+answers while a long prompt is computed), profile. Each prints a table and writes its JSON; one that fails or takes too
+long prints why and the next one begins. Contexts of decoding are random numbers, which cost the same as a prefill's.
+`first-token` is asked of the engine behind a prefix in its cache, and of the model alone with the state where it is
+needed. `times_vllm` is against vLLM 0.24, measured on an H100.
+`--quick` runs the most telling rows of all within 90 seconds; `--try` switches on what is not yet the default.
+    python -m bench.gpu [--shape jamba-52b] [--sections copy,decode] [--segments 16384,32768] [--limit-s 75] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bench.gpu_kit import (
+    Ceilings,
+    Overtime,
+    filled_state,
+    limit_time,
+    measure_ceilings,
+    random_tokens,
+    synchronize,
+    time_calls,
+    word_tokenizer,
+)
+from bench.random_weights import random_model
+from bench.runs import BenchRun
+from bench.shapes import SHAPES, decode_bytes, prefill_flop, resident_bytes, state_bytes
+from model import gpu_segment
+from model.engine import EngineRequest, JambaEngine
+from model.jamba import Jamba
+from model.kernels import gpu_past, gpu_prefill
+from model.prefix_cache import PrefixCache
+from model.prefix_plan import PlanSettings
+from model.sampling import SamplingParams
+from model.state import HybridState
+from model.state_store import MemoryStateStore
+
+VLLM_PREFILL = {8192: 16_700, 32_768: 16_200, 131_072: 15_100, 262_144: 14_300}  # tokens a second
+VLLM_DECODE = {(1024, 1): 110, (131_072, 1): 101, (261_000, 1): 95, (8192, 8): 477, (8192, 16): 779}
+VLLM_DECODE |= {(8192, 32): 1337, (131_072, 4): 361}
+VLLM_FIRST_TOKEN = {32_768: 89, 131_072: 157, 261_000: 203}  # milliseconds
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    prefill: tuple[int, ...] = (8192, 32_768, 131_072, 262_144)
+    segments: tuple[int, ...] = (16_384,)
+    decode: tuple[int, ...] = (1024, 131_072, 261_000)
+    batches: tuple[tuple[int, int], ...] = ((8192, 8), (8192, 16), (8192, 32), (131_072, 4))  # context, sequences
+    first_token: tuple[int, ...] = (32_768, 131_072, 261_000)
+    sharing: tuple[int, int, int] = (4, 1024, 131_072)  # answers under way, their prompts, the long prompt
+    new_tokens: int = 64
+    steps: int = 16  # decode steps between two looks at the clock
+
+
+QUICK_SIZES = Sizes(
+    prefill=(8192, 32_768, 131_072),
+    decode=(1024, 261_000),
+    batches=((8192, 8), (8192, 32)),
+    first_token=(131_072,),
+    sharing=(4, 1024, 32_768),
+    steps=8,
+)
+SMALL_SIZES = Sizes((96, 200), (64,), (33, 200), ((40, 3),), (64,), (2, 20, 200), 16, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """One model under test."""
+
+    name: str
+    model: Jamba
+    device: torch.device
+    ceilings: Ceilings
+    sizes: Sizes
+
+    def peer(self, table: dict[Any, float], key: Any) -> float | None:
+        return table.get(key) if self.name == "jamba-52b" else None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="jamba-52b")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="comma-separated, in their order")
+    parser.add_argument("--segments", help="prefill segment lengths, comma-separated")
+    parser.add_argument("--contexts", help="prefill lengths, comma-separated")
+    parser.add_argument("--limit-s", type=float, default=75.0, help="longest time of one section")
+    parser.add_argument("--quick", action="store_true", help="few rows of each section, 15 s at most")
+    parser.add_argument("--try", dest="candidates", choices=CANDIDATES, nargs="+", default=[])
+    arguments = parser.parse_args(argv)
+    for name in arguments.candidates:
+        setattr(*CANDIDATES[name], True)
+    names = arguments.sections.split(",")
+    if strangers := set(names) - SECTIONS.keys():
+        parser.error(f"no section {', '.join(sorted(strangers))}; there are {', '.join(SECTIONS)}")
+    sizes = QUICK_SIZES if arguments.quick else Sizes()
+    sizes = SMALL_SIZES if arguments.shape.startswith("small") else sizes
+    changed = {"segments": arguments.segments, "prefill": arguments.contexts}
+    for field, text in changed.items():
+        if text:
+            sizes = replace(sizes, **{field: tuple(map(int, text.split(",")))})
+    device = torch.device(arguments.device)
+    with torch.inference_mode():
+        bench = start(arguments.shape, device, sizes)
+        for name in names:
+            limit_s = min(15.0, arguments.limit_s) if arguments.quick else arguments.limit_s
+            run_section(name, bench, limit_s, argv=sys.argv if argv is None else ["gpu", *argv])
+
+
+def start(shape: str, device: torch.device, sizes: Sizes) -> Bench:
+    ceilings = measure_ceilings(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    begin = time.perf_counter()
+    model = random_model(SHAPES[shape], device)
+    synchronize(device)
+    print(f"{shape}: {resident_bytes(model) / 2**30:.2f} GiB of weights made in {time.perf_counter() - begin:.1f} s")
+    return Bench(shape, model, device, ceilings, sizes)
+
+
+def run_section(name: str, bench: Bench, limit_s: float, argv: Sequence[str]) -> None:
+    """Whatever happens to a section, its rows so far are printed and stored."""
+    print(f"\n{name}", flush=True)
+    run, begin = BenchRun(f"gpu-{name}", argv=argv), time.perf_counter()
+    try:
+        with limit_time(limit_s):
+            SECTIONS[name](bench, run)
+    except (Exception, Overtime) as error:
+        traceback.print_exc(limit=-3, file=sys.stdout)
+        run.add(error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    if run.rows:
+        run.finish()
+    print(f"{name}: {time.perf_counter() - begin:.1f} s", flush=True)
+    gc.collect()
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def bench_copy(bench: Bench, run: BenchRun) -> None:
+    ceilings = bench.ceilings
+    run.add(what="copy, read and written", tb_per_s=ceilings.copy_bytes_per_s / 1e12)
+    run.add(what="bf16 product", tflop_per_s=ceilings.matmul_flop_per_s / 1e12)
+
+
+def bench_memory(bench: Bench, run: BenchRun) -> None:
+    """To be run before the others: the peak is that of making the weights."""
+    row: dict[str, Any] = {"weights_gib": resident_bytes(bench.model) / 2**30}
+    if bench.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(bench.device)
+        row["allocated_gib"] = torch.cuda.memory_allocated(bench.device) / 2**30
+        row["peak_while_making_gib"] = torch.cuda.max_memory_allocated(bench.device) / 2**30
+        row |= {"free_gib": free / 2**30, "total_gib": total / 2**30}
+    layout = bench.model.state_layout
+    row["state_at_256k_gib"] = state_bytes(layout, 262_144) / 2**30
+    run.add(**row)
+
+
+def bench_decode(bench: Bench, run: BenchRun) -> None:
+    for context in bench.sizes.decode:
+        add_decode_row(bench, run, context, 1)
+
+
+def bench_batch(bench: Bench, run: BenchRun) -> None:
+    for context, batch in bench.sizes.batches:
+        add_decode_row(bench, run, context, batch)
+
+
+def add_decode_row(bench: Bench, run: BenchRun, context: int, batch: int) -> None:
+    """Greedy steps of the model alone, the chosen tokens staying on the device."""
+    steps, model = bench.sizes.steps, bench.model
+    states = [filled_state(model, context, room=16 * steps) for _ in range(batch)]
+    tokens = random_tokens(model, batch)
+
+    def decode() -> None:
+        nonlocal tokens
+        for _ in range(steps):
+            tokens = model.forward_packed(tokens, [1] * batch, states).argmax(-1)
+
+    step_s = [seconds / steps for seconds in time_calls(bench.device, decode)]
+    rate = batch / median(step_s)
+    moved = decode_bytes(model, context, batch)
+    row: dict[str, Any] = {"context": context, "batch": batch, "step_ms": 1e3 * median(step_s)}
+    row |= {"worst_ms": 1e3 * max(step_s), "tok_per_s": rate, "gb_per_step": moved / 1e9}
+    row |= {"gb_per_s": moved / median(step_s) / 1e9}
+    row["percent_of_copy"] = 100 * moved / median(step_s) / bench.ceilings.copy_bytes_per_s
+    if peer := bench.peer(VLLM_DECODE, (context, batch)):
+        row["times_vllm"] = rate / peer
+    run.add(**row)
+    print(row, flush=True)
+
+
+def bench_prefill(bench: Bench, run: BenchRun) -> None:
+    """Cold prompts in segments; the shorter ones several times."""
+    for segment in bench.sizes.segments:
+        prefill(bench, min(segment, max(bench.sizes.prefill)), segment)
+        for num_tokens in bench.sizes.prefill:
+            repeats = max(1, min(3, 100_000 // num_tokens))
+            times_s = [prefill(bench, num_tokens, segment) for _ in range(repeats)]
+            flop = prefill_flop(bench.model.config, 0, num_tokens)
+            row: dict[str, Any] = {"tokens": num_tokens, "segment": segment, "median_s": median(times_s)}
+            row |= {"worst_s": max(times_s), "repeats": repeats, "tok_per_s": num_tokens / median(times_s)}
+            row["tflop_per_s"] = flop / median(times_s) / 1e12
+            row["percent_of_matmul"] = 100 * flop / median(times_s) / bench.ceilings.matmul_flop_per_s
+            if peer := bench.peer(VLLM_PREFILL, num_tokens):
+                row["times_vllm"] = row["tok_per_s"] / peer
+            run.add(**row)
+            print(row, flush=True)
+
+
+def prefill(bench: Bench, num_tokens: int, segment: int) -> float:
+    """Seconds."""
+    model, tokens = bench.model, random_tokens(bench.model, num_tokens)
+    state = model.new_state()
+    state.reserve(num_tokens)
+    return time_calls(bench.device, lambda: run_segments(model, state, tokens, segment), warmup=0, repeats=1)[0]
+
+
+def run_segments(model: Jamba, state: HybridState, tokens: torch.Tensor, segment: int) -> None:
+    for piece in tokens.split(segment):
+        model.forward_packed(piece, [len(piece)], [state])
+
+
+def bench_first_token(bench: Bench, run: BenchRun) -> None:
+    for context in bench.sizes.first_token:
+        new = bench.sizes.new_tokens
+        state, tokens = filled_state(bench.model, context, room=new), random_tokens(bench.model, new)
+
+        def ask(state: HybridState = state, tokens: torch.Tensor = tokens, context: int = context) -> None:
+            state.num_tokens = context
+            bench.model.forward_packed(tokens, [len(tokens)], [state]).argmax(-1).tolist()
+
+        times_ms = [1e3 * seconds for seconds in time_calls(bench.device, ask)]
+        add_first_token_row(bench, run, context, "model", times_ms, tier="its own state")
+        state.num_tokens = context
+        add_first_token_row(bench, run, context, "engine", *ask_engine(bench, state))
+
+
+def add_first_token_row(
+    bench: Bench,
+    run: BenchRun,
+    context: int,
+    by: str,
+    times_ms: list[float],
+    tier: str,
+    **more: float,
+) -> None:
+    row: dict[str, Any] = {"context": context, "new": bench.sizes.new_tokens, "by": by, "tier": tier}
+    row |= {"ttft_ms": median(times_ms), "worst_ms": max(times_ms), **more}
+    if peer := bench.peer(VLLM_FIRST_TOKEN, context):
+        row["times_vllm"] = peer / median(times_ms)
+    run.add(**row)
+    print(row, flush=True)
+
+
+def ask_engine(bench: Bench, state: HybridState, repeats: int = 5) -> tuple[list[float], str]:
+    """Milliseconds to the first token behind a prefix whose state the cache keeps, and the tier it came from."""
+    model, context = bench.model, state.num_tokens
+    settings = PlanSettings(256, bench.sizes.segments[0], min_snapshot_distance=0, sparse_snapshot_tokens=0)
+    cache = PrefixCache([MemoryStateStore(2 * state_bytes(state.layout, context) + (1 << 26))], b"bench", settings)
+    engine = JambaEngine(
+        model, word_tokenizer(model.config.vocab_size), cache, max_context_tokens=context + bench.sizes.new_tokens + 8
+    )
+    prefix = random_tokens(model, context, seed=context).tolist()
+    times_ms = []
+    try:
+        if not cache.save(cache.plan([*prefix, 0], [context]), state):
+            raise RuntimeError("the cache did not keep the state")
+        for i in range(1 + repeats):
+            question = random_tokens(model, bench.sizes.new_tokens, seed=i).tolist()
+            sampling = SamplingParams(max_new_tokens=1, ignore_eos=True)
+            engine.add(EngineRequest((*prefix, *question), (context,), sampling))
+            outputs = []
+            while engine.has_work():
+                outputs += engine.step()
+            (output,) = outputs
+            if output.cached_tokens != context:
+                raise RuntimeError(f"{output.cached_tokens} of {context} tokens came from the cache: {output.error}")
+            times_ms.append(output.timings.ttft_ms)
+    finally:
+        engine.close()
+    return times_ms[1:], output.tier
+
+
+def bench_sharing(bench: Bench, run: BenchRun) -> None:
+    """Milliseconds from step to step of the answers that run, before and while the long prompt is computed."""
+    model, (answers, short, long) = bench.model, bench.sizes.sharing
+    plan = PlanSettings(256, bench.sizes.segments[0], 0, 0)
+    engine = JambaEngine(
+        model, word_tokenizer(model.config.vocab_size), PrefixCache((), b"", plan), max_context_tokens=long + 4096
+    )
+
+    def ask(num_tokens: int, new_tokens: int, seed: int) -> str:
+        sampling = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
+        return engine.add(EngineRequest(tuple(random_tokens(model, num_tokens, seed).tolist()), sampling=sampling))
+
+    try:
+        running = {ask(short, 4000, seed) for seed in range(answers)}
+        while running - {output.request_id for output in engine.step()}:
+            pass
+        idle_ms = [step_ms(engine) for _ in range(2 * bench.sizes.steps)][bench.sizes.steps :]
+        waiting, shared_ms = ask(long, 1, seed=answers), []
+        start, outputs = time.perf_counter(), []
+        while waiting not in {output.request_id for output in outputs}:
+            begin = time.perf_counter()
+            outputs = engine.step()
+            shared_ms.append(1e3 * (time.perf_counter() - begin))
+        row: dict[str, Any] = {"answers": answers, "prompt": long, "prefill_s": time.perf_counter() - start}
+        row |= {"idle_ms": median(idle_ms), "shared_ms": median(shared_ms), "worst_ms": max(shared_ms)}
+        run.add(
+            **row, times_idle=median(shared_ms) / median(idle_ms), worst_times_idle=max(shared_ms) / median(idle_ms)
+        )
+    finally:
+        engine.close()
+
+
+def step_ms(engine: JambaEngine) -> float:
+    begin = time.perf_counter()
+    engine.step()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def bench_profile(bench: Bench, run: BenchRun) -> None:
+    """Kernels by time, of one prefill segment and of some decode steps."""
+    model, segment, steps, new = bench.model, bench.sizes.segments[0], bench.sizes.steps, bench.sizes.new_tokens
+    tokens, state = random_tokens(model, segment), model.new_state()
+    state.reserve(segment)
+
+    def prefill_once() -> None:
+        state.num_tokens = 0
+        model.forward_packed(tokens, [segment], [state])
+
+    decoding = filled_state(model, bench.sizes.decode[0], room=4 * steps)
+
+    def decode() -> None:
+        for _ in range(steps):
+            model.forward_packed(tokens[:1], [1], [decoding])
+
+    def ask() -> None:
+        for _ in range(steps):
+            state.num_tokens = segment - new
+            model.forward_packed(tokens[:new], [new], [state])
+
+    profile_call(bench, run, f"prefill of {segment}", prefill_once, 1)
+    profile_call(bench, run, f"{new} tokens behind {segment - new}", ask, steps)
+    profile_call(bench, run, "decode step", decode, steps)
+
+
+def profile_call(bench: Bench, run: BenchRun, what: str, call: Callable[[], object], parts: int, top: int = 18) -> None:
+    """Rows of the `top` kernels, milliseconds and launches for one of the call's `parts`, and of all of them."""
+    on_gpu = bench.device.type == "cuda"
+    wall_ms = 1e3 * median(time_calls(bench.device, call, warmup=1, repeats=3)) / parts
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU], acc_events=True) as profiler:
+        call()
+        synchronize(bench.device)
+    events = profiler.key_averages()
+    times_us = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in events}
+    counts = {e.key: e.count for e in events if times_us[e.key]}
+    busy_ms = sum(times_us.values()) / 1e3 / parts
+    run.add(what=what, kernel="all", launches=sum(counts.values()) / parts, ms=busy_ms, percent=100 * busy_ms / wall_ms)
+    run.add(what=what, kernel="wall clock, not profiled", ms=wall_ms, percent=100.0)
+    for name in sorted(counts, key=times_us.__getitem__, reverse=True)[:top]:
+        ms = times_us[name] / 1e3 / parts
+        run.add(what=what, kernel=name[:90], launches=counts[name] / parts, ms=ms, percent=100 * ms / wall_ms)
+
+
+CANDIDATES = {
+    "short-graphs": (gpu_segment, "ENABLED"),
+    "key-blocks": (gpu_past, "ENABLED"),
+    "unpack-ahead": (gpu_prefill, "OVERLAP"),
+}
+SECTIONS: dict[str, Callable[[Bench, BenchRun], None]] = {
+    "copy": bench_copy,
+    "memory": bench_memory,
+    "decode": bench_decode,
+    "batch": bench_batch,
+    "first-token": bench_first_token,
+    "prefill": bench_prefill,
+    "sharing": bench_sharing,
+    "profile": bench_profile,
+}
+
+
+if __name__ == "__main__":
+    main()

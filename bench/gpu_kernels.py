@@ -1,0 +1,397 @@
+"""Each CUDA kernel alone at the shapes of the 52B Jamba: checked against float32, then timed against the card's copy.
+
+Launches are captured in a CUDA graph, over copies of the weights or other experts: none comes from the L2 cache.
+`us` is a launch among its like that overlap as in decode (programmatic dependent launch), `us_alone` without overlap.
+    python -m bench.gpu_kernels [--shape jamba-52b] [--only decode prefill mixers variants] [--tokens 1 2 4 8 16 32 64]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import gpu_kernels_variants
+from bench.gpu_kit import measure_ceilings, time_calls
+from bench.runs import BenchRun
+from bench.shapes import SHAPES
+from model.config import JambaConfig
+from model.kernels import gpu_attention, gpu_linear, gpu_mamba, gpu_prefill
+from model.kernels.causal_conv import causal_conv, causal_conv_ref
+from model.kernels.selective_scan import selective_scan, selective_scan_ref
+
+L2_BYTES = 50 << 20
+MAX_ERROR = 2e-2  # of the largest value: bfloat16 outputs
+PREFILL_ROWS = (512, 1024, 2048, 4096)  # an expert
+SECTIONS = ("decode", "prefill", "mixers", "variants")
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+class Case(NamedTuple):
+    """A kernel at one shape; launch i reads other memory than launch i - 1."""
+
+    name: str
+    num_bytes: int  # that one launch must read or write
+    launch: Callable[[int, bool], None]
+    copies: int
+    out: Tensor  # of the last launch
+    expected: Callable[[], Tensor]  # of launch 0 behind `reset`
+    reset: Callable[[], object] = lambda: None  # of states that launches advance
+
+
+class Weight(NamedTuple):
+    values: Tensor  # (copies, n, k) int8
+    scale: Tensor
+
+    @classmethod
+    def random(cls, copies: int, n: int, k: int, device: torch.device) -> Weight:
+        values = torch.randint(-127, 128, (copies, n, k), dtype=torch.int8, device=device)
+        return cls(values, torch.rand(copies, n, device=device) * k**-0.5 / 64)
+
+    def __call__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.values[i], self.scale[i]
+
+    def linear(self, x: Tensor, i: int = 0) -> Tensor:
+        return F.linear(x.float(), self.values[i].float() * self.scale[i][:, None])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="jamba-52b")
+    parser.add_argument("--only", choices=SECTIONS, nargs="+", default=SECTIONS)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--prefill-rows", type=int, nargs="+", default=PREFILL_ROWS)
+    arguments = parser.parse_args()
+    config, device = SHAPES[arguments.shape], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    with torch.inference_mode():
+        ceilings = measure_ceilings(device)
+        copy = ceilings.copy_bytes_per_s
+        run = BenchRun(f"gpu-kernels-{arguments.shape}", argv=sys.argv)
+        run.add(kernel="copy", gb_per_s=copy / 1e9, tflop_per_s=ceilings.matmul_flop_per_s / 1e12)
+        if "decode" in arguments.only:
+            for m in arguments.tokens:
+                for case in decode_cases(config, m, device):
+                    add_row(run, case, m, copy)
+        if "mixers" in arguments.only:
+            bench_mixers(run, config, device, copy)
+        if "prefill" in arguments.only:
+            bench_prefill(run, config, device, copy, arguments.prefill_rows)
+        if "variants" in arguments.only:
+            for what, m, case in gpu_kernels_variants.cases(config, arguments.tokens, device, decode_cases):
+                add_row(run, case, m, copy, variant=what)
+        run.finish()
+
+
+def decode_cases(config: JambaConfig, m: int, device: torch.device) -> Iterator[Case]:
+    """The products of one decode step of m sequences, one case alive at a time."""
+    d, f, e = config.hidden_size, config.intermediate_size, config.mamba_d_inner
+    rank = config.mamba_dt_rank + 2 * config.mamba_d_state
+    yield conv_case(m, e, d, config.mamba_d_conv, device)
+    yield rows_case("x_proj", m, rank, e, F32, device)
+    yield rows_case("out_proj", m, d, e, BF16, device)
+    yield rows_case("k_proj", m, config.num_key_value_heads * config.head_dim, d, BF16, device)
+    yield rows_case("down", m, d, f, BF16, device)
+    yield rows_case("head", m, config.vocab_size, d, F32, device)
+    yield swiglu_case(m, f, d, device)
+    if m * config.num_experts_per_tok <= gpu_linear.MAX_ASSIGNMENTS:
+        yield experts_up_case(config, m, device)
+        yield experts_down_case(config, m, device)
+    yield norm_case("add_norm", m, d, 0, 0, device)
+    yield norm_case("add_norm + router", m, d, config.num_experts, config.num_experts_per_tok, device)
+
+
+def rows_case(name: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Case:
+    weight, x = Weight.random(copies_of(n * k), n, k, device), random(m, k, device)
+    out = torch.empty(m, n, dtype=dtype, device=device)
+
+    def launch(i: int, overlap: bool) -> None:
+        gpu_linear.int8_rows(x, *weight(i), out, overlap=overlap)
+
+    return Case(name, n * k, launch, len(weight.values), out, lambda: weight.linear(x))
+
+
+def conv_case(m: int, e: int, d: int, w: int, device: torch.device) -> Case:
+    weight, x = Weight.random(copies_of(2 * e * d), 2 * e, d, device), random(m, d, device)
+    taps, bias = random(e, w, device), random(1, e, device)[0]
+    states, u, z = torch.zeros(m, e, w - 1, dtype=BF16, device=device), *torch.empty(2, m, e, dtype=BF16, device=device)
+    pointers = states.data_ptr() + torch.arange(m, device=device) * e * (w - 1) * 2
+
+    def launch(i: int, overlap: bool) -> None:
+        gpu_linear.in_proj_conv(x, *weight(i), None, taps, bias, pointers, u, z, e, overlap=overlap)
+
+    def expected() -> Tensor:
+        return gpu_linear.in_proj_conv_ref(x, *weight(0), taps, bias, torch.zeros_like(states))[0]
+
+    return Case("in_proj + conv", 2 * e * d, launch, len(weight.values), u, expected, states.zero_)
+
+
+def swiglu_case(m: int, f: int, d: int, device: torch.device) -> Case:
+    copies, x, out = copies_of(2 * f * d), random(m, d, device), torch.empty(m, f, dtype=BF16, device=device)
+    gate, up = (Weight.random(copies, f, d, device) for _ in range(2))
+
+    def launch(i: int, overlap: bool) -> None:
+        gpu_linear.swiglu_rows(x, *gate(i), *up(i), out, overlap=overlap)
+
+    return Case("gate_up", 2 * f * d, launch, copies, out, lambda: F.silu(gate.linear(x)) * up.linear(x))
+
+
+class Choice(NamedTuple):
+    """m tokens' experts at random; copy i has others."""
+
+    chosen: list[Tensor]  # a copy: (m, k) int32
+    rows: list[tuple[int, int]]  # of copy 0: (token, expert)
+    distinct: int
+
+    @classmethod
+    def random(cls, config: JambaConfig, m: int, device: torch.device) -> Choice:
+        experts, k = config.num_experts, config.num_experts_per_tok
+        first = torch.rand(m, experts).argsort(dim=-1)[:, :k]
+        chosen = [((first + i * k) % experts).int().to(device) for i in range(experts // k)]
+        rows = [(token, expert) for token, own in enumerate(first.tolist()) for expert in own]
+        return cls(chosen, rows, len(first.unique()))
+
+
+def experts_up_case(config: JambaConfig, m: int, device: torch.device) -> Case:
+    d, f, k = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
+    choice, x = Choice.random(config, m, device), random(m, d, device)
+    weight, out = Weight.random(config.num_experts, 2 * f, d, device), torch.empty(m, k, f, dtype=BF16, device=device)
+
+    def launch(i: int, overlap: bool) -> None:
+        gpu_linear.experts_gate_up(x, choice.chosen[i], *weight, out, overlap=overlap)
+
+    def expected() -> Tensor:
+        both = [weight.linear(x[token], expert).chunk(2) for token, expert in choice.rows]
+        return torch.stack([F.silu(gate) * up for gate, up in both]).view(m, k, f)
+
+    name = f"experts gate_up, {choice.distinct} read"
+    return Case(name, choice.distinct * 2 * f * d, launch, len(choice.chosen), out, expected)
+
+
+def experts_down_case(config: JambaConfig, m: int, device: torch.device) -> Case:
+    d, f, k = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
+    choice, h = Choice.random(config, m, device), random(m * k, f, device)
+    weight, out = Weight.random(config.num_experts, d, f, device), torch.empty(m, k, d, device=device)
+
+    def launch(i: int, overlap: bool) -> None:
+        gpu_linear.experts_down(h.view(m, k, f), choice.chosen[i], *weight, out, overlap=overlap)
+
+    def expected() -> Tensor:
+        rows = [weight.linear(row, expert) for row, (_, expert) in zip(h, choice.rows, strict=True)]
+        return torch.stack(rows).view(m, k, d)
+
+    name = f"experts down, {choice.distinct} read"
+    return Case(name, choice.distinct * d * f, launch, len(choice.chosen), out, expected)
+
+
+def norm_case(name: str, m: int, d: int, experts: int, k: int, device: torch.device) -> Case:
+    residual, y, weight = (
+        torch.randn(m, d, device=device),
+        torch.zeros(m, d, device=device, dtype=BF16),
+        random(1, d, device)[0],
+    )
+    normed = torch.empty(m, d, dtype=BF16, device=device)
+    routing = (None, None, None)
+    if experts:
+        chosen = torch.empty(m, k, dtype=torch.int32, device=device)
+        routing = (random(experts, d, device), torch.empty(m, k, device=device), chosen)
+
+    def launch(_: int, overlap: bool) -> None:
+        gpu_linear.add_norm(residual, y, None, weight, 1e-6, normed, *routing, overlap=overlap)
+
+    num_bytes = 2 * (m * d * 6 + d * (1 + experts))
+    return Case(name, num_bytes, launch, 1, normed, lambda: F.rms_norm(residual, (d,), weight.float(), 1e-6))
+
+
+def bench_mixers(run: BenchRun, config: JambaConfig, device: torch.device, copy: float) -> None:
+    """Scan and convolution of a prefill segment; step and attention of one new token."""
+    e, n, w, t = config.mamba_d_inner, config.mamba_d_state, config.mamba_d_conv, 8192 if device.type == "cuda" else 64
+    u, z = random(t, 2 * e, device)[None].chunk(2, dim=-1)
+    delta, B, C = (random(t, size, device)[None] for size in (e, n, n))
+    A, D, bias = -torch.rand(e, n, device=device), torch.ones(e, device=device), torch.zeros(e, device=device)
+    state, conv_state = torch.zeros(1, e, n, device=device), torch.zeros(1, e, w - 1, dtype=BF16, device=device)
+    taps, added = random(e, w, device), random(1, e, device)[0]
+    few = slice(0, 64)
+    parts = (u[:, few], delta[:, few], A, B[:, few], C[:, few], D, z[:, few])
+    scanned = selective_scan_ref(*(x.float() for x in (parts[0], F.softplus(parts[1].float()), *parts[2:])))
+    error = largest_error(selective_scan(*parts, state.clone(), bias), scanned)
+    times_s = time_calls(device, lambda: selective_scan(u, delta, A, B, C, D, z, state, bias))
+    _add(run, "selective_scan", t, error, times_s, 8 * t * e, copy)
+    error = largest_error(
+        causal_conv(u[:, few], conv_state.clone(), taps, added), causal_conv_ref(u[:, few], None, taps, added)
+    )
+    times_s = time_calls(device, lambda: causal_conv(u, conv_state, taps, added))
+    _add(run, "causal_conv", t, error, times_s, 4 * t * e, copy)
+    for case in (step_case(config, 1, device), step_case(config, 8, device)):
+        add_row(run, case, len(case.out), copy)
+    for keys in (8192, 65_536, 262_144) if device.type == "cuda" else (100,):
+        add_row(run, attention_case(config, keys, device), 1, copy)
+
+
+def step_case(config: JambaConfig, b: int, device: torch.device) -> Case:
+    e, n, r, copies = config.mamba_d_inner, config.mamba_d_state, config.mamba_dt_rank, 8
+    vectors = (random(1, size, device)[0] for size in (r, n, n))
+    A_log = torch.arange(1.0, n + 1, device=device).log().repeat(e, 1)
+    projection, bias = random(e, r, device) * r**-0.5, random(1, e, device)[0] - 4
+    weights = gpu_mamba.StepWeights(*vectors, projection, bias, A_log, torch.ones(e, device=device), 1e-6)
+    x, (u, z), out = (
+        torch.randn(b, r + 2 * n, device=device),
+        random(2 * b, e, device).view(2, b, e),
+        random(b, e, device),
+    )
+    states = torch.zeros(b, copies, e, n, device=device)
+    pointers = states.data_ptr() + torch.arange(b, device=device) * states.stride(0) * 4
+
+    def launch(i: int, overlap: bool) -> None:
+        gpu_mamba.ssm_step(x, u, z, weights, pointers, i * e * n, out, overlap=overlap)
+
+    def expected() -> Tensor:
+        float_inputs = (tensor.float() for tensor in (u, z))
+        return gpu_mamba.ssm_step_ref(x, *float_inputs, weights, list(torch.zeros_like(states[:, 0])))
+
+    return Case("ssm_step", e * (2 * r + 4 * n) + b * e * n * 8, launch, copies, out, expected, states.zero_)
+
+
+def attention_case(config: JambaConfig, keys: int, device: torch.device) -> Case:
+    h, g, p = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    copies = copies_of(4 * keys * g * p)
+    cache = torch.randn(copies, 2, keys + 1, g, p, dtype=BF16, device=device)
+    numbers = (torch.tensor([value], device=device) for value in (cache.data_ptr(), keys + 1, keys))
+    caches, q = gpu_attention.Caches(*numbers), random(h, p, device)[None]
+    k, v, out = random(g, p, device)[None], random(g, p, device)[None], torch.empty(1, h, p, dtype=BF16, device=device)
+    partials = gpu_attention.Partials.empty(q, g)
+
+    def launch(i: int, overlap: bool) -> None:
+        gpu_attention.attend(q, k, v, caches, i, partials, out, overlap=overlap)
+
+    def expected() -> Tensor:
+        ours = cache[:1].transpose(1, 2)[0].float()  # (s+1, 2, g, p)
+        ours[keys] = torch.stack([k[0], v[0]]).float()
+        keys_, values = (x.transpose(0, 1)[None] for x in ours.unbind(1))
+        return F.scaled_dot_product_attention(q.float().transpose(0, 1)[None], keys_, values, enable_gqa=True)[
+            0
+        ].transpose(0, 1)[None]
+
+    return Case(f"attend, {keys} keys", 4 * keys * g * p, launch, copies, out, expected)
+
+
+def bench_prefill(run: BenchRun, config: JambaConfig, device: torch.device, copy: float, all_rows: list[int]) -> None:
+    """Unpacking alone; then four experts of one MoE, with their weights unpacked in time or before it."""
+    d, f, experts, k = config.hidden_size, config.intermediate_size, 4, 2
+    up, down = Weight.random(experts, 2 * f, d, device), Weight.random(experts, d, f, device)
+    room = torch.empty(2 * f, d, dtype=BF16, device=device)
+    unpacked = [gpu_prefill.dequantize(*up(i), torch.empty_like(room)) for i in range(experts)]
+    unpacked_down = [
+        gpu_prefill.dequantize(*down(i), torch.empty(d, f, dtype=BF16, device=device)) for i in range(experts)
+    ]
+    error = largest_error(unpacked[0], up.values[0].float() * up.scale[0][:, None])
+    times_s = time_calls(device, lambda: [gpu_prefill.dequantize(*up(i), room) for i in range(experts)])
+    _add(run, "dequantize", 0, error, [s / experts for s in times_s], 3 * room.numel(), copy)
+    for rows in all_rows:
+        x, each, h = random(experts * rows // k, d, device), random(rows, d, device), random(rows, f, device)
+        first = torch.arange(len(x), device=device)
+        chosen, weights = torch.stack([first, first + 1], -1) % experts, torch.rand(len(x), k, device=device)
+        cases = {
+            "experts, products alone": lambda each=each, h=h: [
+                (F.linear(each, a), F.linear(h, b)) for a, b in zip(unpacked, unpacked_down, strict=True)
+            ],
+            "experts, bf16 weights": lambda each=each: [
+                F.linear(gpu_prefill.silu_mul(*F.linear(each, a).chunk(2, -1)), b)
+                for a, b in zip(unpacked, unpacked_down, strict=True)
+            ],
+            "experts, int8 weights": lambda x=x, w=weights, c=chosen: gpu_prefill.mix_experts(x, w, c, *up, *down),
+        }
+        cases["experts, int8, second stream"] = cases["experts, int8 weights"]
+        for name, case in cases.items():
+            gpu_prefill.OVERLAP = "stream" in name
+            error = largest_error(case()[:8], mixed(x[:8], weights, chosen, up, down)) if "int8" in name else None
+            _add(run, name, rows, error, time_calls(device, case), None, copy, 6 * experts * rows * d * f)
+        gpu_prefill.OVERLAP = False
+
+
+def mixed(x: Tensor, weights: Tensor, chosen: Tensor, up: Weight, down: Weight) -> Tensor:
+    _, rows = gpu_linear.experts_ref(x, chosen[: len(x)], *up, *down)
+    return (weights[: len(x), :, None] * rows).sum(1)
+
+
+def add_row(run: BenchRun, case: Case, m: int, copy: float, **columns: object) -> None:
+    case.reset()
+    case.launch(0, False)
+    error = largest_error(case.out, case.expected())
+    times_s, alone_s = time_launches(case, overlap=True), time_launches(case, overlap=False)
+    _add(run, case.name, m, error, times_s, case.num_bytes, copy, us_alone=median(alone_s) * 1e6, **columns)
+
+
+def _add(
+    run: BenchRun,
+    kernel: str,
+    tokens: int,
+    error: float | None,
+    times_s: list[float],
+    num_bytes: int | None,
+    copy: float,
+    flop: float | None = None,
+    **columns: object,
+) -> None:
+    if error is not None and not error < MAX_ERROR:
+        raise SystemExit(f"{kernel} for {tokens} tokens {columns} is wrong by {error:.1e} of its largest value")
+    own_s = median(times_s)
+    row = {"kernel": kernel, "tokens": tokens, "us": own_s * 1e6, "worst_us": max(times_s) * 1e6}
+    if num_bytes is not None:
+        row |= {"gb_per_s": num_bytes / own_s / 1e9, "percent_of_copy": 100 * num_bytes / own_s / copy}
+    if flop is not None:
+        row |= {"tflop_per_s": flop / own_s / 1e12}
+    run.add(**row, max_error=error, **columns)
+    print(run.rows[-1], flush=True)
+
+
+def largest_error(ours: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest value."""
+    return ((ours.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
+
+
+def time_launches(case: Case, overlap: bool, repeats: int = 9) -> list[float]:
+    """Seconds a launch: of each of `repeats` replays of a graph that goes over all copies."""
+    launches = max(case.copies, 16)
+
+    def run() -> None:
+        for i in range(launches):
+            case.launch(i % case.copies, overlap)
+
+    device = case.out.device
+    if device.type == "cpu":
+        return [s / launches for s in time_calls(device, run, warmup=0, repeats=1)]
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times_s = []
+    for i in range(2 + repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        if i >= 2:
+            times_s.append(start.elapsed_time(end) * 1e-3 / launches)
+    return times_s
+
+
+def copies_of(num_bytes: int) -> int:
+    """So many that a round through them leaves nothing of the first in the L2 cache."""
+    return max(2, -(-4 * L2_BYTES // num_bytes)) if torch.cuda.is_available() else 2
+
+
+def random(rows: int, columns: int, device: torch.device) -> Tensor:
+    return torch.randn(rows, columns, dtype=BF16, device=device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What the benchmarks on a GPU share: ceilings, clocks that wait for it, states filled at no cost, time limits."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import tokenizers
+import torch
+from tokenizers.models import WordLevel
+from torch import Tensor
+
+from model.jamba import Jamba
+from model.state import HybridState
+from model.tokenizer import Tokenizer
+
+_FILL_TOKENS = 1 << 16  # made at a time, so that filling takes hardly more memory than the state
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """What the device reaches on simple work, in this run."""
+
+    copy_bytes_per_s: float  # read and written
+    matmul_flop_per_s: float  # bfloat16
+
+
+class Overtime(Exception):
+    """A section took longer than it was given."""
+
+
+@contextmanager
+def limit_time(seconds: float) -> Iterator[None]:
+    """Raise Overtime in the block when its time is up; a call into the device returns first."""
+
+    def stop(*_: object) -> None:
+        raise Overtime(f"stopped after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_calls(device: torch.device, call: Callable[[], object], warmup: int = 2, repeats: int = 7) -> list[float]:
+    """Seconds of each of `repeats` calls, all of the device's work included."""
+    times_s = []
+    for i in range(warmup + repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        if i >= warmup:
+            times_s.append(time.perf_counter() - start)
+    return times_s
+
+
+def measure_ceilings(device: torch.device) -> Ceilings:
+    """The fastest of several calls each: what the device can do, not what it usually does."""
+    on_gpu = device.type == "cuda"
+    source = torch.ones(1 << (31 if on_gpu else 26), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy_s = min(time_calls(device, lambda: target.copy_(source)))
+    size = 8192 if on_gpu else 512
+    square = torch.randn(size, size, device=device).bfloat16()
+    matmul_s = min(time_calls(device, lambda: square @ square))
+    return Ceilings(2 * source.nbytes / copy_s, 2 * size**3 / matmul_s)
+
+
+def random_tokens(model: Jamba, count: int, seed: int = 0) -> Tensor:
+    """(count,) int64 where the model is."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, model.config.vocab_size, (count,), generator=generator)
+    return tokens.to(model.embed_tokens.weight.device)
+
+
+def filled_state(model: Jamba, num_tokens: int, room: int) -> HybridState:
+    """A state as after `num_tokens` tokens, of random numbers, with place for `room` more."""
+    state = model.new_state()
+    state.reserve(num_tokens + room)
+    layout, device = state.layout, state.conv.device
+    k, v = torch.randn(2, min(_FILL_TOKENS, num_tokens), layout.g, layout.p, dtype=layout.kv_dtype, device=device)
+    while (count := min(_FILL_TOKENS, num_tokens - state.num_tokens)) > 0:
+        for layer in range(layout.n_attn):
+            state.append_kv(layer, k[:count], v[:count])
+        state.num_tokens += count
+    state.conv.normal_(std=0.1)
+    state.ssm.normal_(std=0.1)
+    return state
+
+
+def word_tokenizer(vocab_size: int) -> Tokenizer:
+    """A word for each id, for engines whose text nobody reads."""
+    vocab = {f"w{i}": i for i in range(vocab_size)}
+    return Tokenizer(tokenizers.Tokenizer(WordLevel(vocab, unk_token="w0")))

@@ -1,0 +1,178 @@
+"""How fast a checkpoint is converted and loaded, beside what the disk gives to a plain read in the same run.
+
+The checkpoint has hub layout (a tensor an expert, bf16, several shards) and layers of the real size, but few of them
+and few experts, with numbers that repeat. `cold` runs begin with the files dropped from the page cache, `cached` ones
+follow a read. `gb_per_s` counts the bytes of the files; `anonymous_gib` is the most memory of the process's own beside
+what it had before, without the mapped files. The files need up to 6 GB and are removed at the end.
+    python -m bench.loading [--layers 2] [--experts 4] [--directory /tmp]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bench.gpu_kit import synchronize
+from bench.runs import BenchRun
+from bench.shapes import SHAPES
+from model import Jamba, JambaConfig, convert_checkpoint, load_model
+from model.weights import INDEX_NAME, find_slots
+
+SHARD_BYTES = 1 << 30
+READ_BYTES = 16 << 20
+PROMPT_TOKENS = 16
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="jamba-52b")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--directory", type=Path, help="where the files go for the time of the run; a disk, not memory")
+    arguments = parser.parse_args(argv)
+    config = replace(SHAPES[arguments.shape], num_hidden_layers=arguments.layers, num_experts=arguments.experts)
+    device = torch.device(arguments.device)
+    run = BenchRun("loading", argv=sys.argv if argv is None else ["loading", *argv])
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
+        source, target = Path(directory) / "bf16", Path(directory) / "int8"
+        write_checkpoint(source, config)
+        add_read_rows(run, source, "bf16")
+        add_row(run, "convert bf16 to int8, cached", source, lambda: convert_checkpoint(source, target))
+        os.sync()
+        for path, name in ((source, "bf16, rounded to int8"), (target, "int8")):
+            if path == target:
+                add_read_rows(run, target, "int8")
+            drop_from_page_cache(path)
+            for state in ("cold", "cached"):
+                load = lambda path=path: answer(load_model(path, device, quantize="int8"), device)
+                add_row(run, f"load {name}, {state}, and a first token", path, load)
+        run.finish()
+
+
+def write_checkpoint(path: Path, config: JambaConfig) -> None:
+    """As it lies on the hub, with numbers of the right size that repeat every few million."""
+    path.mkdir()
+    with torch.device("meta"):
+        slots = find_slots(Jamba(config))
+    numbers = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(split_by_size({name: slot.values for name, slot in slots.items()}), start=1):
+        file = f"model-{i:05d}.safetensors"
+        tensors = {name: repeat(numbers, slots[name].values.shape) for name in names}
+        save_file(tensors, path / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    (path / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+    (path / "config.json").write_text(json.dumps(config.to_dict()))
+    os.sync()
+
+
+def split_by_size(tensors: dict[str, Tensor]) -> Iterator[list[str]]:
+    """Names in order, together at most SHARD_BYTES of bf16."""
+    names, nbytes = [], 0
+    for name, tensor in tensors.items():
+        if names and nbytes + 2 * tensor.numel() > SHARD_BYTES:
+            yield names
+            names, nbytes = [], 0
+        names.append(name)
+        nbytes += 2 * tensor.numel()
+    yield names
+
+
+def repeat(numbers: Tensor, shape: torch.Size) -> Tensor:
+    count = shape.numel()
+    scaled = numbers[:count] * shape[-1] ** -0.5
+    return scaled.repeat(-(-count // len(scaled)))[:count].reshape(shape)
+
+
+def add_read_rows(run: BenchRun, path: Path, name: str) -> None:
+    """The files read from one end to the other, as dd would."""
+    drop_from_page_cache(path)
+    for state in ("cold", "cached"):
+        add_row(run, f"plain read of the {name} files, {state}", path, lambda: read_files(path))
+
+
+def read_files(path: Path) -> None:
+    buffer = bytearray(READ_BYTES)
+    for file in weight_files(path):
+        with file.open("rb", buffering=0) as stream:
+            while stream.readinto(buffer):
+                pass
+
+
+def answer(model: Jamba, device: torch.device) -> None:
+    with torch.inference_mode():
+        tokens = torch.arange(PROMPT_TOKENS, device=device)
+        model.forward_packed(tokens, [PROMPT_TOKENS], [model.new_state()]).argmax().item()
+
+
+def add_row(run: BenchRun, what: str, path: Path, call: Callable[[], object]) -> None:
+    nbytes = sum(file.stat().st_size for file in weight_files(path))
+    gc.collect()
+    with watch_memory() as memory:
+        start = time.perf_counter()
+        call()
+        synchronize(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        seconds = time.perf_counter() - start
+    run.add(
+        what=what, file_gb=nbytes / 1e9, s=seconds, gb_per_s=nbytes / seconds / 1e9, anonymous_gib=memory.peak / 2**30
+    )
+
+
+class Memory:
+    peak = 0  # bytes above what there was at the beginning
+
+
+@contextmanager
+def watch_memory() -> Iterator[Memory]:
+    """Look at the process's anonymous memory every few milliseconds."""
+    memory, before, done = Memory(), anonymous_bytes(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            memory.peak = max(memory.peak, anonymous_bytes() - before)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield memory
+    finally:
+        done.set()
+        thread.join()
+
+
+def anonymous_bytes() -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:  # no Linux
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
+
+
+def drop_from_page_cache(path: Path) -> None:
+    """Where the system can be asked to; pages that are mapped or not yet written stay."""
+    for file in weight_files(path) if hasattr(os, "posix_fadvise") else ():
+        with file.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def weight_files(path: Path) -> list[Path]:
+    return sorted(path.glob("*.safetensors"))
+
+
+if __name__ == "__main__":
+    main()
