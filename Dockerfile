@@ -17,8 +17,11 @@ COPY . .
 RUN pip install --quiet --no-deps .
 
 FROM base AS api
+# `tesseract-ocr` here makes the service read scanned pages, in English.
+ARG OCR_PACKAGES=""
 # The CPU kernels are compiled at the first start, for the processor they will run on; Triton needs the compiler as well.
-RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* \
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev $OCR_PACKAGES \
+    && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --user-group --home-dir /cache --create-home jamba \
     && install -d -o jamba -g jamba -m 0700 /data
 COPY --from=build /opt/venv /opt/venv

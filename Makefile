@@ -1,4 +1,4 @@
-# make demo | test | serve | lint | clean. Everything is installed into .venv, once: the stamps there make a re-run instant.
+# make demo | test | serve | lint | audit | clean. Everything is installed into .venv, once: the stamps there make a re-run instant.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo serve test lint clean
+.PHONY: demo serve test lint audit clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m app.demo
@@ -17,11 +17,21 @@ serve: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pip check
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Known vulnerabilities of what is installed; asks the package index for them, so it needs one that knows.
+audit: $(VENV)/installed $(VENV)/audit
+	$(BIN)/pip check
+	$(VENV)/audit/bin/pip-audit --strict --progress-spinner off --path $(VENV)/lib/python*/site-packages
+
+$(VENV)/audit: | $(BIN)/python
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet pip-audit==2.10.1
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis .schemathesis .mypy_cache

@@ -1,11 +1,13 @@
 """API keys: how they are made, kept and checked, and what a key's role and collections allow.
 
-A key is 256 random bits, so nobody can guess it offline and a fast hash (SHA-256) keeps it as safely as a slow one
-would; slow hashes are for passwords. The database holds hashes only. A key is found by its hash: how long that takes
-can say something about the hash, which the sender knows anyway, and nothing about a key that hashes to another.
+A key is 256 random bits and a check of 48, which is a MAC under the database's salt: what was never a key is refused
+before anything slow is done for it. The database holds only scrypt hashes, under the same salt, so that a key is found
+by its hash; the hash of a key that was found is remembered under its SHA-256, so that a key is slow once per process.
 """
 
+import base64
 import hashlib
+import hmac
 import logging
 import os
 import secrets
@@ -20,6 +22,8 @@ log = logging.getLogger(__name__)
 
 KEY_PREFIX = "jrk_"
 ADMIN_KEY_FILE = "admin.key"
+_SALT = "key_salt"
+_CHECK_CHARS = 8
 _RANK: dict[Role, int] = {"reader": 0, "writer": 1, "admin": 2}
 
 
@@ -57,11 +61,12 @@ LOCAL_ADMIN = Principal("local", "admin")
 
 
 class Authenticator:
-    """Turns an `Authorization` header into a Principal. With `enabled` false everyone is an admin."""
+    """Turns an `Authorization` header into a Principal. With `enabled` false everyone is an admin. Thread safe."""
 
     def __init__(self, store: DocumentStore, enabled: bool) -> None:
-        self._store = store
-        self._enabled = enabled
+        self._store, self._enabled = store, enabled
+        self._salt = bytes.fromhex(store.get_setting(_SALT) or self._begin())
+        self._hashes: dict[bytes, str] = {}  # of keys found before, by their SHA-256
 
     def authenticate(self, authorization: str | None) -> Principal:
         """Raise Unauthorized unless the header carries a known key that is not revoked."""
@@ -70,35 +75,67 @@ class Authenticator:
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise Unauthorized("send an API key as `Authorization: Bearer <key>`")
-        found = self._store.find_key(hash_key(key.strip()))
+        found = self._find(key.strip())
         if found is None:
             raise Unauthorized("this API key is unknown or revoked")
         return Principal(found.id, found.role, None if found.collections is None else frozenset(found.collections))
 
+    def _begin(self) -> str:
+        """A salt for this database. Keys from before it had one can't be checked any more: they are revoked."""
+        for key in self._store.list_keys():
+            self._store.revoke_key(key.id)
+        salt = secrets.token_hex(16)
+        self._store.set_setting(_SALT, salt)
+        return salt
+
+    def _find(self, key: str) -> ApiKey | None:
+        """Blocks."""
+        if not is_well_formed(key, self._salt):
+            return None
+        digest = hashlib.sha256(key.encode()).digest()
+        key_hash = self._hashes.get(digest) or hash_key(key, self._salt)
+        found = self._store.find_key(key_hash)
+        if found is not None:
+            self._hashes[digest] = key_hash
+        return found
+
     def create_key(self, name: str, role: Role, collections: Iterable[str] | None = None) -> tuple[ApiKey, str]:
         """Make a key; returns its row and the key itself, which is kept nowhere."""
-        key = new_key()
+        key = new_key(self._salt)
         bound = None if collections is None else tuple(sorted(set(collections)))
-        return self._store.add_key(name, role, hash_key(key), bound), key
+        return self._store.add_key(name, role, hash_key(key, self._salt), bound), key
 
     def ensure_admin_key(self, data_dir: Path) -> None:
         """While no admin key is in force, make one; it is written to `<data_dir>/admin.key`, for its owner only."""
         admins = (key for key in self._store.list_keys() if key.role == "admin" and key.collections is None)
         if not self._enabled or any(key.revoked_at is None for key in admins):
             return
-        key, path = new_key(), data_dir / ADMIN_KEY_FILE
+        key, path = new_key(self._salt), data_dir / ADMIN_KEY_FILE
         write_private(path, key + "\n")
-        self._store.add_key("admin", "admin", hash_key(key))
+        self._store.add_key("admin", "admin", hash_key(key, self._salt))
         log.info("no admin key was in force: a new one is in %s", path)
 
 
-def new_key() -> str:
-    return KEY_PREFIX + secrets.token_urlsafe(32)
+def new_key(salt: bytes) -> str:
+    """`jrk_`, 256 random bits, and their check."""
+    random = secrets.token_urlsafe(32)
+    return KEY_PREFIX + random + _check(random, salt)
 
 
-def hash_key(key: str) -> str:
-    """SHA-256 in hex of a key."""
-    return hashlib.sha256(key.encode()).hexdigest()
+def is_well_formed(key: str, salt: bytes) -> bool:
+    """Whether a key of this database could look so. Takes as long for every key of the same length."""
+    random, check = key.removeprefix(KEY_PREFIX)[:-_CHECK_CHARS], key[-_CHECK_CHARS:]
+    return hmac.compare_digest(check.encode(), _check(random, salt).encode())
+
+
+def _check(random: str, salt: bytes) -> str:
+    mac = hmac.digest(salt, random.encode(), "sha256")
+    return base64.urlsafe_b64encode(mac[: _CHECK_CHARS * 3 // 4]).decode()
+
+
+def hash_key(key: str, salt: bytes) -> str:
+    """scrypt of a key, in hex; some 50 ms and 16 MiB."""
+    return hashlib.scrypt(key.encode(), salt=salt, n=1 << 14, r=8, p=1, dklen=32).hex()
 
 
 def write_private(path: Path, text: str) -> None:

@@ -1,15 +1,18 @@
 """Backup and restore of a data directory: one tar file of the database and the originals.
 
 The index and the prefix states are left out: both are derived. Safe while a service writes: the database is copied as
-of one moment, and originals are never changed, only added and removed.
+of one moment, and the originals that it needs at that moment are all in the backup, each verified by its hash.
 """
 
+import hashlib
 import io
+import logging
 import os
 import shutil
 import sqlite3
 import tarfile
 import tempfile
+from collections.abc import Collection, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -18,7 +21,10 @@ from app.datadir import DataDir
 from ingest.files import FileStore
 from retrieval.store import DocumentStore
 
+log = logging.getLogger(__name__)
+
 _DATABASE = "rag.sqlite3"
+_TRIES = 5  # to copy a database whose originals are all still there
 _FILES = "files"
 
 
@@ -27,7 +33,10 @@ class BackupFailed(RuntimeError):
 
 
 def write_backup(data_dir: Path, target: Path) -> int:
-    """Write `target`; returns the number of originals in it. An interrupted backup leaves no file."""
+    """Write `target`; returns the number of originals in it. An interrupted backup leaves no file.
+
+    Raises BackupFailed, also for a database or an original that is damaged.
+    """
     database = data_dir / _DATABASE
     if not database.is_file():
         raise BackupFailed(f"{data_dir} holds no {_DATABASE}: there is nothing to back up")
@@ -36,10 +45,8 @@ def write_backup(data_dir: Path, target: Path) -> int:
         scratch_dir = tempfile.TemporaryDirectory(dir=target.parent, prefix=".backup-")
         with scratch_dir as scratch, tarfile.open(unfinished, "w") as tar:
             copy = Path(scratch) / _DATABASE
-            with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(copy)) as destination:
-                source.backup(destination)
+            count = _add_consistently(tar, data_dir, copy)
             tar.add(copy, _DATABASE)
-            count = sum(_add_original(tar, path) for path in sorted((data_dir / _FILES).glob("*")))
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         unfinished.replace(target)
@@ -48,17 +55,41 @@ def write_backup(data_dir: Path, target: Path) -> int:
     return count
 
 
+def _add_consistently(tar: tarfile.TarFile, data_dir: Path, copy: Path) -> int:
+    """Copy the database to `copy` and add the originals that it needs; anew if one was deleted in between.
+
+    An original that is missing for good, as after a fault of the disk, is logged and the backup goes on without it.
+    """
+    added: set[str] = set()
+    missing: set[str] = set()
+    for _ in range(_TRIES):
+        copy.unlink(missing_ok=True)
+        with closing(sqlite3.connect(data_dir / _DATABASE)) as source, closing(sqlite3.connect(copy)) as destination:
+            source.backup(destination)
+        before = missing
+        needed = _verify(copy, {path.name for path in (data_dir / _FILES).iterdir()})
+        added |= {name for name in sorted(needed - added) if _add_original(tar, data_dir / _FILES / name)}
+        missing = needed - added
+        if not missing or missing == before:
+            break
+    for name in sorted(missing):
+        log.warning("the original %s is missing in %s; the backup has its text, but not the file", name, data_dir)
+    return len(added)
+
+
 def _add_original(tar: tarfile.TarFile, path: Path) -> bool:
-    """Add one original; one that was deleted meanwhile isn't missed."""
-    if len(path.name) != 64:
-        return False
+    """Whether the original was there to be added. Raises BackupFailed when it isn't what its name says."""
     try:
         content = path.open("rb")
     except FileNotFoundError:
         return False
     with content:
-        info = tar.gettarinfo(arcname=f"{_FILES}/{path.name}", fileobj=content)
-        tar.addfile(info, content)
+        if hashlib.file_digest(content, "sha256").hexdigest() != path.name:
+            raise BackupFailed(
+                f"the original {path} is damaged; restore it from an older backup or delete its document"
+            )
+        content.seek(0)
+        tar.addfile(tar.gettarinfo(arcname=f"{_FILES}/{path.name}", fileobj=content), content)
     return True
 
 
@@ -101,11 +132,22 @@ def _unpack(source: Path, database: Path, files: FileStore) -> int:
     return count
 
 
-def _verify(database: Path) -> None:
+def _verify(database: Path, files: Collection[str] = ()) -> set[str]:
+    """The originals that a copy of a database needs: of newest versions, and of `files` those of older ones.
+
+    Raises BackupFailed when it is damaged.
+    """
     store = DocumentStore(database)
     try:
-        problems = store.check()
+        if problems := store.check():
+            raise BackupFailed(f"the database in the backup is damaged: {problems[0]}")
+        return {name for name in files if store.file_in_use(name)} | set(_newest_originals(store))
     finally:
         store.close()
-    if problems:
-        raise BackupFailed(f"the database in the backup is damaged: {problems[0]}")
+
+
+def _newest_originals(store: DocumentStore) -> Iterator[str]:
+    after = None
+    while page := store.list_documents(None, None, 1000, after):
+        yield from (document.sha256 for document in page if document.status != "deleting")
+        after = page[-1].id

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 import typer
+from typer.completion import get_completion_script
 
 from app import render
 from app.settings import Settings, SettingsError, load_settings
@@ -34,6 +35,8 @@ DataDirectory = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Collection = Annotated[str, typer.Option("--collection", "-c", help="Collection to work on.")]
+
+Limit = Annotated[int | None, typer.Option(min=0, help="Limit of this key; 0: none. Default: the service's.")]
 
 
 def _settings(url: str | None, key: str | None, data_dir: Path | None, **groups: Any) -> Settings:
@@ -159,6 +162,7 @@ def search(
     collection: Annotated[list[str] | None, typer.Option("--collection", "-c", help="May be repeated.")] = None,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=50)] = 10,
     mode: Annotated[Literal["hybrid", "dense", "lexical"], typer.Option()] = "hybrid",
+    rerank: Annotated[bool | None, typer.Option(help="Default: if there is a reranker.")] = None,
     url: Url = None,
     key: Key = None,
     data_dir: DataDirectory = None,
@@ -167,7 +171,7 @@ def search(
     """Find passages without asking the model."""
     from app.client import connect
 
-    body = {"query": query, "collections": collection or None, "max_num_results": limit, "mode": mode}
+    body = {"query": query, "collections": collection or None, "max_num_results": limit, "mode": mode, "rerank": rerank}
     with connect(_settings(url, key, data_dir), answering=False) as service:
         found = service.request("POST", "/v1/search", json=body)
     _print_json(found) if as_json else render.show_hits(found["data"])
@@ -251,6 +255,10 @@ def create_key(
     name: str,
     role: Annotated[Literal["reader", "writer", "admin"], typer.Option()] = "reader",
     collection: Annotated[list[str] | None, typer.Option("--collection", "-c", help="Bind the key to these.")] = None,
+    requests_per_minute: Limit = None,
+    tokens_per_minute: Limit = None,
+    upload_bytes_per_day: Limit = None,
+    documents_per_collection: Limit = None,
     url: Url = None,
     key: Key = None,
     data_dir: DataDirectory = None,
@@ -259,7 +267,13 @@ def create_key(
     """Make a key and print it; it is shown only now."""
     from app.client import connect
 
-    body = {"name": name, "role": role, "collections": collection or None}
+    limits = {
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "upload_bytes_per_day": upload_bytes_per_day,
+        "documents_per_collection": documents_per_collection,
+    }
+    body = {"name": name, "role": role, "collections": collection or None, "limits": limits}
     with connect(_settings(url, key, data_dir), answering=False) as service:
         made = service.request("POST", "/v1/keys", json=body)
     _print_json(made) if as_json else sys.stdout.write(made["key"] + "\n")
@@ -332,6 +346,14 @@ def restore(
 
     count = restore_backup(file, _settings(None, None, data_dir).data_dir)
     render.err.print(f"restored database and {count} originals", markup=False)
+
+
+@app.command()
+def completion(shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="Whose script.")]) -> None:
+    """Print the script that completes commands and options in a shell: eval "$(jamba-rag completion bash)"."""
+    sys.stdout.write(
+        get_completion_script(prog_name="jamba-rag", complete_var="_JAMBA_RAG_COMPLETE", shell=shell) + "\n"
+    )
 
 
 def _fail(message: str) -> int:

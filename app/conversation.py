@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-_FEW_WORDS = 5
+_FEW_WORDS = 4
 _MAX_ADDED_WORDS = 32
 _MAX_READ_CHARS = 10_000
 _WORD = re.compile(r"[^\W_]+(?:[-.'’_][^\W_]+)*")
@@ -43,7 +43,7 @@ def alternate_turns(turns: Iterable[Turn]) -> list[Turn]:
 def standalone_query(question: str, turns: Sequence[Turn]) -> str:
     """What to search for: a follow-up gets the content words of the user's question before it.
 
-    A follow-up is a question with a pronoun or with fewer than five content words.
+    A follow-up is a question with a pronoun or with fewer than four content words.
     """
     asked = (_content_words(turn.text) for turn in reversed(turns) if turn.role == "user")
     before = next((words for words in asked if words), [])

@@ -42,6 +42,10 @@ class DataDir:
     def index(self) -> Path:
         return self.path / "faiss"
 
+    @property
+    def audit(self) -> Path:
+        return self.path / "audit"
+
     def close(self) -> None:
         os.close(self._lock)
 

@@ -1,6 +1,10 @@
 """The command `doctor`: looks at everything a service needs and says what is wrong and what to do."""
 
+import json
+import os
 import shutil
+import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,12 +13,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from app.client import CommandFailed, connect
 from app.datadir import DataDir, DataDirInUse
-from app.main import check_checkpoint, choose_device
+from app.main import check_checkpoint, choose_device, open_reranker
 from app.settings import Settings, hide_password
+from ingest.parse import ocr
+from ingest.parse.child import ParseLimits, parse_in_child
 from model import JambaConfig
+from model.kernels.cpu_build import load_library
 from model.tokenizer import Tokenizer
 from retrieval.embedder import MiniLMEmbedder
 from retrieval.index import FaissIndex, IndexDamaged
@@ -39,9 +47,14 @@ def examine(settings: Settings) -> list[Finding]:
         "device": _check_device,
         "kernels": _check_kernels,
         "checkpoint": _check_checkpoint,
+        "memory": _check_memory,
         "embedder": _check_embedder,
+        "reranker": _check_reranker,
+        "parsers": _check_parsers,
         "redis": _check_redis,
         "disk": _check_disk,
+        "data dir": _check_writable,
+        "port": _check_port,
     }
     findings = [_run(name, partial(check, settings)) for name, check in checks.items()]
     return findings + _examine_data(settings)
@@ -80,6 +93,10 @@ def _check_kernels(settings: Settings) -> str:
     from model.jamba import Jamba
 
     device = choose_device(settings.model)
+    if device.type == "cpu" and load_library() is None:
+        raise CommandFailed(
+            "no C compiler that works: answers are right, but several times slower; install gcc and the C headers"
+        )
     config = JambaConfig(
         vocab_size=64,
         hidden_size=64,
@@ -116,15 +133,72 @@ def _check_kernels(settings: Settings) -> str:
 
 def _check_checkpoint(settings: Settings) -> str:
     path = check_checkpoint(settings.model.path)
+    _check_shards(path)
     config = JambaConfig.from_json(path / "config.json")
     tokenizer = Tokenizer.load(path)
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     return f"{path}: {config.num_hidden_layers} layers, {tokenizer.vocab_size} tokens, {size / 2**20:.0f} MiB"
 
 
+def _check_shards(path: Path) -> None:
+    """Every shard is there and as long as it says: what a broken download isn't."""
+    index = path / "model.safetensors.index.json"
+    shards = {file.name for file in path.glob("*.safetensors")}
+    if index.is_file() and (missing := sorted(set(json.loads(index.read_text())["weight_map"].values()) - shards)):
+        raise CommandFailed(f"{path} lacks {len(missing)} shards ({', '.join(missing[:3])}); download it again")
+    for name in sorted(shards):
+        try:
+            with safe_open(path / name, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise CommandFailed(f"{path / name} is cut off or damaged ({error}); download it again") from error
+
+
+def _check_memory(settings: Settings) -> str:
+    """The weights as they are kept, beside what the device has free; a rough sum, for the worst case."""
+    path, device = check_checkpoint(settings.model.path), choose_device(settings.model)
+    stored = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    if device.type == "cuda":
+        free, place = torch.cuda.mem_get_info(device)[0], str(device)
+    else:
+        free, place = _available_bytes(), "this machine"
+    quantized = "quantization_config" in json.loads((path / "config.json").read_text())
+    needed = stored // 2 if settings.model.quantize == "int8" and not quantized else stored
+    if needed > free:
+        raise CommandFailed(
+            f"the weights take {needed / 2**30:.1f} GiB, {place} has {free / 2**30:.1f} GiB free; "
+            "quantize them, or take a smaller checkpoint or a larger machine"
+        )
+    return f"{needed / 2**30:.2f} GiB for the weights, {free / 2**30:.1f} GiB free"
+
+
+def _available_bytes() -> int:
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        (line,) = (line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+        return int(line.split()[1]) << 10
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _check_parsers(settings: Settings) -> str:
+    """Runs a parser in its child process, under the limits of the settings."""
+    limits = ParseLimits(wall_s=settings.ingest.parse_timeout_s, memory_bytes=settings.ingest.parse_max_bytes)
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "test.html"
+        file.write_text("<h1>Test</h1><p>It works.</p>")
+        parse_in_child(file, "text/html", limits)
+    scans = "scans are read with tesseract" if ocr.find_program() else "scans are not read: there is no tesseract"
+    return f"child processes start, with up to {settings.ingest.parse_max_bytes >> 20} MiB; {scans}"
+
+
 def _check_embedder(settings: Settings) -> str:
     embedder = MiniLMEmbedder()
     return f"{embedder.name}, {len(embedder.embed_query('test'))} numbers a passage"
+
+
+def _check_reranker(settings: Settings) -> str:
+    path = settings.retrieval.reranker_path
+    return f"{path} can be used" if open_reranker(path) else "none is set: hits keep the order of the search"
 
 
 def _check_redis(settings: Settings) -> str:
@@ -141,6 +215,10 @@ def _check_redis(settings: Settings) -> str:
     finally:
         client.close()
     limit = memory.get("maxmemory", 0)
+    if limit and memory.get("maxmemory_policy") == "noeviction":
+        raise CommandFailed(
+            f"{hide_password(url)} refuses new states once it is full; set maxmemory-policy to allkeys-lru"
+        )
     return f"{hide_password(url)}, {memory['used_memory_human']} used of {limit or 'all'} bytes"
 
 
@@ -154,12 +232,51 @@ def _check_disk(settings: Settings) -> str:
     return f"{free >> 30} GiB free at {place}"
 
 
+def _check_writable(settings: Settings) -> str:
+    """The data directory and what is in it, or the place where it is to be made, can be written by this user."""
+    place = settings.data_dir
+    while not place.exists():
+        place = place.parent
+    wrong = [
+        path for path in (place, *place.glob("rag.sqlite3*"), place / "files") if path.exists() and not _may_write(path)
+    ]
+    if wrong:
+        owner = wrong[0].stat().st_uid
+        raise CommandFailed(f"{wrong[0]} belongs to user {owner} and user {os.geteuid()} may not write it; chown it")
+    return f"{place} can be written"
+
+
+def _may_write(path: Path) -> bool:
+    return os.access(path, os.W_OK | os.X_OK if path.is_dir() else os.W_OK, effective_ids=True)
+
+
+def _check_port(settings: Settings) -> str:
+    """Nobody listens where the service would, unless that is the service of this data directory."""
+    host, port = settings.server.host, settings.server.port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if settings.data_dir.is_dir() and "runs" in _check_lock(settings.data_dir):
+                return f"{host}:{port} is in use, as by the service that runs"
+            raise CommandFailed(
+                f"cannot listen on {host}:{port} ({error.strerror}); stop what does, or set JAMBA_RAG_SERVER__PORT"
+            ) from error
+    return f"{host}:{port} is free"
+
+
 def _examine_data(settings: Settings) -> list[Finding]:
     if not (settings.data_dir / "rag.sqlite3").is_file():
         return [Finding("data", True, f"{settings.data_dir} is empty: the first start fills it")]
     findings = [_run("lock", lambda: _check_lock(settings.data_dir))]
+    opened = _run("database", lambda: DocumentStore(settings.data_dir / "rag.sqlite3").close() or "")
+    if not opened.ok:
+        return [*findings, opened]
     with _open_store(settings.data_dir) as store:
         findings.append(_run("database", lambda: _check_database(store)))
+        findings.append(_run("ingestion", lambda: _check_ingestion(store)))
         findings.append(_run("originals", lambda: _check_originals(store, settings.data_dir)))
         findings.append(_run("index", lambda: _check_index(store, settings.data_dir)))
     return findings
@@ -187,6 +304,16 @@ def _check_database(store: DocumentStore) -> str:
         raise CommandFailed(f"{'; '.join(problems[:3])}; restore a backup")
     collections = store.list_collections()
     return f"{sum(c.documents for c in collections)} documents in {len(collections)} collections"
+
+
+def _check_ingestion(store: DocumentStore) -> str:
+    collections = store.list_collections()
+    pending, failed = (sum(getattr(c, name) for c in collections) for name in ("pending", "failed"))
+    if failed:
+        documents = store.list_documents(None, "failed", 3, None)
+        names = "; ".join(f"{d.filename}: {d.last_error.code}" for d in documents if d.last_error)
+        return f"{failed} documents have failed ({names}); `jamba-rag documents list --status failed` says why"
+    return f"{pending} documents are waiting"
 
 
 def _check_originals(store: DocumentStore, data_dir: Path) -> str:

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from app.auth import Forbidden, Unauthorized
+from app.limits import CollectionFull, RateLimited
 from app.log import request_id_var
 from app.uploads import BadUpload
 from ingest.files import FileTooLarge
@@ -114,7 +115,9 @@ ERRORS: dict[type[Exception], ErrorKind] = {
     InvalidRequest: ErrorKind(422, "invalid_request", "The request is not valid"),
     Overloaded: ErrorKind(429, "overloaded", "The service is busy"),
     EngineOverloaded: ErrorKind(429, "overloaded", "The service is busy"),
+    RateLimited: ErrorKind(429, "rate_limited", "The key has used up its limit"),
     EngineStopped: ErrorKind(503, "unavailable", "The service is stopping"),
+    CollectionFull: ErrorKind(507, "collection_full", "The collection is full"),
     FilesFull: ErrorKind(507, "storage_full", "The disk is full"),
     StorageFull: ErrorKind(507, "storage_full", "The disk is full"),
 }
@@ -178,12 +181,16 @@ def install_error_handlers(app: FastAPI) -> None:
 
 async def _on_error(request: Request, error: Exception) -> Response:
     body = describe_error(error)
-    headers = {}
+    return problem_response(request.url.path, body, error_headers(error, body["status"]))
+
+
+def error_headers(error: Exception, status: int) -> dict[str, str]:
+    """What a client needs to know beside the body: how to sign in, or when to come again."""
     if isinstance(error, Unauthorized):
-        headers["WWW-Authenticate"] = "Bearer"
-    if body["status"] in (429, 503):
-        headers["Retry-After"] = str(_RETRY_AFTER_S)
-    return problem_response(request.url.path, body, headers)
+        return {"WWW-Authenticate": "Bearer"}
+    if isinstance(error, RateLimited):
+        return {"Retry-After": str(error.retry_after_s)}
+    return {"Retry-After": str(_RETRY_AFTER_S)} if status in (429, 503) else {}
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:

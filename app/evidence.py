@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from app.advice import Advice
+from app.auth import LOCAL_ADMIN, Principal
 from app.conversation import Turn, standalone_query
 from app.prompting import AnswerFormat
 from app.settings import AnswerSettings
@@ -18,7 +19,10 @@ SHOWN_SOURCES = 10
 
 @dataclass(frozen=True)
 class Query:
-    """A question after its rights were checked; `collections` exist and may be seen. `turns` came before it."""
+    """A question after its rights were checked; `collections` exist and may be seen. `turns` came before it.
+
+    `principal` pays for it.
+    """
 
     question: str
     collections: Sequence[str]
@@ -30,6 +34,7 @@ class Query:
     temperature: float = 0.0
     seed: int | None = None
     turns: Sequence[Turn] = ()
+    principal: Principal = LOCAL_ADMIN
 
 
 @dataclass(frozen=True)

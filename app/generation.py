@@ -44,6 +44,7 @@ class _Measures:
     pack_ms: float = 0.0
     state_load_ms: float = 0.0
     prefill_ms: float = 0.0
+    queue_ms: float = 0.0
     ttft_ms: float = 0.0
     first_token: float | None = None
     input_tokens: int = 0
@@ -56,16 +57,21 @@ class _Measures:
         self.retrieval_ms += found.retrieval_ms
         self.pack_ms += found.pack_ms
 
-    def add_start(self, prompt_tokens: int, output: StepOutput) -> None:
-        """The first output of a generation: what its prompt cost."""
+    def add_start(self, prompt_tokens: int, output: StepOutput, queue_ms: float) -> None:
+        """The first output of a generation: what its prompt cost, and how long it waited for its turn."""
         self.input_tokens += prompt_tokens
         self.cached_tokens += output.cached_tokens
         self.prefix_tokens, self.tier = output.cached_tokens, cast(Tier, output.tier)
         self.state_load_ms += output.timings.state_load_ms
         self.prefill_ms += output.timings.prefill_ms
+        self.queue_ms += queue_ms
         if self.first_token is None:
             self.first_token = time.perf_counter()
             self.ttft_ms = 1000 * (self.first_token - self.started)
+
+    @property
+    def computed_tokens(self) -> int:
+        return self.input_tokens - self.cached_tokens + self.output_tokens
 
     def timings(self) -> schemas.Timings:
         generation_ms = 0.0 if self.first_token is None else 1000 * (time.perf_counter() - self.first_token)
@@ -99,8 +105,15 @@ class RunningAnswer:
             self._found = await anyio.to_thread.run_sync(self._service.finder.find, self._query, widened)
             self.document_ids = self._found.document_ids
             self._measures.add_search(self._found)
+            self._trace_search(self._found)
             if deletions == self._service.deletions:
                 return self._found
+
+    def _trace_search(self, found: Found) -> None:
+        now, stage = time.perf_counter(), self._service.tracing.stage
+        packed_from = now - found.pack_ms / 1000
+        stage("retrieve", packed_from - found.retrieval_ms / 1000, packed_from, hits=len(found.hits))
+        stage("pack", packed_from, now, evidence_tokens=found.evidence.tokens, mode=found.evidence.mode)
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Typed events, `answer.completed` or `answer.error` last."""
@@ -139,6 +152,7 @@ class RunningAnswer:
             answer = self._finish(found, writer)
             yield Event("answer.completed", answer)
         finally:
+            self._service.meter.charge_tokens(self._query.principal, self._measures.computed_tokens)
             self._service.end_answer(self)
 
     async def _attempt(self, found: Found, writer: AnswerReader) -> AsyncIterator[Event]:
@@ -179,13 +193,13 @@ class RunningAnswer:
             constraint=constraint,
             watch_tokens=service.format.decision_ids,
         )
-        first = True
+        first, submitted = True, time.perf_counter()
         async with aclosing(service.engine.generate(request)) as outputs:
             async for output in outputs:
                 self._check_alive()
                 if first and allow_none:  # a second generation from the same prompt costs nothing worth telling
                     first = False
-                    self._measures.add_start(len(prompt.token_ids), output)
+                    self._measures.add_start(len(prompt.token_ids), output, self._trace_start(submitted, output))
                     if output.watch_logprobs:
                         quote, none = output.watch_logprobs
                         writer.none_margin = none - quote
@@ -198,6 +212,16 @@ class RunningAnswer:
                         yield event
         async for event in self._show(writer.finish()):
             yield event
+
+    def _trace_start(self, submitted: float, output: StepOutput) -> float:
+        """Tell the tracing how the time to the first token was spent; returns the milliseconds of waiting in it."""
+        now, timings, stage = time.perf_counter(), output.timings, self._service.tracing.stage
+        prefill_from = now - timings.prefill_ms / 1000
+        load_from = max(submitted, prefill_from - timings.state_load_ms / 1000)
+        stage("queue", submitted, load_from)
+        stage("state_load", load_from, prefill_from, tier=output.tier, cached_tokens=output.cached_tokens)
+        stage("prefill", prefill_from, now)
+        return 1000 * (load_from - submitted)
 
     def _note(self, output: StepOutput) -> None:
         self._measures.output_tokens += output.token_id is not None
@@ -259,7 +283,10 @@ class RunningAnswer:
             model=self._service.model_name,
             truncated=self._truncated,
         )
-        metrics.record_answer(answer, found.evidence.mode, writer.rejected)
+        metrics.record_answer(answer, found.evidence.mode, writer.rejected, measures.queue_ms)
+        if measures.first_token is not None:
+            now = time.perf_counter()
+            self._service.tracing.stage("decode", measures.first_token, now, output_tokens=measures.output_tokens)
         return answer
 
 

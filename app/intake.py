@@ -6,7 +6,7 @@ One bad file never fails the others. Start at `accept_upload`; what happens to o
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast, get_args
 
@@ -54,21 +54,29 @@ class UploadOptions:
     on_conflict: OnConflict
 
 
-async def receive_form(request: Request, service: RagService, limits: IngestSettings) -> UploadForm:
-    """Read the whole form. Raises BadUpload, StorageFull; then none of its files is kept."""
+async def receive_form(
+    request: Request, service: RagService, principal: Principal, limits: IngestSettings
+) -> UploadForm:
+    """Read the whole form. Raises BadUpload, StorageFull, RateLimited; then none of its files is kept."""
     form = UploadForm()
+    await anyio.to_thread.run_sync(service.meter.charge_bytes, principal, 0)
     try:
         async for part in read_parts(request):
-            await _receive_part(part, form, service, limits)
+            await _receive_part(part, form, service, principal, limits)
         if not form.files:
             raise BadUpload("the form has no part named `file`; send at least one")
     except BaseException:
         await _drop(service, form)
         raise
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(service.meter.save, principal)
     return form
 
 
-async def _receive_part(part: Part, form: UploadForm, service: RagService, limits: IngestSettings) -> None:
+async def _receive_part(
+    part: Part, form: UploadForm, service: RagService, principal: Principal, limits: IngestSettings
+) -> None:
     if part.name != "file":
         if part.name not in _FIELDS:
             raise BadUpload(f"the form has an unknown field {part.name[:80]!r}; known are file, {', '.join(_FIELDS)}")
@@ -81,12 +89,20 @@ async def _receive_part(part: Part, form: UploadForm, service: RagService, limit
     try:
         save = service.files.save_stream
         sha256, nbytes = await read_in_thread(
-            part, lambda pieces: save(pieces, limits.max_file_bytes), limits.max_file_bytes
+            part,
+            lambda pieces: save(_charge(pieces, service, principal), limits.max_file_bytes),
+            limits.max_file_bytes,
         )
         form.files.append(ReceivedFile(part.filename, sha256, nbytes))
         service.metrics.upload_bytes.inc(nbytes)
     except FileTooLarge as error:
         form.files.append((part.filename, error))
+
+
+def _charge(pieces: Iterator[bytes], service: RagService, principal: Principal) -> Iterator[bytes]:
+    for piece in pieces:
+        service.meter.charge_bytes(principal, len(piece))
+        yield piece
 
 
 async def _drop(service: RagService, form: UploadForm) -> None:
@@ -129,7 +145,7 @@ async def accept_upload(
 
     Raises UploadRefused when no file was accepted, and what `receive_form` and `read_options` do.
     """
-    form = await receive_form(request, service, limits)
+    form = await receive_form(request, service, principal, limits)
     try:
         return await anyio.to_thread.run_sync(_accept_form, form, service, principal, idempotency_key)
     finally:
@@ -141,11 +157,11 @@ def _accept_form(
 ) -> StoredReply:
     reply_key = _reply_key(principal, idempotency_key)
     if reply_key is None:
-        return _submit_files(form.files, read_options(form, principal, service), service)
+        return _submit_files(form.files, read_options(form, principal, service), service, principal)
     with service.replies_lock:  # the same request may be on its way twice
         if earlier := service.store.find_reply(reply_key, form.fingerprint()):
             return earlier
-        reply = _submit_files(form.files, read_options(form, principal, service), service)
+        reply = _submit_files(form.files, read_options(form, principal, service), service, principal)
         service.store.save_reply(reply_key, form.fingerprint(), reply)
         return reply
 
@@ -159,18 +175,22 @@ def _reply_key(principal: Principal, idempotency_key: str | None) -> str | None:
 
 
 def _submit_files(
-    files: Sequence[ReceivedFile | tuple[str, Exception]], options: UploadOptions, service: RagService
+    files: Sequence[ReceivedFile | tuple[str, Exception]],
+    options: UploadOptions,
+    service: RagService,
+    principal: Principal,
 ) -> StoredReply:
     documents: list[Document] = []
     refused: list[tuple[str, Exception]] = []
     any_new = False
+    max_documents = service.meter.documents_limit(principal)
     for file in files:
         if not isinstance(file, ReceivedFile):
             refused.append(file)
             continue
         try:
             document, is_new = service.submit_document(
-                file, options.collection, options.metadata or {}, options.on_conflict
+                file, options.collection, options.metadata or {}, options.on_conflict, max_documents
             )
         except ValueError as error:
             refused.append((file.filename, error))
@@ -198,7 +218,7 @@ async def accept_version(
     request: Request, service: RagService, principal: Principal, limits: IngestSettings, document_id: str
 ) -> tuple[Document, bool]:
     """Store and queue `PUT /v1/documents/{id}`. Raises the refusal of its one file itself."""
-    form = await receive_form(request, service, limits)
+    form = await receive_form(request, service, principal, limits)
     try:
         return await anyio.to_thread.run_sync(_accept_version, form, service, principal, document_id)
     finally:

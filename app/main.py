@@ -7,24 +7,27 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio.to_thread
-import numpy as np
 import torch
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
+from safetensors import SafetensorError
 
 from app.advice import take_advice
+from app.audit import AuditLog
 from app.auth import Authenticator
 from app.datadir import DataDir
 from app.errors import install_error_handlers
 from app.evidence import EvidenceFinder
+from app.limits import KeyLimits, Meter
 from app.metrics import Metrics
 from app.middleware import RequestFrame
+from app.observed_store import ObservedStore
 from app.prompting import AnswerFormat, QuoteFormat
 from app.quotes import TokenBytes
 from app.routes import answers, collections, documents, keys, openai, search, system
@@ -32,54 +35,34 @@ from app.schemas import Problem
 from app.service import RagService
 from app.settings import ModelSettings, Settings, SettingsError
 from app.text_format import TextFormat
+from app.tracing import Tracing
 from ingest.chunk import ChunkLimits
 from ingest.files import FileStore
 from ingest.jobs import IngestWorker
 from ingest.parse.child import ParseLimits
 from ingest.pipeline import IngestLimits
 from model import load_model
+from model.admission import measure_state_bytes
 from model.chat_format import speaks_chat_format
+from model.device_store import DeviceStateStore
 from model.engine import Engine, EngineRequest, JambaEngine, StepOutput
 from model.engine_thread import EngineStopped, EngineThread
 from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings, state_fingerprint
 from model.redis_store import RedisStateStore
+from model.state import HybridState, StateLayout
 from model.state_store import MemoryStateStore, StateStore, WriteBehindStore
 from model.tokenizer import Tokenizer
 from retrieval.embedder import MiniLMEmbedder
 from retrieval.index import FaissIndex, open_index
+from retrieval.rerank import CrossEncoderReranker
 from retrieval.search import FusionWeights, Retriever
 from retrieval.store import DocumentStore
-from retrieval.types import Chunk, IndexChange, ParsedDocument
 
 log = logging.getLogger(__name__)
 
 VERSION = "0.1.0"
 _DEFAULT_CONTEXT_TOKENS = 262_144
-
-
-class _AnnouncingStore(DocumentStore):
-    """Says when a new version of a document has taken the place of an old one."""
-
-    on_replaced: Callable[[str], None] = staticmethod(lambda document_id: None)
-
-    def replace_chunks(
-        self,
-        document_id: str,
-        parsed: ParsedDocument,
-        chunks: Sequence[Chunk],
-        vectors: np.ndarray,
-        embedder_name: str,
-        *,
-        version: int,
-        worker_id: str | None = None,
-    ) -> IndexChange:
-        change = super().replace_chunks(
-            document_id, parsed, chunks, vectors, embedder_name, version=version, worker_id=worker_id
-        )
-        if change.removed:
-            self.on_replaced(document_id)
-        return change
 
 
 @dataclass(frozen=True)
@@ -101,6 +84,7 @@ class _Parts:
     closing: ExitStack
     service: RagService
     authenticator: Authenticator
+    audit: AuditLog
     worker: IngestWorker
     engine_thread: EngineThread
     save_index: Callable[[], None] = field(default=lambda: None)
@@ -121,6 +105,7 @@ def create_app(settings: Settings, answering: bool = True) -> FastAPI:
         version=VERSION,
         description="Upload documents, ask questions, get answers whose every quote is checked against the source.",
         lifespan=lambda _: _run(parts),
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # app/tracing.py, and nothing global
         docs_url=None,
         redoc_url=None,
         responses={
@@ -129,7 +114,7 @@ def create_app(settings: Settings, answering: bool = True) -> FastAPI:
         },
     )
     app.state.service, app.state.settings = parts.service, settings
-    app.state.authenticator = parts.authenticator
+    app.state.authenticator, app.state.audit = parts.authenticator, parts.audit
     for module in (documents, collections, search, answers, openai, keys, system):
         app.include_router(module.router)
     app.mount("/web", StaticFiles(directory=system.WEB), name="web")
@@ -150,22 +135,27 @@ async def _run(parts: _Parts) -> AsyncIterator[None]:
         try:
             yield
         finally:
-            stopped = asyncio.to_thread(parts.worker.stop)
-            await asyncio.gather(stopped, parts.engine_thread.close(parts.settings.server.shutdown_s))
+            limit_s = parts.settings.server.shutdown_s
+            stopped = asyncio.to_thread(parts.worker.stop, limit_s)
+            await asyncio.gather(stopped, parts.engine_thread.close(limit_s))
             await asyncio.to_thread(parts.save_index)
 
 
 def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
     data_dir = stack.enter_context(DataDir(settings.data_dir))
-    store = _AnnouncingStore(data_dir.database)
+    store = ObservedStore(data_dir.database)
     stack.callback(store.close)
     authenticator = Authenticator(store, settings.auth.enabled)
     authenticator.ensure_admin_key(data_dir.path)
     model = build_model(settings, stack, answering, _kept_secret(store, "document_nonce", 6))
     embedder = MiniLMEmbedder(device="cpu")
+    tracing = Tracing(settings.telemetry.otlp_endpoint)
+    stack.callback(tracing.close)
+    metrics = Metrics()
     index = open_index(store, data_dir.index, embedder.dim, embedder.name)
     weights = FusionWeights(settings.retrieval.dense_weight, settings.retrieval.lexical_weight)
-    retriever = Retriever(store, index, embedder, weights)
+    reranker = open_reranker(settings.retrieval.reranker_path)
+    retriever = Retriever(store, index, embedder, weights, reranker)
     advice = take_advice(settings.model.path, settings.answers)
     files = FileStore(data_dir.files)
     worker = IngestWorker(
@@ -188,17 +178,36 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
         engine=engine_thread,
         cache=model.cache,
         format=model.format,
-        metrics=Metrics(),
+        metrics=metrics,
+        tracing=tracing,
+        meter=Meter(store, KeyLimits(**settings.limits.model_dump())),
         settings=settings.answers,
         advice=advice,
         tokenizer=model.tokenizer,
         model_name=model.name,
+        has_reranker=reranker is not None,
         salt=bytes.fromhex(_kept_secret(store, "prefix_salt", 16)),
         wake_workers=worker.notify,
         checks=_checks(store, index, engine_thread),
     )
     store.on_replaced = service.on_replaced
-    return _Parts(settings, stack, service, authenticator, worker, engine_thread, lambda: index.save(data_dir.index))
+    store.on_stage, store.on_ingested = metrics.observe_ingest, metrics.count_ingested
+    metrics.watch(service.read_gauges)
+    audit = AuditLog(data_dir.audit, settings.log.audit_max_bytes, settings.log.audit_files)
+    save_index = lambda: index.save(data_dir.index)
+    return _Parts(settings, stack, service, authenticator, audit, worker, engine_thread, save_index)
+
+
+def open_reranker(path: Path | None) -> CrossEncoderReranker | None:
+    """The cross-encoder at `path`, loaded and tried. Raises SettingsError when it is none that can be used."""
+    if path is None:
+        return None
+    try:
+        reranker = CrossEncoderReranker(path)
+        reranker.score("test", ["test"])
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        raise SettingsError(f"JAMBA_RAG_RETRIEVAL__RERANKER_PATH={path}: {error}") from error
+    return reranker
 
 
 def _checks(store: DocumentStore, index: FaissIndex, engine: EngineThread) -> dict[str, Callable[[], str]]:
@@ -239,17 +248,26 @@ def build_model(settings: Settings, stack: ExitStack, answering: bool, nonce: st
     path = check_checkpoint(settings.model.path)
     tokenizer = Tokenizer.load(path)
     max_context_tokens = settings.model.max_context_tokens or _read_context_length(path)
-    prompt_format = _choose_format(path, tokenizer, nonce, max_context_tokens)
-    stores = _state_stores(settings, stack)
+    device = choose_device(settings.model)
+    stores = _state_stores(settings, device, stack)
     if not answering:
+        prompt_format = _choose_format(path, tokenizer, nonce, max_context_tokens)
         return LoadedModel(UnloadedEngine(), PrefixCache(stores), tokenizer, prompt_format, path.resolve().name)
     if settings.model.threads:
         torch.set_num_threads(settings.model.threads)
     quantize = None if settings.model.quantize == "none" else settings.model.quantize
-    device = choose_device(settings.model)
     model = load_model(path, device, choose_dtype(settings.model, device), quantize)
     fingerprint = state_fingerprint(path, quantize, model.new_state().layout.fingerprint())
-    cache = PrefixCache(stores, fingerprint, _plan_settings(settings))
+    plan_settings = _plan_settings(settings, device)
+    free_bytes = measure_state_bytes(model, plan_settings.segment_tokens)
+    state_max_bytes = settings.model.state_max_bytes or None
+    if free_bytes is not None:
+        kept_bytes = _gpu_cache_bytes(settings, free_bytes, model.state_layout, max_context_tokens)
+        if kept_bytes:  # an eighth is for what is just being saved, or waits to be written to the other tiers
+            stores.insert(0, DeviceStateStore(kept_bytes - kept_bytes // 8, device))
+        state_max_bytes = settings.model.state_max_bytes or max(0, free_bytes - kept_bytes)
+    cache = PrefixCache(stores, fingerprint, plan_settings)
+    stack.callback(cache.close)
     engine = JambaEngine(
         model,
         tokenizer,
@@ -257,9 +275,22 @@ def build_model(settings: Settings, stack: ExitStack, answering: bool, nonce: st
         max_context_tokens=max_context_tokens,
         max_batch=settings.model.max_batch,
         max_waiting=settings.answers.max_pending,
+        state_max_bytes=state_max_bytes,
     )
     stack.callback(engine.close)
+    if not engine.max_context_tokens:
+        raise SettingsError(f"{device} has no memory left for a question beside the weights of {path}")
+    prompt_format = _choose_format(path, tokenizer, nonce, engine.max_context_tokens)
     return LoadedModel(engine, cache, tokenizer, prompt_format, path.resolve().name)
+
+
+def _gpu_cache_bytes(settings: Settings, free_bytes: int, layout: StateLayout, max_context_tokens: int) -> int:
+    """Of a GPU's free memory, what prefix states may take: by default they leave room for one answer in full."""
+    if settings.cache.gpu_max_bytes is not None:
+        return settings.cache.gpu_max_bytes
+    longest = HybridState(layout, "meta")
+    longest.reserve(max_context_tokens)
+    return max(0, min(free_bytes // 2, free_bytes - (settings.model.state_max_bytes or longest.nbytes)))
 
 
 def _choose_format(path: Path, tokenizer: Tokenizer, nonce: str, max_context_tokens: int) -> AnswerFormat:
@@ -289,9 +320,14 @@ class UnloadedEngine:
         pass
 
 
-def _plan_settings(settings: Settings) -> PlanSettings:
-    segment, cache = settings.model.segment_tokens, settings.cache
-    return PlanSettings(cache.block_tokens, segment, cache.snapshot_tokens, segment * cache.sparse_snapshots)
+def _plan_settings(settings: Settings, device: torch.device) -> PlanSettings:
+    """A GPU needs long segments to read its weights seldom enough, and every snapshot ends one."""
+    segment, distance, sparse = (512, 2048, 16) if device.type == "cpu" else (16_384, 8192, 2)
+    cache = settings.cache
+    segment = settings.model.segment_tokens or segment
+    distance = distance if cache.snapshot_tokens is None else cache.snapshot_tokens
+    sparse = sparse if cache.sparse_snapshots is None else cache.sparse_snapshots
+    return PlanSettings(cache.block_tokens, segment, distance, segment * sparse)
 
 
 def check_checkpoint(path: Path) -> Path:
@@ -324,11 +360,12 @@ def _read_context_length(path: Path) -> int:
     return json.loads((path / "config.json").read_text()).get("max_position_embeddings", _DEFAULT_CONTEXT_TOKENS)
 
 
-def _state_stores(settings: Settings, stack: ExitStack) -> list[StateStore]:
-    """Tiers of prefix states, the fastest first."""
+def _state_stores(settings: Settings, device: torch.device, stack: ExitStack) -> list[StateStore]:
+    """Tiers of prefix states below the memory of a GPU, the fastest first."""
     stores: list[StateStore] = []
     if settings.cache.host_max_bytes:
-        stores.append(MemoryStateStore(settings.cache.host_max_bytes))
+        kind = DeviceStateStore if device.type == "cpu" else MemoryStateStore
+        stores.append(kind(settings.cache.host_max_bytes))
     if settings.redis.url is not None:
         redis = RedisStateStore(
             settings.redis.url.get_secret_value(),

@@ -1,10 +1,60 @@
 """What Prometheus sees: why is it slow, and what was refused. One registry per service, none global."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from app.schemas import Answer
 
 _SECONDS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+
+@dataclass(frozen=True)
+class Gauges:
+    """What is read when somebody looks, instead of being counted as it happens.
+
+    `documents` by status; `prefix_cache` counts since the start; `state_stores` by tier, as `StateStore.stats`.
+    """
+
+    documents: Mapping[str, int]
+    chunks: int
+    prefix_cache: Mapping[str, int]
+    state_stores: Mapping[str, Mapping[str, int]]
+
+
+class _Watch:
+    """A collector of prometheus_client."""
+
+    def __init__(self, read: Callable[[], Gauges]) -> None:
+        self._read = read
+
+    def describe(self) -> list[Metric]:
+        return []  # else it would be read when it is registered
+
+    def collect(self) -> Iterator[Metric]:
+        gauges = self._read()
+        documents = GaugeMetricFamily("jamba_rag_documents", "Documents by status.", labels=["status"])
+        for status, count in gauges.documents.items():
+            documents.add_metric([status], count)
+        yield documents
+        yield GaugeMetricFamily("jamba_rag_chunks", "Chunks that search finds.", gauges.chunks)
+        events = CounterMetricFamily(
+            "jamba_rag_prefix_cache_events",
+            "What the prefix cache did: lookups, hits, tokens asked for and found, damaged values, states saved.",
+            labels=["event"],
+        )
+        for event, count in gauges.prefix_cache.items():
+            events.add_metric([event], count)
+        yield events
+        stores = GaugeMetricFamily(
+            "jamba_rag_state_store", "Sizes and counters of each tier of prefix states.", labels=["tier", "what"]
+        )
+        for tier, stats in gauges.state_stores.items():
+            for what, value in stats.items():
+                stores.add_metric([tier, what], value)
+        yield stores
 
 
 class Metrics:
@@ -22,12 +72,13 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
+        self.requests_in_flight = Gauge("jamba_rag_http_requests_in_flight", "Open HTTP requests.", registry=registry)
         self.answers = Counter("jamba_rag_answers_total", "Finished answers.", ["grounding", "mode"], registry=registry)
         self.answers_pending = Gauge("jamba_rag_answers_pending", "Answers running or waiting.", registry=registry)
         self.answer_stage_seconds = Histogram(
             "jamba_rag_answer_stage_seconds",
-            "Time of an answer by stage.",
-            ["stage"],
+            "Time of an answer by stage, and by the tier its prefix came from.",
+            ["stage", "tier"],
             buckets=_SECONDS,
             registry=registry,
         )
@@ -48,17 +99,38 @@ class Metrics:
         )
         self.uploads = Counter("jamba_rag_uploads_total", "Files received.", ["outcome"], registry=registry)
         self.upload_bytes = Counter("jamba_rag_upload_bytes_total", "Bytes of files stored.", registry=registry)
+        self.ingest_stage_seconds = Histogram(
+            "jamba_rag_ingest_stage_seconds",
+            "Time of a document by stage of its ingestion; `queued` is the wait before.",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.ingested = Counter(
+            "jamba_rag_ingested_total", "Documents that became ready or failed.", ["outcome"], registry=registry
+        )
+        ProcessCollector(registry=registry)
 
-    def record_answer(self, answer: Answer, mode: str, rejected: int) -> None:
-        """Count a finished answer."""
+    def watch(self, read: Callable[[], Gauges]) -> None:
+        """Show what `read` gives whenever the metrics are rendered. Call once."""
+        self.registry.register(_Watch(read))
+
+    def observe_ingest(self, stage: str, seconds: float) -> None:
+        self.ingest_stage_seconds.labels(stage).observe(seconds)
+
+    def count_ingested(self, outcome: str) -> None:
+        self.ingested.labels(outcome).inc()
+
+    def record_answer(self, answer: Answer, mode: str, rejected: int, queue_ms: float) -> None:
+        """Count a finished answer; `queue_ms` is how long it waited for the engine."""
         self.answers.labels(answer.grounding, mode).inc()
         self.citations.inc(len(answer.citations))
         self.citations_rejected.inc(rejected)
         self.cache_hits.labels(answer.cache.tier).inc()
         for kind in ("input", "cached_input", "output"):
             self.tokens.labels(kind).inc(getattr(answer.usage, f"{kind}_tokens"))
-        for stage, value_ms in answer.timings.model_dump().items():
-            self.answer_stage_seconds.labels(stage.removesuffix("_ms")).observe(value_ms / 1000)
+        for stage, value_ms in {**answer.timings.model_dump(), "queue_ms": queue_ms}.items():
+            self.answer_stage_seconds.labels(stage.removesuffix("_ms"), answer.cache.tier).observe(value_ms / 1000)
 
     def count_uploads(self, accepted: int, refused: int) -> None:
         self.uploads.labels("accepted").inc(accepted)

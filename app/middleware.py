@@ -8,10 +8,13 @@ from typing import Any
 
 import anyio.to_thread
 from fastapi import FastAPI
+from opentelemetry.trace import Span, StatusCode
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import BodyTooLarge, Overloaded, describe_error, problem_response
+from app.audit import AUDITED, WRITES
+from app.auth import Principal
+from app.errors import BodyTooLarge, Overloaded, describe_error, error_headers, problem_response
 from app.log import request_id_var
 
 log = logging.getLogger("app.access")
@@ -53,28 +56,46 @@ class RequestFrame:
             request_id = secrets.token_hex(8)
         token = request_id_var.set(request_id)
         start, sent = time.perf_counter(), _Sent(send, request_id)
-        self._in_flight += 1
-        try:
-            await self._handle(scope, _limit_body(receive, scope["path"], headers), sent)
-        finally:
-            self._in_flight -= 1
-            self._record(scope, sent.status, time.perf_counter() - start)
-            request_id_var.reset(token)
+        self._count(1)
+        with self._owner.state.service.tracing.request(scope["method"], headers) as span:
+            try:
+                await self._handle(scope, _limit_body(receive, scope["path"], headers), sent)
+            finally:
+                self._count(-1)
+                self._describe(span, scope, sent.status, request_id)
+                self._record(scope, sent.status, time.perf_counter() - start)
+                request_id_var.reset(token)
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             if not _OPEN_PATHS.fullmatch(scope["path"]):
                 if self._in_flight > self._max_in_flight:
                     raise Overloaded(f"{self._max_in_flight} requests are open, which is the limit; try again shortly")
-                authenticate = self._owner.state.authenticator.authenticate
-                header = Headers(scope=scope).get("authorization")
-                scope.setdefault("state", {})["principal"] = await anyio.to_thread.run_sync(authenticate, header)
+                await anyio.to_thread.run_sync(self._admit, scope)
         except (ValueError, Overloaded) as error:
-            headers = {"WWW-Authenticate": "Bearer"} if isinstance(error, ValueError) else {"Retry-After": "2"}
-            response = problem_response(scope["path"], describe_error(error), headers)
+            body = describe_error(error)
+            response = problem_response(scope["path"], body, error_headers(error, body["status"]))
             await response(scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+    def _admit(self, scope: Scope) -> None:
+        """Say who is asking, and count the request. Raises Unauthorized, RateLimited. Blocks."""
+        header = Headers(scope=scope).get("authorization")
+        principal = self._owner.state.authenticator.authenticate(header)
+        scope.setdefault("state", {})["principal"] = principal
+        self._owner.state.service.meter.admit_request(principal)
+
+    def _count(self, change: int) -> None:
+        self._in_flight += change
+        self._owner.state.service.metrics.requests_in_flight.set(self._in_flight)
+
+    def _describe(self, span: Span, scope: Scope, status: int, request_id: str) -> None:
+        route = getattr(scope.get("route"), "path", "other")
+        span.update_name(f"{scope['method']} {route}")
+        span.set_attributes({"http.route": route, "http.response.status_code": status, "request_id": request_id})
+        if status >= 500:
+            span.set_status(StatusCode.ERROR)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "other")
@@ -83,12 +104,28 @@ class RequestFrame:
         metrics.requests.labels(method, route, str(status)).inc()
         metrics.request_seconds.labels(route).observe(seconds)
         principal = scope.get("state", {}).get("principal")
+        if method in WRITES and scope["path"].startswith(AUDITED):
+            self._audit(scope, status, principal)
         extra: dict[str, Any] = {
             "status": status,
             "ms": round(1000 * seconds, 1),
             "key": getattr(principal, "key_id", "-"),
         }
+        if trace_id := self._owner.state.service.tracing.current_trace_id():
+            extra["trace_id"] = trace_id
         log.info("%s %s -> %d in %.0f ms", scope["method"], scope["path"], status, 1000 * seconds, extra=extra)
+
+    def _audit(self, scope: Scope, status: int, principal: Principal | None) -> None:
+        self._owner.state.audit.write(
+            request_id=request_id_var.get(),
+            key=getattr(principal, "key_id", None),
+            role=getattr(principal, "role", None),
+            client=(scope.get("client") or ("local",))[0],
+            method=scope["method"],
+            path=scope["path"],
+            status=status,
+            written=scope.get("state", {}).get("written", []),
+        )
 
 
 class _Sent:

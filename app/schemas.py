@@ -210,7 +210,7 @@ class SearchRequest(Request):
     filters: Filters | None = None
     max_num_results: int = Field(10, ge=1, le=50)
     mode: Literal["hybrid", "dense", "lexical"] = "hybrid"
-    rerank: bool = False
+    rerank: bool | None = Field(None, description="Unset: as answers search, with the reranker if there is one.")
 
 
 class Scores(Response):
@@ -362,10 +362,20 @@ class Health(Response):
 # Keys
 
 
+class KeyLimits(Request):
+    """What a key may ask for; 0 = any, null = as the deployment has it."""
+
+    requests_per_minute: int | None = Field(None, ge=0, lt=2**63)
+    tokens_per_minute: int | None = Field(None, ge=0, lt=2**63)
+    upload_bytes_per_day: int | None = Field(None, ge=0, lt=2**63)
+    documents_per_collection: int | None = Field(None, ge=0, lt=2**63)
+
+
 class KeyCreate(Request):
     name: Annotated[Text, Field(min_length=1, max_length=100), AfterValidator(_printable)]
     role: Role = "reader"
     collections: list[CollectionName] | None = Field(None, min_length=1)
+    limits: KeyLimits = KeyLimits()
 
 
 class Key(Response):
@@ -374,6 +384,7 @@ class Key(Response):
     name: str
     role: Role
     collections: list[str] | None
+    limits: KeyLimits
     created_at: float
     revoked_at: float | None
 

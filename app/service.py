@@ -8,7 +8,7 @@ import threading
 import unicodedata
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from app.advice import Advice
 from app.auth import Principal
@@ -16,10 +16,12 @@ from app.conversation import Turn
 from app.errors import DocumentDeleted, InvalidRequest, Overloaded, QuestionTooLong
 from app.evidence import EvidenceFinder, Query
 from app.generation import RunningAnswer
-from app.metrics import Metrics
+from app.limits import CollectionFull, Meter
+from app.metrics import Gauges, Metrics
 from app.prompting import AnswerFormat
 from app.schemas import AnswerRequest
 from app.settings import AnswerSettings
+from app.tracing import Tracing
 from ingest.files import FileStore, clean_filename
 from ingest.sniff import SNIFF_BYTES, sniff_media_type
 from model.engine_thread import EngineThread
@@ -66,10 +68,13 @@ class RagService:
     cache: PrefixCache
     format: AnswerFormat
     metrics: Metrics
+    tracing: Tracing
+    meter: Meter
     settings: AnswerSettings
     advice: Advice
     tokenizer: Tokenizer
     model_name: str
+    has_reranker: bool
     salt: bytes
     wake_workers: Callable[[], None]
     checks: Mapping[str, Callable[[], str]]
@@ -89,13 +94,17 @@ class RagService:
         collection: str,
         metadata: Mapping[str, object],
         on_conflict: OnConflict,
+        max_documents: int = 0,
     ) -> tuple[Document, bool]:
         """Queue a stored upload for ingestion; returns it and whether it is new work.
 
-        From here on the document survives anything. What is refused is the caller's to drop. Blocks.
+        From here on the document survives anything. What is refused is the caller's to drop. Blocks. Raises
+        CollectionFull when there are `max_documents` already and this is none of them; 0: any number.
         """
         with self._files_lock:
             filename, media_type = self._inspect(received)
+            if max_documents:
+                self._check_room(collection, max_documents, received.sha256)
             return self.store.create_document(
                 collection, filename, media_type, received.nbytes, received.sha256, metadata, on_conflict
             )
@@ -118,6 +127,16 @@ class RagService:
                 return filename, sniff_media_type(file.read(SNIFF_BYTES), filename)
         except FileNotFoundError as error:  # the same bytes came in another request too, and were refused there
             raise InvalidRequest(f"{filename!r} was deleted while it was being uploaded; send it again") from error
+
+    def _check_room(self, collection: str, max_documents: int, sha256: str) -> None:
+        counts = self.store.get_collection(collection)
+        if counts.documents + counts.pending + counts.failed < max_documents:
+            return
+        there = self.store.list_documents([collection], None, max_documents, None)
+        if len(there) == max_documents and all(document.sha256 != sha256 for document in there):
+            raise CollectionFull(
+                f"collection {collection!r} holds {max_documents} documents, which is this key's limit; delete some"
+            )
 
     def drop_unused(self, digests: Iterable[str]) -> None:
         """Remove originals that no document needs. Blocks."""
@@ -225,8 +244,9 @@ class RagService:
     def read_query(self, body: AnswerRequest, principal: Principal) -> Query:
         """The question of a request, its rights checked. Blocks.
 
-        Raises InvalidRequest, QuestionTooLong, and as `read_scope`.
+        Raises InvalidRequest, QuestionTooLong, RateLimited, and as `read_scope`.
         """
+        self.meter.admit_answer(principal)
         if (body.question is None) == (body.messages is None):
             raise InvalidRequest("send either question or messages")
         if body.messages is not None and body.messages[-1].role != "user":
@@ -249,6 +269,7 @@ class RagService:
             temperature=body.temperature,
             seed=body.seed,
             turns=messages[:-1],
+            principal=principal,
         )
 
     def fits_context(self, collection: Collection) -> bool:
@@ -260,6 +281,21 @@ class RagService:
     def check_ready(self) -> dict[str, str]:
         """Each thing that an answer needs -> "ok" or what is wrong with it. Blocks."""
         return {name: check() for name, check in self.checks.items()}
+
+    def read_gauges(self) -> Gauges:
+        """What the service holds at this moment. Blocks."""
+        cache, tiers = self.cache.stats()
+        collections = self.store.list_collections()
+        return Gauges(
+            documents={
+                "ready": sum(collection.documents for collection in collections),
+                "pending": sum(collection.pending for collection in collections),
+                "failed": sum(collection.failed for collection in collections),
+            },
+            chunks=self.index.count,
+            prefix_cache=asdict(cache),
+            state_stores=tiers,
+        )
 
     def search(self, query: str, collections: Sequence[str], params: SearchParams) -> list[Hit]:
         """The best chunks for a query. Blocks."""

@@ -54,18 +54,38 @@ class ModelSettings(_Group):
     max_context_tokens: int = _setting(
         0, "Longest prompt plus answer; 0 takes the checkpoint's `max_position_embeddings`.", "tokens", ge=0
     )
-    segment_tokens: int = _setting(512, "Longest piece of a prefill between two decode steps.", "tokens", ge=1)
+    segment_tokens: int = _setting(
+        0, "Longest piece of a prefill between two decode steps; 0 takes 512 on a CPU, 16384 on a GPU.", "tokens", ge=0
+    )
     max_batch: int = _setting(8, "Sequences decoded together.", "sequences", ge=1)
+    state_max_bytes: int = _setting(
+        0,
+        "Memory of answers under way; what does not fit waits. 0: on a GPU what is free after loading, on a CPU any.",
+        "bytes",
+        ge=0,
+    )
 
 
 class CacheSettings(_Group):
-    host_max_bytes: int = _setting(1 << 30, "Memory for prefix states in this process.", "bytes", ge=0)
-    block_tokens: int = _setting(256, "Length of a stored run of KV.", "tokens", ge=1)
-    snapshot_tokens: int = _setting(
-        2048, "Ends of documents nearer than this share a snapshot of the recurrent state.", "tokens", ge=0
+    gpu_max_bytes: int | None = _setting(
+        None,
+        "Memory of the GPU for prefix states; unset: what answers of the longest context leave, half at most; 0: none.",
+        "bytes",
+        ge=0,
     )
-    sparse_snapshots: int = _setting(
-        16, "Prefill segments between snapshots where no document ends; 0: none.", "segments", ge=0
+    host_max_bytes: int = _setting(1 << 30, "Main memory for prefix states in this process.", "bytes", ge=0)
+    block_tokens: int = _setting(256, "Length of a stored run of KV.", "tokens", ge=1)
+    snapshot_tokens: int | None = _setting(
+        None,
+        "Ends of documents nearer than this share a snapshot of the state; unset: 2048 on a CPU, 8192 on a GPU.",
+        "tokens",
+        ge=0,
+    )
+    sparse_snapshots: int | None = _setting(
+        None,
+        "Prefill segments between snapshots where no document ends; unset: 16 on a CPU, 2 on a GPU; 0: none.",
+        "segments",
+        ge=0,
     )
 
 
@@ -87,8 +107,11 @@ class IngestSettings(_Group):
 
 
 class RetrievalSettings(_Group):
-    dense_weight: float = _setting(0.5, "Weight of the embedding score in hybrid search.", ge=0)
-    lexical_weight: float = _setting(0.5, "Weight of the BM25 score in hybrid search.", ge=0)
+    dense_weight: float = _setting(0.2, "Weight of the embedding score in hybrid search.", ge=0)
+    lexical_weight: float = _setting(0.8, "Weight of the BM25 score in hybrid search.", ge=0)
+    reranker_path: Path | None = _setting(
+        None, "Cross-encoder (Hugging Face layout) that orders the 50 best hits anew; unset: none."
+    )
     evidence_hits: int = _setting(24, "Hits that `rag` answers pack evidence from.", "hits", ge=1, le=200)
 
 
@@ -118,9 +141,30 @@ class AnswerSettings(_Group):
     max_pending: int = _setting(64, "Answers running or waiting, after which new ones get 429.", "answers", ge=1)
 
 
+class LimitSettings(_Group):
+    requests_per_minute: int = _setting(
+        0, "Requests of one key, unless it has its own limit; 0: any.", "requests", ge=0
+    )
+    tokens_per_minute: int = _setting(
+        0, "Tokens computed for one key: prompts without what the cache gave, and answers; 0: any.", "tokens", ge=0
+    )
+    upload_bytes_per_day: int = _setting(0, "Bytes one key may upload in a day (UTC); 0: any.", "bytes", ge=0)
+    documents_per_collection: int = _setting(
+        0, "Documents in a collection, after which a key adds no more; 0: any.", "documents", ge=0
+    )
+
+
 class LogSettings(_Group):
     level: Literal["debug", "info", "warning", "error"] = _setting("info", "Least severe message written.")
     format: Literal["text", "json"] = _setting("text", "Lines for people or for machines.")
+    audit_max_bytes: int = _setting(10 << 20, "Size after which the audit log begins a new file.", "bytes", ge=4096)
+    audit_files: int = _setting(10, "Files of the audit log that are kept.", "files", ge=1)
+
+
+class TelemetrySettings(_Group):
+    otlp_endpoint: str | None = _setting(
+        None, "Base URL of an OpenTelemetry collector (OTLP over HTTP) that gets traces; unset: none."
+    )
 
 
 class Settings(BaseSettings):
@@ -147,7 +191,9 @@ class Settings(BaseSettings):
     ingest: IngestSettings = IngestSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
     answers: AnswerSettings = AnswerSettings()
+    limits: LimitSettings = LimitSettings()
     log: LogSettings = LogSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 
 SSE_HEADERS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache, no-transform"}
+STREAMS_TOO: dict[int | str, Any] = {
+    200: {"content": {"text/event-stream": {}}, "description": "The answer; with `stream`, its Server-Sent Events"}
+}
 KEEPALIVE = ": keepalive\n\n"
 
 

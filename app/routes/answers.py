@@ -10,12 +10,12 @@ from starlette.responses import Response
 from app import schemas
 from app.deps import Reader, ServiceDep, SettingsDep
 from app.generation import RunningAnswer
-from app.sse import event_response
+from app.sse import STREAMS_TOO, event_response
 
 router = APIRouter(prefix="/v1", tags=["answers"])
 
 
-@router.post("/answers", response_model=schemas.Answer)
+@router.post("/answers", response_model=schemas.Answer, responses=STREAMS_TOO)
 async def create_answer(
     body: schemas.AnswerRequest, request: Request, principal: Reader, service: ServiceDep, settings: SettingsDep
 ) -> schemas.Answer | Response:

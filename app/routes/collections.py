@@ -1,6 +1,6 @@
 """/v1/collections: named sets of documents that are asked together."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from app import schemas
 from app.deps import Reader, ServiceDep, Writer
@@ -26,11 +26,15 @@ def list_collections(principal: Reader, service: ServiceDep) -> schemas.Collecti
 
 
 @router.post("", status_code=201)
-def create_collection(body: schemas.CollectionCreate, principal: Writer, service: ServiceDep) -> schemas.Collection:
+def create_collection(
+    body: schemas.CollectionCreate, request: Request, principal: Writer, service: ServiceDep
+) -> schemas.Collection:
     """Make an empty collection. A key bound to collections can't."""
     if principal.collections is not None:
         raise Forbidden("this key is bound to collections and cannot make new ones")
-    return _show(service.store.create_collection(body.name), service)
+    made = service.store.create_collection(body.name)
+    request.state.written = [made.name]
+    return _show(made, service)
 
 
 @router.get("/{name}")

@@ -1,6 +1,7 @@
 """/v1/documents: upload, look at, replace, retry, delete."""
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
@@ -49,6 +50,7 @@ async def upload_documents(
 ) -> Response:
     """Queue files for ingestion. A 202 means that their bytes are on the disk; one bad file never fails the others."""
     reply = await intake.accept_upload(request, service, principal, settings.ingest, idempotency_key)
+    request.state.written = [document["id"] for document in json.loads(reply.body)["data"]]
     return Response(reply.body, reply.status, media_type="application/json")
 
 

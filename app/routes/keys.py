@@ -1,29 +1,44 @@
 """/v1/keys: API keys, for admins."""
 
-from fastapi import APIRouter
+from dataclasses import asdict
+
+from fastapi import APIRouter, Request
 
 from app import schemas
 from app.deps import Admin, AuthenticatorDep, ServiceDep
 from app.errors import KeyNotFound
+from app.service import RagService
+from retrieval.types import ApiKey
 
 router = APIRouter(prefix="/v1/keys", tags=["keys"])
 
 
+def _show(key: ApiKey, service: RagService) -> schemas.Key:
+    limits = schemas.KeyLimits(**asdict(service.meter.limits_of(key.id)))
+    return schemas.Key(**{name: getattr(key, name) for name in key.__slots__}, limits=limits)
+
+
 @router.get("")
 def list_keys(principal: Admin, service: ServiceDep) -> schemas.KeyList:
-    """All keys, revoked ones too; never the keys themselves."""
-    return schemas.KeyList(data=[schemas.Key.model_validate(key) for key in service.store.list_keys()])
+    """All keys, revoked ones too, with the limits that hold for them; never the keys themselves."""
+    return schemas.KeyList(data=[_show(key, service) for key in service.store.list_keys()])
 
 
 @router.post("", status_code=201)
 def create_key(
-    body: schemas.KeyCreate, principal: Admin, service: ServiceDep, authenticator: AuthenticatorDep
+    body: schemas.KeyCreate,
+    request: Request,
+    principal: Admin,
+    service: ServiceDep,
+    authenticator: AuthenticatorDep,
 ) -> schemas.NewKey:
     """Make a key. This reply is the only place where it is ever shown."""
     if body.collections is not None:
         service.visible_collections(body.collections, principal)
     row, key = authenticator.create_key(body.name, body.role, body.collections)
-    return schemas.NewKey(**schemas.Key.model_validate(row).model_dump(), key=key)
+    service.meter.set_own_limits(row.id, body.limits.model_dump())
+    request.state.written = [row.id]
+    return schemas.NewKey(**_show(row, service).model_dump(), key=key)
 
 
 @router.delete("/{key_id}", status_code=204)

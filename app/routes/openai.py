@@ -20,7 +20,7 @@ from app.errors import InvalidRequest, ModelNotFound
 from app.generation import RunningAnswer
 from app.routes.answers import collect_while_connected
 from app.service import RagService
-from app.sse import SSE_HEADERS, Event, send_with_keepalive
+from app.sse import SSE_HEADERS, STREAMS_TOO, Event, send_with_keepalive
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
@@ -43,7 +43,7 @@ def get_model(model: str, principal: Reader, service: ServiceDep) -> schemas.Mod
     return schemas.ModelCard(id=model, created=int(collection.created_at))
 
 
-@router.post("/chat/completions")
+@router.post("/chat/completions", responses=STREAMS_TOO)
 async def create_completion(
     body: schemas.ChatCompletionRequest,
     request: Request,

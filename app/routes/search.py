@@ -14,8 +14,10 @@ router = APIRouter(prefix="/v1", tags=["search"])
 @router.post("/search")
 def search(body: schemas.SearchRequest, principal: Reader, service: ServiceDep) -> schemas.SearchResult:
     """Hybrid, dense or lexical search over the collections that the key may see."""
-    if body.rerank:
-        raise InvalidRequest("rerank: this service has no reranker; leave it out")
+    if body.rerank and not service.has_reranker:
+        raise InvalidRequest(
+            "rerank: this service has no reranker; leave it out, or set JAMBA_RAG_RETRIEVAL__RERANKER_PATH"
+        )
     scope = service.read_scope(body.collections, body.document_ids, principal)
-    params = SearchParams(body.max_num_results, body.mode, body.filters, scope.document_ids)
+    params = SearchParams(body.max_num_results, body.mode, body.filters, scope.document_ids, body.rerank is not False)
     return schemas.SearchResult(data=show_hits(service.search(body.query, scope.collections, params)))

@@ -21,11 +21,12 @@ class Entry {
     this.name = h("span", { class: "name" });
     this.open = h("button", { type: "button", class: "name link", onclick: () => panel.onOpen(this.document), hidden: true });
     this.state = h("span", { class: "state" });
+    this.note = h("span", { class: "note", hidden: true });
     this.progress = h("progress", { max: 1, hidden: true });
     this.retry = h("button", { type: "button", onclick: () => panel.retry(this), hidden: true }, "Retry");
     this.remove = h("button", { type: "button", onclick: () => panel.remove(this) }, "Delete");
     const actions = h("span", { class: "actions" }, this.retry, this.remove);
-    this.element = h("li", {}, this.name, this.open, actions, this.state, this.progress);
+    this.element = h("li", {}, this.name, this.open, actions, this.state, this.note, this.progress);
     this.show();
   }
 
@@ -42,6 +43,12 @@ class Entry {
     if (this.document?.status !== "failed") return "";
     const { message = "The document could not be read.", page } = this.document.last_error || {};
     return page ? `${message} (page ${page})` : message;
+  }
+
+  /** What of a document that is ready is not in its text: scanned pages, files in an archive. */
+  get unread() {
+    const { status, last_error: gap } = this.document || {};
+    return status === "ready" && gap ? `Read only in part: ${gap.message}` : "";
   }
 
   describe() {
@@ -61,6 +68,8 @@ class Entry {
     this.name.hidden = ready;
     this.open.hidden = !ready;
     this.state.textContent = this.describe();
+    this.note.textContent = this.unread;
+    this.note.hidden = !this.unread;
     this.element.dataset.status = this.failure ? "failed" : this.document?.status || "sending";
     this.progress.hidden = Boolean(this.failure) || ready;
     this.progress.setAttribute("aria-label", `Progress of ${this.filename}`);
@@ -206,7 +215,9 @@ export class DocumentsPanel {
       return; // a broken connection or a busy server: the next round asks again
     }
     entry.show();
-    if (!entry.active) announce(entry.failure ? `${entry.filename} failed: ${entry.failure}` : `${entry.filename} is ready`);
+    if (entry.active) return;
+    const ready = [`${entry.filename} is ready`, entry.unread].filter(Boolean).join(". ");
+    announce(entry.failure ? `${entry.filename} failed: ${entry.failure}` : ready);
   }
 
   async retry(entry) {

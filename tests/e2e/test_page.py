@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -266,6 +267,19 @@ def test_failed_document_says_why_and_can_go(page, tmp_path):
     page.find(f"button[aria-label='Delete {broken.name}']").click()
     page.find("#confirm-yes").click()
     page.wait(lambda: page.line(broken.name) is None)
+
+
+def test_document_read_in_part_says_what_is_missing(page, tmp_path):
+    path = tmp_path / "lamps.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("lamps.txt", "The lamp is trimmed twice a night.")
+        archive.writestr("photo.png", b"\x89PNG\r\n\x1a\n")
+    line = page.add(path)
+    note = line.find_element(By.CSS_SELECTOR, ".note")
+    assert line.get_attribute("data-status") == "ready" and note.is_displayed()
+    assert note.text.startswith("Read only in part: 1 of 2 files") and "photo.png" in note.text
+    assert note.text in page.find("#announcer").get_property("textContent")
+    assert page.barriers() == []
 
 
 def test_refused_file_says_why(page, tmp_path):

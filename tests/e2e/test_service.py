@@ -119,3 +119,18 @@ def test_an_orderly_stop_hands_unfinished_documents_back(checkpoint, tmp_path):
         for document in documents:
             settled = settle(client, document["id"])
             assert (settled["status"], settled["attempts"]) == ("ready", 1)
+
+
+def test_an_orderly_stop_ends_within_its_limit_though_a_stream_is_open(checkpoint, tmp_path):
+    data = tmp_path / "data"
+    settings = {"INGEST__WORKERS": "0", "SERVER__SHUTDOWN_S": "1"}
+    with run_service(checkpoint, data, **settings) as service, service.client() as client:
+        document = upload(client, "story.txt", STORY.encode())
+        with client.stream("GET", f"/v1/documents/{document['id']}/events") as events:
+            lines = events.iter_lines()
+            assert next(lines) == "id: 1"
+            os.kill(int((data / "lock").read_text()), signal.SIGTERM)
+            with pytest.raises(httpx.RemoteProtocolError):
+                list(lines)
+    with run_service(checkpoint, data) as service, service.client() as client:
+        assert settle(client, document["id"])["status"] == "ready"

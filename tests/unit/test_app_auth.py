@@ -7,8 +7,6 @@ import stat
 import pytest
 from app_kit import GARDEN, LIGHTHOUSE, ServiceClient, make_settings, running_service
 
-from app.auth import hash_key
-
 pytestmark = pytest.mark.anyio
 
 OPEN = ("/healthz", "/readyz")
@@ -159,7 +157,7 @@ async def test_the_first_start_writes_the_admin_key_once_and_keeps_its_hash(clie
     key = path.read_text().strip()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert path.stat().st_uid == os.getuid()
-    assert client.app.state.service.store.find_key(hash_key(key)).role == "admin"
+    assert client.app.state.authenticator.authenticate(f"Bearer {key}").role == "admin"
     for file in data_dir.iterdir():
         if file.is_file() and file != path:
             assert key.encode() not in file.read_bytes()

@@ -1,5 +1,6 @@
 """The command line: in process and against a running service, for people and for programs."""
 
+import itertools
 import json
 import logging
 import os
@@ -8,14 +9,17 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import httpx
 import pytest
 from app_kit import GARDEN, LIGHTHOUSE, make_settings, serving
 
 from app.backup import BackupFailed, restore_backup, write_backup
 from app.cli import main
 from app.datadir import DataDir, DataDirInUse
+from retrieval.store import DocumentStore
 
 
 @pytest.fixture
@@ -69,6 +73,8 @@ def test_ingest_ask_search_list_delete_in_process(run, corpus, tmp_path):
     assert code == 0 and "[1] “" in out and "first token" in out
     code, out, _ = run("ask", "Who is the keeper?", "--stream", *data)
     assert code == 0 and "[1] “" in out
+    code, _, err = run("search", "keeper", "--rerank", *data)
+    assert code == 1 and "JAMBA_RAG_RETRIEVAL__RERANKER_PATH" in err
 
     code, out, _ = run("search", "roses", "--json", *data)
     assert code == 0 and json.loads(out)["data"][0]["filename"] == "garden.txt"
@@ -142,8 +148,9 @@ def test_commands_talk_to_a_running_service(run, monkeypatch, tiny_checkpoint, t
         assert run("ingest", corpus)[0] == 0
         code, out, _ = run("ask", "Who is the keeper?", "--stream")
         assert code == 0 and "[1] “" in out
-        code, out, _ = run("keys", "create", "ci", "--role", "reader", "--json")
+        code, out, _ = run("keys", "create", "ci", "--role", "reader", "--requests-per-minute", "500", "--json")
         made = json.loads(out)
+        assert made["limits"]["requests_per_minute"] == 500
         assert run("documents", "list", "--key", made["key"])[0] == 0
         assert run("ingest", corpus, "--key", made["key"])[0] == 1
         assert run("keys", "revoke", made["id"])[0] == 0
@@ -201,6 +208,50 @@ def test_a_damaged_backup_is_not_restored(run, corpus, tmp_path):
         with pytest.raises(BackupFailed):
             restore_backup(tmp_path / name, tmp_path / f"new-{name}")
         assert not (tmp_path / f"new-{name}" / "rag.sqlite3").exists()
+
+
+def test_a_backup_of_a_damaged_original_is_refused_and_names_it(run, corpus, tmp_path):
+    data, file = tmp_path / "data", tmp_path / "backup.tar"
+    assert run("ingest", corpus, "--data-dir", data)[0] == 0
+    original = next((data / "files").iterdir())
+    original.write_bytes(b"not what it was")
+    code, _, err = run("backup", file, "--data-dir", data)
+    assert code == 1 and original.name in err and not file.exists()
+
+
+def test_a_backup_while_documents_come_and_go_holds_every_original_it_needs(tiny_checkpoint, tmp_path):
+    settings = make_settings(tiny_checkpoint, tmp_path / "data")
+    stop = threading.Event()
+    with serving(settings) as url:
+        key = (settings.data_dir / "admin.key").read_text().strip()
+        with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60) as http:
+            (http.post("/v1/documents", files={"file": ("kept.md", LIGHTHOUSE.encode())}).raise_for_status())
+
+            def change() -> None:
+                for number in itertools.count():
+                    files = {"file": ("passing.txt", f"{number} {GARDEN}".encode())}
+                    document = http.post("/v1/documents", files=files).json()["data"][0]
+                    http.delete(f"/v1/documents/{document['id']}")
+                    if stop.is_set():
+                        return
+
+            writer = threading.Thread(target=change)
+            writer.start()
+            try:
+                for number in range(5):
+                    write_backup(settings.data_dir, tmp_path / f"{number}.tar")
+            finally:
+                stop.set()
+                writer.join()
+    for number in range(5):
+        restored = tmp_path / f"restored-{number}"
+        restore_backup(tmp_path / f"{number}.tar", restored)
+        store = DocumentStore(restored / "rag.sqlite3")
+        documents = store.list_documents()
+        store.close()
+        assert "kept.md" in [document.filename for document in documents]
+        originals = {path.name for path in (restored / "files").iterdir()}
+        assert {document.sha256 for document in documents if document.status != "deleting"} <= originals
 
 
 def test_doctor_finds_what_is_wrong(run, monkeypatch, corpus, tmp_path):

@@ -1,6 +1,8 @@
 """Documents, collections, search and answers over HTTP, as the contract has them."""
 
+import io
 import json
+import zipfile
 
 import pytest
 from app_kit import GARDEN, LIGHTHOUSE, make_settings, read_events, running_service
@@ -57,6 +59,21 @@ async def test_several_files_and_one_bad_one(client):
     assert [(error["filename"], error["code"]) for error in body["errors"]] == [("b.png", "unsupported_media_type")]
     for document in body["data"]:
         await client.settle(document["id"])
+
+
+async def test_a_document_read_in_part_is_ready_and_says_what_is_missing(client):
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("owl.txt", "The owl hunts by night.")
+        file.writestr("photo.png", b"\x89PNG\r\n\x1a\n")
+    document = await client.upload("owls.zip", archive.getvalue())
+    gap = document["last_error"]
+    assert (document["status"], gap["code"], gap["retryable"]) == ("ready", "partly_read", False)
+    assert "1 of 2 files" in gap["message"] and "photo.png" in gap["message"]
+    whole = {"file": ("owls.txt", b"The owl hunts by night, all of it.")}
+    assert (await client.put(f"/v1/documents/{document['id']}", files=whole)).status_code == 202
+    replaced = await client.settle(document["id"])
+    assert (replaced["version"], replaced["status"], replaced["last_error"]) == (2, "ready", None)
 
 
 async def test_the_same_bytes_are_the_same_document(client, lighthouse):

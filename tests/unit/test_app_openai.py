@@ -95,3 +95,26 @@ def test_errors_are_those_the_package_knows(url, chat, settings):
         pytest.raises(openai.AuthenticationError),
     ):
         stranger.models.list()
+
+
+@pytest.mark.anyio
+async def test_the_asynchronous_client_streams(url, chat, settings):
+    whole = chat.chat.completions.create(model="jamba-rag/default", messages=QUESTION)
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key_of(settings), max_retries=0) as client:
+        stream = await client.chat.completions.create(model="jamba-rag/default", messages=QUESTION, stream=True)
+        pieces = [chunk.choices[0].delta.content or "" async for chunk in stream]
+        assert "".join(pieces) == whole.choices[0].message.content
+        with pytest.raises(openai.NotFoundError):
+            await client.chat.completions.create(model="jamba-rag/none", messages=QUESTION, stream=True)
+
+
+def test_a_key_over_its_limit_gets_the_packages_rate_limit_error_and_its_retries_wait_for_more(url, settings):
+    headers = {"Authorization": f"Bearer {key_of(settings)}"}
+    body = {"name": "slow", "limits": {"requests_per_minute": 40}}
+    slow = httpx.post(f"{url}/v1/keys", json=body, headers=headers).json()["key"]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=slow, max_retries=0) as client:
+        with pytest.raises(openai.RateLimitError) as caught:
+            for _ in range(100):
+                client.models.list()
+        assert caught.value.code == "rate_limited" and int(caught.value.response.headers["retry-after"]) >= 1
+        assert client.with_options(max_retries=3).models.list().data

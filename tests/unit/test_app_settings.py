@@ -3,6 +3,7 @@
 import pytest
 
 from app.settings import SettingsError, describe_settings, load_settings, public_settings
+from retrieval.search import FusionWeights
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +55,11 @@ def test_no_keys_only_on_a_loopback_host():
     assert not load_settings(env_file=None, auth={"enabled": False}).auth.enabled
     with pytest.raises(SettingsError, match=r"listen on one of 127\.0\.0\.1"):
         load_settings(env_file=None, auth={"enabled": False}, server={"host": "0.0.0.0"})
+
+
+def test_search_weighs_its_halves_as_measured():
+    settings, measured = load_settings(env_file=None).retrieval, FusionWeights()
+    assert (settings.dense_weight, settings.lexical_weight) == (measured.dense, measured.lexical)
 
 
 def test_an_empty_value_is_no_value(monkeypatch):

@@ -1,0 +1,106 @@
+"""A client of a service over HTTP, for the command line and for programs. Needs nothing of the service's own parts.
+
+Start at `open_service`.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+UPLOAD_TIMEOUT_S = 3600.0
+ANSWER_TIMEOUT_S = 600.0
+
+
+class CommandFailed(RuntimeError):
+    """The work of a command failed; the message is for people."""
+
+
+class Service:
+    """A service that a command talks to."""
+
+    def __init__(self, http: httpx.Client, max_wait_s: float = 60.0) -> None:
+        self._http, self._max_wait_s = http, max_wait_s
+
+    def close(self) -> None:
+        self._http.close()
+
+    def request(self, method: str, path: str, **options: Any) -> Any:
+        """The JSON of a successful reply, None for an empty one. Raises CommandFailed with the problem's detail.
+
+        A busy service is asked again when it says so (`Retry-After`), for up to `max_wait_s` in all.
+        """
+        waited_s = 0.0
+        while True:
+            try:
+                response = self._http.request(method, path, **options)
+            except httpx.HTTPError as error:
+                raise CommandFailed(f"{self._http.base_url} does not answer: {error}") from error
+            pause_s = _pause_before_retry(response)
+            if pause_s is None or waited_s + pause_s > self._max_wait_s:
+                break
+            time.sleep(pause_s)
+            waited_s += pause_s
+            for part in options.get("files", {}).values():
+                part[1].seek(0)
+        _raise_for_problem(response)
+        return response.json() if response.content else None
+
+    def upload(self, path: Path, fields: dict[str, str]) -> dict[str, Any]:
+        """Send one file, a piece at a time."""
+        with path.open("rb") as file:
+            files = {"file": (path.name, file, "application/octet-stream")}
+            return self.request("POST", "/v1/documents", files=files, data=fields, timeout=UPLOAD_TIMEOUT_S)
+
+    def stream(self, path: str, body: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(type, data) of the events that a call answers with. Raises CommandFailed."""
+        try:
+            with self._http.stream("POST", path, json=body, timeout=ANSWER_TIMEOUT_S) as response:
+                if not response.is_success:
+                    response.read()
+                    _raise_for_problem(response)
+                yield from _read_events(response.iter_lines())
+        except httpx.HTTPError as error:
+            raise CommandFailed(f"{self._http.base_url} broke off: {error}") from error
+
+
+def _pause_before_retry(response: httpx.Response) -> float | None:
+    """Seconds after which the service wants to be asked again; None: it doesn't."""
+    value = response.headers.get("retry-after", "")
+    return float(value) if response.status_code in (429, 503) and value.isdecimal() else None
+
+
+def _raise_for_problem(response: httpx.Response) -> None:
+    if response.is_success:
+        return
+    try:
+        detail = response.json()["detail"]
+    except (ValueError, KeyError):
+        detail = response.text[:500] or response.reason_phrase
+    raise CommandFailed(f"{detail} (status {response.status_code})")
+
+
+def _read_events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    kind = ""
+    for line in lines:
+        name, _, value = line.partition(": ")
+        if name == "event":
+            kind = value
+        elif name == "data":
+            yield kind, json.loads(value)
+
+
+@contextmanager
+def open_service(url: str, key: str | None) -> Iterator[Service]:
+    """The running service at `url`."""
+    with httpx.Client(base_url=url, headers=sign_in(key), timeout=ANSWER_TIMEOUT_S) as http:
+        yield Service(http)
+
+
+def sign_in(key: str | None) -> dict[str, str]:
+    """The headers that carry a key."""
+    return {} if key is None else {"Authorization": f"Bearer {key}"}

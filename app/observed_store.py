@@ -1,0 +1,93 @@
+"""A DocumentStore that tells what ingestion does with it: how long each stage took, and that a version was replaced."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from retrieval.store import DocumentStore
+from retrieval.types import Chunk, Document, IndexChange, ParsedDocument, Stage
+
+
+class ObservedStore(DocumentStore):
+    """Calls `on_replaced(document id)` when a new version has taken the place of an old one, `on_stage(stage, seconds)`
+    when a version leaves a stage (`queued` among them), and `on_ingested(outcome)` when one is ready or has failed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.on_replaced: Callable[[str], None] = lambda document_id: None
+        self.on_stage: Callable[[str, float], None] = lambda stage, seconds: None
+        self.on_ingested: Callable[[str], None] = lambda outcome: None
+        self._stages: dict[tuple[str, int], tuple[str, float]] = {}  # (document, version) -> stage and when it began
+        self._stages_lock = threading.Lock()
+
+    def lease_next(self, worker_id: str, lease_s: float) -> Document | None:
+        document = super().lease_next(worker_id, lease_s)
+        if document is not None and document.attempts == document.version == 1:
+            self.on_stage("queued", max(0.0, time.time() - document.created_at))
+        return document
+
+    def set_progress(
+        self,
+        document_id: str,
+        stage: Stage,
+        done: int = 0,
+        total: int = 0,
+        unit: str = "",
+        *,
+        version: int,
+        worker_id: str | None = None,
+    ) -> None:
+        super().set_progress(document_id, stage, done, total, unit, version=version, worker_id=worker_id)
+        self._enter(document_id, version, stage)
+
+    def replace_chunks(
+        self,
+        document_id: str,
+        parsed: ParsedDocument,
+        chunks: Sequence[Chunk],
+        vectors: np.ndarray,
+        embedder_name: str,
+        *,
+        version: int,
+        worker_id: str | None = None,
+    ) -> IndexChange:
+        change = super().replace_chunks(
+            document_id, parsed, chunks, vectors, embedder_name, version=version, worker_id=worker_id
+        )
+        self._enter(document_id, version, None)
+        self.on_ingested("ready")
+        if change.removed:
+            self.on_replaced(document_id)
+        return change
+
+    def fail_document(
+        self,
+        document_id: str,
+        code: str,
+        message: str,
+        retryable: bool,
+        page: int | None = None,
+        *,
+        version: int,
+        worker_id: str | None = None,
+    ) -> Document:
+        document = super().fail_document(
+            document_id, code, message, retryable, page, version=version, worker_id=worker_id
+        )
+        self._enter(document_id, version, None)
+        if document.status == "failed":
+            self.on_ingested("failed")
+        return document
+
+    def _enter(self, document_id: str, version: int, stage: str | None) -> None:
+        """`stage` begins, or with None none does; the one before it, if any, has ended."""
+        key, now = (document_id, version), time.perf_counter()
+        with self._stages_lock:
+            before = self._stages.pop(key, None)
+            if stage is not None:
+                self._stages[key] = before if before and before[0] == stage else (stage, now)
+        if before and before[0] != stage:
+            self.on_stage(before[0], now - before[1])

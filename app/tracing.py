@@ -1,0 +1,65 @@
+"""OpenTelemetry traces: a span for each request, below it one for each stage of an answer.
+
+Off unless an endpoint is set; then it needs the extra `otel`. Nothing of this is global: two services in one process
+have two tracers. Spans hold ids, numbers and routes, never questions or documents. Start at `Tracing.request`.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from opentelemetry import trace
+from opentelemetry.trace import NoOpTracerProvider, Span, SpanKind, Tracer
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from app.settings import SettingsError
+
+_TIMEOUT_S = 2  # of one export, and so how long a stop may wait for a collector that hangs
+_PROPAGATOR = TraceContextTextMapPropagator()
+
+
+class Tracing:
+    """Makes spans and sends them in the background; what can't be sent is dropped and logged."""
+
+    def __init__(self, endpoint: str | None) -> None:
+        """`endpoint`: base URL of an OTLP collector that speaks HTTP; None: no spans. Raises SettingsError."""
+        self._tracer: Tracer = NoOpTracerProvider().get_tracer("jamba-rag")
+        self.close: Callable[[], None] = lambda: None
+        if endpoint is not None:
+            self._tracer, self.close = _exporting_tracer(endpoint)
+
+    @contextmanager
+    def request(self, method: str, headers: Mapping[str, str]) -> Iterator[Span]:
+        """The span of a request, current within; it goes on the caller's trace if there is one."""
+        parent = _PROPAGATOR.extract(headers)
+        with self._tracer.start_as_current_span(method, context=parent, kind=SpanKind.SERVER) as span:
+            yield span
+
+    def stage(self, name: str, start_s: float, end_s: float, **attributes: str | int | float) -> None:
+        """A stage of the current request that lay between these values of `time.perf_counter()`."""
+        now_s, now_ns = time.perf_counter(), time.time_ns()
+        start_ns, end_ns = (now_ns - int((now_s - at) * 1e9) for at in (start_s, end_s))
+        span = self._tracer.start_span(name, start_time=start_ns, attributes=attributes)
+        span.end(end_ns)
+
+    def current_trace_id(self) -> str | None:
+        """Hexadecimal id of the current trace, for the log."""
+        context = trace.get_current_span().get_span_context()
+        return f"{context.trace_id:032x}" if context.is_valid else None
+
+
+def _exporting_tracer(endpoint: str) -> tuple[Tracer, Callable[[], None]]:
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as error:
+        raise SettingsError(
+            "JAMBA_RAG_TELEMETRY__OTLP_ENDPOINT is set, but the OpenTelemetry SDK is not installed; "
+            "pip install 'jamba-rag[otel]'"
+        ) from error
+    provider = TracerProvider(resource=Resource.create({"service.name": "jamba-rag"}))
+    exporter = OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces", timeout=_TIMEOUT_S)
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    return provider.get_tracer("jamba-rag"), provider.shutdown

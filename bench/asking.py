@@ -1,0 +1,73 @@
+"""Asks a checkpoint about one long text, through the service's own prompt, constraint and engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.main import LoadedModel, build_model
+from app.quotes import QuoteLimits
+from app.settings import load_settings
+from model.engine import EngineRequest
+from model.sampling import SamplingParams
+from retrieval.types import Evidence, Passage
+
+_NONCE = "5eb1f2a9c07d"
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    text: str
+    prompt_tokens: int
+    seconds: float
+
+
+class Asker:
+    """One checkpoint. Checkpoints without the quote tokens are asked through their chat template."""
+
+    def __init__(self, model: LoadedModel, max_quotes: int) -> None:
+        self._model = model
+        self._limits = QuoteLimits(max_quotes=max_quotes, allow_none=False)
+
+    def count_tokens(self, text: str) -> int:
+        return len(self._model.tokenizer.encode(text))
+
+    def ask(self, question: str, text: str, max_new_tokens: int) -> Reply:
+        """What the model answers when it reads `text` as one document. Raises ContextTooLong."""
+        form, engine = self._model.format, self._model.engine
+        passage = Passage("doc", 1, "bench", 1, "text.txt", "Text", text, 0, len(text))
+        evidence = Evidence((passage,), "full_context", 0)
+        prompt = form.build_prompt(question, evidence)
+        start = time.perf_counter()
+        engine.add(
+            EngineRequest(
+                prompt.token_ids,
+                prompt.boundaries,
+                SamplingParams(max_new_tokens, stop=form.stop_texts, stop_token_ids=form.stop_ids),
+                constraint=form.constrain(evidence, self._limits),
+            )
+        )
+        reader = form.read_answer(evidence)
+        while engine.has_work():
+            for output in engine.step():
+                if output.error is not None:
+                    raise RuntimeError(output.error)
+                if output.token_id is not None:
+                    list(reader.push(output.token_id))
+        list(reader.finish())
+        return Reply(reader.text or reader.unchecked_text, len(prompt.token_ids), time.perf_counter() - start)
+
+
+@contextmanager
+def open_asker(checkpoint: Path, max_context_tokens: int, quantize: str, max_quotes: int) -> Iterator[Asker]:
+    """Load a checkpoint; nothing is cached between questions, so that each pays for its own prompt."""
+    groups = {
+        "model": {"path": checkpoint, "max_context_tokens": max_context_tokens, "quantize": quantize},
+        "cache": {"host_max_bytes": 0},
+        "redis": {"url": None},
+    }
+    with ExitStack() as stack:
+        yield Asker(build_model(load_settings(env_file=None, **groups), stack, True, _NONCE), max_quotes)

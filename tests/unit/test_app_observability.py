@@ -1,0 +1,150 @@
+"""What an operator sees: metrics that say where the time went, a dashboard of nothing else, and traces."""
+
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+from app_kit import LIGHTHOUSE, make_settings, running_service, serving
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from prometheus_client.parser import text_string_to_metric_families
+
+from app.settings import SettingsError
+from app.tracing import Tracing
+
+pytestmark = pytest.mark.anyio
+
+DASHBOARD = Path(__file__).resolve().parents[2] / "deploy" / "grafana-dashboard.json"
+STAGES = {"retrieval", "pack", "queue", "state_load", "prefill", "ttft", "generation"}
+FUNCTIONS = {"histogram_quantile", "rate", "sum", "by", "le"}
+
+
+async def samples(client) -> dict[str, list[tuple[dict[str, str], float]]]:
+    """Name -> (labels, value) of everything at /metrics."""
+    found: dict[str, list[tuple[dict[str, str], float]]] = {}
+    for family in text_string_to_metric_families((await client.get("/metrics")).text):
+        for sample in family.samples:
+            found.setdefault(sample.name, []).append((sample.labels, sample.value))
+    return found
+
+
+async def test_metrics_say_where_the_time_of_answers_and_documents_went(client):
+    await client.upload("a.md", LIGHTHOUSE)
+    for _ in range(2):
+        answer = await client.ask("Who is the keeper?")
+    assert answer["cache"]["tier"] == "host"
+    found = await samples(client)
+    counts = {(labels["stage"], labels["tier"]): n for labels, n in found["jamba_rag_answer_stage_seconds_count"]}
+    assert counts == {(stage, tier): 1 for stage in STAGES for tier in ("none", "host")}
+    ingested = {labels["stage"]: n for labels, n in found["jamba_rag_ingest_stage_seconds_count"]}
+    assert ingested == dict.fromkeys(("queued", "parsing", "chunking", "embedding", "indexing"), 1)
+    assert found["jamba_rag_ingested_total"] == [({"outcome": "ready"}, 1)]
+    assert ({"status": "ready"}, 1) in found["jamba_rag_documents"]
+    events = {labels["event"]: n for labels, n in found["jamba_rag_prefix_cache_events_total"]}
+    assert events["lookups"] == 2 and events["hits"] == 1 and events["cached_tokens"] > 0
+    stores = {(labels["tier"], labels["what"]): value for labels, value in found["jamba_rag_state_store"]}
+    assert 0 < stores["host", "bytes"] < stores["host", "max_bytes"]
+    assert found["jamba_rag_http_requests_in_flight"] == [({}, 1)]
+    assert found["process_resident_memory_bytes"][0][1] > 1e6
+
+
+async def test_a_document_that_fails_is_counted(client):
+    before = dict((labels["outcome"], n) for labels, n in (await samples(client)).get("jamba_rag_ingested_total", []))
+    assert (await client.upload("broken.pdf", b"%PDF-1.4 nothing"))["status"] == "failed"
+    after = dict((labels["outcome"], n) for labels, n in (await samples(client))["jamba_rag_ingested_total"])
+    assert after["failed"] == before.get("failed", 0) + 1
+
+
+async def test_the_dashboard_shows_only_what_is_measured_and_all_of_it(client):
+    await client.upload("a.md", LIGHTHOUSE)
+    await client.ask("Who is the keeper?")
+    found = await samples(client)
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    queries = [target["expr"] for panel in panels for target in panel.get("targets", [])]
+    shown: set[str] = set()
+    for query in queries:
+        for name, selector in re.findall(r"((?:jamba_rag|process)_\w+)(\{[^}]*\})?", query):
+            shown.add(name)
+            assert name in found, query
+            for label, _, pattern in re.findall(r'(\w+)(=~?)"([^"]*)"', selector):
+                values = {labels[label] for labels, _ in found[name]}
+                assert values & set(pattern.split("|")), query
+        for labels in re.findall(r"by \(([^)]*)\)", query):
+            names = set(re.findall(r"(?:jamba_rag|process)_\w+", query))
+            assert all(set(labels.split(", ")) <= set(found[name][0][0]) for name in names), query
+    measured = {name for name in found if name.startswith("jamba_rag_") and not name.endswith(("_created", "_sum"))}
+    assert {name for name in measured if name not in shown and not name.endswith("_count")} == set()
+
+
+class Collector(HTTPServer):
+    """Takes traces as an OpenTelemetry collector does."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Take)
+        self.spans: list = []
+        self.paths: set[str] = set()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class _Take(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+            self.server.spans += [span for scope in resource.scope_spans for span in scope.spans]
+        self.server.paths.add(self.path)
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def collector():
+    with Collector() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_a_request_is_a_trace_with_a_span_for_each_stage(tiny_checkpoint, tmp_path, collector):
+    settings = make_settings(tiny_checkpoint, tmp_path / "data", telemetry={"otlp_endpoint": collector.url})
+    caller = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    with serving(settings) as url:
+        key = (settings.data_dir / "admin.key").read_text().strip()
+        with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60) as http:
+            document = http.post("/v1/documents", files={"file": ("a.md", LIGHTHOUSE.encode())}).json()["data"][0]
+            http.get(f"/v1/documents/{document['id']}/events")
+            asked = {"question": "Who is the keeper?", "stream": True}
+            http.post("/v1/answers", json=asked, headers={"traceparent": caller, "X-Request-ID": "traced-1"})
+    assert collector.paths == {"/v1/traces"}
+    (request,) = [span for span in collector.spans if span.name == "POST /v1/answers"]
+    assert request.trace_id.hex() in caller and request.parent_span_id.hex() in caller
+    attributes = {attribute.key: attribute.value for attribute in request.attributes}
+    assert attributes["request_id"].string_value == "traced-1"
+    assert attributes["http.response.status_code"].int_value == 200
+    stages = [span for span in collector.spans if span.parent_span_id == request.span_id]
+    stages.sort(key=lambda span: (span.start_time_unix_nano, span.end_time_unix_nano))
+    assert {span.name for span in stages} == {"retrieve", "pack", "queue", "state_load", "prefill", "decode"}
+    assert (stages[0].name, stages[-1].name) == ("retrieve", "decode")
+    assert all(span.start_time_unix_nano <= span.end_time_unix_nano for span in stages)
+    assert "keeper" not in str(collector.spans)
+
+
+async def test_a_collector_that_is_gone_costs_no_answer(tiny_checkpoint, tmp_path):
+    settings = make_settings(tiny_checkpoint, tmp_path / "data", telemetry={"otlp_endpoint": "http://127.0.0.1:9"})
+    async with running_service(settings) as client:
+        await client.upload("a.md", LIGHTHOUSE)
+        assert (await client.ask("Who is the keeper?"))["citations"]
+
+
+def test_an_endpoint_without_the_sdk_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "opentelemetry.sdk.trace", None)
+    with pytest.raises(SettingsError, match=r"jamba-rag\[otel\]"):
+        Tracing("http://127.0.0.1:9")
+    assert Tracing(None).current_trace_id() is None
