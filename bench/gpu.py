@@ -39,6 +39,7 @@ from bench.random_weights import random_model
 from bench.runs import BenchRun
 from bench.shapes import SHAPES, decode_bytes, prefill_flop, resident_bytes, state_bytes
 from model import gpu_segment
+from model.device_store import DeviceStateStore
 from model.engine import EngineRequest, JambaEngine
 from model.jamba import Jamba
 from model.kernels import gpu_past, gpu_prefill
@@ -46,7 +47,6 @@ from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings
 from model.sampling import SamplingParams
 from model.state import HybridState
-from model.state_store import MemoryStateStore
 
 VLLM_PREFILL = {8192: 16_700, 32_768: 16_200, 131_072: 15_100, 262_144: 14_300}  # tokens a second
 VLLM_DECODE = {(1024, 1): 110, (131_072, 1): 101, (261_000, 1): 95, (8192, 8): 477, (8192, 16): 779}
@@ -271,7 +271,8 @@ def ask_engine(bench: Bench, state: HybridState, repeats: int = 5) -> tuple[list
     """Milliseconds to the first token behind a prefix whose state the cache keeps, and the tier it came from."""
     model, context = bench.model, state.num_tokens
     settings = PlanSettings(256, bench.sizes.segments[0], min_snapshot_distance=0, sparse_snapshot_tokens=0)
-    cache = PrefixCache([MemoryStateStore(2 * state_bytes(state.layout, context) + (1 << 26))], b"bench", settings)
+    store = DeviceStateStore(state_bytes(state.layout, context) + (1 << 26), bench.device)
+    cache = PrefixCache([store], b"bench", settings)
     engine = JambaEngine(
         model, word_tokenizer(model.config.vocab_size), cache, max_context_tokens=context + bench.sizes.new_tokens + 8
     )

@@ -85,6 +85,7 @@ def main() -> None:
         if "prefill" in arguments.only:
             bench_prefill(run, config, device, copy, arguments.prefill_rows)
         if "variants" in arguments.only:
+            gpu_kernels_variants.compile_ahead(config, arguments.tokens, device, decode_cases)
             for what, m, case in gpu_kernels_variants.cases(config, arguments.tokens, device, decode_cases):
                 add_row(run, case, m, copy, variant=what)
         run.finish()

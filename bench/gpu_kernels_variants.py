@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from model.config import JambaConfig
-from model.kernels import gpu_linear
+from model.kernels import gpu, gpu_build, gpu_linear
 from model.kernels.gpu_linear import PAIRED, SINGLE, Tiling
 
 # by tiles of 8 tokens: row_tiles, warps_n, warps_k, depth, resident, blocks, stages (none: not staged)
@@ -51,6 +52,27 @@ def cases(
             for variant in variants:
                 with _in_place(table, tiles, Tiling(*variant), few):
                     yield " ".join(map(str, variant)), num_tokens, case
+
+
+def compile_ahead(config: JambaConfig, tokens: list[int], device: torch.device, decode_cases: Cases) -> int:
+    """Compile what the cases need on all cores, instead of one by one as they run; how many kernels that were."""
+    wanted: set[tuple[str, tuple[tuple[str, int], ...]]] = set()
+
+    def note(file: str, name: str, **constants: int) -> Callable[..., None]:
+        wanted.add((file, tuple(sorted(constants.items()))))
+        return lambda *_, **__: None
+
+    launch_for_real, gpu.kernel = gpu.kernel, note
+    try:
+        for _, _, case in cases(config, tokens, device, decode_cases):
+            case.launch(0, False)
+    finally:
+        gpu.kernel = launch_for_real
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda one: gpu_build.build(one[0], dict(one[1]), capability), wanted))
+    return len(wanted)
 
 
 @contextmanager

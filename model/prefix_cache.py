@@ -13,13 +13,16 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from model.device_store import DeviceStateStore, EncodedStores, StateTensors
 from model.prefix_plan import PlanSettings, PrefixPlan, plan_prefix, root_key
 from model.state import HybridState, Snapshot
 from model.state_codec import DamagedValue, decode_value, encode_value
-from model.state_store import StateItem, StateStore
+from model.state_store import Buffer, StateItem, StateStore, WriteBehindStore
 
+_MAX_PENDING_BYTES = 1 << 30  # of tensors that wait to be encoded
 _log = logging.getLogger(__name__)
 
 
@@ -34,8 +37,8 @@ class PrefixHit:
 
 
 class _Loaded(NamedTuple):
-    value: bytearray
-    tensors: list[Tensor]
+    value: Buffer | StateTensors
+    tensors: Sequence[Tensor]
 
 
 @dataclass(slots=True)
@@ -55,7 +58,8 @@ class PrefixCache:
     """One cache over `stores`, the fastest first. Safe to use from several threads.
 
     `fingerprint` names the model (prefix_plan.state_fingerprint). What is found in a slower store is copied into the
-    faster ones. Slow stores belong behind a WriteBehindStore. The stores stay their owner's to close.
+    faster ones. Slow stores belong behind a WriteBehindStore. The stores stay their owner's to close. The first may be
+    a DeviceStateStore: then those below it are written on a thread of their own, which `close` ends.
     """
 
     def __init__(
@@ -63,6 +67,14 @@ class PrefixCache:
     ) -> None:
         self.settings = settings or PlanSettings()
         self._stores, self._fingerprint, self._layout = tuple(stores), fingerprint, fingerprint.hex()
+        self._device = stores[0] if stores and isinstance(stores[0], DeviceStateStore) else None
+        self._behind: WriteBehindStore | None = None
+        self._savers = self._stores  # where a state goes that has just been computed
+        if self._device is not None:
+            self._savers = self._stores[:1]
+            if stores[1:]:
+                self._behind = WriteBehindStore(EncodedStores(stores[1:], self._layout), _MAX_PENDING_BYTES)
+                self._savers += (self._behind,)
         self._stats = CacheStats()
         self._epoch = 0
         self._invalidated: dict[str, int] = {}  # tag -> epoch that its invalidation began
@@ -90,16 +102,19 @@ class PrefixCache:
         epoch = self._epoch if epoch is None else epoch
         return plan_prefix(root_key(self._fingerprint, salt), token_ids, boundaries, self.settings, tags, epoch)
 
-    def longest_prefix(self, plan: PrefixPlan) -> PrefixHit | None:
+    def longest_prefix(self, plan: PrefixPlan, prefetch: bool = False) -> PrefixHit | None:
         """The deepest position of the plan with a snapshot and all KV before it, leaving a token to compute.
 
-        Loads what it returns. Values that cannot be used are dropped, counted, and the next position is tried.
+        Loads what it returns. Values that cannot be used are dropped, counted, and the next position is tried. A
+        `prefetch` is no question: it counts neither as a lookup nor as a use of what it finds.
         """
-        where = self._locate(plan.keys_deepest_first(plan.num_tokens - 1))
+        where = self._locate(plan.keys_deepest_first(plan.num_tokens - 1), prefetch)
         loaded: dict[str, _Loaded] = {}
         hit = None
         while hit is None and (position := _deepest(plan, where)):
             hit = self._load(plan, position, where, loaded)
+        if prefetch:
+            return hit
         with self._lock:
             self._stats.lookups += 1
             self._stats.prompt_tokens += plan.num_tokens
@@ -113,7 +128,7 @@ class PrefixCache:
         state.restore(hit.snapshot, hit.kv)
 
     def save(self, plan: PrefixPlan, state: HybridState, kept_tokens: int = 0) -> bool:
-        """Keep `state` if the plan has a snapshot at its position; the first `kept_tokens` tokens' KV is there already.
+        """Keep `state` if the plan has a snapshot at its position; the first `kept_tokens` tokens' KV was kept before.
 
         False if there was nothing to keep, or a document of it was invalidated meanwhile.
         """
@@ -122,18 +137,16 @@ class PrefixCache:
             return False
         size = plan.block_tokens
         items = []
-        for i in range(kept_tokens // size, position // size):
+        for i in self._blocks_to_save(plan, kept_tokens // size, position // size):
             block = state.read_kv(i * size, (i + 1) * size)
             items.append(self._item(plan, plan.block_keys[i], (i + 1) * size, [block]))
         snapshot = state.snapshot()
         tail = state.read_kv(position - position % size, position)
         items.append(self._item(plan, key, position, [snapshot.conv, snapshot.ssm, tail]))
-        if not self._put(plan, self._stores, items):
+        if not self._put(plan, self._savers, items):
             return False
         with self._lock:
             self._stats.saved += 1
-        if self._stores[0].tier == "host":  # of a prefix the end should be evicted first: it needs its beginning
-            self._stores[0].contains_many(plan.keys_deepest_first(position))
         return True
 
     def invalidate(self, tags: Collection[str]) -> None:
@@ -141,16 +154,41 @@ class PrefixCache:
         with self._lock:
             self._epoch += 1
             self._invalidated.update(dict.fromkeys(tags, self._epoch))
+        if self._behind is not None:  # before the stores that it writes
+            self._behind.delete(tags=tags)
         for store in self._stores:
             store.delete(tags=tags)
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until the stores below the device have all that was saved; False if it took longer."""
+        return self._behind is None or self._behind.flush(timeout_s)
+
+    def close(self) -> None:
+        """Encode what waits for it. To be called before the stores are closed; twice does no harm."""
+        if self._behind is not None:
+            self._behind.close()
 
     def stats(self) -> tuple[CacheStats, dict[str, dict[str, int]]]:
         """Counters of the cache, and those of each tier by name."""
         with self._lock:
             counted = replace(self._stats)
-        return counted, {store.tier: store.stats() for store in self._stores}
+        tiers = {store.tier: store.stats() for store in self._stores}
+        if self._device is not None and self._behind is not None:
+            behind, nearest = self._behind.stats(), tiers[self._device.tier]
+            nearest |= {"pending_bytes": behind["pending_bytes"], "dropped": nearest["dropped"] + behind["dropped"]}
+        return counted, tiers
+
+    def _blocks_to_save(self, plan: PrefixPlan, start: int, end: int) -> list[int]:
+        """Blocks `start` to `end`, and of those before them what this process has given up since it was kept."""
+        nearest = self._stores[0]
+        if not start or nearest.tier == "redis":  # asking a server would make the answer wait
+            return list(range(start, end))
+        there = nearest.contains_many(plan.block_keys[:start], peek=True)
+        return [i for i in range(end) if i >= start or not there[i]]
 
     def _item(self, plan: PrefixPlan, key: str, end: int, tensors: Sequence[Tensor]) -> StateItem:
+        if self._device is not None:
+            return _describe(plan, key, end, StateTensors(tuple(tensors)))
         return _describe(plan, key, end, encode_value(key, self._layout, tensors))
 
     def _put(self, plan: PrefixPlan, stores: Sequence[StateStore], items: Sequence[StateItem]) -> bool:
@@ -164,12 +202,12 @@ class PrefixCache:
                 store.put_many(items)
         return True
 
-    def _locate(self, keys: Sequence[str]) -> dict[str, int]:
+    def _locate(self, keys: Sequence[str], peek: bool) -> dict[str, int]:
         """key -> the fastest store that has it; what no store has is absent."""
         where: dict[str, int] = {}
         for level, store in enumerate(self._stores):
             asked = [key for key in keys if key not in where]
-            found = store.contains_many(asked) if asked else []
+            found = store.contains_many(asked, peek) if asked else []
             where.update({key: level for key, there in zip(asked, found, strict=True) if there})
         return where
 
@@ -199,7 +237,10 @@ class PrefixCache:
                 if value is None:  # evicted since it was located
                     del where[key]
                     continue
-                whole = value if isinstance(value, bytearray) else bytearray(value)
+                if isinstance(value, StateTensors):
+                    loaded[key] = _Loaded(value, value.tensors)
+                    continue
+                whole = bytearray(value) if memoryview(value).readonly else value
                 try:
                     loaded[key] = _Loaded(whole, decode_value(key, self._layout, whole, tensors))
                 except DamagedValue as error:
@@ -214,18 +255,45 @@ class PrefixCache:
         size = plan.block_tokens
         ends = [(key, (i + 1) * size) for i, key in enumerate(plan.block_keys[: position // size])]
         ends.append((plan.snapshot_keys[position], position))
-        for level in range(1, len(self._stores)):
+        first = 0 if self._device is None else 1
+        for level in range(first + 1, len(self._stores)):
             items = [_describe(plan, key, end, loaded[key].value) for key, end in ends if where[key] == level]
             if items:
-                self._put(plan, self._stores[:level], items)
+                self._put(plan, self._stores[first:level], items)
+        if self._device is not None:
+            self._bring_to_device(plan, self._device, ends, loaded)
+
+    def _bring_to_device(
+        self,
+        plan: PrefixPlan,
+        device: DeviceStateStore,
+        ends: Sequence[tuple[str, int]],
+        loaded: dict[str, _Loaded],
+    ) -> None:
+        """Put what was loaded as bytes there as tensors, and use these, unless it is more than the store holds."""
+        strangers = [key for key, _ in ends if not isinstance(loaded[key].value, StateTensors)]
+        nbytes = sum(tensor.nbytes for key in strangers for tensor in loaded[key].tensors)
+        if not strangers or not device.make_room(nbytes):
+            return
+        try:
+            for key in strangers:
+                value = StateTensors(tuple(tensor.to(device.device) for tensor in loaded[key].tensors))
+                loaded[key] = _Loaded(value, value.tensors)
+        except torch.OutOfMemoryError:
+            _log.warning("no memory on %s to bring %d bytes of states there", device.device, nbytes)
+            return
+        there = device.contains_many([key for key, _ in ends], peek=True)  # less what has just made room
+        missing = [end for end, kept in zip(ends, there, strict=True) if not kept]
+        self._put(plan, [device], [_describe(plan, key, end, loaded[key].value) for key, end in missing])
 
 
-def _describe(plan: PrefixPlan, key: str, end: int, value: bytearray) -> StateItem:
+def _describe(plan: PrefixPlan, key: str, end: int, value: Buffer | StateTensors) -> StateItem:
     """A block or a snapshot of the first `end` tokens, with what the stores should know of it."""
     is_snapshot = plan.snapshot_keys.get(end) == key
     before = end // plan.block_tokens - (not is_snapshot)  # blocks without which it is of no use
     after = plan.block_keys[before - 1] if before else ""
-    return StateItem(key, value, plan.tags_before(end), after, end if is_snapshot else 0)
+    ends_prompt = is_snapshot and end == max(plan.snapshot_keys)
+    return StateItem(key, value, plan.tags_before(end), after, end if is_snapshot else 0, ends_prompt)
 
 
 def _deepest(plan: PrefixPlan, where: Mapping[str, int]) -> int:

@@ -152,10 +152,7 @@ class HybridState:
         for piece in kv:
             _check_fit("KV", piece, layout.kv_shape(piece.shape[2]), layout.kv_dtype)
         self.reserve(covered)
-        start = 0
-        for piece in kv:
-            self._kv[:, :, start : start + piece.shape[2]] = piece
-            start += piece.shape[2]
+        self._fill_kv([piece for piece in kv if piece.shape[2]], covered)
         self.conv.copy_(snapshot.conv)
         self.ssm.copy_(snapshot.ssm)
         self.num_tokens = covered
@@ -195,6 +192,16 @@ class HybridState:
         state = cls(layout, device)
         state.restore(Snapshot(num_tokens, conv, ssm), [kv])
         return state
+
+    def _fill_kv(self, pieces: Sequence[Tensor], num_tokens: int) -> None:
+        if pieces and all(piece.device == self._kv.device for piece in pieces):  # hundreds of pieces a launch
+            filled = self._kv.flatten(0, 1)[:, :num_tokens]
+            torch.cat([piece.flatten(0, 1) for piece in pieces], dim=1, out=filled)
+            return
+        start = 0
+        for piece in pieces:
+            self._kv[:, :, start : start + piece.shape[2]] = piece
+            start += piece.shape[2]
 
     def _new_kv(self, capacity: int) -> Tensor:
         with torch.inference_mode(False):

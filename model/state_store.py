@@ -1,9 +1,9 @@
-"""Where states are kept as bytes: the contract of every tier, the tier in memory, and writing behind.
+"""Where states are kept: the contract of every tier, the tier in memory, and writing behind.
 
 A store knows keys, values and tags; not what a state is (state_codec.py), not which ones are worth keeping
 (prefix_cache.py) or which go first when memory is full (state_eviction.py). A store never raises because of what it is
 given or of a server it depends on: what it cannot give is a miss, what it cannot take is dropped, and `stats` counts
-both. Redis: redis_store.py.
+both. Values are bytes, those of device_store.py tensors. Redis: redis_store.py.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Collection, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from model.state_eviction import Entry, EvictionPolicy, LeastValuable
+
+if TYPE_CHECKING:
+    from model.device_store import StateTensors
 
 Buffer = bytes | bytearray | memoryview
 _WRITE_BATCH_BYTES = 16 << 20
@@ -24,27 +27,30 @@ _log = logging.getLogger(__name__)
 class StateItem(NamedTuple):
     """`tags` are the documents the value was made from: `delete(tags=...)` finds it by any of them.
 
-    The rest are hints for eviction: `after` is the key of the value without which this one is of no use, and
-    `saves_tokens` how many tokens need not be computed when this value is there, 0 if it saves none by itself.
+    The rest are hints for eviction: `after` is the key of the value without which this one is of no use,
+    `saves_tokens` how many tokens need not be computed when this value is there, 0 if it saves none by itself, and
+    `ends_prompt` whether nothing deeper was to be kept of the prompt it was made for.
     """
 
     key: str
-    value: Buffer
+    value: Buffer | StateTensors
     tags: frozenset[str] = frozenset()
     after: str = ""
     saves_tokens: int = 0
+    ends_prompt: bool = False
 
 
 class StateStore(Protocol):
     """Safe to call from several threads. Values must not be changed by whoever gets or puts them."""
 
-    tier: str  # as answers name it: "host", "redis"
+    tier: str  # as answers name it: "gpu", "host", "redis"
 
-    def contains_many(self, keys: Sequence[str]) -> list[bool]:
-        """Which keys would probably be found now. Asking may count as a use, the last key as the newest."""
+    def contains_many(self, keys: Sequence[str], peek: bool = False) -> list[bool]:
+        """Which keys would probably be found now. They are a prompt's, deepest first; unless it is only a `peek`,
+        that the prompt could use them counts for what is kept."""
         ...
 
-    def get_many(self, keys: Sequence[str]) -> list[Buffer | None]:
+    def get_many(self, keys: Sequence[str]) -> list[Buffer | StateTensors | None]:
         """The values; None for a miss."""
         ...
 
@@ -74,21 +80,21 @@ class MemoryStateStore:
         self._evicted = self._dropped = 0
         self._lock = threading.Lock()
 
-    def contains_many(self, keys: Sequence[str]) -> list[bool]:
+    def contains_many(self, keys: Sequence[str], peek: bool = False) -> list[bool]:
         with self._lock:
-            return [self._touch(key, read=False) for key in keys]
+            if not peek:
+                self._policy.ask(keys)
+            return [key in self._items for key in keys]
 
-    def get_many(self, keys: Sequence[str]) -> list[Buffer | None]:
+    def get_many(self, keys: Sequence[str]) -> list[Buffer | StateTensors | None]:
         with self._lock:
-            return [self._items[key].value if self._touch(key, read=True) else None for key in keys]
+            return [item.value if (item := self._items.get(key)) else None for key in keys]
 
     def put_many(self, items: Sequence[StateItem]) -> None:
         with self._lock:
             for item in items:
                 self._add(item)
-            while self._bytes > self._max_bytes:
-                self._remove(self._policy.victim())
-                self._evicted += 1
+            self._shrink(self._max_bytes)
 
     def delete(self, keys: Collection[str] = (), tags: Collection[str] = ()) -> None:
         with self._lock:
@@ -109,11 +115,10 @@ class MemoryStateStore:
     def close(self) -> None:
         self.delete(keys=list(self._items))
 
-    def _touch(self, key: str, read: bool) -> bool:
-        if key not in self._items:
-            return False
-        self._policy.touch(key, read)
-        return True
+    def _shrink(self, max_bytes: int) -> None:
+        while self._bytes > max_bytes:
+            self._remove(self._policy.victim())
+            self._evicted += 1
 
     def _add(self, item: StateItem) -> None:
         if len(item.value) > self._max_bytes:
@@ -123,7 +128,7 @@ class MemoryStateStore:
         self._forget(item.key)
         self._items[item.key] = item
         self._bytes += len(item.value)
-        self._policy.add(item.key, Entry(len(item.value), item.after, item.saves_tokens))
+        self._policy.add(item.key, Entry(len(item.value), item.after, item.saves_tokens, item.ends_prompt))
         for tag in item.tags:
             self._keys_of_tag.setdefault(tag, set()).add(item.key)
 
@@ -161,10 +166,10 @@ class WriteBehindStore:
         self._thread = threading.Thread(target=self._run, name=f"write-behind-{store.tier}", daemon=True)
         self._thread.start()
 
-    def contains_many(self, keys: Sequence[str]) -> list[bool]:
-        return self._store.contains_many(keys)
+    def contains_many(self, keys: Sequence[str], peek: bool = False) -> list[bool]:
+        return self._store.contains_many(keys, peek)
 
-    def get_many(self, keys: Sequence[str]) -> list[Buffer | None]:
+    def get_many(self, keys: Sequence[str]) -> list[Buffer | StateTensors | None]:
         return self._store.get_many(keys)
 
     def put_many(self, items: Sequence[StateItem]) -> None:

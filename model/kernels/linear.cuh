@@ -328,8 +328,9 @@ struct Routing {
         if (threadIdx.x == 0) {
             int slots = 0;
             start[num_experts] = assignments;
-            for (int e = 0; e < num_experts; ++e)
-                for (int at = start[e]; at < start[e + 1]; at += TOKENS) slot_expert[slots] = e, slot_start[slots++] = at;
+            for (int e = 0, at = 0; e < num_experts; ++e)
+                for (const int end = start[e + 1]; at < end; at = min(at + TOKENS, end))
+                    slot_expert[slots] = e, slot_start[slots++] = at;
             slot_start[slots] = assignments, num_slots = slots;
         }
         __syncthreads();

@@ -66,7 +66,11 @@ def test_the_gpu_benchmark_runs_every_section_on_a_small_shape(results, capsys):
     assert [row["context"] for row in results("gpu-decode")] == list(sizes.decode)
     assert [(row["context"], row["batch"]) for row in results("gpu-batch")] == list(sizes.batches)
     assert [row["by"] for row in results("gpu-first-token")] == ["model", "engine"]
-    assert {row["what"] for row in results("gpu-profile")} == {"prefill of 64", "decode step"}
+    assert {row["what"] for row in results("gpu-profile")} == {
+        "prefill of 64",
+        "16 tokens behind 48",
+        "decode step",
+    }
     assert results("gpu-sharing")[0]["prefill_s"] > 0
     assert len(results("gpu-copy")) == 2 and len(results("gpu-memory")) == 1
 

@@ -6,7 +6,6 @@ import threading
 import pytest
 from state_kit import all_keys, open_store, running_server
 
-from model.state_eviction import LeastRecentlyUsed
 from model.state_store import MemoryStateStore, StateItem, WriteBehindStore
 
 
@@ -113,19 +112,22 @@ def test_many_threads(store):
     assert store.stats()["dropped"] == 0
 
 
-def test_memory_evicts_the_least_recently_used_by_bytes():
-    store = MemoryStateStore(max_bytes=30, policy=LeastRecentlyUsed())
-    put(store, ("a", bytes(10), "x"), ("b", bytes(10)), ("c", bytes(10)))
-    store.contains_many(["b", "a"])  # a is now the most recent
-    put(store, ("d", bytes(15)))
-    assert store.contains_many("abcd") == [True, False, False, True]
+def test_memory_gives_up_values_by_bytes():
+    store = MemoryStateStore(max_bytes=30)
+
+    def put_snapshots(*sizes: tuple[str, int]) -> None:
+        store.put_many([StateItem(key, bytes(size), frozenset("x"), saves_tokens=100) for key, size in sizes])
+
+    put_snapshots(("a", 10), ("b", 10), ("c", 10))
+    for _ in range(3):
+        store.contains_many("a")
+    put_snapshots(("d", 15))
+    assert store.contains_many("abcd", peek=True) == [True, False, False, True]
     assert store.stats() == {"items": 2, "bytes": 25, "max_bytes": 30, "evicted": 2, "dropped": 0}
-    put(store, ("e", bytes(31)))
-    assert store.contains_many("ade") == [True, True, False]
+    put_snapshots(("e", 31))
+    assert store.contains_many("ade", peek=True) == [True, True, False]
     assert store.stats()["dropped"] == 1
-    put(store, ("a", bytes(16)))
-    assert store.contains_many("ad") == [True, False]
-    store.delete(keys=["a"])
+    store.delete(tags=["x"])
     assert store.stats()["bytes"] == store.stats()["items"] == 0
 
 
