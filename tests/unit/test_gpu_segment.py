@@ -1,0 +1,65 @@
+"""A few tokens of one sequence as graphs between the attentions, against the modules: emulated and on a card."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from test_gpu_decode import KINDS, device, make, prefilled, same_states, tokens  # noqa: F401
+
+from model import Jamba, gpu_segment, jamba
+
+
+@pytest.fixture(autouse=True)
+def _enabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_segment, "ENABLED", True)
+
+
+def assert_equals_modules(model: Jamba, monkeypatch: pytest.MonkeyPatch, past: int, lengths: list[int]) -> None:
+    """Pieces of these lengths, one behind the other, give the modules' own bits: logits and states."""
+    (state,) = prefilled(model, [past])
+    (other,) = same_states(model, [state])
+    ids = tokens(1, sum(lengths), seed=3)[0]
+    ends = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    for begin, end in pairwise(ends):
+        piece = ids[begin:end]
+        ours = model.forward_packed(piece, [len(piece)], [state])
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu_segment, "ENABLED", False)
+            patch.setattr(jamba, "can_decode", lambda x, batch: False)  # in C, where the emulator's host is the device
+            assert torch.equal(ours, model.forward_packed(piece, [len(piece)], [other]))
+    assert state.to_bytes() == other.to_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_segments_equal_the_modules(make, monkeypatch, kind: str) -> None:  # noqa: F811
+    model = make(**KINDS[kind])
+    assert_equals_modules(model, monkeypatch, 70, [5, 2, 64, 5, 5])
+    assert model._gpu_segments is not None
+
+
+def test_segments_of_a_new_sequence(make, monkeypatch) -> None:  # noqa: F811
+    assert_equals_modules(make(), monkeypatch, 0, [9, 9, 9, 9])
+
+
+def test_longer_pieces_several_sequences_and_all_logits_run_as_modules(make) -> None:  # noqa: F811
+    model = make()
+    with torch.no_grad():
+        assert model._short_segments(64) is not None
+        assert model._short_segments(65) is None
+    a, b = prefilled(model, [3, 3])
+    ids = tokens(1, 8)[0].to(a.conv.device)
+    assert model.forward_packed(ids, [4, 4], [a, b]).shape[0] == 2
+    assert model.forward_packed(ids, [8], [a], logits="all").shape[0] == 8
+
+
+def test_a_failed_call_leaves_the_state_as_it_was(make, monkeypatch) -> None:  # noqa: F811
+    model = make()
+    (state,) = prefilled(model, [6])
+    before = state.to_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(model.lm_head, "forward", lambda x: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.forward_packed(tokens(1, 5)[0], [5], [state])
+    assert state.to_bytes() == before
