@@ -248,9 +248,9 @@ def build_model(settings: Settings, stack: ExitStack, answering: bool, nonce: st
     path = check_checkpoint(settings.model.path)
     tokenizer = Tokenizer.load(path)
     max_context_tokens = settings.model.max_context_tokens or _read_context_length(path)
-    device = choose_device(settings.model)
+    device = choose_device(settings.model) if answering else None
     stores = _state_stores(settings, device, stack)
-    if not answering:
+    if device is None:
         prompt_format = _choose_format(path, tokenizer, nonce, max_context_tokens)
         return LoadedModel(UnloadedEngine(), PrefixCache(stores), tokenizer, prompt_format, path.resolve().name)
     if settings.model.threads:
@@ -259,13 +259,12 @@ def build_model(settings: Settings, stack: ExitStack, answering: bool, nonce: st
     model = load_model(path, device, choose_dtype(settings.model, device), quantize)
     fingerprint = state_fingerprint(path, quantize, model.new_state().layout.fingerprint())
     plan_settings = _plan_settings(settings, device)
-    free_bytes = measure_state_bytes(model, plan_settings.segment_tokens)
     state_max_bytes = settings.model.state_max_bytes or None
-    if free_bytes is not None:
-        kept_bytes = _gpu_cache_bytes(settings, free_bytes, model.state_layout, max_context_tokens)
+    if (free_bytes := measure_state_bytes(model, plan_settings.segment_tokens)) is not None:
+        kept_bytes = gpu_cache_bytes(settings, free_bytes, model.state_layout, max_context_tokens)
         if kept_bytes:  # an eighth is for what is just being saved, or waits to be written to the other tiers
             stores.insert(0, DeviceStateStore(kept_bytes - kept_bytes // 8, device))
-        state_max_bytes = settings.model.state_max_bytes or max(0, free_bytes - kept_bytes)
+        state_max_bytes = state_max_bytes or max(0, free_bytes - kept_bytes)
     cache = PrefixCache(stores, fingerprint, plan_settings)
     stack.callback(cache.close)
     engine = JambaEngine(
@@ -284,7 +283,7 @@ def build_model(settings: Settings, stack: ExitStack, answering: bool, nonce: st
     return LoadedModel(engine, cache, tokenizer, prompt_format, path.resolve().name)
 
 
-def _gpu_cache_bytes(settings: Settings, free_bytes: int, layout: StateLayout, max_context_tokens: int) -> int:
+def gpu_cache_bytes(settings: Settings, free_bytes: int, layout: StateLayout, max_context_tokens: int) -> int:
     """Of a GPU's free memory, what prefix states may take: by default they leave room for one answer in full."""
     if settings.cache.gpu_max_bytes is not None:
         return settings.cache.gpu_max_bytes
@@ -360,11 +359,11 @@ def _read_context_length(path: Path) -> int:
     return json.loads((path / "config.json").read_text()).get("max_position_embeddings", _DEFAULT_CONTEXT_TOKENS)
 
 
-def _state_stores(settings: Settings, device: torch.device, stack: ExitStack) -> list[StateStore]:
+def _state_stores(settings: Settings, device: torch.device | None, stack: ExitStack) -> list[StateStore]:
     """Tiers of prefix states below the memory of a GPU, the fastest first."""
     stores: list[StateStore] = []
     if settings.cache.host_max_bytes:
-        kind = DeviceStateStore if device.type == "cpu" else MemoryStateStore
+        kind = DeviceStateStore if device is not None and device.type == "cpu" else MemoryStateStore
         stores.append(kind(settings.cache.host_max_bytes))
     if settings.redis.url is not None:
         redis = RedisStateStore(

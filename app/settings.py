@@ -60,7 +60,7 @@ class ModelSettings(_Group):
     max_batch: int = _setting(8, "Sequences decoded together.", "sequences", ge=1)
     state_max_bytes: int = _setting(
         0,
-        "Memory of answers under way; what does not fit waits. 0: on a GPU what is free after loading, on a CPU any.",
+        "Memory of answers under way; what does not fit waits. 0: on a GPU what prefix states leave, on a CPU any.",
         "bytes",
         ge=0,
     )

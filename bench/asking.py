@@ -66,7 +66,7 @@ def open_asker(checkpoint: Path, max_context_tokens: int, quantize: str, max_quo
     """Load a checkpoint; nothing is cached between questions, so that each pays for its own prompt."""
     groups = {
         "model": {"path": checkpoint, "max_context_tokens": max_context_tokens, "quantize": quantize},
-        "cache": {"host_max_bytes": 0},
+        "cache": {"host_max_bytes": 0, "gpu_max_bytes": 0},
         "redis": {"url": None},
     }
     with ExitStack() as stack:

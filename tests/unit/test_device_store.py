@@ -1,0 +1,321 @@
+"""States kept as tensors where the model runs. The oracle is the same answer, to the last bit, as without any cache."""
+
+import random
+import threading
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from engine_kit import SMALL, byte_tokenizer, doc_request, run_all, run_one
+from state_kit import open_store, running_server
+
+from app.main import gpu_cache_bytes
+from app.settings import load_settings
+from model import Jamba, load_model
+from model.device_store import DeviceStateStore, EncodedStores, StateTensors
+from model.engine import JambaEngine
+from model.prefix_cache import PrefixCache
+from model.state import HybridState, StateLayout
+from model.state_codec import decode_value
+from model.state_store import MemoryStateStore, StateItem, WriteBehindStore
+
+TOKENIZER = byte_tokenizer()
+DOCUMENTS = [f"{i}: " + "".join(random.Random(i).choices("abc déf", k=15 * i + 9)) for i in range(6)]
+QUESTIONS = ["why?", "what is in it, and where?", "x" * 40]
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def model(tiny_jamba_dir, request) -> Jamba:
+    torch.set_num_threads(1)
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return load_model(tiny_jamba_dir, torch.device(request.param))
+
+
+@pytest.fixture
+def device(model) -> torch.device:
+    return model.embed_tokens.weight.device
+
+
+@pytest.fixture
+def make_engine(model):
+    engines = []
+
+    def make(*stores: object, fingerprint: bytes = b"model") -> JambaEngine:
+        cache = PrefixCache(stores, fingerprint, SMALL)
+        engines.append(JambaEngine(model, TOKENIZER, cache, max_context_tokens=2000))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+        engine.prefix_cache.close()
+
+
+@pytest.fixture
+def nearest(device) -> DeviceStateStore:
+    return named_store(1 << 26, device)
+
+
+@pytest.fixture
+def redis_store():
+    with running_server() as server:
+        store = open_store(server, part_bytes=4096)
+        yield store
+        store.close()
+
+
+def named_store(max_bytes: int, device: torch.device) -> DeviceStateStore:
+    """With the name it has on a GPU, so that a store in main memory can stand below it on a CPU too."""
+    store = DeviceStateStore(max_bytes, device)
+    store.tier = "gpu"
+    return store
+
+
+def random_request(rng: random.Random):
+    chosen = sorted(rng.sample(range(len(DOCUMENTS)), rng.randint(0, 4)))
+    return doc_request(TOKENIZER, [DOCUMENTS[i] for i in chosen], rng.choice(QUESTIONS))
+
+
+def assert_same_bits(answer, expected) -> None:
+    assert (answer.token_ids, answer.logprobs, answer.text) == (expected.token_ids, expected.logprobs, expected.text)
+
+
+def tensors_of(store: DeviceStateStore, engine: JambaEngine, one) -> list[torch.Tensor]:
+    keys = engine.prefix_cache.plan(one.token_ids, one.boundaries, one.salt).keys_deepest_first(len(one.token_ids))
+    return [tensor for value in store.get_many(keys) if value is not None for tensor in value.tensors]
+
+
+def item(key: str, *floats: int, tags: str = "", **hints: object) -> StateItem:
+    return StateItem(key, StateTensors(tuple(torch.zeros(count) for count in floats)), frozenset(tags), **hints)
+
+
+def test_the_store_gives_what_it_was_given_and_counts_bytes():
+    store = DeviceStateStore(100)
+    one, other = item("a", 5, 3, tags="xy"), item("b", 2, tags="y")
+    store.put_many([one, other])
+    assert store.tier == "host"
+    assert store.get_many(["b", "c", "a"]) == [other.value, None, one.value]
+    assert store.stats() == {"items": 2, "bytes": 40, "max_bytes": 100, "evicted": 0, "dropped": 0}
+    store.put_many([item("big", 26)])
+    assert store.contains_many(["a", "b", "big"]) == [True, True, False]
+    assert store.stats()["dropped"] == 1
+    store.delete(tags=["x"])
+    assert store.contains_many(["a", "b"]) == [False, True]
+    store.delete(keys=["b"])
+    assert store.stats()["bytes"] == store.stats()["items"] == 0
+
+
+def test_room_is_made_only_where_it_helps():
+    store = DeviceStateStore(100)
+    store.put_many([item(key, 10, saves_tokens=100) for key in "ab"])
+    assert not store.make_room(101)
+    assert store.contains_many("ab", peek=True) == [True, True]
+    assert store.make_room(20)
+    assert store.stats()["bytes"] == 80
+    assert store.make_room(60)
+    assert (store.stats()["bytes"], store.stats()["evicted"]) == (40, 1)
+
+
+@pytest.mark.parametrize("max_bytes", [1 << 26, 150_000, 20_000])
+@pytest.mark.parametrize("below", ["nothing", "memory", "redis", "memory and redis"])
+def test_warm_answers_equal_cold_ones(make_engine, device, redis_store, below, max_bytes):
+    rng = random.Random(f"{below} {max_bytes}")
+    stores: list = [named_store(max_bytes, device)]
+    if "memory" in below:
+        stores.append(MemoryStateStore(150_000))
+    if "redis" in below:
+        stores.append(WriteBehindStore(redis_store))
+    warm, cold = make_engine(*stores), make_engine()
+    tiers = set()
+    for _ in range(14):
+        one = random_request(rng)
+        answer = run_one(warm, one)
+        assert_same_bits(answer, run_one(cold, one))
+        assert (answer.end.tier == "none") == (answer.end.cached_tokens == 0)
+        assert stores[0].stats()["bytes"] <= max_bytes
+        assert warm.prefix_cache.flush(timeout_s=20)
+        if "redis" in below:
+            assert stores[-1].flush(timeout_s=20)
+        tiers.add(answer.end.tier)
+    assert "gpu" in tiers or max_bytes == 20_000
+    assert "redis" in tiers or max_bytes == 1 << 26 or below != "redis"
+    if "redis" in below:
+        warm.prefix_cache.close()
+        stores[-1].close()
+
+
+def test_answers_in_a_batch_are_the_same_text(make_engine, nearest):
+    rng = random.Random(1)
+    warm, cold = make_engine(nearest, MemoryStateStore(1 << 26)), make_engine()
+    for _ in range(3):
+        requests = [random_request(rng) for _ in range(5)]
+        answers = run_all(warm, requests)
+        assert [a.token_ids for a in answers] == [run_one(cold, one).token_ids for one in requests]
+
+
+def test_values_stay_on_the_device_and_are_not_the_memory_of_a_state(make_engine, nearest, device):
+    engine = make_engine(nearest)
+    one = doc_request(TOKENIZER, DOCUMENTS[:4], "why?")
+    first = run_one(engine, one)
+    tensors = tensors_of(nearest, engine, one)
+    assert {tensor.device.type for tensor in tensors} == {device.type}
+    assert sum(tensor.nbytes for tensor in tensors) == nearest.stats()["bytes"] > 0
+    assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == nearest.stats()["bytes"]
+    copies = [tensor.clone() for tensor in tensors]
+    second = run_one(engine, one)
+    assert (second.end.tier, second.end.cached_tokens) == ("gpu", one.boundaries[-1])
+    assert_same_bits(second, first)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, copies, strict=True))
+
+
+def test_eviction_while_a_prefix_is_computed(make_engine, device):
+    """Each prompt alone fits; the values of the other are given up in the middle of its prefill."""
+    prompts = [doc_request(TOKENIZER, [f"{name}{i:02d} of equal length" for i in range(12)], "why?") for name in "ab"]
+    roomy = named_store(1 << 26, device)
+    run_one(make_engine(roomy), prompts[0])
+    tight = named_store(roomy.stats()["bytes"] * 5 // 4, device)
+    below = MemoryStateStore(1 << 26)
+    warm, cold = make_engine(tight, below), make_engine()
+    expected = [run_one(cold, one) for one in prompts]
+    for answer in run_all(warm, prompts):
+        assert answer.end.finish_reason == "length"
+    for _ in range(3):
+        for one, right in zip(prompts, expected, strict=True):
+            assert_same_bits(run_one(warm, one), right)
+            assert warm.prefix_cache.flush(timeout_s=20)
+    assert tight.stats()["evicted"] > 0
+    assert run_one(warm, prompts[0]).end.cached_tokens == prompts[0].boundaries[-1]
+
+
+def test_a_restart_finds_the_states_below_and_brings_them_up(make_engine, device, redis_store):
+    one = doc_request(TOKENIZER, DOCUMENTS[:3], "why?")
+    behind = WriteBehindStore(redis_store)
+    before = make_engine(named_store(1 << 26, device), behind)
+    first = run_one(before, one)
+    before.prefix_cache.close()
+    behind.close()
+    nearest, memory = named_store(1 << 26, device), MemoryStateStore(1 << 26)
+    restarted = make_engine(nearest, memory, redis_store)
+    answers = [run_one(restarted, one) for _ in range(2)]
+    assert [answer.end.tier for answer in answers] == ["redis", "gpu"]
+    for answer in answers:
+        assert answer.end.cached_tokens == one.boundaries[-1]
+        assert_same_bits(answer, first)
+    assert {tensor.device.type for tensor in tensors_of(nearest, restarted, one)} == {device.type}
+    assert memory.stats()["items"] == nearest.stats()["items"]
+    nearest.close()
+    again = run_one(restarted, one)
+    assert again.end.tier == "host"
+    assert_same_bits(again, first)
+
+
+def test_a_state_larger_than_the_store_is_used_from_below(make_engine, device):
+    one = doc_request(TOKENIZER, DOCUMENTS, "why?")
+    memory = MemoryStateStore(1 << 26)
+    first = run_one(make_engine(memory), one)
+    small = named_store(1000, device)
+    for _ in range(2):
+        answer = run_one(make_engine(small, memory), one)
+        assert (answer.end.tier, answer.end.cached_tokens) == ("host", one.boundaries[-1])
+        assert_same_bits(answer, first)
+    assert small.stats()["bytes"] <= 1000
+
+
+def test_nothing_crosses_tenants_or_models(make_engine, nearest):
+    one = doc_request(TOKENIZER, DOCUMENTS[:3], "why?")
+    run_one(make_engine(nearest), one)
+    assert run_one(make_engine(nearest, fingerprint=b"other"), one).end.cached_tokens == 0
+    assert run_one(make_engine(nearest), one).end.cached_tokens == one.boundaries[-1]
+
+
+def test_an_invalidation_leaves_nothing_that_saw_the_document(make_engine, nearest):
+    memory = MemoryStateStore(1 << 26)
+    engine = make_engine(nearest, memory)
+    both, other = (doc_request(TOKENIZER, documents, "why?") for documents in (DOCUMENTS[1:4], DOCUMENTS[4:]))
+    for one in (both, other):
+        run_one(engine, one)
+    engine.invalidate({DOCUMENTS[2]})  # while some may still wait to be encoded
+    assert engine.prefix_cache.flush(timeout_s=20)
+    plan = PrefixCache((), b"model", SMALL).plan(both.token_ids, both.boundaries)
+    start = both.tag_starts[DOCUMENTS[2]]
+    saw_it = [key for key in plan.keys_deepest_first(both.boundaries[-1]) if key not in plan.keys_deepest_first(start)]
+    assert saw_it
+    for store in (nearest, memory):
+        assert not any(store.contains_many(saw_it))
+        assert store.contains_many([plan.snapshot_keys[both.boundaries[1]]]) == [True]
+    assert run_one(engine, both).end.cached_tokens == start
+    assert run_one(engine, other).end.cached_tokens == other.boundaries[-1]
+
+
+class Gate(MemoryStateStore):
+    """A store whose puts wait until they are let through, as those of a slow server do."""
+
+    def __init__(self) -> None:
+        super().__init__(1 << 26)
+        self.entered, self.opened = threading.Event(), threading.Event()
+
+    def put_many(self, items) -> None:
+        self.entered.set()
+        assert self.opened.wait(20)
+        super().put_many(items)
+
+
+def test_a_slow_store_below_holds_up_no_answer_and_no_invalidated_state_reaches_it(make_engine, nearest):
+    gate = Gate()
+    engine = make_engine(nearest, gate)
+    one = doc_request(TOKENIZER, DOCUMENTS[:3], "why?")
+    run_one(engine, one)
+    assert gate.entered.wait(20)
+    assert run_one(engine, one).end.tier == "gpu"
+    assert engine.prefix_cache.stats()[1]["gpu"]["pending_bytes"] > 0
+    forgetting = threading.Thread(target=engine.invalidate, args=(set(DOCUMENTS[:3]),))
+    forgetting.start()
+    gate.opened.set()
+    forgetting.join(20)
+    assert not forgetting.is_alive()
+    assert engine.prefix_cache.flush(timeout_s=20)
+    plan = engine.prefix_cache.plan(one.token_ids, one.boundaries)
+    seen = [key for key in plan.keys_deepest_first(10_000) if key not in plan.keys_deepest_first(one.boundaries[0])]
+    for store in (nearest, gate):
+        assert not any(store.contains_many(seen))
+
+
+def test_every_store_below_gets_the_same_bytes(device):
+    stores = [MemoryStateStore(1 << 20), MemoryStateStore(1 << 20)]
+    tensors = (torch.arange(6.0, device=device).view(2, 3), torch.ones(5, dtype=torch.bfloat16, device=device))
+    EncodedStores(stores, "layout").put_many([StateItem("a", StateTensors(tensors), frozenset("x"))])
+    one, other = (store.get_many(["a"])[0] for store in stores)
+    assert one is other
+    for found, tensor in zip(decode_value("a", "layout", one, 2), tensors, strict=True):
+        assert torch.equal(found, tensor.cpu())
+    stores[0].delete(tags=["x"])
+    assert stores[0].stats()["items"] == 0
+
+
+@pytest.mark.parametrize("ends", [(0, 7), (0, 4, 8, 8), (0, 3, 3, 5, 300), (0, 0)])
+def test_a_state_restored_from_pieces_on_its_device_is_the_same(device, ends):
+    layout = StateLayout(2, 1, 2, 4, 6, 3, 4, torch.bfloat16, torch.bfloat16)
+    kv = torch.randn(layout.kv_shape(ends[-1]), device=device).bfloat16()
+    snapshot = replace(HybridState(layout, device).snapshot(), num_tokens=ends[-1])
+    pieces = [kv[:, :, start:end].contiguous() for start, end in pairwise(ends)]
+    restored = HybridState(layout, device)
+    restored.reserve(ends[-1] + 10)
+    address = restored.addresses()
+    restored.restore(snapshot, pieces)
+    assert torch.equal(restored.read_kv(0, ends[-1]), kv)
+    assert restored.addresses() == address
+
+
+def test_by_default_states_leave_a_gpu_room_for_one_answer_in_full():
+    layout = StateLayout(2, 1, 2, 4, 6, 3, 4, torch.bfloat16, torch.bfloat16)
+    longest = HybridState(layout, "meta")
+    longest.reserve(1000)
+    settings = load_settings(env_file=None)
+    shares = [gpu_cache_bytes(settings, times * longest.nbytes // 2, layout, 1000) for times in (1, 2, 3, 4, 20)]
+    assert shares == [0, 0, longest.nbytes // 2, longest.nbytes, 10 * longest.nbytes // 2]
+    chosen = load_settings(env_file=None, model={"state_max_bytes": 700}, cache={"gpu_max_bytes": 5})
+    assert gpu_cache_bytes(chosen, 1000, layout, 1000) == 5
+    chosen = load_settings(env_file=None, model={"state_max_bytes": 700})
+    assert gpu_cache_bytes(chosen, 1000, layout, 1000) == 300
