@@ -13,6 +13,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,8 +38,10 @@ def encode_value(key: str, layout: str, tensors: Sequence[Tensor]) -> bytearray:
     value[_PRELUDE.size : start] = header
     for tensor in tensors:
         if tensor.nbytes:
-            place = torch.frombuffer(value, dtype=tensor.dtype, offset=start, count=tensor.numel())
-            place.view(tensor.shape).copy_(tensor)
+            # NumPy's copy, not PyTorch's: that would give the thread that writes behind a team of OpenMP threads of its
+            # own, and more threads than cores make those of the model sleep between its loops (prefill 30% slower)
+            data = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
+            np.frombuffer(value, np.uint8, tensor.nbytes, start)[:] = data
         start += _aligned(tensor.nbytes)
     checksum = zlib.crc32(memoryview(value)[_PRELUDE.size :])
     _PRELUDE.pack_into(value, 0, _MAGIC, len(header), checksum, payload_bytes)
