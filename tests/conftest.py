@@ -52,6 +52,17 @@ def cuda_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "emulator", emulation.kernel)
 
 
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the CUDA kernels run: emulated on the CPU, and on a card where there is one."""
+    if request.param == "emulated":
+        request.getfixturevalue("cuda_on_cpu")
+        return "cpu"
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return "cuda"
+
+
 @pytest.fixture(scope="session")
 def write_jamba() -> WriteJamba:
     """write_jamba(path, seed=0, save={}, **config fields) writes a random checkpoint and returns its HF model."""

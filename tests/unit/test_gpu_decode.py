@@ -28,16 +28,6 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
-        return "cuda"
-    request.getfixturevalue("cuda_on_cpu")
-    return "cpu"
-
-
 @pytest.fixture
 def make(tmp_path: Path, write_jamba: WriteJamba, device: str):
     """make(**config fields): a random int8 model in bfloat16."""

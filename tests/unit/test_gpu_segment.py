@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_gpu_decode import KINDS, device, make, prefilled, same_states, tokens  # noqa: F401
+from test_gpu_decode import KINDS, make, prefilled, same_states, tokens  # noqa: F401
 
 from model import Jamba, gpu_segment, jamba
 

@@ -13,16 +13,6 @@ RATIO = 6e-3  # bfloat16 of the weights before they meet the values, and of the 
 LAYERS = 2
 
 
-@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
-        return "cuda"
-    request.getfixturevalue("cuda_on_cpu")
-    return "cpu"
-
-
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).bfloat16()
 

@@ -10,16 +10,6 @@ from tests.numeric import assert_close
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 3e-3}  # bf16: the rounding of the output
 
 
-@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "emulated":
-        request.getfixturevalue("cuda_on_cpu")
-        return "cpu"
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    return "cuda"
-
-
 def exact(x: torch.Tensor, state: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return causal_conv_ref(x.double(), state, weight.double(), None if bias is None else bias.double())
 

@@ -12,16 +12,6 @@ TOYS = str(Path(emulation.__file__).with_name("toys"))
 GPU = torch.cuda.is_available()
 
 
-@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "emulated":
-        request.getfixturevalue("cuda_on_cpu")
-        return "cpu"
-    if not GPU:
-        pytest.skip("no GPU")
-    return "cuda"
-
-
 def test_product_through_shared_memory(device):
     torch.manual_seed(0)
     a, b = (torch.randn(rows, 80, device=device).bfloat16() for rows in (16, 8))

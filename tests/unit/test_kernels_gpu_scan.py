@@ -11,16 +11,6 @@ from tests.numeric import assert_close
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 3e-3}  # bf16: the rounding of the output
 
 
-@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "emulated":
-        request.getfixturevalue("cuda_on_cpu")
-        return "cpu"
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    return "cuda"
-
-
 def inputs(b: int, t: int, e: int, n: int, device: str, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """u and z are halves of one projection and B, C parts of one: strided. A reaches from slow to fast decay."""
     torch.manual_seed(t)
