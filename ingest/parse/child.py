@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,7 +30,8 @@ _START = (
 )
 _MAX_STDERR_BYTES = 16 * 1024
 _READ_BYTES = 256 * 1024
-_CHECK_EVERY_S = 0.2
+_CHECK_EVERY_S = 0.05
+_FULL = 0.75  # of the memory limit: what was seen lags behind, and the allocation that failed is not in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,14 @@ class ParseLimits:
     memory_bytes: int = 2 * 1024**3  # address space of the child
     output_bytes: int = 256 * 1024**2
     pages: int = 20_000
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What the parent has noticed of a child beside its answer: stderr, and the most address space it had."""
+
+    errors: bytearray = field(default_factory=bytearray)
+    peak_bytes: int = 0
 
 
 def parse_in_child(
@@ -81,8 +90,8 @@ def run_in_child(
         start_new_session=True,
     )
     try:
-        errors = bytearray()
-        for line in _read_lines(child, limits, errors, check or (lambda: None)):
+        seen = _Seen()
+        for line in _read_lines(child, limits, seen, check or (lambda: None)):
             message = json.loads(line)
             if "progress" in message:
                 if report is not None:
@@ -91,7 +100,7 @@ def run_in_child(
                 raise ParseError(**message["error"])
             else:
                 return message["result"]
-        raise _explain_death(child.wait(), errors, limits)
+        raise _explain_death(child.wait(), seen, limits)
     except json.JSONDecodeError as error:
         raise ParseError("parser_crashed", "the parser wrote something that is no result; report this file") from error
     finally:
@@ -99,9 +108,9 @@ def run_in_child(
 
 
 def _read_lines(
-    child: subprocess.Popen[bytes], limits: ParseLimits, errors: bytearray, check: Callable[[], None]
+    child: subprocess.Popen[bytes], limits: ParseLimits, seen: _Seen, check: Callable[[], None]
 ) -> Iterator[bytes]:
-    """Lines of the child's stdout as they come, its stderr into `errors`; raises ParseError at the limits."""
+    """Lines of the child's stdout as they come, what else it does into `seen`; raises ParseError at the limits."""
     assert child.stdout is not None and child.stderr is not None
     deadline, received, rest = time.monotonic() + limits.wall_s, 0, bytearray()
     with selectors.DefaultSelector() as selector:
@@ -109,6 +118,7 @@ def _read_lines(
         selector.register(child.stderr, selectors.EVENT_READ)
         while selector.get_map():
             check()
+            seen.peak_bytes = max(seen.peak_bytes, _address_space(child.pid))
             ready = selector.select(_CHECK_EVERY_S)
             if time.monotonic() > deadline:
                 raise ParseError(
@@ -121,7 +131,7 @@ def _read_lines(
                 if not data:
                     selector.unregister(key.fileobj)
                 elif key.fileobj is child.stderr:
-                    errors += data[: max(0, _MAX_STDERR_BYTES - len(errors))]
+                    seen.errors += data[: max(0, _MAX_STDERR_BYTES - len(seen.errors))]
                 else:
                     received += len(data)
                     if received > limits.output_bytes:
@@ -149,7 +159,16 @@ def _kill_group(child: subprocess.Popen[bytes]) -> None:
             stream.close()
 
 
-def _explain_death(status: int, errors: bytearray, limits: ParseLimits) -> ParseError:
+def _address_space(pid: int) -> int:
+    """The most that a living process had so far, in bytes; 0 where the system doesn't say."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmPeak:"):
+                return 1024 * int(line.split()[1])
+    return 0
+
+
+def _explain_death(status: int, seen: _Seen, limits: ParseLimits) -> ParseError:
     """Why a child that gave no result ended, in words."""
     if status in (-signal.SIGXCPU, -signal.SIGALRM):
         return ParseError(
@@ -161,8 +180,10 @@ def _explain_death(status: int, errors: bytearray, limits: ParseLimits) -> Parse
         return ParseError(
             "parser_killed", "the parser was killed from outside, probably for lack of memory; retry it", retryable=True
         )
-    last = errors.decode("utf-8", "replace").strip().rpartition("\n")[2][:200]
+    last = seen.errors.decode("utf-8", "replace").strip().rpartition("\n")[2][:200]
     if "MemoryError" in last or "bad_alloc" in last or "emory" in last:
+        return _memory_exceeded(limits)
+    if status < 0 and seen.peak_bytes > _FULL * limits.memory_bytes:  # a library that aborts when it gets no more
         return _memory_exceeded(limits)
     how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
     reason = f"{how}: {last}" if last else how

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from ingest.parse import ParseError, parse_file
-from ingest.parse.child import ParseLimits, parse_in_child
+from ingest.parse.child import ParseLimits, parse_in_child, run_in_child
 
 SAMPLES = Path(__file__).parents[2] / "samples" / "documents"
 HANDBOOK = SAMPLES / "fr12-handbook.pdf"
@@ -69,6 +69,13 @@ def test_using_too_much_processor_time_ends_the_child(tmp_path):
 def test_using_too_much_memory_is_an_error_on_the_document(tmp_path):
     (tmp_path / "x").write_bytes(b"words " * 20_000_000)
     assert code_of(tmp_path / "x", "text/plain", ParseLimits(memory_bytes=200 << 20)) == ("memory_limit", False)
+
+
+@pytest.mark.parametrize(("held_mib", "code"), [(1, "parser_crashed"), (900, "memory_limit")])
+def test_a_library_that_aborts_for_lack_of_memory_is_told_from_one_that_crashes(held_mib, code):
+    with pytest.raises(ParseError) as caught:
+        run_in_child("tests.unit.aborting_child", [str(held_mib)], ParseLimits(memory_bytes=1 << 30))
+    assert caught.value.code == code
 
 
 def test_writing_too_much_ends_the_child(text_file):
