@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import threading
+import time
 import uuid
 from dataclasses import dataclass, field
 
@@ -76,15 +77,21 @@ class IngestWorker:
     def stop(self, timeout_s: float = 30.0) -> bool:
         """Stop soon: a document in work is handed back to the queue, attempts as before, unless it is about done.
 
-        Returns whether all threads ended in time; only then may the store be closed. What did not end is found again
-        when its lease has run out.
+        Returns whether all threads ended in time; only then may the store be closed. What one that did not is still
+        busy with is handed back too: whatever it writes later comes too late (LeaseLost).
         """
         self._stopping.set()
         self.notify()
-        for thread in (*self._threads, self._heart):
-            if thread.ident is not None:
-                thread.join(timeout_s)
-        return not any(thread.is_alive() for thread in (*self._threads, self._heart))
+        deadline = time.monotonic() + timeout_s
+        started = [thread for thread in (*self._threads, self._heart) if thread.ident is not None]
+        for thread in started:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if not any(thread.is_alive() for thread in started):
+            return True
+        for lease in self._leases.copy():
+            lease.lost.set()
+            self._settle(lease.document, None)
+        return False
 
     def _work(self) -> None:
         while not self._stopping.is_set():

@@ -35,12 +35,18 @@ INLINE void dot_tile(const linear *l, const float *x, float *y, int64_t ldy, int
             for (int r = 0; r < num_rows; r++) {
                 vf w = load_weights(l->weight, (row + r) * in + i, dtype, VL);
 #pragma GCC unroll 8
-                for (int k = 0; k < m; k++) sums[r * m + k] += w * (vf) * (const vf_any *)(x + k * in + i);
+                for (int k = 0; k < m; k++) {
+                    const vf column = (vf) * (const vf_any *)(x + k * in + i);
+                    sums[r * m + k] = fma_vf(w, column, sums[r * m + k]);
+                }
             }
         } else {
             for (int r = 0; r < num_rows; r++) {
                 vf w = load_weights(l->weight, (row + r) * in + i, dtype, lanes);
-                for (int k = 0; k < m; k++) sums[r * m + k] += w * load((rows){(void *)x, in, FLOAT32}, k, i, lanes);
+                for (int k = 0; k < m; k++) {
+                    const vf column = load((rows){(void *)x, in, FLOAT32}, k, i, lanes);
+                    sums[r * m + k] = fma_vf(w, column, sums[r * m + k]);
+                }
             }
         }
     }

@@ -268,3 +268,18 @@ def test_a_lost_lease_ends_the_work_without_a_trace(place, gated):
     with pytest.raises(LeaseLost):
         ingest_document(Job(leased, place.store, "slow"), place.index, gated, place.files)
     assert place.store.get_document(document.id).status == "queued"
+
+
+def test_what_does_not_stop_in_time_is_handed_back_and_comes_too_late(place, start, gated):
+    document = place.upload(TEXT.encode())
+    worker = start(gated)
+    assert gated.entered.wait(30)
+    assert not worker.stop(0.1)
+    waiting = place.store.get_document(document.id)
+    assert (waiting.status, waiting.attempts) == ("queued", 0)
+    gated.open.set()
+    assert worker.stop()
+    assert place.store.get_document(document.id).status == "queued"
+    start()
+    done = place.wait(document.id, "ready")
+    assert done.attempts == 1
