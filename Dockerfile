@@ -10,9 +10,13 @@ WORKDIR /src
 RUN python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 COPY pyproject.toml .
-# Dependencies first and by themselves: this layer is rebuilt only when pyproject.toml changes.
+# Dependencies first and by themselves: this layer is rebuilt only when pyproject.toml changes. Their tests and PyTorch's
+# C++ headers stay out of the image.
 RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > requirements.txt \
-    && pip install --quiet -r requirements.txt
+    && pip install --quiet -r requirements.txt \
+    && cd /opt/venv/lib/python3*/site-packages \
+    && rm -rf torch/test torch/include \
+    && find . -type d -name tests -not -path './torch/*' -prune -exec rm -rf {} +
 COPY . .
 RUN pip install --quiet --no-deps .
 

@@ -211,7 +211,7 @@ def show_document(
 
     with connect(_settings(url, key, data_dir), answering=False) as service:
         document = service.request("GET", f"/v1/documents/{quote(document_id, safe='')}")
-    _print_json(document) if as_json else render.show_table(("field", "value"), document.items())
+    _print_json(document) if as_json else render.show_document(document)
 
 
 @documents.command("delete")

@@ -206,7 +206,7 @@ def _describe_field(field: dict[str, Any]) -> str:
     place = ".".join(name for name in names if "[" not in name)  # brackets: which type of a union was tried
     if field["type"] == "json_invalid":
         return f"the body is not JSON: {field.get('ctx', {}).get('error', field['msg'])} at character {place}"
-    return f"{place or 'body'}: {field['msg']}"
+    return f"{place or 'body'}: {field['msg'].removeprefix('Value error, ')}"
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

@@ -1,8 +1,11 @@
 """How the command line shows things to people. What programs read is JSON, printed by cli.py as it comes."""
 
+import io
+import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from rich import markup
@@ -10,9 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from app.support import unsupported_spans
+
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
-_PIPE_WIDTH = 10_000  # of tables that no terminal shows: a row a line, nothing cut off
+_PIPE_WIDTH = 10_000  # of tables that no terminal shows
+_WHOLE = ("id", "status", "pages", "chunks", "bytes", "field")  # columns that are copied, or short: never broken
+_NEAREST = 3  # passages shown where there is no answer
 _CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069]")
 
 
@@ -37,12 +44,24 @@ def progress_bar() -> Progress:
 
 
 def show_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    columns = (Column(header, no_wrap=header == "id", overflow="fold") for header in headers)  # ids are copied
+    """As wide as the terminal; in a pipe a row a line, nothing cut off and no blanks at its end."""
+    columns = (Column(header, no_wrap=header in _WHOLE, overflow="fold") for header in headers)
     table = Table(*columns, box=None, header_style="bold", pad_edge=False)
     for row in rows:
-        table.add_row(*(escape("-" if cell is None else str(cell)) for cell in row))
-    console = out if out.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
-    console.print(table)
+        table.add_row(*(escape(_show_cell(cell)) for cell in row))
+    if out.is_terminal:
+        out.print(table)
+        return
+    wide = Console(highlight=False, width=_PIPE_WIDTH, file=io.StringIO())
+    with wide.capture() as captured:
+        wide.print(table)
+    sys.stdout.writelines(line.rstrip() + "\n" for line in captured.get().splitlines())
+
+
+def _show_cell(cell: object) -> str:
+    if cell is None:
+        return "-"
+    return json.dumps(cell, ensure_ascii=False) if isinstance(cell, dict | list) else str(cell)
 
 
 def show_answer(answer: Mapping[str, Any], with_text: bool = True) -> None:
@@ -53,7 +72,19 @@ def show_answer(answer: Mapping[str, Any], with_text: bool = True) -> None:
         quote = " ".join(citation["cited_text"].split())
         out.print(f"  \\[{number}] “{escape(quote)}”")
         out.print(f"      {escape(place_of(citation))}, {citation['verification']} quote", style="cyan")
+    if not answer["citations"] and answer["sources"]:
+        out.print("  The nearest passages:", style="dim")
+        for hit in answer["sources"][:_NEAREST]:
+            out.print(f"  ≈ {escape(' '.join(hit['text'].split())[:160])} …")
+            out.print(f"      {escape(place_of(hit))}", style="cyan")
+    quotes = [(citation["start"], citation["end"]) for citation in answer["citations"]]
+    if quotes and (unsupported := unsupported_spans(answer["text"], quotes)):
+        out.print(f"  {_count_unsupported(len(unsupported))}", style="yellow")
     out.print(f"  {measures_of(answer)}", style="dim")
+
+
+def _count_unsupported(count: int) -> str:
+    return "1 sentence has no quote in it: unchecked" if count == 1 else f"{count} sentences have no quote: unchecked"
 
 
 def place_of(found: Mapping[str, Any]) -> str:
@@ -85,12 +116,27 @@ def show_hits(hits: Sequence[Mapping[str, Any]]) -> None:
 
 
 def show_documents(documents: Sequence[Mapping[str, Any]]) -> None:
-    headers = ("id", "collection", "file", "status", "pages", "chunks", "bytes", "why")
-    rows = (
-        (d["id"], d["collection"], d["filename"], d["status"], d["pages"], d["chunks"], d["bytes"], _why(d))
-        for d in documents
-    )
-    show_table(headers, rows)
+    """A row each. On a terminal what went wrong stands below the table, and what all have in common is left out."""
+    columns = ["id", "collection", "file", "status", "pages", "chunks", "bytes", "why"]
+    if out.is_terminal:
+        several = len({document["collection"] for document in documents}) > 1
+        columns = [name for name in columns if name != "why" and (several or name != "collection")]
+    rows = [{**document, "file": document["filename"], "why": _why(document)} for document in documents]
+    show_table(columns, ([row[name] for name in columns] for row in rows))
+    for row in rows if out.is_terminal else ():
+        if row["why"]:
+            style = "red" if row["status"] == "failed" else "yellow"
+            out.print(f"{escape(row['file'])}: {escape(row['why'])}", style=style)
+
+
+def show_document(document: Mapping[str, Any]) -> None:
+    """Everything known about it, a line each."""
+    times = {name: _show_time(document[name]) for name in ("created_at", "updated_at")}
+    show_table(("field", "value"), {**document, **times}.items())
+
+
+def _show_time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "seconds")
 
 
 def _why(document: Mapping[str, Any]) -> str:

@@ -38,7 +38,7 @@ QUESTIONS = (
     "Which port does the web console of Larkspur Backup listen on?",
     "How long is a downgrade to 6.3 possible?",
 )
-_START_S = 120.0
+_START_S = 600.0
 
 
 @dataclass
@@ -148,10 +148,14 @@ async def prepare(client: httpx.AsyncClient) -> None:
         await asyncio.sleep(0.5)
 
 
-async def measure(url: str, key: str, rates: Sequence[float], uploads: float, duration_s: float, run: BenchRun) -> None:
+def open_client(url: str, key: str) -> httpx.AsyncClient:
+    """One that never makes a request wait for another."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=50)
-    headers = {"Authorization": f"Bearer {key}"}
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=600, limits=limits) as client:
+    return httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=600, limits=limits)
+
+
+async def measure(url: str, key: str, rates: Sequence[float], uploads: float, duration_s: float, run: BenchRun) -> None:
+    async with open_client(url, key) as client:
         await prepare(client)
         await drive(client, 0.5, 0.0, 5.0, seed=0)
         for seed, rate in enumerate(rates, 1):
@@ -177,22 +181,31 @@ def summarize(outcomes: Outcomes, rate: float, seconds: float) -> dict[str, obje
     return row | {"memory_gb": max(outcomes.memory, default=0.0) / 1e9}
 
 
+@dataclass(frozen=True)
+class Served:
+    """A service that was started, as `jamba-rag serve` in a process of its own."""
+
+    url: str
+    key: str
+    process: subprocess.Popen[bytes]
+
+
 @contextmanager
-def own_service(max_pending: int) -> Iterator[tuple[str, str]]:
-    """(URL, key) of a service with the shipped checkpoint on a free port."""
-    with tempfile.TemporaryDirectory() as data, socket.socket() as probe:
+def serving(data: Path, **settings: str) -> Iterator[Served]:
+    """The shipped checkpoint on `data` and a free port; settings by their names without `JAMBA_RAG_`."""
+    with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-        probe.close()
-        command = [sys.executable, "-c", "from app.cli import main; main()", "serve"]
-        command += ["--port", str(port), "--data-dir", data]
-        environment = os.environ | {"JAMBA_RAG_ANSWERS__MAX_PENDING": str(max_pending), "JAMBA_RAG_LOG__LEVEL": "error"}
-        with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
-            try:
-                wait_until_ready(f"http://127.0.0.1:{port}", process)
-                yield f"http://127.0.0.1:{port}", (Path(data) / "admin.key").read_text().strip()
-            finally:
-                process.terminate()
+    command = [sys.executable, "-c", "from app.cli import main; main()", "serve"]
+    command += ["--port", str(port), "--data-dir", str(data)]
+    settings = {"LOG__LEVEL": "error"} | settings
+    environment = os.environ | {f"JAMBA_RAG_{name}": value for name, value in settings.items()}
+    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+        try:
+            wait_until_ready(f"http://127.0.0.1:{port}", process)
+            yield Served(f"http://127.0.0.1:{port}", (data / "admin.key").read_text().strip(), process)
+        finally:
+            process.terminate()
 
 
 def wait_until_ready(url: str, process: subprocess.Popen) -> None:
@@ -221,8 +234,11 @@ def main() -> None:
     if args.url:
         asyncio.run(measure(args.url, args.key, args.rates, args.uploads, args.duration, run))
     else:
-        with own_service(args.max_pending) as (url, key):
-            asyncio.run(measure(url, key, args.rates, args.uploads, args.duration, run))
+        with (
+            tempfile.TemporaryDirectory() as data,
+            serving(Path(data), ANSWERS__MAX_PENDING=str(args.max_pending)) as own,
+        ):
+            asyncio.run(measure(own.url, own.key, args.rates, args.uploads, args.duration, run))
     if "--key" in run.argv:
         run.argv[run.argv.index("--key") + 1] = "***"
     run.finish()

@@ -70,5 +70,10 @@ for (const button of document.querySelectorAll("[data-show]")) {
   button.addEventListener("click", () => showView(button.dataset.show));
 }
 
+byId("add-first").addEventListener("click", () => {
+  showView("documents");
+  byId("choose-files").focus();
+});
+
 questions.restore();
 await enter("");

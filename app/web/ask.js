@@ -2,12 +2,15 @@
 import * as api from "./api.js";
 import { announce, byId, counted, formatDuration, formatNumber, formatPages, h } from "./dom.js";
 import { sliceText } from "./source.js";
+import { unsupportedSpans } from "./support.js";
 
 const STORED_THREAD = "jamba-rag.thread";
 const KEPT_TURNS = 20;
 const SENT_TURNS = 6; // earlier ones that go along with a follow-up
 const NEAREST = 3;
 const NOT_FOUND = "This is not in your documents.";
+const UNSUPPORTED = "Dotted words have no quote in their sentence: nobody checked them.";
+const AROUND = 120; // characters shown before and after a quote
 const TIERS = { gpu: "GPU", host: "memory", redis: "Redis" };
 
 /** One question with its answer as far as it has come. */
@@ -31,14 +34,22 @@ class Turn {
 
   showText() {
     this.frame = 0;
+    const cited = this.citations.map((citation, index) => ({ ...citation, button: this.citeButton(citation, index + 1) }));
+    const spans = [...cited, ...this.unsupported].sort((a, b) => a.end - b.end); // they don't overlap
     const nodes = [];
     let position = 0;
-    this.citations.forEach((citation, index) => {
-      nodes.push(sliceText(this.text, position, citation.end), this.citeButton(citation, index + 1));
-      position = citation.end;
-    });
+    for (const { start, end, button } of spans) {
+      const words = sliceText(this.text, start, end);
+      nodes.push(sliceText(this.text, position, start), ...(button ? [words, button] : [h("span", { class: "unsupported" }, words)]));
+      position = end;
+    }
     nodes.push(sliceText(this.text, position));
     this.body.replaceChildren(...nodes);
+  }
+
+  /** Of an answer that is complete and has quotes, else none. */
+  get unsupported() {
+    return this.answer?.citations.length ? unsupportedSpans(this.text, this.citations) : [];
   }
 
   citeButton(citation, number) {
@@ -60,26 +71,40 @@ class Turn {
 
   showAnswer() {
     this.showText();
-    const entries = this.citations.map((citation, index) => this.passage(citation, citation.cited_text, `${index + 1}`));
+    const entries = this.citations.map((citation, index) => this.passage(citation, this.excerpt(citation), `${index + 1}`));
     this.footer.replaceChildren(h("ol", { class: "passages", "aria-label": "Citations" }, ...entries));
+    if (this.unsupported.length) this.footer.prepend(h("p", { class: "hint" }, UNSUPPORTED));
     announce(`Answered with ${counted(entries.length, "citation")}.`);
   }
 
   showNotFound() {
     this.body.replaceChildren(h("p", { class: "not-found" }, NOT_FOUND));
-    const entries = this.sources.slice(0, NEAREST).map((source) => this.passage(source, source.text, "≈"));
+    const entries = this.sources.slice(0, NEAREST).map((source) => this.passage(source, [h("span", { class: "quote" }, source.text)], "≈"));
     const nearest = entries.length > 0 && h("p", { class: "hint" }, "The nearest passages, in case the question was meant differently:");
     this.footer.replaceChildren(...(nearest ? [nearest, h("ol", { class: "passages", "aria-label": "Nearest passages" }, ...entries)] : []));
     announce(NOT_FOUND);
   }
 
-  passage(place, text, mark) {
-    const where = h("span", { class: "where" }, `${place.filename}${formatPages(place.location, ", ")}`);
+  /** The quote between the words around it, as far as its passage is among the sources. */
+  excerpt({ chunk_id: id, cited_text: quote, location }) {
+    const words = h("span", { class: "quote" }, quote);
+    const source = this.sources.find(({ chunk_id: other }) => other === id);
+    if (!source) return [words];
+    const [start, end] = [location.char_start, location.char_end].map((at) => at - source.location.char_start);
+    const before = sliceText(source.text, 0, start).split(/\n{2,}/).at(-1);
+    const after = sliceText(source.text, end).split(/\n{2,}/)[0];
+    const [first, last] = [sliceText(before, -AROUND), sliceText(after, 0, AROUND)];
+    return [first === before ? first : `…${first}`, words, last === after ? last : `${last}…`];
+  }
+
+  passage(place, words, mark) {
+    const heading = place.location?.heading_path?.at(-1);
+    const where = h("span", { class: "where" }, `${place.filename}${formatPages(place.location, ", ")}${heading ? ` · ${heading}` : ""}`);
     const button = h(
       "button",
       { type: "button", class: "passage", onclick: ({ currentTarget }) => this.panel.onCite(place, currentTarget) },
       h("span", { class: "mark", "aria-hidden": "true" }, mark),
-      h("span", { class: "words" }, where, h("span", { class: "quote" }, text)),
+      h("span", { class: "words" }, where, h("span", { class: "excerpt" }, ...words)),
     );
     return h("li", {}, button);
   }
@@ -92,6 +117,7 @@ class Turn {
       timings?.ttft_ms !== undefined && timings.ttft_ms !== null && `First word after ${formatDuration(timings.ttft_ms)}`,
       `${formatNumber(cached)} of ${formatNumber(usage.input_tokens)} prompt tokens from the cache${cached ? tier : ""}`,
       truncated && "cut off at the length limit",
+      this.collection !== "default" && `collection ${this.collection}`,
     ];
     return h("p", { class: "measures" }, parts.filter(Boolean).join(" · "));
   }
@@ -101,7 +127,7 @@ class Turn {
     cancelAnimationFrame(this.frame);
     this.showText();
     this.body.setAttribute("aria-busy", "false");
-    const again = h("button", { type: "button", onclick: () => this.panel.ask(this.question) }, "Ask again");
+    const again = h("button", { type: "button", onclick: () => this.panel.ask(this.question, this.collection) }, "Ask again");
     const note = h("p", isError ? { class: "error", role: "alert" } : { class: "hint" }, message);
     this.footer.replaceChildren(h("div", { class: "row" }, note, again));
   }
@@ -170,9 +196,8 @@ export class AskPanel {
     this.field.focus();
   }
 
-  async ask(question) {
+  async ask(question, collection = this.getCollection()) {
     if (!question || this.running) return;
-    const collection = this.getCollection();
     const messages = this.messages(question, collection);
     const turn = this.append(new Turn(this, { question, collection }));
     this.save();

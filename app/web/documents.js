@@ -2,6 +2,7 @@
 import * as api from "./api.js";
 import { announce, byId, confirmed, counted, formatBytes, formatNumber, h } from "./dom.js";
 
+const STORED_COLLECTION = "jamba-rag.collection";
 const UPLOADS_AT_ONCE = 2;
 const POLL_MS = 700;
 const FINISHED = new Set(["ready", "failed"]);
@@ -100,7 +101,8 @@ export class DocumentsPanel {
         target.value = "";
       });
     }
-    this.acceptDrops(byId("documents"));
+    byId("new-collection-form").addEventListener("keydown", ({ key }) => key === "Escape" && this.toggleForm(false));
+    this.acceptDrops(byId("workspace"));
   }
 
   get collection() {
@@ -124,7 +126,8 @@ export class DocumentsPanel {
     await this.load();
   }
 
-  async loadCollections(chosen = this.collection) {
+  /** Keeps the choice, over a reload of the page too. */
+  async loadCollections(chosen = this.collection || sessionStorage.getItem(STORED_COLLECTION)) {
     this.collections = await api.listCollections();
     const names = this.collections.map((collection) => collection.name);
     if (!names.length) names.push("default");
@@ -145,6 +148,7 @@ export class DocumentsPanel {
   async load() {
     this.showFacts();
     const collection = this.collection;
+    sessionStorage.setItem(STORED_COLLECTION, collection);
     const known = this.collections.some(({ name }) => name === collection);
     const documents = known ? await api.listDocuments(collection) : [];
     if (collection !== this.collection) return;
@@ -157,7 +161,9 @@ export class DocumentsPanel {
 
   showList() {
     this.list.replaceChildren(...this.entries.map((entry) => entry.element));
-    byId("no-documents").hidden = this.entries.length > 0;
+    const isEmpty = !this.entries.length;
+    byId("welcome-hint").hidden = isEmpty;
+    for (const id of ["no-documents", "formats", "welcome-empty"]) byId(id).hidden = !isEmpty;
   }
 
   add(files) {
@@ -280,16 +286,22 @@ export class DocumentsPanel {
     await this.start();
   }
 
+  /** Files can be dropped anywhere; other things that are dragged, such as selected text, are left to the browser. */
   acceptDrops(area) {
     const highlight = (on) => byId("dropzone").classList.toggle("over", on);
-    area.addEventListener("dragover", () => highlight(true));
-    area.addEventListener("dragleave", () => highlight(false));
-    area.addEventListener("drop", async (event) => {
+    const onFiles = (type, act) =>
+      area.addEventListener(type, (event) => {
+        if (!event.dataTransfer.types.includes("Files")) return;
+        event.preventDefault();
+        act(event);
+      });
+    onFiles("dragover", () => highlight(true));
+    onFiles("dragleave", ({ relatedTarget }) => area.contains(relatedTarget) || highlight(false));
+    onFiles("drop", async ({ dataTransfer }) => {
       highlight(false);
-      const roots = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
-      this.add((await Promise.all(roots.map(readEntry))).flat());
+      const roots = [...dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
+      await this.guard(async () => this.add((await Promise.all(roots.map(readEntry))).flat()));
     });
-    for (const type of ["dragover", "drop"]) window.addEventListener(type, (event) => event.preventDefault());
   }
 }
 

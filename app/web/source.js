@@ -4,6 +4,7 @@ import * as api from "./api.js";
 import { byId, formatPages, h } from "./dom.js";
 
 const MAX_PAGES = 3; // of a passage that are shown as pictures
+const READABLE_WIDTH = 420; // CSS pixels of a page; in less room it is shown larger than the room
 const WINDOW = 6000; // characters read before and after what is shown
 
 /** `text` between two offsets in code points, which is how the service counts (JavaScript counts UTF-16 units). */
@@ -31,7 +32,8 @@ export class SourcePanel {
     const headings = location?.heading_path?.length ? ` · ${location.heading_path.join(" › ")}` : "";
     byId("source-place").textContent = location ? `${formatPages(location)}${headings}`.replace(/^ · /, "") : "";
     this.empty();
-    byId("source-view").hidden = true;
+    byId("source-error").hidden = byId("source-view").hidden = true;
+    byId("source-text").append(h("p", { class: "hint waiting" }, "Opening…"));
     this.element.hidden = false;
     byId("workspace").classList.add("with-source");
     if (!location?.page_start || !(await this.showPages())) await this.showText();
@@ -67,7 +69,7 @@ export class SourcePanel {
     byId("source-text").append(...nodes);
     byId("source-text").focus({ preventScroll: true });
     await Promise.all(nodes.map((image) => image.decode().catch(() => {})));
-    this.scrollToMark();
+    this.zoom(byId("source-text").clientWidth < READABLE_WIDTH);
     return true;
   }
 
@@ -96,15 +98,20 @@ export class SourcePanel {
 
   async load(start, end) {
     const request = (this.request += 1);
-    const error = byId("source-error");
-    error.hidden = true;
+    byId("source-error").hidden = true;
     try {
       const body = await api.getText(this.id, start, end);
       if (request === this.request) this.show(body, start, end);
     } catch (problem) {
-      error.textContent = problem.status === 404 ? "This document has been deleted." : problem.message;
-      error.hidden = false;
+      if (request !== this.request) return;
+      this.empty();
+      this.fail(problem);
     }
+  }
+
+  fail(problem) {
+    byId("source-error").textContent = problem.status === 404 ? "This document has been deleted." : problem.message;
+    byId("source-error").hidden = false;
   }
 
   show({ text, pages = [] }, start, end) {
@@ -132,9 +139,14 @@ export class SourcePanel {
 
   /** Saves the original; it is never opened in the page. */
   async download() {
-    const url = URL.createObjectURL(new Blob([await api.getFile(this.id)], { type: "application/octet-stream" }));
-    h("a", { href: url, download: this.filename }).click();
-    setTimeout(() => URL.revokeObjectURL(url), 10_000);
+    const { id, filename } = this;
+    try {
+      const url = URL.createObjectURL(new Blob([await api.getFile(id)], { type: "application/octet-stream" }));
+      h("a", { href: url, download: filename }).click();
+      setTimeout(() => URL.revokeObjectURL(url), 10_000);
+    } catch (problem) {
+      this.fail(problem);
+    }
   }
 
   close() {

@@ -1,4 +1,4 @@
-"""docker compose, really built and started: upload, ask, lose Redis, restart, ask again.
+"""docker compose, really built and started: upload, ask, lose Redis, restart, upgrade, ask again.
 
 Takes minutes and an engine, so it runs only when asked for: COMPOSE_E2E=1 pytest tests/e2e/test_compose.py
 """
@@ -6,6 +6,7 @@ Takes minutes and an engine, so it runs only when asked for: COMPOSE_E2E=1 pytes
 import json
 import os
 import secrets
+import shlex
 import shutil
 import subprocess
 import time
@@ -20,7 +21,10 @@ from tests.e2e.service import free_port
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "samples" / "documents" / "oncall-runbook.md"
 QUESTION = "When does the on-call week start?"
+FIRST_RELEASE = "6515160"  # its database has the first schema
 BUILD_S, HEALTHY_S = 1800, 60
+SCHEMA = "import sqlite3; print(*sqlite3.connect('/data/rag.sqlite3').execute('PRAGMA user_version').fetchone())"
+MAX_BYTES_ABOVE_BASE = 2_000_000_000  # PyTorch for the CPU is a third of it
 
 pytestmark = [
     pytest.mark.e2e,
@@ -30,10 +34,10 @@ pytestmark = [
 
 
 class Stack:
-    """One project of docker compose on a port of its own."""
+    """One project of docker compose on a port of its own, of the checkout in `root`."""
 
-    def __init__(self) -> None:
-        self.port = free_port()
+    def __init__(self, root: Path = ROOT) -> None:
+        self.root, self.port = root, free_port()
         self.name = f"jamba-rag-{secrets.token_hex(4)}"
         plugin = subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0
         self._command = ["docker", "compose"] if plugin else [shutil.which("docker-compose") or "docker-compose"]
@@ -41,7 +45,9 @@ class Stack:
     def run(self, *arguments: str, timeout_s: float = 120) -> str:
         environment = os.environ | {"PUBLISH_PORT": str(self.port)}
         command = [*self._command, "--project-name", self.name, *arguments]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
+        done = subprocess.run(
+            command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=timeout_s
+        )
         assert done.returncode == 0, f"{' '.join(arguments)}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         return done.stdout
 
@@ -50,7 +56,13 @@ class Stack:
 
     def inspect(self, service: str) -> dict:
         container = self.run("ps", "-q", service).strip()
-        return json.loads(subprocess.check_output(["docker", "inspect", container]))[0]
+        return inspect(container)
+
+    def containers(self) -> set[str]:
+        """Services that have a container, running or not."""
+        of_project = ["--filter", f"label=com.docker.compose.project={self.name}"]
+        ids = subprocess.check_output(["docker", "ps", "--all", "--quiet", *of_project], text=True).split()
+        return {inspect(container)["Config"]["Labels"]["com.docker.compose.service"] for container in ids}
 
     def wait_until_healthy(self) -> None:
         deadline = time.monotonic() + HEALTHY_S
@@ -65,11 +77,27 @@ class Stack:
         headers = {"Authorization": f"Bearer {key}"}
         return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", headers=headers, timeout=120)
 
+    def upload(self) -> None:
+        """Returns when the sample can be asked."""
+        with self.client() as client:
+            reply = client.post("/v1/documents", files={"file": (SAMPLE.name, SAMPLE.read_bytes())})
+            assert reply.status_code == 202, reply.text
+            document = reply.json()["data"][0]["id"]
+            deadline = time.monotonic() + 120
+            while (status := client.get(f"/v1/documents/{document}").json()["status"]) != "ready":
+                assert status != "failed" and time.monotonic() < deadline
+                time.sleep(0.5)
+
     def ask(self) -> dict:
         with self.client() as client:
             reply = client.post("/v1/answers", json={"question": QUESTION})
         assert reply.status_code == 200, reply.text
         return reply.json()
+
+
+def inspect(name: str) -> dict:
+    """What the engine knows of a container or an image."""
+    return json.loads(subprocess.check_output(["docker", "inspect", name]))[0]
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +114,7 @@ def stack() -> Iterator[Stack]:
 
 @pytest.fixture(scope="module")
 def first_answer(stack: Stack) -> dict:
-    with stack.client() as client:
-        reply = client.post("/v1/documents", files={"file": (SAMPLE.name, SAMPLE.read_bytes())})
-        assert reply.status_code == 202, reply.text
-        document = reply.json()["data"][0]["id"]
-        deadline = time.monotonic() + 120
-        while (status := client.get(f"/v1/documents/{document}").json()["status"]) != "ready":
-            assert status != "failed" and time.monotonic() < deadline
-            time.sleep(0.5)
+    stack.upload()
     return stack.ask()
 
 
@@ -105,6 +126,10 @@ def test_answers_with_a_citation(first_answer):
 def test_serves_the_page(stack):
     page = httpx.get(f"http://127.0.0.1:{stack.port}/")
     assert page.status_code == 200 and "default-src 'self'" in page.headers["content-security-policy"]
+
+
+def test_the_image_is_small(stack):
+    assert inspect("jamba-rag:cpu")["Size"] - inspect("python:3.11-slim")["Size"] < MAX_BYTES_ABOVE_BASE
 
 
 @pytest.mark.parametrize("name", ["api", "redis"])
@@ -136,3 +161,35 @@ def test_documents_survive_new_containers(stack, first_answer):
     stack.run("up", "-d")
     stack.wait_until_healthy()
     assert stack.ask()["text"] == first_answer["text"]
+
+
+@pytest.mark.parametrize(("options", "api"), [((), "api"), (("--profile", "gpu"), "api-gpu")])
+def test_a_profile_brings_one_api(options, api):
+    stack = Stack()
+    try:
+        stack.run(*options, "up", "--no-start", timeout_s=BUILD_S)
+        assert stack.containers() == {api, "redis"}
+    finally:
+        stack.run(*options, "down", "--volumes")
+
+
+def test_the_first_release_is_upgraded_in_place(tmp_path):
+    archive = ["git", "archive", f"--prefix={tmp_path.name}/", FIRST_RELEASE]
+    subprocess.run(f"{shlex.join(archive)} | tar -x -C {tmp_path.parent}", shell=True, cwd=ROOT, check=True)
+    old, new = Stack(tmp_path), Stack()
+    new.name = old.name
+    try:
+        old.run("up", "-d", "--build", timeout_s=BUILD_S)
+        old.wait_until_healthy()
+        old.upload()
+        before, key = old.ask(), old.inside("api", "cat", "/data/admin.key")
+        assert old.inside("api", "python", "-c", SCHEMA) == "1\n"
+        new.run("up", "-d", "--build", timeout_s=BUILD_S)
+        new.wait_until_healthy()
+        after = new.ask()
+        assert new.inside("api", "python", "-c", SCHEMA) != "1\n"
+        assert new.inside("api", "cat", "/data/admin.key") == key
+        assert after["citations"][0]["document_id"] == before["citations"][0]["document_id"]
+        assert after["citations"][0]["cited_text"] in SAMPLE.read_text()
+    finally:
+        new.run("down", "--volumes")

@@ -1,38 +1,18 @@
 """The page in a real Chromium against a real service: add a document, ask, follow a citation to the words."""
 
 import json
-import os
 import secrets
-import shutil
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from axe_core_python.selenium import Axe
-from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
-from selenium.webdriver import Chrome, ChromeOptions
-from selenium.webdriver.chrome.service import Service
+from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.wait import WebDriverWait
 
+from tests.e2e.browser import CHROMEDRIVER, CHROMIUM, Page, run_chromium, tab_through
 from tests.e2e.service import RunningService
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-CHROMEDRIVER = shutil.which("chromedriver")
-CHROMIUM_FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 
 pytestmark = [
     pytest.mark.e2e,
@@ -41,7 +21,6 @@ pytestmark = [
     ),
 ]
 
-WAIT_S = 30
 WIDTHS = (1440, 1000, 360)
 PDF = Path(__file__).resolve().parents[2] / "samples" / "documents" / "fr12-handbook.pdf"
 HANDBOOK = """# Lighthouse handbook
@@ -67,91 +46,10 @@ ORDERS = """# Notes
 """
 
 
-class Page:
-    """The page as a person uses it."""
-
-    def __init__(self, driver: Chrome, service: RunningService) -> None:
-        self.driver, self.service = driver, service
-
-    def find(self, selector: str) -> WebElement:
-        return self.driver.find_element(By.CSS_SELECTOR, selector)
-
-    def find_all(self, selector: str) -> list[WebElement]:
-        return [element for element in self.driver.find_elements(By.CSS_SELECTOR, selector) if element.is_displayed()]
-
-    def wait(self, condition: Callable[[], object]) -> None:
-        wait = WebDriverWait(self.driver, WAIT_S, ignored_exceptions=[StaleElementReferenceException])
-        try:
-            wait.until(lambda _: condition())
-        except TimeoutException:
-            console = "\n".join(entry["message"] for entry in self.driver.get_log("browser"))
-            pytest.fail(f"waited {WAIT_S} s; the page shows:\n{self.find('body').text[-2000:]}\n{console}")
-
-    def sign_in(self, key: str) -> None:
-        self.driver.get(self.service.url)
-        self.wait(lambda: self.find_all("#sign-in-form"))
-        self.find("#key").send_keys(key, Keys.ENTER)
-
-    def make_collection(self, name: str) -> None:
-        self.find("#new-collection").click()
-        self.find("#collection-name").send_keys(name, Keys.ENTER)
-        self.wait(lambda: self.find("#collection").get_property("value") == name)
-
-    def add(self, path: Path) -> WebElement:
-        """Upload a file; returns its line in the list once it is ready or has failed."""
-        self.find("#files").send_keys(str(path))
-        self.wait(lambda: self.line(path.name) and self.status(path.name) in ("ready", "failed"))
-        return self.line(path.name)
-
-    def line(self, name: str) -> WebElement | None:
-        return next((line for line in self.find_all("#document-list li") if name in line.text), None)
-
-    def status(self, name: str) -> str | None:
-        line = self.line(name)
-        return line and line.get_attribute("data-status")
-
-    @contextmanager
-    def screen(self, width: int, height: int = 800, scheme: str = "light") -> Iterator[None]:
-        """As on a screen of this size, for someone who likes light or dark."""
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-        try:
-            yield
-        finally:
-            self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-            self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-
-    def barriers(self) -> list[str]:
-        """What axe finds wrong with the page as it is now."""
-        found = Axe().run(self.driver)["violations"]
-        return [f"{rule['id']}: {rule['help']}: {node['html'][:200]}" for rule in found for node in rule["nodes"]]
-
-    def cite(self, turn: WebElement) -> None:
-        """Follow the turn's first citation to the words, wherever they're marked."""
-        turn.find_element(By.CSS_SELECTOR, ".cite").click()
-        self.wait(lambda: self.find_all("#source-text mark, .page-image"))
-
-    def ask(self, question: str) -> WebElement:
-        """Returns the whole turn when the answer is complete."""
-        self.find("#question").send_keys(question, Keys.ENTER)
-        self.wait(lambda: self.find_all(".turn") and self.find("#ask-button").text == "Ask")
-        self.wait(lambda: self.find_all(".turn")[-1].find_elements(By.CSS_SELECTOR, ".measures, .error"))
-        return self.find_all(".turn")[-1]
-
-
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
-    os.environ.setdefault("SE_AVOID_STATS", "true")
-    options = ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*CHROMIUM_FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}", "--window-size=1440,900"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = Chrome(options=options, service=Service(CHROMEDRIVER))
-    yield driver
-    driver.quit()
+    with run_chromium(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
 
 
 @pytest.fixture
@@ -183,6 +81,61 @@ def test_citation_leads_to_its_words(page, handbook):
     assert quote and " ".join(marked.split()) == " ".join(quote.split())
     assert "handbook.md" in page.find("#source-title").text
     assert "prompt tokens from the cache" in turn.text and "First word after" in turn.text
+
+
+def test_citation_shows_its_quote_among_the_words_around_it(page, handbook):
+    page.add(handbook)
+    turn = page.ask("When is the lamp trimmed?")
+    quote, excerpt = (turn.find_element(By.CSS_SELECTOR, f".passage .{name}").text for name in ("quote", "excerpt"))
+    assert quote in excerpt and len(excerpt) > len(quote)
+    assert " ".join(excerpt.strip("…").split()) in " ".join(HANDBOOK.split())
+
+
+def test_sentences_without_a_quote_are_marked(page):
+    """A conversation as the page keeps it, with an answer of a model that writes freely."""
+    quote = {"document_id": "d", "filename": "a.md", "chunk_id": "c", "cited_text": "twice", "location": {}}
+    answer = {
+        "grounding": "answered",
+        "text": "🌊 Sea air. The lamp is trimmed “twice”. At night.",
+        "citations": [quote | {"start": 32, "end": 37}],
+        "sources": [],
+        "usage": {"input_tokens": 9, "cached_input_tokens": 0},
+    }
+    thread = [{"question": "How often?", "collection": "default", "answer": answer}]
+    page.driver.execute_script("sessionStorage.setItem('jamba-rag.thread', arguments[0])", json.dumps(thread))
+    page.driver.refresh()
+    page.wait(lambda: page.find_all(".turn"))
+    assert [span.text for span in page.find_all(".unsupported")] == ["🌊 Sea air.", "At night."]
+    assert "nobody checked them" in page.find(".turn .footer").text
+    assert page.find(".turn .answer").text == "🌊 Sea air. The lamp is trimmed “twice1”. At night."
+    assert page.barriers() == []
+
+
+def test_empty_collection_asks_for_documents_first(page, handbook):
+    with page.screen(360):
+        assert page.find("#welcome-empty").is_displayed()
+        page.find("#add-first").click()
+        assert page.driver.switch_to.active_element.get_attribute("id") == "choose-files"
+        page.add(handbook)
+        page.find("[data-show=ask]").click()
+        assert page.find("#welcome-hint").is_displayed() and not page.find_all("#welcome-empty")
+
+
+def test_everything_is_done_by_keyboard(page, handbook):
+    page.add(handbook)
+    reached = tab_through(page.driver, 40)
+    wanted = {"collection", "new-collection", "delete-collection", "choose-files", "choose-folder", "question", "mode"}
+    assert wanted | {"ask-button", "sign-out"} <= reached
+    page.find("#question").send_keys("When is the lamp trimmed?", Keys.ENTER)
+    page.wait(lambda: page.find_all(".measures"))
+    page.find(".passage").send_keys(Keys.ENTER)
+    page.wait(lambda: page.find_all("#source-text mark"))
+    assert {"source-close", "source-download", "source-text"} <= tab_through(page.driver, 40)
+    page.find(f"button[aria-label='Delete {handbook.name}']").send_keys(Keys.ENTER)
+    page.wait(lambda: page.find_all("#confirm"))
+    page.driver.switch_to.active_element.send_keys(Keys.TAB, Keys.ENTER)
+    page.wait(lambda: page.line(handbook.name) is None)
+    assert not page.find_all("#source")
 
 
 def test_citation_in_a_pdf_leads_to_the_picture_of_its_page(page):
@@ -309,6 +262,20 @@ def test_reload_keeps_the_answers(page, handbook):
     page.driver.refresh()
     page.wait(lambda: page.find_all(".turn"))
     assert page.find(".turn .answer").text == answer
+
+
+def test_reload_in_mid_answer_offers_to_ask_again(page, handbook):
+    page.add(handbook)
+    page.find("#question").send_keys("When is the lamp trimmed?")
+    page.driver.execute_script("document.querySelector('#ask-form').requestSubmit(); location.reload()")
+    page.wait(lambda: page.find_all(".turn .footer button"))
+    assert "reloaded before the answer was complete" in page.find(".turn .footer").text
+    page.wait(lambda: page.line(handbook.name))
+    page.find(".turn .footer button").click()
+    page.wait(lambda: page.find_all(".measures"))
+    turn = page.find_all(".turn")[-1]
+    assert turn.find_element(By.CSS_SELECTOR, "h3").text == "When is the lamp trimmed?"
+    assert handbook.name in turn.find_element(By.CSS_SELECTOR, ".passage .where").text
 
 
 def test_wrong_key_is_refused(driver, service):

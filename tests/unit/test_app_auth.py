@@ -10,6 +10,7 @@ from app_kit import GARDEN, LIGHTHOUSE, ServiceClient, make_settings, running_se
 pytestmark = pytest.mark.anyio
 
 OPEN = ("/healthz", "/readyz")
+UNDESCRIBED = {"/", "/docs", "/openapi.json", "/web"}  # the page, the API's description and their files: open to all
 READER, WRITER, ADMIN = 0, 1, 2
 # (method, path, lowest role, body, names a collection or document)
 CALLS = [
@@ -90,6 +91,10 @@ def test_every_call_is_tested(client):
     }
     tested = {(method, path.replace("{model}", "{model}")) for method, path, *_ in CALLS}
     assert {(m, re.sub(r":path", "", p)) for m, p in described} == tested
+    routers = [getattr(route, "original_router", None) for route in client.app.routes]
+    routes = [*client.app.routes, *(route for router in routers if router for route in router.routes)]
+    paths = {re.sub(r":path", "", route.path) for route in routes if hasattr(route, "path")}
+    assert paths - set(client.app.openapi()["paths"]) == UNDESCRIBED
 
 
 @pytest.mark.parametrize("key", [None, "", "jrk_wrong", "Basic x"])

