@@ -10,6 +10,7 @@ const SENT_TURNS = 6; // earlier ones that go along with a follow-up
 const NEAREST = 3;
 const NOT_FOUND = "This is not in your documents.";
 const UNSUPPORTED = "Dotted words have no quote in their sentence: nobody checked them.";
+const CLOSING_MARKS = "”’»\"";
 const AROUND = 120; // characters shown before and after a quote
 const TIERS = { gpu: "GPU", host: "memory", redis: "Redis" };
 
@@ -34,7 +35,10 @@ class Turn {
 
   showText() {
     this.frame = 0;
-    const cited = this.citations.map((citation, index) => ({ ...citation, button: this.citeButton(citation, index + 1) }));
+    const cited = this.citations.map((citation, index) => {
+      const isQuoted = CLOSING_MARKS.includes(sliceText(this.text, citation.end, citation.end + 1) || " ");
+      return { ...citation, end: citation.end + (isQuoted ? 1 : 0), button: this.citeButton(citation, index + 1) };
+    });
     const spans = [...cited, ...this.unsupported].sort((a, b) => a.end - b.end); // they don't overlap
     const nodes = [];
     let position = 0;
@@ -104,7 +108,7 @@ class Turn {
       "button",
       { type: "button", class: "passage", onclick: ({ currentTarget }) => this.panel.onCite(place, currentTarget) },
       h("span", { class: "mark", "aria-hidden": "true" }, mark),
-      h("span", { class: "words" }, where, h("span", { class: "excerpt" }, ...words)),
+      h("span", { class: "words" }, where, h("span", { class: words.length > 1 ? "excerpt around" : "excerpt" }, ...words)),
     );
     return h("li", {}, button);
   }

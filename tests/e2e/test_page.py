@@ -107,7 +107,7 @@ def test_sentences_without_a_quote_are_marked(page):
     page.wait(lambda: page.find_all(".turn"))
     assert [span.text for span in page.find_all(".unsupported")] == ["🌊 Sea air.", "At night."]
     assert "nobody checked them" in page.find(".turn .footer").text
-    assert page.find(".turn .answer").text == "🌊 Sea air. The lamp is trimmed “twice1”. At night."
+    assert page.find(".turn .answer").text == "🌊 Sea air. The lamp is trimmed “twice”1. At night."
     assert page.barriers() == []
 
 
