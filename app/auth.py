@@ -3,6 +3,8 @@
 A key is 256 random bits and a check of 48, which is a MAC under the database's salt: what was never a key is refused
 before anything slow is done for it. The database holds only scrypt hashes, under the same salt, so that a key is found
 by its hash; the hash of a key that was found is remembered under its SHA-256, so that a key is slow once per process.
+Keys of the first release have no check and are kept as SHA-256, which nobody can reverse for 256 random bits either;
+they stay valid until they are revoked, so that an upgrade locks nobody out.
 """
 
 import base64
@@ -81,18 +83,16 @@ class Authenticator:
         return Principal(found.id, found.role, None if found.collections is None else frozenset(found.collections))
 
     def _begin(self) -> str:
-        """A salt for this database. Keys from before it had one can't be checked any more: they are revoked."""
-        for key in self._store.list_keys():
-            self._store.revoke_key(key.id)
+        """A salt for this database."""
         salt = secrets.token_hex(16)
         self._store.set_setting(_SALT, salt)
         return salt
 
     def _find(self, key: str) -> ApiKey | None:
         """Blocks."""
-        if not is_well_formed(key, self._salt):
-            return None
         digest = hashlib.sha256(key.encode()).digest()
+        if not is_well_formed(key, self._salt):
+            return self._store.find_key(digest.hex())  # of the first release, or none
         key_hash = self._hashes.get(digest) or hash_key(key, self._salt)
         found = self._store.find_key(key_hash)
         if found is not None:

@@ -1,6 +1,8 @@
 """Limits and quotas of keys, by the clock and over HTTP; and the audit log of what keys changed."""
 
+import hashlib
 import json
+import secrets
 import stat
 
 import httpx
@@ -8,7 +10,7 @@ import pytest
 from app_kit import GARDEN, LIGHTHOUSE, make_settings, running_service, serving
 
 from app.audit import AuditLog
-from app.auth import LOCAL_ADMIN, Authenticator, Principal, is_well_formed, new_key
+from app.auth import LOCAL_ADMIN, Authenticator, Principal, Unauthorized, is_well_formed, new_key
 from app.http_client import CommandFailed, Service, open_service, sign_in
 from app.limits import KeyLimits, Meter, RateLimited
 from retrieval.store import DocumentStore
@@ -106,12 +108,16 @@ def test_a_key_of_another_database_is_refused_by_its_check(store):
     assert not is_well_formed("", b"salt") and not is_well_formed("jrk_", b"salt")
 
 
-def test_keys_from_before_the_database_had_a_salt_give_way_to_a_new_admin_key(store, tmp_path):
-    store.add_key("admin", "admin", "0" * 64)
-    Authenticator(store, True).ensure_admin_key(tmp_path)
-    assert [key.revoked_at is None for key in store.list_keys()] == [False, True]
-    key = (tmp_path / "admin.key").read_text()
-    assert Authenticator(store, True).authenticate(f"Bearer {key}").role == "admin"
+def test_keys_of_the_first_release_stay_valid_until_they_are_revoked(store, tmp_path):
+    old = "jrk_" + secrets.token_urlsafe(32)
+    row = store.add_key("admin", "admin", hashlib.sha256(old.encode()).hexdigest())
+    authenticator = Authenticator(store, True)
+    authenticator.ensure_admin_key(tmp_path)
+    assert not (tmp_path / "admin.key").exists() and len(store.list_keys()) == 1
+    assert authenticator.authenticate(f"Bearer {old}").role == "admin"
+    store.revoke_key(row.id)
+    with pytest.raises(Unauthorized):
+        authenticator.authenticate(f"Bearer {old}")
 
 
 async def new_client(client, **body):
