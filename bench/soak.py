@@ -75,6 +75,8 @@ async def work_an_hour(client: httpx.AsyncClient, questions: int, users: int) ->
         "memory_gb": max(gigabytes for _, _, gigabytes in memory),
         "asked": outcomes.statuses.total(),
         "refused_429": outcomes.statuses["429"],
+        "broken_off": outcomes.statuses["broken off"],
+        "ended_by_error": outcomes.statuses["answer.error"],  # such as the deletion of a document that it reads
         "uploads_202": outcomes.uploads["202"],
         "deleted": outcomes.uploads["202"] - len(uploaded),
     }
