@@ -87,6 +87,15 @@ class EvidenceFinder:
             may_widen=not widened and query.mode == "auto" and evidence.mode == "rag",
         )
 
+    def read_whole(self, collection: str) -> Evidence | None:
+        """All of a collection, as a question with the default settings reads it; None if that reads only parts of it.
+        Raises CollectionNotFound."""
+        query = Query("", [collection], None, None, "auto", None, self._settings.max_output_tokens)
+        try:
+            return self._pack_as("full_context", query, (), self._auto_budget(query, self._whole_budget(query)))
+        except EvidenceTooLarge:
+            return None
+
     def search(self, query: str, collections: Sequence[str], params: SearchParams) -> list[Hit]:
         """The best chunks, best first. Raises CollectionNotFound."""
         return self._retriever.search(query, collections, params)

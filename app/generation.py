@@ -18,6 +18,7 @@ from app import schemas
 from app.answering import NOT_FOUND_TEXT, AnswerPart, AnswerReader, Quoted, TextPiece
 from app.errors import describe_error
 from app.evidence import Found, Query, describe_scores
+from app.prompting import prompt_salt
 from app.quotes import QuoteLimits
 from app.schemas import Tier
 from app.sse import Event
@@ -186,7 +187,7 @@ class RunningAnswer:
                 stop=service.format.stop_texts,
                 stop_token_ids=service.format.stop_ids,
             ),
-            salt=service.salt,
+            salt=prompt_salt(service.salt, found.evidence),
             tags=self.document_ids,
             tag_starts=prompt.document_starts,
             epoch=self._epoch,

@@ -8,8 +8,8 @@ import json
 import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import anyio.to_thread
@@ -87,7 +87,8 @@ class _Parts:
     audit: AuditLog
     worker: IngestWorker
     engine_thread: EngineThread
-    save_index: Callable[[], None] = field(default=lambda: None)
+    save_index: Callable[[], None]
+    prefetch_after_s: float
 
 
 def create_app(settings: Settings, answering: bool = True) -> FastAPI:
@@ -131,10 +132,14 @@ async def _run(parts: _Parts) -> AsyncIterator[None]:
     with parts.closing:
         await anyio.to_thread.run_sync(parts.service.finish_deletions)
         parts.worker.start()
+        prefetching = asyncio.create_task(parts.service.prefetch.run(parts.prefetch_after_s))
         log.info("ready: model %s, data in %s", parts.service.model_name, parts.settings.data_dir)
         try:
             yield
         finally:
+            prefetching.cancel()
+            with suppress(asyncio.CancelledError):
+                await prefetching
             limit_s = parts.settings.server.shutdown_s
             stopped = asyncio.to_thread(parts.worker.stop, limit_s)
             await asyncio.gather(stopped, parts.engine_thread.close(limit_s))
@@ -195,7 +200,8 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
     metrics.watch(service.read_gauges)
     audit = AuditLog(data_dir.audit, settings.log.audit_max_bytes, settings.log.audit_files)
     save_index = lambda: index.save(data_dir.index)
-    return _Parts(settings, stack, service, authenticator, audit, worker, engine_thread, save_index)
+    prefetch_after_s = settings.answers.prefetch_after_s if answering and model.cache.keeps_states else 0
+    return _Parts(settings, stack, service, authenticator, audit, worker, engine_thread, save_index, prefetch_after_s)
 
 
 def open_reranker(path: Path | None) -> CrossEncoderReranker | None:

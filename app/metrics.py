@@ -91,6 +91,12 @@ class Metrics:
             ["tier"],
             registry=registry,
         )
+        self.prefetches = Counter(
+            "jamba_rag_prefetches_total",
+            "Collections read ahead of a question: read, found in the cache, interrupted by a question, failed.",
+            ["outcome"],
+            registry=registry,
+        )
         self.citations = Counter("jamba_rag_citations_total", "Quotes found in the evidence.", registry=registry)
         self.citations_rejected = Counter(
             "jamba_rag_citations_rejected_total",

@@ -5,6 +5,8 @@ Every piece is cut into tokens on its own, so two prompts that begin with the sa
 others. What the model's answer means stands in answering.py. Start at `QuoteFormat.build_prompt`.
 """
 
+import hashlib
+import json
 import re
 import threading
 from collections import OrderedDict
@@ -163,6 +165,13 @@ class QuoteFormat(AnswerFormat):
 def title_of(passage: Passage) -> str:
     """What the prompt calls a document: one line, not too long."""
     return re.sub(r"\s+", " ", passage.title or passage.filename).strip()[:_MAX_TITLE_CHARS]
+
+
+def prompt_salt(secret: bytes, evidence: Evidence) -> bytes:
+    """Keys of the states of a prompt with this evidence start here: only who may read the same collections, and read
+    them, shares a state or notices by the time an answer takes that there is one."""
+    collections = dict.fromkeys(passage.collection for passage in evidence.passages)
+    return hashlib.blake2b(json.dumps(list(collections)).encode(), key=secret, digest_size=16).digest()
 
 
 def passage_key(passage: Passage) -> Hashable:

@@ -182,7 +182,8 @@ class CollectionCreate(Request):
 
 
 class Collection(Response):
-    """`fits_context`: whether all of it goes into one prompt, so that every question shares one cached prefix."""
+    """`fits_context`: whether all of it goes into one prompt, so that every question shares one cached prefix.
+    `state_ready`: whether that prefix was read ahead and is kept, so that the next question starts at once."""
 
     name: str
     object: Literal["collection"] = "collection"
@@ -192,6 +193,7 @@ class Collection(Response):
     pending: int
     failed: int
     fits_context: bool
+    state_ready: bool
     created_at: float
 
 

@@ -18,6 +18,7 @@ from app.evidence import EvidenceFinder, Query
 from app.generation import RunningAnswer
 from app.limits import CollectionFull, Meter
 from app.metrics import Gauges, Metrics
+from app.prefetch import Prefetch
 from app.prompting import AnswerFormat
 from app.schemas import AnswerRequest
 from app.settings import AnswerSettings
@@ -85,6 +86,7 @@ class RagService:
         self.replies_lock = threading.Lock()  # one request at a time per store of Idempotency-Keys
         self._running: weakref.WeakSet[RunningAnswer] = weakref.WeakSet()
         self.deletions = 0
+        self.prefetch = Prefetch(self)
 
     # Uploads
 
@@ -314,11 +316,18 @@ class RagService:
             self._running.add(answer)
             self.metrics.answers_pending.set(len(self._running))
         try:
-            await answer.prepare()
+            found = await answer.prepare()
+            await self.prefetch.give_way(found.evidence)
         except BaseException:
             self.end_answer(answer)
             raise
         return answer
+
+    @property
+    def answers_pending(self) -> int:
+        """How many answers are running or waiting."""
+        with self._running_lock:
+            return len(self._running)
 
     def end_answer(self, answer: RunningAnswer) -> None:
         """Free the place of an answer that is finished or given up."""

@@ -138,6 +138,13 @@ class AnswerSettings(_Group):
         ge=-50,
         le=50,
     )
+    prefetch_after_s: float = _setting(
+        2.0,
+        "A collection that `auto` takes whole is read ahead of its first question, while nobody asks, when nothing has "
+        "changed for so long; 0: never.",
+        "seconds",
+        ge=0,
+    )
     max_pending: int = _setting(64, "Answers running or waiting, after which new ones get 429.", "answers", ge=1)
 
 

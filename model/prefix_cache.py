@@ -123,6 +123,10 @@ class PrefixCache:
                 self._stats.cached_tokens += hit.num_tokens
         return hit
 
+    def kept_tokens(self, plan: PrefixPlan) -> int:
+        """How deep `longest_prefix` would start, without loading anything or counting it as a use."""
+        return _deepest(plan, self._locate(plan.keys_deepest_first(plan.num_tokens - 1), peek=True))
+
     def restore(self, hit: PrefixHit, state: HybridState) -> None:
         """Make an empty state that of the hit. Raises ValueError, leaving it empty, if it is another model's."""
         state.restore(hit.snapshot, hit.kv)

@@ -14,7 +14,10 @@ router = APIRouter(prefix="/v1/collections", tags=["collections"])
 def _show(collection: Collection, service: RagService) -> schemas.Collection:
     return schemas.Collection.model_validate(
         {field: getattr(collection, field) for field in collection.__slots__}
-        | {"fits_context": service.fits_context(collection)}
+        | {
+            "fits_context": service.fits_context(collection),
+            "state_ready": service.prefetch.is_ready(collection.name),
+        }
     )
 
 

@@ -48,6 +48,7 @@ def run_service(checkpoint: Path, data: Path, **settings: str) -> Iterator[Runni
     port = free_port()
     environment = os.environ | {f"JAMBA_RAG_{name}": value for name, value in settings.items()}
     environment |= {"JAMBA_RAG_MODEL__PATH": str(checkpoint), "JAMBA_RAG_MODEL__THREADS": "1"}
+    environment.setdefault("JAMBA_RAG_ANSWERS__PREFETCH_AFTER_S", "0")  # what is in the cache is the tests' business
     command = [Path(sys.executable).parent / "jamba-rag", "serve", "--port", str(port), "--data-dir", str(data)]
     log = data.with_suffix(".log")
     with log.open("w") as output, subprocess.Popen(command, env=environment, stdout=output, stderr=output) as process:

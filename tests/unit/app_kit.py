@@ -59,7 +59,13 @@ def make_settings(checkpoint: Path, data_dir: Path, **groups: Any) -> Settings:
     defaults: dict[str, Any] = {
         "data_dir": data_dir,
         "model": {"path": checkpoint, "threads": 1, "device": "cpu"},
-        "answers": {"max_output_tokens": 48, "max_quote_tokens": 12, "max_quotes": 2, "none_margin": 50},
+        "answers": {
+            "max_output_tokens": 48,
+            "max_quote_tokens": 12,
+            "max_quotes": 2,
+            "none_margin": 50,
+            "prefetch_after_s": 0,
+        },
         "cache": {"host_max_bytes": 64 << 20, "block_tokens": 32, "snapshot_tokens": 64},
     }
     for name, group in groups.items():

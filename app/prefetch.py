@@ -1,0 +1,160 @@
+"""Reads collections that fit into one prompt before anybody asks about them, so that the first question is warm too.
+
+Low in rank: it waits until a collection has not changed for a while and nobody is being answered, and a question that
+does not begin with the same documents ends it within a step. What it had read by then is kept as far as the last
+snapshot. Start at `Prefetch.run`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import anyio.to_thread
+
+from app.prompting import passage_key, prompt_salt
+from model.engine import EngineOverloaded, EngineRequest
+from model.engine_thread import EngineStopped, TokenStream
+from model.prefix_plan import PrefixPlan
+from model.sampling import SamplingParams
+from retrieval.store import CollectionNotFound
+from retrieval.types import Evidence
+
+if TYPE_CHECKING:
+    from app.service import RagService
+
+log = logging.getLogger(__name__)
+
+Outcome = Literal["read", "found", "interrupted", "failed"]
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A collection as a question with the default settings reads it: whole. `end`: where its documents end."""
+
+    documents: tuple[tuple[str, int], ...]  # (id, version)
+    passages: tuple[Hashable, ...]
+    request: EngineRequest
+    plan: PrefixPlan
+    end: int
+
+
+class Prefetch:
+    """The prefetching of one service; everything but `is_ready` belongs to the event loop."""
+
+    def __init__(self, service: RagService) -> None:
+        self._service = service
+        self._read: dict[str, _Reading] = {}  # by collection: what was read last
+        self._stream: TokenStream | None = None  # being read right now
+        self._passages: tuple[Hashable, ...] = ()
+        self._handled: int | None = None  # generation of the store up to which all was read
+
+    def is_ready(self, collection: str) -> bool:
+        """Whether the state behind the whole collection was read and is still kept. Blocks."""
+        reading = self._read.get(collection)
+        if reading is None or reading.documents != self._list_documents(collection):
+            return False
+        return self._service.cache.kept_tokens(reading.plan) >= reading.end
+
+    async def run(self, after_s: float) -> None:
+        """Prefetch until cancelled; `after_s` without a change come first, 0: never."""
+        if not after_s:
+            return
+        seen = None
+        while True:
+            try:
+                generation = await anyio.to_thread.run_sync(self._service.store.generation)
+                if generation == seen != self._handled and self._is_idle() and await self._read_all():
+                    self._handled = generation
+                seen = generation
+            except Exception:  # a prefetch that fails takes nothing away
+                log.exception("reading collections ahead failed; trying again after the next change")
+                self._service.metrics.prefetches.labels("failed").inc()
+                self._handled = seen
+            await asyncio.sleep(after_s)
+
+    async def give_way(self, evidence: Evidence) -> None:
+        """A question is about to be read: end the prefetch, unless the question begins with the same documents."""
+        ahead = self._passages
+        if self._stream is not None and _passages(evidence)[: len(ahead)] != ahead:
+            await self._stream.aclose()
+
+    def _is_idle(self) -> bool:
+        return self._service.answers_pending == 0
+
+    async def _read_all(self) -> bool:
+        """Read every collection that fits; False if a question or a change came in between."""
+        service = self._service
+        for collection in await anyio.to_thread.run_sync(service.store.list_collections):
+            if not collection.documents or not service.fits_context(collection):
+                continue
+            if collection.pending:
+                return False
+            reading = await anyio.to_thread.run_sync(self._prepare, collection.name)
+            if reading is None:
+                continue
+            outcome = await self._read_one(reading)
+            service.metrics.prefetches.labels(outcome).inc()
+            if outcome == "interrupted":
+                return False
+            self._read[collection.name] = reading
+            log.info("read collection %s ahead (%s): %d tokens", collection.name, outcome, reading.end)
+        return True
+
+    def _prepare(self, collection: str) -> _Reading | None:
+        """None when a question would not read all of it, or it is gone. Blocks."""
+        service = self._service
+        epoch, documents = service.cache.epoch, self._list_documents(collection)
+        try:
+            evidence = service.finder.read_whole(collection)
+        except CollectionNotFound:
+            return None
+        if evidence is None or not evidence.passages:
+            return None
+        prompt = service.format.build_prompt("", evidence)
+        request = EngineRequest(
+            token_ids=prompt.token_ids,
+            boundaries=prompt.boundaries,
+            sampling=SamplingParams(max_new_tokens=1),
+            salt=prompt_salt(service.salt, evidence),
+            tags=frozenset(prompt.document_starts),
+            tag_starts=prompt.document_starts,
+            epoch=epoch,
+        )
+        plan = service.cache.plan(
+            request.token_ids, request.boundaries, request.salt, request.tag_starts, request.epoch
+        )
+        return _Reading(documents, _passages(evidence), request, plan, max(prompt.boundaries))
+
+    def _list_documents(self, collection: str) -> tuple[tuple[str, int], ...]:
+        try:
+            documents = self._service.store.ready_documents([collection])
+        except CollectionNotFound:
+            return ()
+        return tuple((document.id, document.version) for document in documents)
+
+    async def _read_one(self, reading: _Reading) -> Outcome:
+        if await anyio.to_thread.run_sync(self._service.cache.kept_tokens, reading.plan) >= reading.end:
+            return "found"
+        if not self._is_idle():
+            return "interrupted"
+        self._stream, self._passages = self._service.engine.generate(reading.request), reading.passages
+        reason = None
+        try:
+            async for output in self._stream:
+                reason = output.finish_reason
+        except (EngineOverloaded, EngineStopped):
+            return "interrupted"
+        finally:
+            await self._stream.aclose()
+            self._stream, self._passages = None, ()
+        if reason == "error":
+            raise RuntimeError("the engine gave up on reading a collection ahead")
+        return "read" if reason in ("length", "stop") else "interrupted"
+
+
+def _passages(evidence: Evidence) -> tuple[Hashable, ...]:
+    return tuple(passage_key(passage) for passage in evidence.passages)

@@ -1,0 +1,138 @@
+"""Collections that fit are read before the first question, out of its way, and never after they have changed."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+from app_kit import GARDEN, LIGHTHOUSE, ServiceClient, make_settings, running_service, write_checkpoint
+
+from model.sampling import SamplingParams
+
+pytestmark = pytest.mark.anyio
+
+QUESTION = "Who is the keeper?"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, write_jamba):
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), write_jamba)
+
+
+@pytest.fixture
+async def client(checkpoint, tmp_path):
+    settings = make_settings(checkpoint, tmp_path / "data", answers={"prefetch_after_s": 0.05})
+    async with running_service(settings) as client:
+        yield client
+
+
+async def until(look: Callable[[], Awaitable[bool]]) -> None:
+    for _ in range(1500):
+        if await look():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("it did not happen within 30 s")
+
+
+async def is_ready(client: ServiceClient, name: str = "default") -> bool:
+    return (await client.get(f"/v1/collections/{name}")).json()["state_ready"]
+
+
+async def count(client: ServiceClient, outcome: str) -> float:
+    lines = (await client.get("/metrics")).text.splitlines()
+    name = f'jamba_rag_prefetches_total{{outcome="{outcome}"}} '
+    return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
+
+
+async def test_the_first_question_about_a_collection_finds_all_of_it_read(client):
+    assert not await is_ready(client)
+    await client.upload("lighthouse.md", LIGHTHOUSE)
+    await client.upload("garden.md", GARDEN)
+    await until(lambda: is_ready(client))
+    answer = await client.ask(QUESTION)
+    prompt, prefix = answer["usage"]["input_tokens"], answer["cache"]["prefix_tokens"]
+    assert answer["cache"]["tier"] == "host" and prompt - prefix < 40  # the question and what it ends with
+    assert await count(client, "read") >= 1
+
+
+async def test_it_answers_as_without(client, checkpoint, tmp_path):
+    settings = make_settings(checkpoint, tmp_path / "other", cache={"host_max_bytes": 0})
+    async with running_service(settings) as plain:
+        for asked in (client, plain):
+            await asked.upload("lighthouse.md", LIGHTHOUSE)
+        await until(lambda: is_ready(client))
+        warm, cold = [await asked.ask(QUESTION) for asked in (client, plain)]
+    assert warm["cache"]["prefix_tokens"] > 0 == cold["cache"]["prefix_tokens"]
+    assert (warm["text"], warm["grounding"]) == (cold["text"], cold["grounding"])
+
+
+async def test_a_change_makes_it_read_again_and_a_deletion_leaves_nothing(client):
+    await client.upload("garden.md", GARDEN)
+    lighthouse = await client.upload("lighthouse.md", LIGHTHOUSE)
+    await until(lambda: is_ready(client))
+    assert (await client.delete(f"/v1/documents/{lighthouse['id']}")).status_code == 204
+    await until(lambda: is_ready(client))
+    assert "Moira" not in (await client.ask(QUESTION))["text"]
+    await client.upload("lighthouse.md", LIGHTHOUSE)
+    await until(lambda: is_ready(client))
+
+
+async def test_what_does_not_fit_is_not_read(client):
+    await client.upload("long.md", "\n\n".join(f"Line {number} of a long list." for number in range(600)))
+    await until(lambda: handled(client))
+    assert not await is_ready(client)
+    assert await count(client, "read") == 0
+
+
+async def handled(client: ServiceClient) -> bool:
+    service = client.app.state.service
+    return service.prefetch._handled == service.store.generation()
+
+
+async def test_a_question_about_something_else_comes_first(client):
+    service = client.app.state.service
+    await client.upload("lighthouse.md", LIGHTHOUSE)
+    await until(lambda: is_ready(client))
+    await client.post("/v1/collections", json={"name": "other"})
+    other = await client.upload("garden.md", GARDEN, collection="other")
+    await until(lambda: handled(client))
+    reading = service.prefetch._read["default"]
+    service.cache.invalidate(reading.request.tags)  # so that there is something to compute
+    long = reading.request.token_ids * 3
+    endless = type(reading.request)(long, sampling=SamplingParams(max_new_tokens=600))
+    ahead = asyncio.create_task(
+        service.prefetch._read_one(type(reading)((), reading.passages, endless, reading.plan, 1 << 30))
+    )
+    await until(lambda: running(service))
+    answer = await client.ask("How many roses?", document_ids=[other["id"]])
+    assert await ahead == "interrupted"
+    assert answer["usage"]["output_tokens"] >= 1
+
+
+async def running(service) -> bool:
+    return service.prefetch._stream is not None
+
+
+async def test_a_question_that_begins_with_the_same_documents_lets_it_read_on(client):
+    service = client.app.state.service
+    await client.upload("lighthouse.md", LIGHTHOUSE)
+    await until(lambda: is_ready(client))
+    evidence = service.finder.read_whole("default")
+    reading = service.prefetch._read["default"]
+    service.prefetch._stream, service.prefetch._passages = service.engine.generate(reading.request), reading.passages
+    await service.prefetch.give_way(evidence)
+    outputs = [output async for output in service.prefetch._stream]
+    assert outputs[-1].finish_reason == "length"
+    service.prefetch._stream = None
+
+
+async def test_who_may_not_read_the_same_collection_shares_no_state(client):
+    await client.post("/v1/collections", json={"name": "other"})
+    for collection in ("default", "other"):
+        await client.upload("lighthouse.md", LIGHTHOUSE, collection=collection)
+    service = client.app.state.service
+    await until(lambda: is_ready(client))
+    await until(lambda: is_ready(client, "other"))
+    plans = [service.prefetch._read[name].plan for name in ("default", "other")]
+    assert service.prefetch._read["default"].request.token_ids == service.prefetch._read["other"].request.token_ids
+    assert not set(plans[0].block_keys) & set(plans[1].block_keys)
+    assert not set(plans[0].snapshot_keys.values()) & set(plans[1].snapshot_keys.values())
