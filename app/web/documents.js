@@ -2,6 +2,7 @@
 import * as api from "./api.js";
 import { announce, byId, confirmed, counted, formatBytes, formatNumber, h } from "./dom.js";
 
+const FACTS_EVERY_MS = 3000, FACTS_LOOKS = 20;
 const STORED_COLLECTION = "jamba-rag.collection";
 const UPLOADS_AT_ONCE = 2;
 const POLL_MS = 700;
@@ -129,6 +130,7 @@ export class DocumentsPanel {
   /** Keeps the choice, over a reload of the page too. */
   async loadCollections(chosen = this.collection || sessionStorage.getItem(STORED_COLLECTION)) {
     this.collections = await api.listCollections();
+    this.factsLooks = FACTS_LOOKS;
     const names = this.collections.map((collection) => collection.name);
     if (!names.length) names.push("default");
     this.select.replaceChildren(...names.map((name) => h("option", { value: name }, name)));
@@ -142,7 +144,17 @@ export class DocumentsPanel {
     if (!facts) return void (byId("collection-facts").textContent = "");
     const fits = facts.fits_context ? "fits whole into one question" : "too long for one question: the best passages are read";
     const parts = [counted(facts.documents, "document"), counted(facts.tokens, "token"), facts.documents > 0 && fits];
+    parts.push(facts.state_ready && "read already: the next question starts at once");
     byId("collection-facts").textContent = parts.filter(Boolean).join(" · ");
+    clearTimeout(this.factsTimer);
+    if (facts.documents && facts.fits_context && !facts.state_ready && this.factsLooks-- > 0)
+      this.factsTimer = setTimeout(() => this.refreshFacts(), FACTS_EVERY_MS);
+  }
+
+  /** The service reads a collection that fits some seconds after it has changed. */
+  async refreshFacts() {
+    this.collections = await api.listCollections();
+    this.showFacts();
   }
 
   async load() {
