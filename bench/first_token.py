@@ -6,12 +6,14 @@ numbers changed. It is asked three questions: cold; again, when its state lies i
 everything was closed and built anew with nothing kept but a Valkey server on this machine. A short prompt goes first
 each time, so that no row pays for a start. `ratio` is cold_ms over host_ms; `state_bytes` is what the host tier holds
 for the context.
-    python -m bench.first_token [--rounds 7] [--threads 2]
+    python -m bench.first_token [--rounds 7] [--threads 2] [--picture docs/images/first-token.png]
+`--rows FILE` draws an earlier run instead of measuring.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import re
 import sys
@@ -47,7 +49,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--rows", type=Path)
     arguments = parser.parse_args()
+    rows = json.loads(arguments.rows.read_text())["rows"] if arguments.rows else measure(arguments)
+    if arguments.picture:
+        draw(rows, arguments.picture)
+
+
+def measure(arguments: argparse.Namespace) -> Sequence[dict[str, Any]]:
+    """All rounds; the rows as they were written."""
     run = BenchRun("first-token", argv=sys.argv)
     paragraphs = [text for document in sample_texts().values() for text in document.split("\n\n")]
     times_ms: dict[tuple[int, str], list[float]] = defaultdict(list)
@@ -67,6 +78,33 @@ def main() -> None:
         row |= {f"worst_{COLUMNS[tier]}": max(times) for tier, times in values.items()}
         run.add(**row)
     run.finish()
+    return run.rows
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Time to the first token over the length of the documents, a line for each place that their state came from."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.6))
+    tokens = [row["context_tokens"] for row in rows]
+    for column, label, marker in (
+        ("cold_ms", "read for the first time", "o"),
+        ("redis_ms", "state from Redis, after a restart", "s"),
+        ("host_ms", "state from memory", "^"),
+    ):
+        times = [row[column] for row in rows]
+        axes.plot(tokens, times, marker=marker, label=label)
+        axes.annotate(f"{times[-1]:,.0f} ms", (tokens[-1], times[-1]), textcoords="offset points", xytext=(7, -3))
+    axes.set(xscale="log", yscale="log", xlabel="tokens of documents", ylabel="first token, ms", xlim=(None, 14_000))
+    axes.set_xticks(tokens, [f"{size:,}" for size in tokens], minor=False)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 def play_round(
