@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model.kernels import cpu, gpu
+from model.kernels import cpu, cpu_grad, gpu
 
 try:
     from model.kernels.selective_scan_triton import selective_scan_triton
@@ -47,6 +47,8 @@ def selective_scan(
         return selective_scan_cuda(u, delta, A, B, C, D, z, state, delta_bias)
     if cpu.supports(u, delta, A, B, C, D, z, delta_bias):
         return cpu.selective_scan(u, delta, A, B, C, D, z, state, delta_bias)
+    if state is None and cpu_grad.supports(u, delta, A, B, C, D, z, delta_bias):
+        return cpu_grad.selective_scan(u, delta, A, B, C, D, z, delta_bias)
     if delta_bias is not None:
         delta = F.softplus(delta.float() + delta_bias.float())
     if u.is_cuda and selective_scan_triton is not None:
