@@ -1,0 +1,191 @@
+"""Where questions are lost on the way from the documents to a right answer, through the whole service.
+
+The hand-written questions (`model.train.testset`) are asked about the documents that they were written on, all of them
+in one collection, in mode `rag`, at each evidence budget. Every question with an answer ends in one of five ways: *not
+retrieved* (no hit shown holds the gold words), *not packed* (a hit does, the evidence does not), *refused* (the evidence
+does), *not read* (another answer was given, F1 under 0.5), *read*. Questions without an answer are refused or answered.
+Run: `python -m bench.stages --held-out DIR/corpora/held_out --budgets 300 700 --picture stages.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from app.client import connect
+from app.evidence import Query
+from app.ingesting import expand_paths, ingest_files
+from app.main import create_app
+from app.service import RagService
+from app.settings import SHIPPED_CHECKPOINT, Settings, load_settings
+from bench.answers import normalize_answer, token_f1
+from bench.runs import BenchRun
+
+QUESTIONS = Path(__file__).parent.parent / "model" / "train" / "testsets" / "questions.jsonl"
+STAGES = ("not retrieved", "not packed", "refused", "not read", "read")
+READ_F1 = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question and where its answer stands: the document's id and characters of its stored text; None: nowhere."""
+
+    question: str
+    answer: str | None
+    document_id: str
+    span: tuple[int, int] | None
+
+
+def write_documents(held_out: Path, folder: Path, questions: Sequence[dict[str, Any]]) -> None:
+    """Each document that a question was written on, as a text file named as `file_name` does."""
+    wanted = {(row["source"], row["doc"]) for row in questions}
+    for source in sorted({source for source, _ in wanted}):
+        for document in map(json.loads, (held_out / f"{source}.jsonl").read_text().splitlines()):
+            if (source, document["doc"]) in wanted:
+                (folder / file_name(document)).write_text(document["text"], encoding="utf-8")
+
+
+def file_name(row: dict[str, Any]) -> str:
+    return re.sub(r"[^\w.-]+", "_", f"{row['source']}_{row['doc']}") + ".txt"
+
+
+def find_words(text: str, words: str, start: int = 0) -> re.Match[str] | None:
+    """The words from `start` on, whatever white space stands between them."""
+    return re.compile(r"\s+".join(map(re.escape, words.split()))).search(text, start)
+
+
+def place(service: RagService, questions: Sequence[dict[str, Any]]) -> list[Asked]:
+    """Questions with their gold words found in the stored text, behind the beginning of their passage."""
+    documents = {document.filename: document.id for document in service.store.ready_documents(["default"])}
+    asked = []
+    for row in questions:
+        document_id = documents[file_name(row)]
+        text = service.store.get_text(document_id)
+        begins = find_words(text, row["begins"])
+        gold = find_words(text, row["answer"], begins.start() if begins else 0) if row["answer"] else None
+        asked.append(Asked(row["question"], row["answer"], document_id, gold.span() if gold else None))
+    return asked
+
+
+def holds(document_id: str, start: int, end: int, asked: Asked) -> bool:
+    """Whether these characters of a document hold the gold words."""
+    return document_id == asked.document_id and start <= asked.span[0] and asked.span[1] <= end
+
+
+async def ask(service: RagService, asked: Asked, budget: int) -> dict[str, Any]:
+    """How one question ended, with what the answer cost."""
+    query = Query(asked.question, ["default"], None, None, "rag", budget, 128)
+    found = await asyncio.to_thread(service.finder.find, query)
+    running = await service.start_answer(query)
+    answer = await running.collect()
+    said = answer.citations[0].cited_text if answer.citations else ""
+    cost = {"ttft_ms": answer.timings.ttft_ms, "tokens": answer.usage.input_tokens}
+    if asked.answer is None:
+        return cost | {"stage": "answered" if said else "refused", "exact": 0.0, "f1": 0.0}
+    retrieved = any(holds(h.chunk.document_id, h.chunk.char_start, h.chunk.char_end, asked) for h in found.hits)
+    packed = any(holds(p.document_id, p.char_start, p.char_end, asked) for p in found.evidence.passages)
+    f1 = token_f1(said, asked.answer) if said else 0.0
+    exact = float(bool(said) and normalize_answer(said) == normalize_answer(asked.answer))
+    if f1 >= READ_F1:
+        stage = "read"
+    elif packed:
+        stage = "not read" if said else "refused"
+    else:
+        stage = "not packed" if retrieved else "not retrieved"
+    return cost | {"stage": stage, "exact": exact, "f1": f1}
+
+
+def summarize(outcomes: Sequence[tuple[Asked, dict[str, Any]]], budget: int) -> dict[str, Any]:
+    """One row: shares of the questions with an answer in %, and how many without one were refused."""
+    known = [outcome for asked, outcome in outcomes if asked.answer is not None]
+    unknown = [outcome for asked, outcome in outcomes if asked.answer is None]
+    ends = Counter(outcome["stage"] for outcome in known)
+    row: dict[str, Any] = {"budget_tokens": budget, "questions": len(known)}
+    row |= {f"{stage} %": 100 * ends[stage] / len(known) for stage in STAGES}
+    row |= {f"{name} %": 100 * sum(o[key] for o in known) / len(known) for name, key in (("EM", "exact"), ("F1", "f1"))}
+    row |= {"unanswerable": len(unknown)}
+    row |= {"of them refused %": 100 * sum(o["stage"] == "refused" for o in unknown) / max(1, len(unknown))}
+    times, tokens = ([outcome[key] for _, outcome in outcomes] for key in ("ttft_ms", "tokens"))
+    return row | {"prompt tokens": round(median(tokens)), "median first token ms": median(times)}
+
+
+async def measure(
+    settings: Settings, questions: Sequence[dict[str, Any]], budgets: Sequence[int], run: BenchRun
+) -> None:
+    app = create_app(settings)
+    async with app.router.lifespan_context(app):
+        service = app.state.service
+        asked = place(service, questions)
+        missing = [one for one in asked if one.answer is not None and one.span is None]
+        print(f"{len(asked)} questions; gold words of {len(missing)} not in the stored text, left out", file=sys.stderr)
+        asked = [one for one in asked if one not in missing]
+        for budget in budgets:
+            outcomes = []
+            for number, one in enumerate(asked, start=1):
+                outcomes.append((one, await ask(service, one, budget)))
+                if number % 20 == 0:
+                    print(f"{budget} tokens: {number} of {len(asked)} questions", file=sys.stderr)
+            run.add(**summarize(outcomes, budget))
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bars of the five ends, one a budget."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.6 * len(rows)), layout="constrained")
+    names, left = [f"{row['budget_tokens']} tokens" for row in rows], [0.0] * len(rows)
+    for stage, colour in zip(STAGES, ("#7f7f7f", "#c7a76c", "#8c6bb1", "#d6604d", "#4393c3"), strict=True):
+        widths = [row[f"{stage} %"] for row in rows]
+        bars = axis.barh(names, widths, left=left, color=colour, label=stage)
+        axis.bar_label(bars, [f"{width:.0f}" if width >= 3 else "" for width in widths], label_type="center", color="w")
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axis.set(xlim=(0, 100), xlabel="% of the questions that have an answer", ylabel="evidence")
+    axis.invert_yaxis()
+    figure.legend(loc="outside upper center", ncols=len(STAGES), frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--held-out", type=Path, required=True, help="corpora/held_out of model.train.corpora")
+    parser.add_argument("--data-dir", type=Path, help="keep the index there for the next run; default: a new one")
+    parser.add_argument("--model", type=Path, default=SHIPPED_CHECKPOINT)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[300])
+    parser.add_argument("--limit", type=int, help="so many questions, drawn at random")
+    parser.add_argument("--picture", type=Path)
+    args = parser.parse_args()
+    run = BenchRun("stages", argv=sys.argv)
+    questions = [json.loads(line) for line in QUESTIONS.read_text().splitlines()]
+    with tempfile.TemporaryDirectory() as scratch:
+        groups = {"model": {"path": args.model}, "redis": {"url": None}, "log": {"level": "warning"}}
+        settings = load_settings(env_file=None, data_dir=args.data_dir or Path(scratch) / "data", **groups)
+        folder = Path(scratch) / "documents"
+        folder.mkdir()
+        write_documents(args.held_out, folder, questions)
+        if not (settings.data_dir / "rag.sqlite3").exists():
+            with connect(settings) as service:
+                ingest_files(service, expand_paths([str(folder)]), {"collection": "default"})
+        if args.limit:
+            questions = random.Random(0).sample(questions, args.limit)
+        asyncio.run(measure(settings, questions, args.budgets, run))
+    run.finish()
+    if args.picture:
+        draw(run.rows, args.picture)
+
+
+if __name__ == "__main__":
+    main()
