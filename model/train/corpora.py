@@ -69,7 +69,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _extract_all(packages: list[str], parts: Path, workers: int) -> None:
-    missing = [name for name in packages if not (parts / f"{name}.json").exists()]
+    known = _known_packages()
+    for name in [name for name in packages if name not in known]:
+        print(f"{name}: not available", flush=True)
+    missing = [name for name in packages if name in known and not (parts / f"{name}.json").exists()]
     done = 0
     with ProcessPoolExecutor(workers) as pool, tempfile.TemporaryDirectory(prefix="corpus-") as folder:
         archives = _download(missing[:_BATCH], Path(folder))
@@ -84,6 +87,12 @@ def _extract_all(packages: list[str], parts: Path, workers: int) -> None:
                     note = f"left out: {error}"
                 done += 1
                 print(f"[{done}/{len(missing)}] {jobs[job]}: {note}", flush=True)
+
+
+def _known_packages() -> set[str]:
+    """Names that apt's lists hold: one unknown name would make it fetch none of a batch."""
+    listed = subprocess.run(["apt-cache", "pkgnames"], check=True, capture_output=True, text=True)
+    return set(listed.stdout.split())
 
 
 def _download(names: list[str], folder: Path) -> dict[str, Path]:

@@ -32,7 +32,9 @@ from model.train.surgery import build_student, build_teacher
 from model.train.tokens import read_texts
 from model.train.trainer import Cluster, Log, MasterAdamW, load_into, worker_random
 
-LENGTHS, LENGTH_SHARES = (512, 1024, 2048, 4096, 8192), (0.2, 0.36, 0.26, 0.12, 0.06)
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384)
+LENGTH_SHARES = (0.2, 0.36, 0.26, 0.12, 0.06, 0.0)
+LATE_SHARES = (0.14, 0.28, 0.22, 0.14, 0.12, 0.1)  # from --long-from on: needles far away, too
 TAPS = (5, 11, 17, 23, 29)
 
 
@@ -51,8 +53,10 @@ class Steps(IterableDataset):
         questions = QaRows(Tokenizer.load(args.tokenizer), load_pairs(args.pairs), texts)
         rng, step = worker_random(args.seed, self.rank, worker.id), worker.id
         while True:
-            length = min(random.Random(args.seed * 7919 + step).choices(LENGTHS, LENGTH_SHARES)[0], args.qa_tokens)
-            rows = [questions.row(rng, length, self.progress.value) for _ in range(max(1, args.qa_tokens // length))]
+            progress = self.progress.value
+            shares = LENGTH_SHARES if progress < args.long_from else LATE_SHARES
+            length = min(random.Random(args.seed * 7919 + step).choices(LENGTHS, shares)[0], args.qa_tokens)
+            rows = [questions.row(rng, length, progress) for _ in range(max(1, args.qa_tokens // length))]
             lines = [text.row(rng, args.length) for _ in range(args.text_tokens // args.length)] if text else [[]]
             yield np.stack(lines), np.stack([ids for ids, _ in rows]), np.stack([kinds for _, kinds in rows])
             step += worker.num_workers
@@ -130,6 +134,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text-until", type=float, default=0.0, help="after it, only every third step has text")
     parser.add_argument("--rope-until", type=float, default=0.4, help="share; 0: no positions from the start")
     parser.add_argument("--quant-from", type=float, default=0.85)
+    parser.add_argument("--long-from", type=float, default=1.0, help="share from which rows reach 16K; 1: never")
     parser.add_argument("--rate", type=float, default=8e-4)
     parser.add_argument("--kl", type=float, default=1.0)
     parser.add_argument("--ce", type=float, default=0.1)

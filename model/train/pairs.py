@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> None:
         chosen = [p for p in kept if is_dev_document(p["source"], p["doc"]) == (split == "dev")]
         passages = _passages(chosen, args.corpora, split, random.Random(args.seed))
         _add_negatives(chosen, passages, args.negatives)
+        wanted = {i for pair in chosen for i in (pair["passage_id"], *pair["negatives"])}
+        passages = [passage for passage in passages if passage["id"] in wanted]
         _write(args.out / f"passages_{split}.jsonl", passages)
         _write(args.out / f"pairs_{split}.jsonl", chosen)
         documents = len({(p["source"], p["doc"]) for p in chosen})

@@ -99,7 +99,7 @@ def repack(path: Path, folder: Path, vocab_size: int, parts: int = 2) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = sorted(read_rows(path, vocab_size).items(), key=lambda item: -item[1][1].size)
     for i in range(parts):
-        part = {f"{kind}/{name}": torch.from_numpy(np.ascontiguousarray(raw)) for name, (kind, raw) in rows[i::parts]}
+        part = {f"{kind}/{name}": torch.from_numpy(np.array(raw)) for name, (kind, raw) in rows[i::parts]}
         save_file(part, folder / f"part-{i}.safetensors")
 
 

@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args, cluster = parse_arguments(), Cluster()
-    args.hidden, args.text_tokens = 0.0, 0
+    args.hidden, args.text_tokens, args.long_from = 0.0, 0, 1.0
     log, tokenizer = Log(args.out / "tune.jsonl", cluster), Tokenizer.load(args.tokenizer)
     model: Jamba = build_teacher(args.gguf).to(cluster.device)
     optimizer = MasterAdamW(model, lambda name: 1.0, weight_decay=0.01)
