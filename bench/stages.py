@@ -1,9 +1,9 @@
 """Where questions are lost on the way from the documents to a right answer, through the whole service.
 
 The hand-written questions (`model.train.testset`) are asked about the documents that they were written on, all of them
-in one collection, in mode `rag`, at each evidence budget. Every question with an answer ends in one of five ways: *not
-retrieved* (no hit shown holds the gold words), *not packed* (a hit does, the evidence does not), *refused* (the evidence
-does), *not read* (another answer was given, F1 under 0.5), *read*. Questions without an answer are refused or answered.
+in one collection, in mode `rag`, at each evidence budget. A question with an answer ends in one of five ways: *not
+retrieved* (no hit shown holds the gold words), *not packed* (a hit does, the evidence does not), *refused* although the
+evidence does, *not read* (another answer was given, F1 under 0.5), *read*. The others are refused or answered.
 Run: `python -m bench.stages --held-out DIR/corpora/held_out --budgets 300 700 --picture stages.png`.
 """
 

@@ -7,6 +7,7 @@ the shipped format will hold, so the gradient is taken at the quantized weights 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import time
@@ -15,9 +16,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+MEAN, SQUARE = "adam.mean/", "adam.square/"
 KEEP_FLOAT32 = ("A_log", ".D", "dt_proj.bias")
 
 
@@ -31,7 +34,8 @@ class Cluster:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl", device_id=self.device)
+            on_gpu = self.device.type == "cuda"
+            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=self.device if on_gpu else None)
 
     def mean_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Average the gradients over the processes, one message a dtype."""
@@ -40,13 +44,17 @@ class Cluster:
         for dtype in (torch.bfloat16, torch.float32):  # in one order everywhere: the processes wait for each other
             grads = [p.grad for p in parameters if p.dtype == dtype]
             flat = torch._utils._flatten_dense_tensors(grads)
-            dist.all_reduce(flat, op=dist.ReduceOp.AVG)
+            self._average(flat)
             torch._foreach_copy_(grads, list(torch._utils._unflatten_dense_tensors(flat, grads)))
 
     def mean(self, value: Tensor) -> Tensor:
         if self.size > 1:
-            dist.all_reduce(value, op=dist.ReduceOp.AVG)
+            self._average(value)
         return value
+
+    def _average(self, value: Tensor) -> None:
+        dist.all_reduce(value)  # the mean is not among what gloo, for CPUs, can do
+        value /= self.size
 
     def close(self) -> None:
         if self.size > 1:
@@ -56,12 +64,18 @@ class Cluster:
 class MasterAdamW:
     """AdamW on float32 masters of a model's parameters; the parameters themselves follow in their own dtype."""
 
-    def __init__(self, model: nn.Module, rate_of: Callable[[str], float], weight_decay: float = 0.05) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        rate_of: Callable[[str], float],
+        weight_decay: float = 0.05,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
         self.masters = [p.detach().float().clone() for p in self.parameters]
         for name, p in named:
-            p.data = p.data.to(torch.float32 if name.endswith(KEEP_FLOAT32) else torch.bfloat16)
+            p.data = p.data.to(torch.float32 if name.endswith(KEEP_FLOAT32) else dtype)
         for master in self.masters:
             master.grad = torch.zeros_like(master)
         groups = [
@@ -113,6 +127,28 @@ class MasterAdamW:
             self.masters[self.names.index(name)].copy_(tensor)
         self.publish()
 
+    def save_resumable(self, path: Path, step: int) -> None:
+        """Masters in float32 with AdamW's moments: going on from them is as if nothing had happened."""
+        tensors = {}
+        for name, master in zip(self.names, self.masters, strict=True):
+            kept = self.optimizer.state[master]
+            tensors |= {name: master, f"{MEAN}{name}": kept["exp_avg"], f"{SQUARE}{name}": kept["exp_avg_sq"]}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path.with_suffix(".part"), metadata={"step": str(step)})
+        path.with_suffix(".part").rename(path)
+
+    def load_resumable(self, path: Path) -> int:
+        """Take up what `save_resumable` wrote; returns its step."""
+        with safe_open(path, "pt") as file:
+            step = int(file.metadata()["step"])
+            for name, master in zip(self.names, self.masters, strict=True):
+                master.copy_(file.get_tensor(name))
+                mean, square = (file.get_tensor(prefix + name).to(master) for prefix in (MEAN, SQUARE))
+                count = torch.tensor(float(step), device=master.device)
+                self.optimizer.state[master] = {"step": count, "exp_avg": mean, "exp_avg_sq": square}
+        self.publish()
+        return step
+
 
 def _merge(groups: list[dict]) -> list[dict]:
     merged: dict[tuple, dict] = {}
@@ -122,11 +158,17 @@ def _merge(groups: list[dict]) -> list[dict]:
     return list(merged.values())
 
 
+def cosine(peak: float, step: int, share: float, warmup: int) -> float:
+    """The learning rate: up over `warmup` steps, then a cosine over the whole schedule to 3% of the peak."""
+    return peak * min(1.0, (step + 1) / warmup) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
+
+
 def load_into(model: nn.Module, path: Path) -> None:
-    """Load what `MasterAdamW.save` wrote into a model, by name; other parameters stay."""
+    """Load what `MasterAdamW.save` or `save_resumable` wrote into a model, by name; other parameters stay."""
     parameters = dict(model.named_parameters())
     for name, tensor in load_file(path).items():
-        parameters[name].data.copy_(tensor)
+        if not name.startswith((MEAN, SQUARE)):
+            parameters[name].data.copy_(tensor)
 
 
 class Log:

@@ -1,6 +1,10 @@
 """The training stages at toy size: surgery keeps the function, rows are what the service will ask, losses are exact."""
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -101,6 +105,30 @@ def test_an_optimizer_step_moves_the_weights_and_they_follow_as_the_shipped_form
     for name, parameter, master in zip(optimizer.names, optimizer.parameters, optimizer.masters, strict=True):
         assert "layernorm" in name or not torch.equal(parameter.float(), before[name]), name
         assert torch.equal(parameter, fake_quantize(name, master).to(parameter.dtype)), name
+
+
+AVERAGE = """
+import torch
+from model.train.trainer import Cluster
+cluster = Cluster()
+parameters = [torch.nn.Parameter(torch.zeros(3, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)]
+for parameter in parameters:
+    parameter.grad = torch.full_like(parameter, 2.0 * cluster.rank + 1)
+cluster.mean_gradients(parameters)
+assert all((parameter.grad == 2).all() for parameter in parameters), [p.grad for p in parameters]
+assert cluster.mean(torch.tensor(float(cluster.rank))).item() == 0.5
+cluster.close()
+"""
+
+
+def test_two_processes_of_torchrun_average_their_gradients(tmp_path):
+    script = tmp_path / "average.py"
+    script.write_text(AVERAGE)
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
