@@ -1,15 +1,15 @@
 """Reads collections that fit into one prompt before anybody asks about them, so that the first question is warm too.
 
-Low in rank: it waits until a collection has not changed for a while and nobody is being answered, and a question that
-does not begin with the same documents ends it within a step. What it had read by then is kept as far as the last
-snapshot. Start at `Prefetch.run`.
+Low in rank: it waits until a collection has not changed for a while and nobody is being answered. A question that does
+not begin with the same documents ends it within a step, and so does the end of one of its documents. What it had read
+by then is kept as far as the last snapshot. Start at `Prefetch.run`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -50,6 +50,9 @@ class Prefetch:
         self._read: dict[str, _Reading] = {}  # by collection: what was read last
         self._stream: TokenStream | None = None  # being read right now
         self._passages: tuple[Hashable, ...] = ()
+        self._reads: frozenset[str] = frozenset()  # documents of it
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ending: asyncio.Future[None] | None = None
         self._handled: int | None = None  # generation of the store up to which all was read
 
     def is_ready(self, collection: str) -> bool:
@@ -63,7 +66,7 @@ class Prefetch:
         """Prefetch until cancelled; `after_s` without a change come first, 0: never."""
         if not after_s:
             return
-        seen = None
+        self._loop, seen = asyncio.get_running_loop(), None
         while True:
             try:
                 generation = await anyio.to_thread.run_sync(self._service.store.generation)
@@ -81,6 +84,15 @@ class Prefetch:
         ahead = self._passages
         if self._stream is not None and _passages(evidence)[: len(ahead)] != ahead:
             await self._stream.aclose()
+
+    def forget(self, document_ids: Collection[str]) -> None:
+        """These documents are gone: end a prefetch that reads one of them. From any thread."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._end, frozenset(document_ids))
+
+    def _end(self, document_ids: frozenset[str]) -> None:
+        if self._stream is not None and document_ids & self._reads:
+            self._ending = asyncio.ensure_future(self._stream.aclose())  # kept, or it might be collected before it ran
 
     def _is_idle(self) -> bool:
         return self._service.answers_pending == 0
@@ -141,7 +153,8 @@ class Prefetch:
             return "found"
         if not self._is_idle():
             return "interrupted"
-        self._stream, self._passages = self._service.engine.generate(reading.request), reading.passages
+        self._passages, self._reads = reading.passages, reading.request.tags
+        self._stream = self._service.engine.generate(reading.request)
         reason = None
         try:
             async for output in self._stream:
@@ -150,7 +163,7 @@ class Prefetch:
             return "interrupted"
         finally:
             await self._stream.aclose()
-            self._stream, self._passages = None, ()
+            self._stream, self._passages, self._reads = None, (), frozenset()
         if reason == "error":
             raise RuntimeError("the engine gave up on reading a collection ahead")
         return "read" if reason in ("length", "stop") else "interrupted"

@@ -208,6 +208,7 @@ class RagService:
             for answer in self._running:
                 if gone & answer.document_ids:
                     answer.abort(DocumentDeleted("a document that the answer was made from is gone; ask again"))
+        self.prefetch.forget(gone)
         self.format.forget()
         self.cache.invalidate(gone)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 from app_kit import GARDEN, LIGHTHOUSE, ServiceClient, make_settings, running_service, write_checkpoint
@@ -88,24 +89,49 @@ async def handled(client: ServiceClient) -> bool:
     return service.prefetch._handled == service.store.generation()
 
 
+async def read_endlessly(client: ServiceClient) -> asyncio.Task:
+    """A prefetch of the collection, under way, that would go on for hundreds of tokens."""
+    prefetch = client.app.state.service.prefetch
+    await until(lambda: handled(client))
+    reading = prefetch._read["default"]
+    request = replace(reading.request, sampling=SamplingParams(max_new_tokens=600))
+    ahead = asyncio.create_task(prefetch._read_one(replace(reading, request=request, end=1 << 30)))
+    await until(lambda: running(client.app.state.service))
+    return ahead
+
+
 async def test_a_question_about_something_else_comes_first(client):
-    service = client.app.state.service
     await client.upload("lighthouse.md", LIGHTHOUSE)
     await until(lambda: is_ready(client))
     await client.post("/v1/collections", json={"name": "other"})
     other = await client.upload("garden.md", GARDEN, collection="other")
-    await until(lambda: handled(client))
-    reading = service.prefetch._read["default"]
-    service.cache.invalidate(reading.request.tags)  # so that there is something to compute
-    long = reading.request.token_ids * 3
-    endless = type(reading.request)(long, sampling=SamplingParams(max_new_tokens=600))
-    ahead = asyncio.create_task(
-        service.prefetch._read_one(type(reading)((), reading.passages, endless, reading.plan, 1 << 30))
-    )
-    await until(lambda: running(service))
+    ahead = await read_endlessly(client)
     answer = await client.ask("How many roses?", document_ids=[other["id"]])
     assert await ahead == "interrupted"
     assert answer["usage"]["output_tokens"] >= 1
+
+
+async def test_deleting_one_of_its_documents_ends_it_and_another_does_not(client):
+    lighthouse = await client.upload("lighthouse.md", LIGHTHOUSE)
+    await client.post("/v1/collections", json={"name": "other"})
+    other = await client.upload("garden.md", GARDEN, collection="other")
+    await until(lambda: is_ready(client))
+    ahead = await read_endlessly(client)
+    assert (await client.delete(f"/v1/documents/{other['id']}")).status_code == 204
+    assert await running(client.app.state.service)
+    assert (await client.delete(f"/v1/documents/{lighthouse['id']}")).status_code == 204
+    assert await ahead == "interrupted"
+
+
+async def test_being_cancelled_as_the_service_stops_leaves_the_engine_nothing_to_do(client):
+    await client.upload("lighthouse.md", LIGHTHOUSE)
+    await until(lambda: is_ready(client))
+    ahead = await read_endlessly(client)
+    ahead.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await ahead
+    engine = client.app.state.service.engine
+    await until(lambda: engine.call(lambda engine: not engine.has_work()))
 
 
 async def running(service) -> bool:
