@@ -24,9 +24,10 @@ from bench.hf_parity import (
     sample_prompts,
     sample_texts,
 )
-from model import JambaConfig, convert_checkpoint, load_model
+from model import Jamba, JambaConfig, convert_checkpoint, load_model
 from model.chat_format import ChatFormat
 from model.tokenizer import Tokenizer
+from model.w8a8 import round_activations
 
 MIB = 1 << 20
 TOKENS_PER_DOCUMENT = 384
@@ -46,6 +47,7 @@ BOUNDS = {
     "bfloat16": ({"dtype": torch.bfloat16}, Drift(0.0025, 0.947)),
     "int8, bfloat16": ({"quantize": "int8", "dtype": torch.bfloat16}, Drift(0.0044, 0.937)),
 }
+W8A8_BOUND = Drift(0.035, 0.852)  # int8 activations beside int8 weights: 0.0233 and 90.2 %
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,10 @@ def fp32_logprobs(sample_tokens: list[list[int]]) -> Tensor:
 
 def logprobs_of(options: dict, token_ids: list[list[int]]) -> Tensor:
     """(all tokens, v) float32, from the shipped checkpoint loaded with `options`."""
-    model = load_model(SHIPPED, **options)
+    return read_logprobs(load_model(SHIPPED, **options), token_ids)
+
+
+def read_logprobs(model: Jamba, token_ids: list[list[int]]) -> Tensor:
     with torch.inference_mode():
         return torch.cat([model(torch.tensor([ids]))[0].float().log_softmax(-1) for ids in token_ids])
 
@@ -128,7 +133,16 @@ def test_auto_tokenizer_encodes_alike(fp32_folder: Path):
 @pytest.mark.parametrize("name", BOUNDS)
 def test_smaller_formats_stay_near_float32(name: str, sample_tokens: list[list[int]], fp32_logprobs: Tensor):
     options, bound = BOUNDS[name]
-    logprobs = logprobs_of(options, sample_tokens)
+    assert_near(name, logprobs_of(options, sample_tokens), fp32_logprobs, bound)
+
+
+def test_rounded_activations_stay_within_their_bound(sample_tokens: list[list[int]], fp32_logprobs: Tensor):
+    model = load_model(SHIPPED, quantize="int8")
+    round_activations(model)
+    assert_near("W8A8", read_logprobs(model, sample_tokens), fp32_logprobs, W8A8_BOUND)
+
+
+def assert_near(name: str, logprobs: Tensor, fp32_logprobs: Tensor, bound: Drift) -> None:
     kl = (fp32_logprobs.exp() * (fp32_logprobs - logprobs)).sum(-1).mean().item()
     agreement = (fp32_logprobs.argmax(-1) == logprobs.argmax(-1)).float().mean().item()
     assert kl < bound.kl and agreement > bound.agreement, f"{name}: {Drift(kl, agreement)}"

@@ -1,0 +1,118 @@
+"""What rounding activations to int8 changes in the shipped checkpoint, for each place where it can be done.
+
+Against the same int8 weights with float32 activations, over the sample documents as they stand in a prompt: KL a token
+in nats, agreement of the likeliest token, relative RMS of the hidden states before the head and of the recurrent states
+at the end. `peak_over_rms` is a token's largest input to these products over its RMS (the median and the largest
+token): what rounding by the largest value suffers from. By the definition, on the CPU.
+    python -m bench.w8a8_drift [--tokens 1024] [--threads 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.hf_parity import SHIPPED, sample_texts
+from bench.runs import BenchRun
+from model import Jamba, load_model
+from model.chat_format import ChatFormat
+from model.kernels import w8a8
+from model.tokenizer import Tokenizer
+from model.w8a8 import SITES, round_activations
+
+
+class Outputs(NamedTuple):
+    logprobs: Tensor  # (all tokens, v)
+    hidden: Tensor  # (all tokens, d)
+    ssm: Tensor  # (documents, n_mamba, e, n)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=1024, help="of each document")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    documents, run = sample_documents(arguments.tokens), BenchRun("w8a8-drift", argv=sys.argv)
+    float32 = read(load_model(SHIPPED), documents)
+    expected = read(load_model(SHIPPED, quantize="int8"), documents)
+    run.add(rounded="weights alone, against float32", positions=len(float32.hidden), **drift(expected, float32))
+    choices: dict[str, Collection[str]] = {site: [site] for site in SITES}
+    choices |= {f"all but {site}": [other for other in SITES if other != site] for site in ("mamba_out", "mlp_out")}
+    choices["all"] = SITES
+    for name, sites in choices.items():
+        model = load_model(SHIPPED, quantize="int8")
+        round_activations(model, sites)
+        with collected_peaks() as peaks:
+            outputs = read(model, documents)
+        every = torch.cat(peaks)
+        shape = {"peak_over_rms": every.median().item(), "largest_peak": every.max().item()}
+        run.add(rounded=name, positions=len(outputs.hidden), **drift(outputs, expected), **shape)
+        print(run.rows[-1], flush=True)
+    run.add(rounded="weights and all, against float32", positions=len(outputs.hidden), **drift(outputs, float32))
+    run.finish()
+
+
+def sample_documents(num_tokens: int) -> list[list[int]]:
+    """Prompts up to the end of their only document."""
+    tokenizer = Tokenizer.load(SHIPPED)
+    chat = ChatFormat(tokenizer)
+    return [
+        chat.system() + chat.document(i, name, [tokenizer.encode(text)[:num_tokens]])
+        for i, (name, text) in enumerate(sample_texts().items(), start=1)
+    ]
+
+
+@torch.inference_mode()
+def read(model: Jamba, documents: list[list[int]]) -> Outputs:
+    """Each document in one piece."""
+    logprobs, hidden, ssm = [], [], []
+    model.final_layernorm.register_forward_hook(lambda module, inputs, out: hidden.append(out))
+    for ids in documents:
+        state = model.new_state()
+        logprobs.append(model(torch.tensor([ids]), state)[0].log_softmax(-1))
+        ssm.append(state.ssm)
+    return Outputs(torch.cat(logprobs), torch.cat(hidden), torch.stack(ssm))
+
+
+@contextmanager
+def collected_peaks() -> Iterator[list[Tensor]]:
+    """Of every token that is rounded meanwhile: its largest value over its RMS."""
+    peaks: list[Tensor] = []
+    quantize = w8a8.quantize_tokens_ref
+
+    def quantize_and_note(x: Tensor) -> w8a8.Tokens:
+        peaks.append((x.abs().amax(-1) / x.square().mean(-1).sqrt().clamp_min(1e-30)).flatten())
+        return quantize(x)
+
+    w8a8.quantize_tokens_ref = quantize_and_note
+    try:
+        yield peaks
+    finally:
+        w8a8.quantize_tokens_ref = quantize
+
+
+def drift(ours: Outputs, expected: Outputs) -> dict[str, float]:
+    kl = (expected.logprobs.exp() * (expected.logprobs - ours.logprobs)).sum(-1)
+    agreement = (expected.logprobs.argmax(-1) == ours.logprobs.argmax(-1)).float().mean()
+    return {
+        "kl": kl.mean().item(),
+        "worst_kl": kl.max().item(),
+        "percent_agree": 100 * agreement.item(),
+        "hidden_error": _relative_rms(ours.hidden, expected.hidden),
+        "ssm_error": _relative_rms(ours.ssm, expected.ssm),
+    }
+
+
+def _relative_rms(ours: Tensor, expected: Tensor) -> float:
+    return ((ours - expected).norm() / expected.norm()).item()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Products of many tokens with int8 weights where the tokens are rounded to int8 as well: W8A8, a row's scale times a
+column's. An option of prefills (model/w8a8.py); on a GPU by w8a8_triton.py, elsewhere by the definition.
+
+Sums are exact (int32). Few tokens: gpu_linear.py, where the weights are what is read. Nothing here waits for the GPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.kernels import gpu
+from model.kernels.gpu_linear import MAX_TOKENS
+
+try:
+    import triton
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from model.kernels import w8a8_triton
+except ImportError:  # a PyTorch without Triton, as the CPU wheels are
+    triton = None
+
+_MAX_COLUMNS = 1 << 16  # of a row that is rounded in one program
+
+
+class Tile(NamedTuple):
+    """What a program of the product makes at a time, and how."""
+
+    rows: int
+    columns: int  # of `PAIRED`, as many of each
+    depth: int
+    warps: int
+    stages: int  # tiles of both matrices under way
+    group: int  # tiles of rows side by side
+    tma: bool  # loads by the bulk copy engine
+
+
+# alone, and in pairs of gate and up; a benchmark tries others
+SINGLE = Tile(rows=128, columns=256, depth=128, warps=8, stages=3, group=8, tma=True)
+PAIRED = Tile(rows=128, columns=128, depth=128, warps=8, stages=3, group=8, tma=True)
+
+
+class Tokens(NamedTuple):
+    """Tokens rounded to int8: about values * scale[:, None]."""
+
+    values: Tensor  # (T, k) int8
+    scale: Tensor  # (T,) float32
+
+
+class Places(NamedTuple):
+    """Which rows are whose when assignments are sorted by expert; made on the device."""
+
+    order: Tensor  # (T*k,) int64: the assignment that is row i
+    row_starts: Tensor  # (m + 1,) int32
+    tile_starts: Tensor  # (m + 1,) int32
+
+    @classmethod
+    def of(cls, chosen: Tensor, num_experts: int, tile_rows: int) -> Places:
+        """chosen (T, k) with tiles of `tile_rows`."""
+        assigned = chosen.flatten().long()
+        counts = torch.zeros(num_experts, dtype=torch.int64, device=chosen.device)
+        counts.scatter_add_(0, assigned, torch.ones_like(assigned))
+        ends = torch.stack([counts, (counts + tile_rows - 1) // tile_rows]).cumsum(1)
+        row_starts, tile_starts = F.pad(ends, (1, 0)).int()
+        return cls(assigned.argsort(stable=True), row_starts, tile_starts)
+
+
+def takes(x: Tensor, *weights: Tensor) -> bool:
+    """Whether tokens like x (..., k) are many enough to be rounded; fewer are left as they are."""
+    return x.numel() // x.shape[-1] > MAX_TOKENS and all(weight.dtype == torch.int8 for weight in weights)
+
+
+def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """round(x) (..., k) @ (weight (n, k) * scale (n,)[:, None]).T + bias -> (..., n) in x.dtype."""
+    if not _on_gpu(x, weight):
+        return linear_ref(x, weight, scale, bias)
+    tokens = quantize_tokens(x.flatten(0, -2))
+    out = x.new_empty(len(tokens.values), len(weight))
+    _multiply(tokens, weight, scale, out, bias=bias)
+    return out.view(*x.shape[:-1], -1)
+
+
+def gated(x: Tensor, gate: Tensor, gate_scale: Tensor, up: Tensor, up_scale: Tensor) -> Tensor:
+    """silu(round(x) @ gate.T) * (round(x) @ up.T): x (..., k), gate and up (f, k) -> (..., f) in x.dtype."""
+    if not _on_gpu(x, gate, up):
+        return F.silu(linear_ref(x, gate, gate_scale)) * linear_ref(x, up, up_scale)
+    tokens = quantize_tokens(x.flatten(0, -2))
+    out = x.new_empty(len(tokens.values), len(gate))
+    _multiply(tokens, gate, gate_scale, out, other=(up, up_scale))
+    return out.view(*x.shape[:-1], -1)
+
+
+def mix_experts(
+    x: Tensor,
+    weights: Tensor,
+    chosen: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+) -> Tensor:
+    """Each token's chosen experts, summed by `weights` (T, k) float32: x (T, d) -> (T, d). Inputs of both products of
+    an expert are rounded. gate_up (m, 2f, d), the gates first; down (m, d, f)."""
+    if not _on_gpu(x, gate_up, down):
+        return mix_experts_ref(x, weights, chosen, gate_up, gate_up_scale, down, down_scale)
+    (m, d, f), k = down.shape, chosen.shape[1]
+    up_places, down_places = (Places.of(chosen, m, tile.rows) for tile in (PAIRED, SINGLE))
+    tokens = quantize_tokens(x, up_places.order // k)
+    gates, gate_scales = gate_up.flatten(0, 1), gate_up_scale.flatten()
+    h = x.new_empty(len(tokens.values), f)
+    _multiply(tokens, gates, gate_scales, h, other=(gates[f:], gate_scales[f:]), places=up_places, expert_rows=2 * f)
+    tokens, out = quantize_tokens(h), x.new_empty(*chosen.shape, d)
+    shares = weights.float().flatten()
+    _multiply(tokens, down.flatten(0, 1), down_scale.flatten(), out, places=down_places, shares=shares, expert_rows=d)
+    return out.sum(1)
+
+
+def quantize_tokens(x: Tensor, index: Tensor | None = None) -> Tokens:
+    """Rows of x (T, k), or those that `index` names, each in steps of a 127th of its largest value."""
+    rows, k = len(x) if index is None else len(index), x.shape[1]
+    if x.stride(1) != 1 or k > _MAX_COLUMNS:
+        raise ValueError(f"rows must be contiguous, of {_MAX_COLUMNS} columns at most: {tuple(x.shape)} {x.stride()}")
+    values = torch.empty(rows, k, dtype=torch.int8, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(k)
+    w8a8_triton.quantize_kernel[(rows,)](
+        *(x, x if index is None else index, values, scale, k, x.stride(0)),
+        HAS_INDEX=index is not None, BLOCK=block, num_warps=max(1, min(8, block // 512)),
+    )  # fmt: skip
+    return Tokens(values, scale)
+
+
+def quantize_tokens_ref(x: Tensor) -> Tokens:
+    """The definition; x (..., k)."""
+    wide = x.float()
+    largest = wide.abs().amax(-1).clamp_min(1e-30)
+    steps = torch.full_like(largest, 127.0).div_(largest)  # `127 / largest` would round twice
+    return Tokens((wide * steps[..., None]).round().to(torch.int8), largest / 127)
+
+
+def linear_ref(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `linear`, in float32."""
+    values, own_scale = quantize_tokens_ref(x)
+    out = F.linear(values.float(), weight.float()) * own_scale[..., None] * scale
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def mix_experts_ref(
+    x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, down_scale: Tensor
+) -> Tensor:
+    """As `mix_experts`."""
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in chosen.unique().tolist():
+        token, slot = (chosen == expert).nonzero(as_tuple=True)
+        gate, up = linear_ref(x[token], gate_up[expert], gate_up_scale[expert]).chunk(2, dim=-1)
+        rows = linear_ref(F.silu(gate) * up, down[expert], down_scale[expert])
+        out.index_add_(0, token, weights[token, slot, None].float() * rows.float())
+    return out.to(x.dtype)
+
+
+def _on_gpu(x: Tensor, *weights: Tensor) -> bool:
+    """Whether the kernels take these: Triton, bfloat16, 16 bytes of a row at a time."""
+    fits = all(weight.is_contiguous() and weight.shape[-1] % 16 == 0 for weight in weights)
+    return triton is not None and fits and x.dtype == torch.bfloat16 and gpu.supports(x, *weights)
+
+
+def _multiply(
+    tokens: Tokens,
+    weight: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    bias: Tensor | None = None,
+    other: tuple[Tensor, Tensor] | None = None,
+    places: Places | None = None,
+    shares: Tensor | None = None,
+    expert_rows: int = 0,
+) -> None:
+    """One launch of the product; see product_kernel. `out` (..., n)."""
+    tile = SINGLE if other is None else PAIRED
+    (rows, k), n = tokens.values.shape, out.shape[-1]
+    num_experts = 0 if places is None else len(places.row_starts) - 1
+    tiles = (triton.cdiv(rows, tile.rows) + num_experts) * triton.cdiv(n, tile.columns)
+    x, matrices = tokens.values, [weight, weight if other is None else other[0]]
+    if tile.tma:
+        x = TensorDescriptor.from_tensor(x, [tile.rows, tile.depth])
+        matrices = [TensorDescriptor.from_tensor(matrix, [tile.columns, tile.depth]) for matrix in matrices]
+    scales = (scale, scale if other is None else other[1])
+    order, row_starts, tile_starts = (tokens.scale,) * 3 if places is None else places
+    w8a8_triton.product_kernel[(min(tiles, gpu.sm_count(out.device)),)](
+        *(x, tokens.scale, matrices[0], scales[0], matrices[1], scales[1]),
+        *(scale if bias is None else bias, scale if shares is None else shares, order, row_starts, tile_starts, out),
+        *(rows, n, k, num_experts, expert_rows),
+        GROUPED=places is not None, PAIRED=other is not None, HAS_BIAS=bias is not None,
+        EXPERTS=triton.next_power_of_2(max(num_experts, 1)), EVEN=k % tile.depth == 0, TMA=tile.tma,
+        BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=tile.group,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip

@@ -1,0 +1,103 @@
+"""Triton kernels of w8a8.py: tokens to int8, and products of int8 tokens with int8 weights, dense or by expert.
+
+One kernel for all products. It is persistent: as many programs as run at once walk the tiles, `GROUP` tiles of rows
+side by side over all columns, so that what one program reads is in the L2 cache for the next.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_TO_WHOLE = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves no place for a fraction, halves go to even
+_SMALLEST = tl.constexpr(1e-30)
+
+
+@triton.jit
+def quantize_kernel(x, index, values, scales, k, stride, HAS_INDEX: tl.constexpr, BLOCK: tl.constexpr):
+    """Row i of the result is row index[i] (or i) of x (rows, k), in steps of a 127th of its largest value."""
+    row = tl.program_id(0).to(tl.int64)
+    source = tl.load(index + row) if HAS_INDEX else row
+    columns = tl.arange(0, BLOCK)
+    inside = columns < k
+    x_row = tl.load(x + source * stride + columns, mask=inside, other=0.0).to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(x_row), axis=0), _SMALLEST)
+    whole = (x_row * tl.div_rn(127.0, largest) + _TO_WHOLE) - _TO_WHOLE
+    tl.store(values + row * k + columns, whole.to(tl.int8), mask=inside)
+    tl.store(scales + row, tl.div_rn(largest, 127.0))
+
+
+@triton.jit
+def _load_tile(source, first_row, last_row, column, k, TMA: tl.constexpr, EVEN: tl.constexpr,
+               ROWS: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """(ROWS, BK) of a matrix (.., k); rows behind `last_row` hold anything."""
+    if TMA:
+        loaded = source.load([first_row, column])
+    else:
+        rows = tl.minimum(first_row + tl.arange(0, ROWS), last_row).to(tl.int64)
+        columns = column + tl.arange(0, BK)
+        at = source + rows[:, None] * k + columns[None, :]
+        loaded = tl.load(at) if EVEN else tl.load(at, mask=columns[None, :] < k, other=0)
+    return loaded
+
+
+@triton.jit
+def product_kernel(
+    x, x_scale, weight, scale, other, other_scale, bias, shares, place, row_starts, tile_starts, out,
+    rows, n, k, num_experts, expert_rows,
+    GROUPED: tl.constexpr, PAIRED: tl.constexpr, HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr,
+    EVEN: tl.constexpr, TMA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """out (rows, n) = x (rows, k) @ weight (n, k).T, times the scales of both's rows; + bias.
+
+    PAIRED: silu of that times the same with `other`. GROUPED: x is sorted by expert, the matrix of expert i starts at
+    row i * expert_rows; row_starts and tile_starts (num_experts + 1,) are where its rows and tiles of BM rows begin.
+    With `place` (GROUPED and not PAIRED), row i goes to row place[i], times shares[place[i]].
+    """
+    tiles_n = tl.cdiv(n, BN)
+    tiles_m = tl.cdiv(rows, BM)
+    if GROUPED:
+        tiles_m = tl.load(tile_starts + num_experts)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        band = tile // (GROUP * tiles_n)
+        height = tl.minimum(tiles_m - band * GROUP, GROUP)
+        within = tile % (GROUP * tiles_n)
+        tile_m = band * GROUP + within % height
+        column = within // height * BN
+        first_row, end_row, base = tile_m * BM, rows, 0
+        if GROUPED:
+            experts = tl.arange(0, EXPERTS)
+            ends = tl.load(tile_starts + 1 + experts, mask=experts < num_experts, other=0x7FFFFFFF)
+            expert = tl.sum((ends <= tile_m).to(tl.int32), axis=0)
+            first_row = tl.load(row_starts + expert) + (tile_m - tl.load(tile_starts + expert)) * BM
+            end_row = tl.load(row_starts + expert + 1)
+            base = expert * expert_rows
+        total = tl.zeros([BM, BN], tl.int32)
+        if PAIRED:
+            other_total = tl.zeros([BM, BN], tl.int32)
+        for depth in range(0, k, BK):
+            x_tile = _load_tile(x, first_row, rows - 1, depth, k, TMA, EVEN, BM, BK)
+            weight_tile = _load_tile(weight, base + column, base + n - 1, depth, k, TMA, EVEN, BN, BK)
+            total = tl.dot(x_tile, weight_tile.T, total, out_dtype=tl.int32)
+            if PAIRED:
+                other_tile = _load_tile(other, base + column, base + n - 1, depth, k, TMA, EVEN, BN, BK)
+                other_total = tl.dot(x_tile, other_tile.T, other_total, out_dtype=tl.int32)
+        own_rows = first_row + tl.arange(0, BM)
+        columns = column + tl.arange(0, BN)
+        is_row, is_column = own_rows < end_row, columns < n
+        row_scale = tl.load(x_scale + own_rows, mask=is_row, other=0.0)
+        column_scale = tl.load(scale + base + columns, mask=is_column, other=0.0)
+        result = total.to(tl.float32) * row_scale[:, None] * column_scale[None, :]
+        if PAIRED:
+            other_column_scale = tl.load(other_scale + base + columns, mask=is_column, other=0.0)
+            up = other_total.to(tl.float32) * row_scale[:, None] * other_column_scale[None, :]
+            result = result / (1.0 + tl.exp(-result)) * up
+        if HAS_BIAS:
+            result += tl.load(bias + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
+        target = own_rows.to(tl.int64)
+        if GROUPED and not PAIRED:
+            target = tl.load(place + own_rows, mask=is_row, other=0)
+            result *= tl.load(shares + target, mask=is_row, other=0.0)[:, None]
+        at = out + target[:, None] * n + columns[None, :]
+        tl.store(at, result.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
