@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bench.gpu_candidates import CANDIDATES, switch_on
 from bench.gpu_kit import (
     Ceilings,
     Overtime,
@@ -38,11 +39,9 @@ from bench.gpu_kit import (
 from bench.random_weights import random_model
 from bench.runs import BenchRun
 from bench.shapes import SHAPES, decode_bytes, prefill_flop, resident_bytes, state_bytes
-from model import gpu_segment
 from model.device_store import DeviceStateStore
 from model.engine import EngineRequest, JambaEngine
 from model.jamba import Jamba
-from model.kernels import gpu_past, gpu_prefill
 from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings
 from model.sampling import SamplingParams
@@ -102,8 +101,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="few rows of each section, 15 s at most")
     parser.add_argument("--try", dest="candidates", choices=CANDIDATES, nargs="+", default=[])
     arguments = parser.parse_args(argv)
-    for name in arguments.candidates:
-        setattr(*CANDIDATES[name], True)
     names = arguments.sections.split(",")
     if strangers := set(names) - SECTIONS.keys():
         parser.error(f"no section {', '.join(sorted(strangers))}; there are {', '.join(SECTIONS)}")
@@ -116,6 +113,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device(arguments.device)
     with torch.inference_mode():
         bench = start(arguments.shape, device, sizes)
+        for name in arguments.candidates:
+            switch_on(name, bench.model)
         for name in names:
             limit_s = min(15.0, arguments.limit_s) if arguments.quick else arguments.limit_s
             run_section(name, bench, limit_s, argv=sys.argv if argv is None else ["gpu", *argv])
@@ -379,11 +378,6 @@ def profile_call(bench: Bench, run: BenchRun, what: str, call: Callable[[], obje
         run.add(what=what, kernel=name[:90], launches=counts[name] / parts, ms=ms, percent=100 * ms / wall_ms)
 
 
-CANDIDATES = {
-    "short-graphs": (gpu_segment, "ENABLED"),
-    "key-blocks": (gpu_past, "ENABLED"),
-    "unpack-ahead": (gpu_prefill, "OVERLAP"),
-}
 SECTIONS: dict[str, Callable[[Bench, BenchRun], None]] = {
     "copy": bench_copy,
     "memory": bench_memory,

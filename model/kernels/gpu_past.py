@@ -1,20 +1,44 @@
-"""Attention of a prefill segment over a long past on the GPU, a block of keys at a time: the fastest kernel there is
-for one block, and the blocks' results merged by their log-sum-exp (`merge_attention` in elementwise.cu).
+"""Attention of a prefill segment over a long past on the GPU, in one of two ways other than PyTorch's flash attention.
 
+"triton": one kernel of our own, past_triton.py. "blocks": a block of keys at a time by the fastest kernel there is for
+one block, and the blocks' results merged by their log-sum-exp (`merge_attention` in elementwise.cu).
 cuDNN's attention is the fastest at some shapes alone and plans tens of milliseconds for each new one: blocks all have
 one shape. What is left over, and segments of odd lengths, goes to flash attention. Callers ask `takes` first.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.kernels import gpu
 
-ENABLED = False
+try:
+    import triton
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from model.kernels.past_triton import attend_kernel
+except ImportError:  # a PyTorch without Triton, as the CPU wheels are
+    triton = None
+
+
+class Tile(NamedTuple):
+    """What a program of the Triton kernel has at a time, and how."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    tma: bool  # loads by the bulk copy engine
+
+
+METHOD: Literal["triton", "blocks"] | None = None  # None: PyTorch's flash attention, in attention.py
+TILE = Tile(queries=128, keys=128, warps=8, stages=2, tma=True)
+MIN_QUERIES = 256  # of the Triton kernel, which does not cut the keys
 BLOCK_KEYS = 8192
 SEGMENT_UNIT = 8192  # segments of whole multiples have few shapes
 _THREADS = 256
@@ -22,13 +46,18 @@ _THREADS = 256
 
 def takes(q: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether `attend` is for these: q (t, h, p), keys and values (s+t, g, p)."""
-    t, p = len(q), q.shape[-1]
-    regular = t % SEGMENT_UNIT == 0 and q.dtype == torch.bfloat16 and p % 8 == 0
-    return ENABLED and regular and gpu.supports(q, keys, values)
+    (t, _, p), rows = q.shape, (keys, values)
+    if METHOD is None or q.dtype != torch.bfloat16 or not gpu.supports(q, keys, values):
+        return False
+    if METHOD == "triton":
+        return triton is not None and t >= MIN_QUERIES and p in (64, 128) and all(x.is_contiguous() for x in rows)
+    return t % SEGMENT_UNIT == 0 and p % 8 == 0
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """The last t of s+t tokens attend to all before them. q (t, h, p), keys, values (s+t, g, p) -> (t, h, p)."""
+    if METHOD == "triton":
+        return attend_triton(q, keys, values)[0]
     queries, total = q.transpose(0, 1)[None], None
     blocks = [*_cut(len(keys) - len(q)), (len(keys) - len(q), len(keys))]
     for begin, end in blocks:
@@ -44,6 +73,33 @@ def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         else:
             total = merge_attention(*total, out, lse, torch.empty_like(out) if is_own else None)
     return total[0]
+
+
+def attend_triton(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """As `attend`, and the log-sum-exps (h, t) float32; any t >= 1. keys and values contiguous."""
+    (t, h, p), g, past = q.shape, keys.shape[1], len(keys) - len(q)
+    matrices = [x.reshape(len(x), -1) for x in (q, keys, values)]
+    strides = [x.stride(0) for x in matrices[:2]]
+    if TILE.tma:
+        heights = (TILE.queries, TILE.keys, TILE.keys)
+        matrices = [TensorDescriptor.from_tensor(x, [rows, p]) for x, rows in zip(matrices, heights, strict=True)]
+    out, lse = q.new_empty(t, h, p), torch.empty(h, t, dtype=torch.float32, device=q.device)
+    attend_kernel[(triton.cdiv(t, TILE.queries) * h,)](
+        *(*matrices, out, lse, t, past, math.log2(math.e) / math.sqrt(p), *strides),
+        HEADS=h, GROUP=h // g, TMA=TILE.tma, BM=TILE.queries, BN=TILE.keys, P=p,
+        num_warps=TILE.warps, num_stages=TILE.stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def attend_triton_ref(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """As `attend_triton`, in float32."""
+    t, total, group = len(q), len(keys), q.shape[1] // keys.shape[1]
+    keys, values = (x.float().repeat_interleave(group, dim=1) for x in (keys, values))
+    scores = torch.einsum("thp,shp->hts", q.float(), keys) / math.sqrt(q.shape[-1])
+    seen = torch.arange(total, device=q.device) <= torch.arange(total - t, total, device=q.device)[:, None]
+    scores = scores.masked_fill(~seen, -torch.inf)
+    return torch.einsum("hts,shp->thp", scores.softmax(-1), values), scores.logsumexp(-1)
 
 
 def merge_attention(
