@@ -5,6 +5,7 @@ search over all of them, in numpy, says which ten are the nearest. `--manuals` t
 left behind and the questions of its set instead: fewer, but real.
     python -m bench.index [--vectors 1000000] [--questions 200]
     python -m bench.index --manuals
+    python -m bench.index --filtered --questions 20   # the inverted file only, within a share of the vectors
 """
 
 import argparse
@@ -24,6 +25,7 @@ from retrieval.index import FaissIndex
 
 DIM = 384
 BATCH = 8192
+SHARES = (0.001, 0.01, 0.1, 0.5)  # of the vectors that a filter leaves
 SPREAD = 0.7  # of a vector about its centre, in lengths of the centre
 
 
@@ -76,10 +78,15 @@ def main() -> None:
     parser.add_argument("--vectors", type=int, default=1_000_000)
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--manuals", action="store_true")
+    parser.add_argument("--filtered", action="store_true")
     arguments = parser.parse_args()
     run = BenchRun("index", argv=sys.argv)
     read = read_manuals() if arguments.manuals else make_vectors(arguments.vectors, arguments.questions)
     source, questions = ArraySource(read[0]), read[1]
+    if arguments.filtered:
+        bench_filtered(run, source, questions)
+        run.finish()
+        return
     nearest = [np.argpartition(-(source.all @ question), 10)[:10] + 1 for question in questions]
     for flat_max in (len(source.all), len(source.all) // 2):  # exact, then an inverted file
         bench_index(run, source, questions, nearest, flat_max)
@@ -120,6 +127,32 @@ def bench_index(
         load_and_search_s=first_search_s,
         bytes_over_raw=nbytes / source.all.nbytes,
     )
+
+
+def bench_filtered(run: BenchRun, source: ArraySource, questions: np.ndarray) -> None:
+    """Search within rows drawn at random, the hardest kind: no list is left out as a whole."""
+    index = FaissIndex(DIM, "made", len(source.all) // 2)
+    index.catch_up(source)
+    index.settle()
+    every = [source.all @ question for question in questions]
+    rng = np.random.default_rng(1)
+    for share in SHARES:
+        allowed = np.sort(rng.choice(len(source.all), int(share * len(source.all)), replace=False)) + 1
+        times_s, shares = [], []
+        for question, scores in zip(questions, every, strict=True):
+            began = time.perf_counter()
+            rows, _ = index.search(question, 10, allowed)
+            times_s.append(time.perf_counter() - began)
+            wanted = allowed[np.argpartition(-scores[allowed - 1], 10)[:10]]
+            shares.append(len(set(rows.tolist()) & set(wanted.tolist())) / 10)
+        run.add(
+            kind="exact" if index.is_exact else "inverted file",
+            vectors=len(source.all),
+            allowed=len(allowed),
+            p50_ms=1e3 * float(np.median(times_s)),
+            p95_ms=1e3 * float(np.percentile(times_s, 95)),
+            recall_10=float(np.mean(shares)),
+        )
 
 
 if __name__ == "__main__":
