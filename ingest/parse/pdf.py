@@ -1,30 +1,27 @@
 """PDF through PDFium: text per page, page labels, outline as headings; scanned pages by OCR where there is one.
 
-PDFium is not thread-safe, one more reason why parsers run in a process of their own (child.py). How lines become
-paragraphs is in pdf_layout.py.
+PDFium is not thread-safe, one more reason why parsers run in a process of their own (child.py). Lines of a page come
+from pdf_text.py; how they become paragraphs is in pdf_layout.py.
 """
 
 import re
 import time
-from itertools import islice, pairwise
+from itertools import islice
 
 import pypdfium2 as pdfium
 import pypdfium2.raw as pdfium_c
 
 from ingest.parse import ParseError, Report, Source, ocr
 from ingest.parse.decode import normalize_text
-from ingest.parse.pdf_layout import Line, join_hyphenated, join_lines
+from ingest.parse.pdf_layout import join_hyphenated, join_lines
+from ingest.parse.pdf_text import read_lines
 from retrieval.types import Heading, Page, ParsedDocument
 
 _PAGE_GAP = "\n\n"
 _OCR_S = 180.0  # for all pages of a document
 _RUN_OCR = "run OCR on it (for example with ocrmypdf) and upload the result, or install tesseract with the service"
 _MAX_OUTLINE = 20_000
-_LIGATURES = {0xFB00: "ff", 0xFB01: "fi", 0xFB02: "fl", 0xFB03: "ffi", 0xFB04: "ffl", 0xFB05: "st", 0xFB06: "st"}
 _REPORT_EVERY = 16
-_CELL_GAP = " | "
-_CELL_GAP_HEIGHTS = 1.0  # a gap this wide, in heights of a line, parts the cells of a row
-_BLANKS = re.compile(r"\s+")
 
 
 def parse_pdf(source: Source, *, max_pages: int, report: Report) -> ParsedDocument:
@@ -43,7 +40,9 @@ def parse_pdf(source: Source, *, max_pages: int, report: Report) -> ParsedDocume
     scans = _Scans()
     for number in range(total):
         labels.append(normalize_text(document.get_page_label(number)).strip() or None)
-        texts.append(_page_text(document, number, {labels[-1], str(number + 1)}) or scans.read(document, number))
+        page = _load_page(document, number)
+        texts.append(_page_text(page, number, {labels[-1], str(number + 1)}) or scans.read(page, number))
+        page.close()
         if (number + 1) % _REPORT_EVERY == 0 or number + 1 == total:
             report(number + 1, total)
     if not any(texts):
@@ -70,9 +69,8 @@ class _Scans:
         self._unread: list[int] = []
         self._deadline = time.monotonic() + _OCR_S
 
-    def read(self, document: pdfium.PdfDocument, number: int) -> str:
+    def read(self, page: pdfium.PdfPage, number: int) -> str:
         """The text of the page, if it is a scan and OCR is there; else empty."""
-        page = document[number]
         try:
             if next(page.get_objects(filter=[pdfium_c.FPDF_PAGEOBJ_IMAGE], max_depth=3), None) is None:
                 return ""  # blank, or a drawing
@@ -81,8 +79,6 @@ class _Scans:
                 return ocr.read_page(page, program)
         except (ParseError, pdfium.PdfiumError):
             pass  # named as unread below
-        finally:
-            page.close()
         self._unread.append(number + 1)
         return ""
 
@@ -133,81 +129,25 @@ def _can_load(source: Source) -> bool:
     return bool(document)
 
 
-def _page_text(document: pdfium.PdfDocument, number: int, page_names: set[str | None]) -> str:
+def _load_page(document: pdfium.PdfDocument, number: int) -> pdfium.PdfPage:
+    try:
+        return document[number]
+    except pdfium.PdfiumError as error:
+        raise ParseError("broken_pdf", f"page {number + 1} is damaged ({error})", page=number + 1) from error
+
+
+def _page_text(page: pdfium.PdfPage, number: int, page_names: set[str | None]) -> str:
     """The page's text; a first or last line that only says the page's number is left out."""
     try:
-        page = document[number]
         text_page = page.get_textpage()
     except pdfium.PdfiumError as error:
         raise ParseError("broken_pdf", f"page {number + 1} is damaged ({error})", page=number + 1) from error
-    lines = _read_lines(text_page)
+    lines = read_lines(text_page)
     text_page.close()
-    page.close()
     for edge in (0, -1):
         if lines and lines[edge].text in page_names:
             del lines[edge]
     return join_lines(lines)
-
-
-def _read_lines(text_page: pdfium.PdfTextPage) -> list[Line]:
-    """The page's lines in PDFium's reading order; the cells of a table row are set apart by " | "."""
-    lines, index = [], 0  # index in PDFium's text, UTF-16 units
-    for raw in text_page.get_text_range().split("\n"):
-        if bare := raw.strip():
-            first = index + _units(raw[: raw.index(bare)])
-            lines.append(_read_line(text_page, bare, first))
-        index += _units(raw) + 1
-    return lines
-
-
-def _read_line(text_page: pdfium.PdfTextPage, text: str, first: int) -> Line:
-    """The line `text` that starts at PDFium's text index `first`."""
-    try:
-        left, bottom, _, top = _char_box(text_page, first)
-        right = _char_box(text_page, first + _units(text) - 1)[2]
-        has_cells = _has_wide_gap(text_page, first, _units(text), top - bottom)
-    except pdfium.PdfiumError:
-        return Line(text.translate(_LIGATURES), 0.0, 0.0, 0.0, 0.0)
-    cells = _split_cells(text_page, text, first, top - bottom) if has_cells else [text]
-    return Line(_CELL_GAP.join(cells).translate(_LIGATURES), left, bottom, right, top, is_row=len(cells) > 1)
-
-
-def _has_wide_gap(text_page: pdfium.PdfTextPage, first: int, units: int, height: float) -> bool:
-    """Whether two runs of the line stand apart; one call tells for most lines that there is only one run."""
-    start = _char_index(text_page, first)
-    count = text_page.count_rects(start, _char_index(text_page, first + units - 1) - start + 1)
-    if count < 2:
-        return False
-    rects = [text_page.get_rect(number) for number in range(count)]
-    return any(after[0] - before[2] > _CELL_GAP_HEIGHTS * height for before, after in pairwise(rects))
-
-
-def _split_cells(text_page: pdfium.PdfTextPage, text: str, first: int, height: float) -> list[str]:
-    """Cut the line at each blank that is much wider than a blank."""
-    cells, start = [], 0
-    for blank in _BLANKS.finditer(text):
-        try:
-            before = _char_box(text_page, first + _units(text[: blank.start()]) - 1)
-            after = _char_box(text_page, first + _units(text[: blank.end()]))
-        except pdfium.PdfiumError:
-            continue
-        if after[0] - before[2] > _CELL_GAP_HEIGHTS * height:
-            cells.append(text[start : blank.start()])
-            start = blank.end()
-    return [*cells, text[start:]]
-
-
-def _char_box(text_page: pdfium.PdfTextPage, text_index: int) -> tuple[float, float, float, float]:
-    """Left, bottom, right, top in points; the height is the font's. Raises PdfiumError when PDFium has none."""
-    return text_page.get_charbox(_char_index(text_page, text_index), loose=True)
-
-
-def _char_index(text_page: pdfium.PdfTextPage, text_index: int) -> int:
-    return pdfium_c.FPDFText_GetCharIndexFromTextIndex(text_page, text_index)
-
-
-def _units(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-16-le")) // 2
 
 
 def _read_outline(document: pdfium.PdfDocument, text: str, pages: list[Page]) -> tuple[Heading, ...]:

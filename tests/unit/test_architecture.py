@@ -51,7 +51,14 @@ def declared(*extras: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("room", "extras"),
-    [("app", ()), ("ingest", ()), ("retrieval", ()), ("model", ()), ("model/train", ("train",)), ("tests", ("test",))],
+    [
+        ("app", ()),
+        ("ingest", ()),
+        ("retrieval", ()),
+        ("model", ()),
+        ("model/train", ("train",)),
+        ("tests", ("test", "fuzz")),
+    ],
 )
 def test_every_package_imported_is_declared(room, extras):
     known, packages = declared(*extras), packages_distributions()

@@ -1,0 +1,24 @@
+"""Every parser against damaged documents: the corpus of tests/fuzz, and seeded mutations of it."""
+
+import random
+
+import pytest
+
+from tests.fuzz.mutate import damage_inside, random_damage
+from tests.fuzz.target import CORPUS, FORMATS, check_parser
+
+MUTATIONS = 12  # of each input; `python -m tests.fuzz` tries more
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_parser_gives_a_document_or_says_why_not(name):
+    inputs = sorted(path for path in (CORPUS / name).iterdir() if path.is_file())
+    assert any([check_parser(FORMATS[name], path.read_bytes()) for path in inputs]), "no input is a document"
+    for path in inputs:
+        for seed in range(MUTATIONS):
+            choice = random.Random(f"{path.name}-{seed}")
+            data = damage_inside(path.read_bytes(), choice, random_damage(choice))
+            try:
+                check_parser(FORMATS[name], data)
+            except Exception as fault:
+                raise AssertionError(f"{path.name} with seed {seed}") from fault
