@@ -37,7 +37,7 @@ def parse_mailbox(data: bytes, max_pages: int = 20_000, depth: int = 0) -> Parse
 
     Source: RFC 4155, appendix A; a quoted ">From " is undone (mboxrd).
     """
-    starts = [match.span() for match in _MBOX_START.finditer(data)]
+    starts = [match.span() for match in _MBOX_START.finditer(data)] or [(0, 0)]
     if len(starts) > _MAX_MESSAGES:
         raise ParseError("too_many_pages", f"{len(starts)} messages are over the limit of {_MAX_MESSAGES}; split it")
     ends = [start for start, _ in starts[1:]] + [len(data)]

@@ -87,7 +87,7 @@ def _zip_members(data: bytes, budget: Budget) -> Iterator[tuple[str, bytes | str
     """zipfile never reads more of a member than its directory says, so a directory that lies low hides nothing."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for info in archive.infolist():
-            if info.is_dir():
+            if info.filename.endswith("/"):  # zipfile's is_dir() fails on a member without a name
                 continue
             budget.take_file(info.file_size)
             if stat.S_ISLNK(info.external_attr >> 16):
