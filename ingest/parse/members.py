@@ -104,7 +104,12 @@ def parse_archive(data: bytes, media_type: str, max_pages: int, depth: int = 0) 
 def _parse_apart(data: bytes, media_type: str, max_pages: int, depth: int) -> ParsedDocument:
     """Parse in a fork, which inherits every limit of this process. Raises ParseError."""
     reading, writing = os.pipe()
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError as error:  # what a fork may write to is counted as memory
+        os.close(reading)
+        os.close(writing)
+        raise ParseError("memory_limit", "there is too little memory to read it apart; upload it by itself") from error
     if pid == 0:
         os.close(reading)
         _answer(writing, data, media_type, max_pages, depth)

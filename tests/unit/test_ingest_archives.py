@@ -1,6 +1,7 @@
 """Archives of documents: what is in them is read, and what is made to do harm is held."""
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ingest.parse import ParseError
+from ingest.parse import ParseError, parse_bytes
 from ingest.parse.child import ParseLimits, parse_in_child
 from ingest.parse.unpack import MAX_FILES, Budget, read_members
 from ingest.sniff import BZIP2, GZIP, SNIFF_BYTES, TAR, XZ, ZIP, sniff_media_type
@@ -210,7 +211,17 @@ def test_a_protected_member_is_named(tmp_path):
     assert "a.txt (protected by a password)" in parse(tmp_path, bytes(data)).unread
 
 
-def test_a_member_that_crashes_its_parser_costs_only_itself(tmp_path, monkeypatch):
+def test_members_that_there_is_no_memory_to_read_are_named(monkeypatch):
+    def refuse():
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(os, "fork", refuse)
+    with pytest.raises(ParseError, match=r"a\.txt \(there is too little memory") as error:
+        parse_bytes(make_zip({"a.txt": b"words"}), ZIP)
+    assert error.value.code == "empty_archive"
+
+
+def test_a_member_that_crashes_its_parser_costs_only_itself(tmp_path):
     deep = b"<div>" * 200_000 + b"x"
     parsed = parse(tmp_path, make_zip({"deep.html": b"<html>" + deep, "b.txt": b"fine"}), limits=ParseLimits())
     assert "b.txt\n\nfine" in parsed.text
