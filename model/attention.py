@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from model.batch import Batch
 from model.config import JambaConfig
@@ -108,5 +107,14 @@ def _attend_past(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     if t == total:
         out = F.scaled_dot_product_attention(q, keys, values, is_causal=True)
     else:
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=causal_lower_right(t, total))
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=_causal_mask(t, total, q.device))
     return out.permute(2, 1, 0, 3).flatten(1, 2)
+
+
+def _causal_mask(t: int, total: int, device: torch.device) -> Tensor:
+    """(t, total), true where the last t of `total` tokens see a key."""
+    if device.type != "cuda":
+        return torch.ones(t, total, dtype=torch.bool, device=device).tril(total - t)
+    from torch.nn.attention.bias import causal_lower_right  # seconds: it imports torch._dynamo
+
+    return causal_lower_right(t, total)  # no tensor, but a word to flash attention

@@ -88,6 +88,6 @@ def _swiglu(x: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, dow
 
 
 def _empty_int8(weight: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
-    values = torch.empty_like(weight, dtype=torch.int8)
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(weight.shape[:-1], dtype=torch.float32, device=weight.device)
     return nn.Parameter(values, requires_grad=False), nn.Parameter(scale, requires_grad=False)

@@ -56,7 +56,8 @@ class Jamba(nn.Module):
     def __init__(self, config: JambaConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        embedding = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
         self.layers = nn.ModuleList(JambaLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.final_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -64,7 +65,8 @@ class Jamba(nn.Module):
         self._gpu_decode: GpuDecoder | Literal["unfit"] | None = None
         self._gpu_segments: gpu_segment.GpuSegments | None = None
         self._collect_router_stats = False
-        nn.init.normal_(self.embed_tokens.weight, std=0.02)
+        if not embedding.is_meta:  # arithmetic on the meta device imports torch._dynamo, which takes a second
+            nn.init.normal_(embedding, std=0.02)
         self.tie_weights()
 
     def tie_weights(self) -> None:

@@ -26,18 +26,23 @@ class MambaMixer(nn.Module):
         self.conv1d = nn.Conv1d(d_inner, d_inner, config.mamba_d_conv, groups=d_inner, bias=config.mamba_conv_bias)
         self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(dt_rank, d_inner, bias=True)
-        self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(d_inner, 1))
+        self.A_log = nn.Parameter(torch.empty(d_inner, d_state))
         self.D = nn.Parameter(torch.ones(d_inner))
         self.out_proj = nn.Linear(d_inner, config.hidden_size, bias=config.mamba_proj_bias)
         self.dt_layernorm = RMSNorm(dt_rank, eps=config.rms_norm_eps)
         self.b_layernorm = RMSNorm(d_state, eps=config.rms_norm_eps)
         self.c_layernorm = RMSNorm(d_state, eps=config.rms_norm_eps)
         self.widths = [dt_rank, d_state, d_state]
-        self._init_dt()
+        if not self.A_log.is_meta:
+            self.reset_parameters()
 
     @torch.no_grad()
-    def _init_dt(self, low: float = 1e-3, high: float = 0.1) -> None:
-        """Let delta start between `low` and `high`, evenly in its logarithm. Source: Mamba, section 3.6."""
+    def reset_parameters(self, low: float = 1e-3, high: float = 0.1) -> None:
+        """A is -1, -2, ... in each channel; delta starts between `low` and `high`, evenly in its logarithm.
+
+        Source: Mamba, section 3.6.
+        """
+        self.A_log.copy_(torch.arange(1.0, self.A_log.shape[1] + 1).log())
         nn.init.uniform_(self.dt_proj.bias, math.log(low), math.log(high)).exp_()
         self.dt_proj.bias += torch.log(-torch.expm1(-self.dt_proj.bias))  # the inverse of softplus
 

@@ -68,8 +68,11 @@ class Experts(nn.Module):
     def __init__(self, config: JambaConfig) -> None:
         super().__init__()
         m, d, f = config.num_experts, config.hidden_size, config.intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.randn(m, 2 * f, d) * d**-0.5)
-        self.down_proj = nn.Parameter(torch.randn(m, d, f) * f**-0.5)
+        self.gate_up_proj = nn.Parameter(torch.empty(m, 2 * f, d))
+        self.down_proj = nn.Parameter(torch.empty(m, d, f))
+        if not self.down_proj.is_meta:
+            nn.init.normal_(self.gate_up_proj, std=d**-0.5)
+            nn.init.normal_(self.down_proj, std=f**-0.5)
 
     def forward(self, x: Tensor, counts: list[int]) -> Tensor:
         """x (T*k, d) sorted by expert, `counts` rows for each -> (T*k, d)."""

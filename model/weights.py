@@ -49,6 +49,8 @@ def load_model(
     if quantize not in (None, "int8"):
         raise ValueError(f"quantize is {quantize!r}, must be 'int8' or None")
     reader, device = CheckpointReader(Path(path)), torch.device(device)
+    if device.type == "cuda":
+        from torch.nn.attention import bias  # noqa: F401 - takes seconds, which else the first question would
     with torch.device("meta"):
         model = Jamba(reader.config)
     if quantize:

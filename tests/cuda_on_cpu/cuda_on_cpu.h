@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <type_traits>
@@ -278,9 +279,17 @@ static bool fences_hold(size_t shared_bytes) {
     return true;
 }
 
+// Not counted as memory that may be written: hundreds of kernels, a library each, would not let the process fork.
+static unsigned char* reserve(size_t bytes) {
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (memory == MAP_FAILED) abort();
+    return static_cast<unsigned char*>(memory);
+}
+
 static bool run_grid(size_t shared_bytes) {
     const int total = blockDim.x * blockDim.y * blockDim.z;
-    if (!stacks) stacks = static_cast<unsigned char*>(malloc(MAX_THREADS * STACK_BYTES));
+    if (!stacks) stacks = reserve(MAX_THREADS * STACK_BYTES);
     auto* room = static_cast<unsigned char*>(aligned_alloc(FENCE, (shared_bytes + 3 * FENCE) / FENCE * FENCE));
     dynamic_shared = room + FENCE;
     bool good = true;

@@ -64,11 +64,15 @@ def test_rows_equal_the_definition(device, m, n, k, dtype):
         assert_close("out", out, expected, RATIO[dtype])
 
 
-@pytest.mark.parametrize("tiling", STAGED)
 @pytest.mark.parametrize(
-    ("m", "n", "k"), [(9, 130, 576), (17, 300, 2320), (32, 70, 256), (33, 260, 896), (64, 130, 4096)]
+    ("m", "n", "k", "tiling"),
+    [  # each tiling with few and many tokens, n and k that fill its tiles and that don't; a build each
+        *((9, 130, 576, STAGED[0]), (64, 130, 4096, STAGED[0])),
+        *((17, 300, 2320, STAGED[1]), (32, 70, 256, STAGED[1])),
+        *((33, 260, 896, STAGED[2]), (9, 130, 576, STAGED[2]), (64, 130, 4096, STAGED[2])),
+    ],
 )
-def test_tokens_staged_in_shared_memory(device, monkeypatch, tiling, m, n, k):
+def test_tokens_staged_in_shared_memory(device, monkeypatch, m, n, k, tiling):
     x, (weight, scale), bias = tokens(device, m, k), int8_weight(device, n, k), tokens(device, n)
     up, up_scale = int8_weight(device, n, k, seed=1)
     monkeypatch.setattr(gpu_linear, "SINGLE", dict.fromkeys((2, 4, 8), tiling))
