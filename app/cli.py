@@ -304,13 +304,15 @@ def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", exists=True, file_okay=False)],
     target: Annotated[Path, typer.Argument(metavar="DST")],
     to: Annotated[Literal["int8", "int4", "bf16", "fp32"], typer.Option(help="How weights are stored.")] = "int8",
+    rotate: Annotated[bool, typer.Option("--rotate", help="Turn the residual stream: for int8 activations.")] = False,
 ) -> None:
     """Write a Hugging Face checkpoint in another number format."""
     from model import convert_checkpoint
 
     with render.progress_bar() as progress:
         task = progress.add_task("tensors", total=None)
-        convert_checkpoint(source, target, to, lambda done, total: progress.update(task, completed=done, total=total))
+        show = lambda done, total: progress.update(task, completed=done, total=total)
+        convert_checkpoint(source, target, to, show, rotate=rotate)
 
 
 @app.command()

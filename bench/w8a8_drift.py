@@ -1,26 +1,29 @@
-"""What rounding activations to int8 changes in the shipped checkpoint, for each place where it can be done.
+"""What rounding activations to int8 changes in the shipped checkpoint, for each place where it can be done, as the
+checkpoint is and with its residual stream turned (model/rotation.py).
 
 Against the same int8 weights with float32 activations, over the sample documents as they stand in a prompt: KL a token
 in nats, agreement of the likeliest token, relative RMS of the hidden states before the head and of the recurrent states
 at the end. `peak_over_rms` is a token's largest input to these products over its RMS (the median and the largest
 token): what rounding by the largest value suffers from. By the definition, on the CPU.
-    python -m bench.w8a8_drift [--tokens 1024] [--threads 2]
+    python -m bench.w8a8_drift [--tokens 384] [--threads 2]
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench.hf_parity import SHIPPED, sample_texts
 from bench.runs import BenchRun
-from model import Jamba, load_model
+from model import Jamba, convert_checkpoint, load_model
 from model.chat_format import ChatFormat
 from model.kernels import w8a8
 from model.tokenizer import Tokenizer
@@ -35,28 +38,35 @@ class Outputs(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=1024, help="of each document")
+    parser.add_argument("--tokens", type=int, default=384, help="of each document")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     documents, run = sample_documents(arguments.tokens), BenchRun("w8a8-drift", argv=sys.argv)
     float32 = read(load_model(SHIPPED), documents)
-    expected = read(load_model(SHIPPED, quantize="int8"), documents)
-    run.add(rounded="weights alone, against float32", positions=len(float32.hidden), **drift(expected, float32))
-    choices: dict[str, Collection[str]] = {site: [site] for site in SITES}
-    choices |= {f"all but {site}": [other for other in SITES if other != site] for site in ("mamba_out", "mlp_out")}
-    choices["all"] = SITES
+    with tempfile.TemporaryDirectory() as folder:
+        turned = Path(folder) / "turned"
+        convert_checkpoint(SHIPPED, turned, to="fp32", rotate=True)
+        for stream, checkpoint in (("as it is", SHIPPED), ("turned", turned)):
+            for row in measure(checkpoint, documents, float32):
+                run.add(stream=stream, positions=len(float32.hidden), **row)
+                print(run.rows[-1], flush=True)
+    run.finish()
+
+
+def measure(checkpoint: Path, documents: list[list[int]], float32: Outputs) -> Iterator[dict[str, Any]]:
+    expected = read(load_model(checkpoint, quantize="int8"), documents)
+    yield {"rounded": "weights alone, against float32"} | drift(expected, float32, same_stream=False)
+    choices: dict[str, Collection[str]] = {site: [site] for site in SITES} | {"all": SITES}
     for name, sites in choices.items():
-        model = load_model(SHIPPED, quantize="int8")
+        model = load_model(checkpoint, quantize="int8")
         round_activations(model, sites)
         with collected_peaks() as peaks:
             outputs = read(model, documents)
         every = torch.cat(peaks)
         shape = {"peak_over_rms": every.median().item(), "largest_peak": every.max().item()}
-        run.add(rounded=name, positions=len(outputs.hidden), **drift(outputs, expected), **shape)
-        print(run.rows[-1], flush=True)
-    run.add(rounded="weights and all, against float32", positions=len(outputs.hidden), **drift(outputs, float32))
-    run.finish()
+        yield {"rounded": name} | drift(outputs, expected) | shape
+    yield {"rounded": "weights and all, against float32"} | drift(outputs, float32, same_stream=False)
 
 
 def sample_documents(num_tokens: int) -> list[list[int]]:
@@ -87,9 +97,9 @@ def collected_peaks() -> Iterator[list[Tensor]]:
     peaks: list[Tensor] = []
     quantize = w8a8.quantize_tokens_ref
 
-    def quantize_and_note(x: Tensor) -> w8a8.Tokens:
+    def quantize_and_note(x: Tensor, spans: bool = False) -> w8a8.Tokens:
         peaks.append((x.abs().amax(-1) / x.square().mean(-1).sqrt().clamp_min(1e-30)).flatten())
-        return quantize(x)
+        return quantize(x, spans)
 
     w8a8.quantize_tokens_ref = quantize_and_note
     try:
@@ -98,14 +108,16 @@ def collected_peaks() -> Iterator[list[Tensor]]:
         w8a8.quantize_tokens_ref = quantize
 
 
-def drift(ours: Outputs, expected: Outputs) -> dict[str, float]:
+def drift(ours: Outputs, expected: Outputs, same_stream: bool = True) -> dict[str, float]:
+    """same_stream: hidden states may be compared, because neither model's residual stream is turned."""
     kl = (expected.logprobs.exp() * (expected.logprobs - ours.logprobs)).sum(-1)
     agreement = (expected.logprobs.argmax(-1) == ours.logprobs.argmax(-1)).float().mean()
+    hidden = {"hidden_error": _relative_rms(ours.hidden, expected.hidden)} if same_stream else {}
     return {
         "kl": kl.mean().item(),
         "worst_kl": kl.max().item(),
         "percent_agree": 100 * agreement.item(),
-        "hidden_error": _relative_rms(ours.hidden, expected.hidden),
+        **hidden,
         "ssm_error": _relative_rms(ours.ssm, expected.ssm),
     }
 

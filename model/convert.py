@@ -22,6 +22,7 @@ from torch import Tensor
 from model.int4 import GROUP_SIZE, pack_int4
 from model.int8 import swap_linears
 from model.jamba import Jamba
+from model.rotation import RotatedReader
 from model.weights import INDEX_NAME, SINGLE_NAME, CheckpointReader, Slot, StoredTensor, find_slots
 
 Format = Literal["int8", "int4", "bf16", "fp32"]
@@ -41,6 +42,7 @@ def convert_checkpoint(
     to: Format = "int8",
     progress: Callable[[int, int], None] | None = None,
     max_shard_bytes: int | None = None,
+    rotate: bool = False,
 ) -> None:
     """Write the checkpoint `src` to the new directory `dst`; the tokenizer and other files go along.
 
@@ -48,6 +50,7 @@ def convert_checkpoint(
     int8. int4: MLPs, experts and in_proj of the Mamba in int4, the other of these matrices and the embedding in int8.
     What is left alone keeps its dtype. A shard grows past `max_shard_bytes` (None: 16 MiB to 1 GiB, by the size of
     `src`) only for a single larger tensor; about a shard and a tensor are in memory at a time.
+    rotate: turn the residual stream, which computes the same and lets activations be rounded well, see rotation.py.
     progress: called with (tensors done, those of an interrupted run included, tensors in all).
 
     The work is done in the directory `.<name of dst>.partial` beside `dst`, which no one takes for a checkpoint and
@@ -62,12 +65,12 @@ def convert_checkpoint(
         raise ValueError(f"to is {to!r}, must be int8, int4, bf16 or fp32")
     if dst.exists():
         raise FileExistsError(f"{dst} is already there; remove it or choose another directory")
-    reader = CheckpointReader(src)
+    reader = RotatedReader(src) if rotate else CheckpointReader(src)
     slots = _int8_slots(reader)
     max_shard_bytes = max_shard_bytes or _choose_shard_bytes(src)
     work = dst.parent / f".{dst.name}.partial"
     with _locked(work) as lock:
-        finished = _resume(work, _describe_work(src, to, max_shard_bytes))
+        finished = _resume(work, _describe_work(src, to, max_shard_bytes, rotate))
         writer = _ShardWriter(work, max_shard_bytes, len(finished))
         written = set(itertools.chain.from_iterable(finished))
         left = [name for name in reader.names if name not in written and f"{name}.qweight" not in written]
@@ -111,11 +114,11 @@ def _locked(work: Path) -> Iterator[Path]:
         yield path
 
 
-def _describe_work(src: Path, to: Format, max_shard_bytes: int) -> dict[str, Any]:
+def _describe_work(src: Path, to: Format, max_shard_bytes: int, rotate: bool) -> dict[str, Any]:
     """What must be the same for shards of two runs to fit together."""
     stats = {path.name: path.stat() for path in [*src.glob("*.safetensors"), *src.glob("*.json")]}
     files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(stats.items())}
-    return {"version": 1, "to": to, "max_shard_bytes": max_shard_bytes, "files": files}
+    return {"version": 2, "to": to, "rotate": rotate, "max_shard_bytes": max_shard_bytes, "files": files}
 
 
 def _resume(work: Path, description: dict[str, Any]) -> list[list[str]]:

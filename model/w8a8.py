@@ -25,16 +25,16 @@ _SITE_OF = {
 
 
 class W8A8Linear(Int8Linear):
-    """In the place of an Int8Linear, with its weights."""
+    """In the place of an Int8Linear, with its weights. `spans`: its tokens have several scales each."""
 
-    def __init__(self, linear: Int8Linear) -> None:
+    def __init__(self, linear: Int8Linear, spans: bool = False) -> None:
         nn.Module.__init__(self)
-        self.weight, self.scale, self.bias = linear.weight, linear.scale, linear.bias
+        self.weight, self.scale, self.bias, self.spans = linear.weight, linear.scale, linear.bias, spans
 
     def forward(self, x: Tensor) -> Tensor:
         if not w8a8.takes(x, self.weight):
             return super().forward(x)
-        return w8a8.linear(x, self.weight, self.scale, self.bias)
+        return w8a8.linear(x, self.weight, self.scale, self.bias, self.spans)
 
 
 class W8A8MLP(MLP):
@@ -92,8 +92,8 @@ def _rounding(name: str, module: nn.Module, sites: Collection[str]) -> nn.Module
             return W8A8Experts(module)
         case MLP() if "mlp_in" in sites and isinstance(module.gate_proj, Int8Linear):
             if "mlp_out" in sites:
-                module.down_proj = W8A8Linear(module.down_proj)
+                module.down_proj = W8A8Linear(module.down_proj, spans=True)
             return W8A8MLP(module)
         case Int8Linear() if not isinstance(module, W8A8Linear) and _SITE_OF.get(name) in sites:
-            return W8A8Linear(module)
+            return W8A8Linear(module, spans=name == "down_proj")
     return None

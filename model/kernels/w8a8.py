@@ -1,7 +1,9 @@
 """Products of many tokens with int8 weights where the tokens are rounded to int8 as well: W8A8, a row's scale times a
 column's. An option of prefills (model/w8a8.py); on a GPU by w8a8_triton.py, elsewhere by the definition.
 
-Sums are exact (int32). Few tokens: gpu_linear.py, where the weights are what is read. Nothing here waits for the GPU.
+A token has one scale, or one for each SPAN columns: a gated value may be forty times the others, and no rotation of the
+weights (model/rotation.py) reaches it. Sums are exact (int32) within a scale. Few tokens: gpu_linear.py, where the
+weights are what is read. Nothing here waits for the GPU.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ try:
 except ImportError:  # a PyTorch without Triton, as the CPU wheels are
     triton = None
 
+SPAN = 128  # columns of a token that share a scale, where it has several
 _MAX_COLUMNS = 1 << 16  # of a row that is rounded in one program
 
 
@@ -44,10 +47,10 @@ PAIRED = Tile(rows=128, columns=128, depth=128, warps=8, stages=3, group=8, tma=
 
 
 class Tokens(NamedTuple):
-    """Tokens rounded to int8: about values * scale[:, None]."""
+    """Tokens rounded to int8: about values * scale, each scale for all columns or for SPAN of them."""
 
     values: Tensor  # (T, k) int8
-    scale: Tensor  # (T,) float32
+    scale: Tensor  # (T, 1) or (T, ceil(k / SPAN)) float32
 
 
 class Places(NamedTuple):
@@ -73,11 +76,14 @@ def takes(x: Tensor, *weights: Tensor) -> bool:
     return x.numel() // x.shape[-1] > MAX_TOKENS and all(weight.dtype == torch.int8 for weight in weights)
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """round(x) (..., k) @ (weight (n, k) * scale (n,)[:, None]).T + bias -> (..., n) in x.dtype."""
+def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, spans: bool = False) -> Tensor:
+    """round(x) (..., k) @ (weight (n, k) * scale (n,)[:, None]).T + bias -> (..., n) in x.dtype.
+
+    spans: a scale of x for each SPAN columns.
+    """
     if not _on_gpu(x, weight):
-        return linear_ref(x, weight, scale, bias)
-    tokens = quantize_tokens(x.flatten(0, -2))
+        return linear_ref(x, weight, scale, bias, spans)
+    tokens = quantize_tokens(x.flatten(0, -2), spans=spans)
     out = x.new_empty(len(tokens.values), len(weight))
     _multiply(tokens, weight, scale, out, bias=bias)
     return out.view(*x.shape[:-1], -1)
@@ -103,7 +109,7 @@ def mix_experts(
     down_scale: Tensor,
 ) -> Tensor:
     """Each token's chosen experts, summed by `weights` (T, k) float32: x (T, d) -> (T, d). Inputs of both products of
-    an expert are rounded. gate_up (m, 2f, d), the gates first; down (m, d, f)."""
+    an expert are rounded, those of the second in spans. gate_up (m, 2f, d), the gates first; down (m, d, f)."""
     if not _on_gpu(x, gate_up, down):
         return mix_experts_ref(x, weights, chosen, gate_up, gate_up_scale, down, down_scale)
     (m, d, f), k = down.shape, chosen.shape[1]
@@ -112,39 +118,45 @@ def mix_experts(
     gates, gate_scales = gate_up.flatten(0, 1), gate_up_scale.flatten()
     h = x.new_empty(len(tokens.values), f)
     _multiply(tokens, gates, gate_scales, h, other=(gates[f:], gate_scales[f:]), places=up_places, expert_rows=2 * f)
-    tokens, out = quantize_tokens(h), x.new_empty(*chosen.shape, d)
+    tokens, out = quantize_tokens(h, spans=True), x.new_empty(*chosen.shape, d)
     shares = weights.float().flatten()
     _multiply(tokens, down.flatten(0, 1), down_scale.flatten(), out, places=down_places, shares=shares, expert_rows=d)
     return out.sum(1)
 
 
-def quantize_tokens(x: Tensor, index: Tensor | None = None) -> Tokens:
-    """Rows of x (T, k), or those that `index` names, each in steps of a 127th of its largest value."""
+def quantize_tokens(x: Tensor, index: Tensor | None = None, spans: bool = False) -> Tokens:
+    """Rows of x (T, k), or those that `index` names, each (or each span) in steps of a 127th of its largest value."""
     rows, k = len(x) if index is None else len(index), x.shape[1]
     if x.stride(1) != 1 or k > _MAX_COLUMNS:
         raise ValueError(f"rows must be contiguous, of {_MAX_COLUMNS} columns at most: {tuple(x.shape)} {x.stride()}")
     values = torch.empty(rows, k, dtype=torch.int8, device=x.device)
-    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(k)
+    block = max(triton.next_power_of_2(k), SPAN)
+    span = SPAN if spans else block
+    scale = torch.empty(rows, triton.cdiv(k, span), dtype=torch.float32, device=x.device)
     w8a8_triton.quantize_kernel[(rows,)](
-        *(x, x if index is None else index, values, scale, k, x.stride(0)),
-        HAS_INDEX=index is not None, BLOCK=block, num_warps=max(1, min(8, block // 512)),
+        *(x, x if index is None else index, values, scale, k, x.stride(0), scale.shape[1]),
+        HAS_INDEX=index is not None, SPANS=block // span, SPAN=span, num_warps=max(1, min(8, block // 512)),
     )  # fmt: skip
     return Tokens(values, scale)
 
 
-def quantize_tokens_ref(x: Tensor) -> Tokens:
+def quantize_tokens_ref(x: Tensor, spans: bool = False) -> Tokens:
     """The definition; x (..., k)."""
-    wide = x.float()
-    largest = wide.abs().amax(-1).clamp_min(1e-30)
+    k = x.shape[-1]
+    wide = F.pad(x.float(), (0, -k % SPAN)).unflatten(-1, (-1, SPAN)) if spans else x.float().unsqueeze(-2)
+    largest = wide.abs().amax(-1, keepdim=True).clamp_min(1e-30)
     steps = torch.full_like(largest, 127.0).div_(largest)  # `127 / largest` would round twice
-    return Tokens((wide * steps[..., None]).round().to(torch.int8), largest / 127)
+    return Tokens((wide * steps).round().to(torch.int8).flatten(-2)[..., :k], largest.squeeze(-1) / 127)
 
 
-def linear_ref(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_ref(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, spans: bool = False) -> Tensor:
     """As `linear`, in float32."""
-    values, own_scale = quantize_tokens_ref(x)
-    out = F.linear(values.float(), weight.float()) * own_scale[..., None] * scale
+    values, own_scale = quantize_tokens_ref(x, spans)
+    if spans:
+        rounded = values.float() * own_scale.repeat_interleave(SPAN, dim=-1)[..., : values.shape[-1]]
+        out = F.linear(rounded, weight.float()) * scale
+    else:
+        out = F.linear(values.float(), weight.float()) * own_scale * scale
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
@@ -156,7 +168,7 @@ def mix_experts_ref(
     for expert in chosen.unique().tolist():
         token, slot = (chosen == expert).nonzero(as_tuple=True)
         gate, up = linear_ref(x[token], gate_up[expert], gate_up_scale[expert]).chunk(2, dim=-1)
-        rows = linear_ref(F.silu(gate) * up, down[expert], down_scale[expert])
+        rows = linear_ref(F.silu(gate) * up, down[expert], down_scale[expert], spans=True)
         out.index_add_(0, token, weights[token, slot, None].float() * rows.float())
     return out.to(x.dtype)
 
@@ -192,8 +204,9 @@ def _multiply(
     w8a8_triton.product_kernel[(min(tiles, gpu.sm_count(out.device)),)](
         *(x, tokens.scale, matrices[0], scales[0], matrices[1], scales[1]),
         *(scale if bias is None else bias, scale if shares is None else shares, order, row_starts, tile_starts, out),
-        *(rows, n, k, num_experts, expert_rows),
+        *(rows, n, k, num_experts, expert_rows, tokens.scale.shape[1]),
         GROUPED=places is not None, PAIRED=other is not None, HAS_BIAS=bias is not None,
+        SPAN=SPAN if tokens.scale.shape[1] > 1 else 0,
         EXPERTS=triton.next_power_of_2(max(num_experts, 1)), EVEN=k % tile.depth == 0, TMA=tile.tma,
         BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=tile.group,
         num_warps=tile.warps, num_stages=tile.stages,

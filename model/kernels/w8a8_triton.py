@@ -14,17 +14,22 @@ _SMALLEST = tl.constexpr(1e-30)
 
 
 @triton.jit
-def quantize_kernel(x, index, values, scales, k, stride, HAS_INDEX: tl.constexpr, BLOCK: tl.constexpr):
-    """Row i of the result is row index[i] (or i) of x (rows, k), in steps of a 127th of its largest value."""
+def quantize_kernel(
+    x, index, values, scales, k, stride, num_scales,
+    HAS_INDEX: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """Row i of the result is row index[i] (or i) of x (rows, k), each SPAN columns of it in steps of a 127th of their
+    largest value."""
     row = tl.program_id(0).to(tl.int64)
     source = tl.load(index + row) if HAS_INDEX else row
-    columns = tl.arange(0, BLOCK)
+    spans = tl.arange(0, SPANS)
+    columns = spans[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
     inside = columns < k
     x_row = tl.load(x + source * stride + columns, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(x_row), axis=0), _SMALLEST)
-    whole = (x_row * tl.div_rn(127.0, largest) + _TO_WHOLE) - _TO_WHOLE
+    largest = tl.maximum(tl.max(tl.abs(x_row), axis=1), _SMALLEST)
+    whole = (x_row * tl.div_rn(127.0, largest)[:, None] + _TO_WHOLE) - _TO_WHOLE
     tl.store(values + row * k + columns, whole.to(tl.int8), mask=inside)
-    tl.store(scales + row, tl.div_rn(largest, 127.0))
+    tl.store(scales + row * num_scales + spans, tl.div_rn(largest, 127.0), mask=spans < num_scales)
 
 
 @triton.jit
@@ -44,13 +49,14 @@ def _load_tile(source, first_row, last_row, column, k, TMA: tl.constexpr, EVEN: 
 @triton.jit
 def product_kernel(
     x, x_scale, weight, scale, other, other_scale, bias, shares, place, row_starts, tile_starts, out,
-    rows, n, k, num_experts, expert_rows,
+    rows, n, k, num_experts, expert_rows, num_scales,
     GROUPED: tl.constexpr, PAIRED: tl.constexpr, HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr,
-    EVEN: tl.constexpr, TMA: tl.constexpr,
+    EVEN: tl.constexpr, TMA: tl.constexpr, SPAN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out (rows, n) = x (rows, k) @ weight (n, k).T, times the scales of both's rows; + bias.
 
+    SPAN: 0, or how many columns of x share one of its num_scales scales a row; a multiple of BK, and not PAIRED.
     PAIRED: silu of that times the same with `other`. GROUPED: x is sorted by expert, the matrix of expert i starts at
     row i * expert_rows; row_starts and tile_starts (num_experts + 1,) are where its rows and tiles of BM rows begin.
     With `place` (GROUPED and not PAIRED), row i goes to row place[i], times shares[place[i]].
@@ -73,22 +79,31 @@ def product_kernel(
             first_row = tl.load(row_starts + expert) + (tile_m - tl.load(tile_starts + expert)) * BM
             end_row = tl.load(row_starts + expert + 1)
             base = expert * expert_rows
-        total = tl.zeros([BM, BN], tl.int32)
+        own_rows = first_row + tl.arange(0, BM)
+        is_row = own_rows < end_row
+        total = tl.zeros([BM, BN], tl.float32 if SPAN else tl.int32)
         if PAIRED:
             other_total = tl.zeros([BM, BN], tl.int32)
         for depth in range(0, k, BK):
             x_tile = _load_tile(x, first_row, rows - 1, depth, k, TMA, EVEN, BM, BK)
             weight_tile = _load_tile(weight, base + column, base + n - 1, depth, k, TMA, EVEN, BN, BK)
-            total = tl.dot(x_tile, weight_tile.T, total, out_dtype=tl.int32)
+            if SPAN:
+                at_scale = own_rows.to(tl.int64) * num_scales + depth // SPAN
+                span_scale = tl.load(x_scale + at_scale, mask=is_row, other=0.0)
+                part = tl.dot(x_tile, weight_tile.T, out_dtype=tl.int32)
+                total += part.to(tl.float32) * span_scale[:, None]
+            else:
+                total = tl.dot(x_tile, weight_tile.T, total, out_dtype=tl.int32)
             if PAIRED:
                 other_tile = _load_tile(other, base + column, base + n - 1, depth, k, TMA, EVEN, BN, BK)
                 other_total = tl.dot(x_tile, other_tile.T, other_total, out_dtype=tl.int32)
-        own_rows = first_row + tl.arange(0, BM)
         columns = column + tl.arange(0, BN)
-        is_row, is_column = own_rows < end_row, columns < n
-        row_scale = tl.load(x_scale + own_rows, mask=is_row, other=0.0)
+        is_column = columns < n
         column_scale = tl.load(scale + base + columns, mask=is_column, other=0.0)
-        result = total.to(tl.float32) * row_scale[:, None] * column_scale[None, :]
+        result = total.to(tl.float32) * column_scale[None, :]
+        if not SPAN:
+            row_scale = tl.load(x_scale + own_rows, mask=is_row, other=0.0)
+            result *= row_scale[:, None]
         if PAIRED:
             other_column_scale = tl.load(other_scale + base + columns, mask=is_column, other=0.0)
             up = other_total.to(tl.float32) * row_scale[:, None] * other_column_scale[None, :]

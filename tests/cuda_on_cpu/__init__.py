@@ -23,7 +23,7 @@ KERNELS = Path(gpu.__file__).parent
 MAX_SHARED_BYTES, MAX_THREADS, MAX_GRID_YZ = 227 << 10, 1024, 65535  # of Hopper
 
 _HERE = Path(__file__).parent
-_FLAGS = ["-std=c++17", "-O2", "-w", "-fPIC", "-DCUDA_ON_CPU", "-fsanitize=alignment", f"-I{_HERE}", "-x", "c++"]
+_FLAGS = ["-std=c++17", "-Og", "-w", "-fPIC", "-DCUDA_ON_CPU", "-fsanitize=alignment", f"-I{_HERE}", "-x", "c++"]
 _ENTRY = """#include "{source}"
 extern "C" const char* launch(const unsigned* grid, const unsigned* block, unsigned long shared, void** values,
                               const char* kinds) {{

@@ -22,20 +22,21 @@ def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> w8a
     return request.param
 
 
-def assert_rounded(ours: w8a8.Tokens, x: torch.Tensor) -> None:
-    expected = w8a8.quantize_tokens_ref(x)
+def assert_rounded(ours: w8a8.Tokens, x: torch.Tensor, spans: bool) -> None:
+    expected = w8a8.quantize_tokens_ref(x, spans)
     assert torch.equal(ours.values, expected.values)
     assert_close("scale", ours.scale, expected.scale, 1e-6)
 
 
+@pytest.mark.parametrize("spans", [False, True])
 @pytest.mark.parametrize(("t", "k"), [(1, 16), (7, 4096), (5, 1040)])
-def test_tokens_are_rounded_by_their_largest_value(device, t, k):  # noqa: F811
+def test_tokens_are_rounded_by_their_largest_value(device, t, k, spans):  # noqa: F811
     wide = tokens(device, t, 2 * k)
     wide[t // 2] *= 4e6  # what a residual of a large model reaches
     wide[-1] = 0
-    assert_rounded(w8a8.quantize_tokens(wide[:, k:]), wide[:, k:])
+    assert_rounded(w8a8.quantize_tokens(wide[:, k:], spans=spans), wide[:, k:], spans)
     index = torch.tensor([t - 1, 0, 0], device=device)
-    assert_rounded(w8a8.quantize_tokens(wide[:, :k], index), wide[index, :k])
+    assert_rounded(w8a8.quantize_tokens(wide[:, :k], index, spans), wide[index, :k], spans)
 
 
 @pytest.mark.parametrize(("t", "n", "k"), [(1, 8, 16), (70, 100, 80), (32, 64, 64)])
@@ -48,12 +49,23 @@ def test_a_product_equals_the_definition(device, tile, t, n, k):  # noqa: F811
     assert_close("gated", w8a8.gated(x, *weight, *up), gate * w8a8.linear_ref(x.float(), *up), RATIO)
 
 
+@pytest.mark.parametrize(("t", "n", "k"), [(1, 8, 16), (70, 100, 336), (32, 64, 256)])
+def test_a_product_of_several_scales_a_token_equals_the_definition(device, tile, t, n, k):  # noqa: F811
+    x, weight = tokens(device, t, k), int8_weight(device, n, k)
+    x[:, k // 2] *= 100
+    out, expected = w8a8.linear(x, *weight, spans=True), w8a8.linear_ref(x.float(), *weight, spans=True)
+    assert_close("out", out, expected, RATIO)
+    exact = x.float() @ (weight[0].float() * weight[1][:, None]).T
+    errors = [(w8a8.linear_ref(x.float(), *weight, spans=spans) - exact).norm() for spans in (True, False)]
+    assert errors[0] < errors[1] or k <= w8a8.SPAN
+
+
 @pytest.mark.parametrize(
     ("t", "m", "k", "only"), [(70, 4, 2, None), (1, 3, 2, None), (40, 16, 2, [2, 9]), (33, 1, 1, None)]
 )
 def test_experts_equal_the_definition(device, tile, t, m, k, only):  # noqa: F811
     """Experts with no rows, with one, and with more than a tile."""
-    d, f = 48, 80
+    d, f = 48, 208
     x, up, down = tokens(device, t, d), int8_weight(device, m, 2 * f, d), int8_weight(device, m, d, f)
     allowed = torch.tensor(only or range(m))
     drawn = torch.rand(t, len(allowed), generator=torch.Generator().manual_seed(t)).argsort(-1)[:, :k]
