@@ -114,7 +114,7 @@ def test_prefix_states_survive_a_restart_in_redis_and_a_dead_redis_does_no_harm(
 def test_an_orderly_stop_hands_unfinished_documents_back(checkpoint, tmp_path):
     data = tmp_path / "data"
     with run_service(checkpoint, data) as service, service.client() as client:
-        documents = [upload(client, f"{n}.txt", f"{n} {STORY * 40}".encode()) for n in range(6)]
+        documents = [upload(client, f"{n}.txt", f"{n} {STORY * 12}".encode()) for n in range(6)]
     with run_service(checkpoint, data) as service, service.client() as client:
         for document in documents:
             settled = settle(client, document["id"])
