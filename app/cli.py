@@ -94,7 +94,10 @@ def ingest(
     data_dir: DataDirectory = None,
     as_json: Json = False,
 ) -> None:
-    """Upload files and wait until they are searchable. Exit 1 if one of them failed."""
+    """Upload files and wait until they are searchable. Exit 1 if one of them failed.
+
+    May be interrupted: the same command again goes on, and does nothing twice.
+    """
     from app.client import connect
     from app.ingesting import expand_paths, ingest_files
 
@@ -102,8 +105,12 @@ def ingest(
         raise typer.BadParameter("must be a JSON object, such as '{\"year\": 2024}'", param_hint="--metadata")
     files = expand_paths(paths)
     fields = {"collection": collection, "on_conflict": on_conflict, **({"metadata": metadata} if metadata else {})}
-    with connect(_settings(url, key, data_dir), answering=False) as service:
-        result = ingest_files(service, files, fields)
+    try:
+        with connect(_settings(url, key, data_dir), answering=False) as service:
+            result = ingest_files(service, files, fields)
+    except KeyboardInterrupt:
+        render.err.print("interrupted; nothing that was sent is lost: the same command goes on from here")
+        raise
     if as_json:
         _print_json(result)
     else:

@@ -100,7 +100,7 @@ class IngestSettings(_Group):
     max_file_bytes: int = _setting(1 << 30, "Largest file accepted.", "bytes", ge=1)
     max_files_per_request: int = _setting(1000, "Most files in one upload request.", "files", ge=1)
     chunk_tokens: int = _setting(256, "Length a chunk is cut to.", "tokens of the embedder", ge=16)
-    workers: int = _setting(1, "Documents ingested at once.", "threads", ge=0)
+    workers: int = _setting(2, "Documents ingested at once.", "threads", ge=0)
     lease_s: float = _setting(30.0, "Time after which a job of a dead worker is taken over.", "seconds", gt=0)
     parse_timeout_s: float = _setting(300.0, "Longest time to parse one file.", "seconds", gt=0)
     parse_max_bytes: int = _setting(2 << 30, "Memory limit of the process that parses one file.", "bytes", ge=1 << 28)

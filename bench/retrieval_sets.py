@@ -115,7 +115,8 @@ def words_pattern(words: str) -> re.Pattern[str]:
     return re.compile(r"\s+".join(map(re.escape, words.split())))
 
 
-def _parse_manuals(folder: Path) -> Iterator[tuple[str, ParsedDocument]]:
+def manual_paths(folder: Path = FOLDER) -> Iterator[tuple[str, Path]]:
+    """Names and files of the manuals. Raises ValueError when they are not there."""
     for package in json.loads((DATA / "packages.json").read_text())["packages"]:
         root = folder / package["name"] / package["root"]
         if not root.is_dir():
@@ -123,13 +124,17 @@ def _parse_manuals(folder: Path) -> Iterator[tuple[str, ParsedDocument]]:
         left_out = {path for pattern in package["without"] for path in root.glob(pattern)}
         paths = {path for pattern in package["files"] for path in root.glob(pattern)} - left_out
         for path in sorted(paths):
-            with path.open("rb") as file:
-                head = file.read(SNIFF_BYTES)
-            try:
-                parsed = parse_file(path, sniff_media_type(head, path.name))
-            except (ParseError, UnsupportedMediaType):
-                continue  # a page of links, without text
-            yield f"{package['name']}/{path.relative_to(root)}", parsed
+            yield f"{package['name']}/{path.relative_to(root)}", path
+
+
+def _parse_manuals(folder: Path) -> Iterator[tuple[str, ParsedDocument]]:
+    for name, path in manual_paths(folder):
+        with path.open("rb") as file:
+            head = file.read(SNIFF_BYTES)
+        try:
+            yield name, parse_file(path, sniff_media_type(head, path.name))
+        except (ParseError, UnsupportedMediaType):
+            continue  # a page of links, without text
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -76,7 +76,7 @@ def ingest_document(
     limits = limits or IngestLimits()
     parsed = _parse(job, files, limits.parse)
     job.set_progress("chunking", 0, 0, "chunks")
-    chunks = chunk_document(parsed, job.document.id, fit_limits(limits.chunk, embedder), token_counter(embedder))
+    chunks = _chunk(job, parsed, embedder, limits.chunk)
     vectors = _embed(job, parsed, chunks, embedder, limits.embed_batch)
     job.set_progress("indexing", 0, len(chunks), "chunks")
     job.store.replace_chunks(  # one transaction: SQLite is the truth
@@ -95,6 +95,16 @@ def _parse(job: Job, files: FileStore, limits: ParseLimits) -> ParsedDocument:
     files.require_room()
     job.set_progress("parsing", 0, 0, "pages")
     return parse_in_child(path, job.document.media_type, limits, job.reporter("parsing", "pages"), job.check)
+
+
+def _chunk(job: Job, parsed: ParsedDocument, embedder: IngestEmbedder, limits: ChunkLimits) -> list[Chunk]:
+    count_tokens = token_counter(embedder)
+
+    def count_or_end(text: str) -> int:
+        job.check()  # a text of 256 MiB is minutes of work
+        return count_tokens(text)
+
+    return chunk_document(parsed, job.document.id, fit_limits(limits, embedder), count_or_end)
 
 
 def token_counter(embedder: IngestEmbedder) -> Callable[[str], int]:

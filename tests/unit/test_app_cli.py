@@ -5,11 +5,13 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -87,6 +89,35 @@ def test_ingest_ask_search_list_delete_in_process(run, corpus, tmp_path):
     assert run("documents", "delete", document["id"], *data)[0] == 0
     code, out, _ = run("documents", "list", "--json", *data)
     assert [d["id"] for d in json.loads(out)["data"]] == [ingested["data"][1]["id"]]
+
+
+def test_ctrl_c_during_ingest_loses_nothing_and_the_same_command_goes_on(run, tmp_path):
+    folder, data, number = tmp_path / "many", tmp_path / "data", 12
+    folder.mkdir()
+    for n in range(number):
+        (folder / f"{n:02}.txt").write_text(f"Garden {n}. {GARDEN}")
+    store = DocumentStore(data / "rag.sqlite3")
+
+    def interrupt_on_the_way() -> None:
+        while store.get_collection("default").documents < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt_on_the_way).start()
+    code, _, err = run("ingest", folder, "--data-dir", data)
+    assert code == 130 and "the same command goes on" in err
+    kept = store.list_documents()
+    ready = {document.id for document in kept if document.status == "ready"}
+    assert 2 <= len(ready) < number
+    assert {(one.status, one.attempts) for one in kept if one.id not in ready} <= {("queued", 0)}
+
+    code, out, _ = run("ingest", folder, "--json", "--data-dir", data)
+    documents = json.loads(out)["data"]
+    assert code == 0 and len({one["id"] for one in documents}) == number == len(store.list_documents())
+    assert {(one["status"], one["attempts"], one["chunks"]) for one in documents} == {("ready", 1, 1)}
+    assert {document.id for document in kept} <= {one["id"] for one in documents}
+    assert store.count_chunks() == number
+    store.close()
 
 
 def test_a_file_that_fails_is_exit_1_and_is_named(run, tmp_path):

@@ -140,6 +140,15 @@ def test_doing_it_again_changes_nothing(place, embedder):
     assert place.store.get_chunks(document.id) == first
 
 
+def test_the_work_can_be_ended_while_a_long_text_is_cut(place, embedder):
+    document = place.upload(b"A paragraph of its own.\n\n" * 30)
+    seen: list[str] = []
+    leased = place.store.lease_next("me", 60)
+    job = Job(leased, place.store, "me", check=lambda: seen.append(place.store.get_document(document.id).status))
+    ingest_document(job, place.index, embedder, place.files)
+    assert seen.count("chunking") > 30  # asked at each paragraph
+
+
 def test_a_worker_takes_what_is_queued_and_is_woken(place, start):
     early = place.upload(b"Queued before the start.")
     worker = start(poll_s=60.0)
