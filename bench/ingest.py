@@ -4,7 +4,7 @@ Default: every `--every`-th of the manuals of bench/retrieval_sets.py (HTML, PDF
 service's, for each of `--workers` in turn, beside the embedder alone on the same chunks, all of them together.
 `--upload`: a text of so many bytes is sent to a service over HTTP; then the service reads it, or says why it can't.
 `--bulk`: so many chunks with stand-ins for their vectors, the worker stopped and started on the way.
-    python -m bench.ingest [--workers 1 2 3] [--every 25]
+    python -m bench.ingest [--workers 1 2 3] [--every 50] [--suffix .pdf]
     python -m bench.ingest --upload 1_000_000_000
     python -m bench.ingest --bulk 100_000 [--stops 5]
 """
@@ -87,8 +87,7 @@ def cpu_seconds() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def measure_speed(run: BenchRun, every: int, workers: Sequence[int], repeats: int) -> None:
-    paths = [path for _, path in manual_paths()][::every]
+def measure_speed(run: BenchRun, paths: Sequence[Path], workers: Sequence[int], repeats: int) -> None:
     embedder = MiniLMEmbedder()
     first = ingest(paths, embedder, 1)  # loads the model, too
     texts, cpu_s = first["texts"], {}
@@ -224,7 +223,8 @@ def measure_bulk(run: BenchRun, chunks: int, stops: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--every", type=int, default=25, help="manuals, to one taken")
+    parser.add_argument("--every", type=int, default=50, help="manuals, to one taken")
+    parser.add_argument("--suffix", default="", help="of the manuals to take, such as .pdf")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--upload", type=int, metavar="BYTES")
     parser.add_argument("--bulk", type=int, metavar="CHUNKS")
@@ -235,7 +235,8 @@ def main() -> None:
     elif args.bulk:
         measure_bulk(run := BenchRun("ingest-bulk", sys.argv), args.bulk, args.stops)
     else:
-        measure_speed(run := BenchRun("ingest", sys.argv), args.every, args.workers, args.repeats)
+        paths = [path for _, path in manual_paths() if path.name.endswith(args.suffix)][:: args.every]
+        measure_speed(run := BenchRun("ingest", sys.argv), paths, args.workers, args.repeats)
     run.finish()
 
 
