@@ -37,7 +37,7 @@ from retrieval.index import FaissIndex
 from retrieval.store import DocumentStore
 
 BLOCK_BYTES = 1 << 20
-BULK_WORDS = 170_000  # of a document of the bulk: about 1,000 chunks
+BULK_WORDS = 200_000  # of a document of the bulk: about 1,000 chunks
 
 
 def queue_documents(folder: Path, paths: Sequence[Path]) -> tuple[DocumentStore, FileStore]:
