@@ -12,11 +12,13 @@ from app.settings import AnswerSettings
 
 @dataclass(frozen=True)
 class Advice:
-    """`auto_evidence_tokens` None: whole documents as far as the context reaches. `none_margin` in nats."""
+    """`auto_evidence_tokens` None: whole documents as far as the context reaches. `recent_evidence_tokens` None: twice
+    `rag_evidence_tokens`. `none_margin` in nats."""
 
     auto_evidence_tokens: int | None = None
     rag_evidence_tokens: int = 4096
     none_margin: float = 0.0
+    recent_evidence_tokens: int | None = None
 
 
 def take_advice(checkpoint: Path, settings: AnswerSettings) -> Advice:

@@ -9,7 +9,7 @@ from app.auth import LOCAL_ADMIN, Principal
 from app.conversation import Turn, standalone_query
 from app.prompting import AnswerFormat
 from app.settings import AnswerSettings
-from retrieval.packing import EvidenceTooLarge, pack_evidence
+from retrieval.packing import EvidenceTooLarge, RecentEvidence, pack_evidence
 from retrieval.search import Retriever
 from retrieval.store import DocumentStore
 from retrieval.types import Evidence, EvidenceMode, Filters, Hit, SearchParams
@@ -66,6 +66,7 @@ class EvidenceFinder:
     ) -> None:
         self._store, self._retriever, self._format = store, retriever, prompt_format
         self._settings, self._advice, self._evidence_hits = settings, advice, evidence_hits
+        self._recent = RecentEvidence()
 
     def find(self, query: Query, widened: bool = False) -> Found:
         """Evidence for a question; `widened` takes all that fits. Raises ContextTooLong, CollectionNotFound, and
@@ -86,6 +87,10 @@ class EvidenceFinder:
             1000 * (packed - found),
             may_widen=not widened and query.mode == "auto" and evidence.mode == "rag",
         )
+
+    def remember(self, evidence: Evidence) -> None:
+        """The model has read this: other evidence may begin alike."""
+        self._recent.remember(evidence)
 
     def read_whole(self, collection: str) -> Evidence | None:
         """All of a collection, as a question with the default settings reads it; None if that reads only parts of it.
@@ -125,6 +130,12 @@ class EvidenceFinder:
             return whole_budget
         return min(whole_budget, self._advice.rag_evidence_tokens)
 
+    def _recent_budget(self, query: Query, budget_tokens: int) -> int:
+        if query.max_evidence_tokens is not None:
+            return budget_tokens
+        advised = self._advice.recent_evidence_tokens or 2 * self._advice.rag_evidence_tokens
+        return min(self._whole_budget(query), advised)
+
     def _pack_as(self, mode: EvidenceMode, query: Query, hits: Sequence[Hit], budget_tokens: int) -> Evidence:
         return pack_evidence(
             self._store,
@@ -135,6 +146,8 @@ class EvidenceFinder:
             mode,
             query.document_ids,
             query.filters,
+            self._recent,
+            self._recent_budget(query, budget_tokens),
         )
 
 

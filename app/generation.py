@@ -201,6 +201,7 @@ class RunningAnswer:
                 if first and allow_none:  # a second generation from the same prompt costs nothing worth telling
                     first = False
                     self._measures.add_start(len(prompt.token_ids), output, self._trace_start(submitted, output))
+                    service.finder.remember(found.evidence)
                     if output.watch_logprobs:
                         quote, none = output.watch_logprobs
                         writer.none_margin = none - quote

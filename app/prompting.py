@@ -116,7 +116,7 @@ class QuoteFormat(AnswerFormat):
         ids = self._format.system()
         boundaries, starts = [len(ids)], {}
         for document_id, group in groupby(evidence.passages, key=lambda passage: passage.document_id):
-            starts[document_id] = len(ids)
+            starts.setdefault(document_id, len(ids))  # it may stand in two places
             ids += self._document(list(group))
             boundaries.append(len(ids))
         return Prompt((*ids, *self._format.ask(question)), tuple(boundaries), starts)

@@ -128,6 +128,13 @@ class AnswerSettings(_Group):
     rag_evidence_tokens: int | None = _setting(
         None, "Most evidence that `rag` packs at first; unset: as the checkpoint advises, else 4096.", "tokens", ge=64
     )
+    recent_evidence_tokens: int | None = _setting(
+        None,
+        "Most evidence of `rag` that begins with what was read lately; unset: as the checkpoint advises, else twice "
+        "what it packs at first.",
+        "tokens",
+        ge=64,
+    )
     max_output_tokens: int = _setting(256, "Most tokens of an answer, unless a request says its own.", "tokens", ge=1)
     max_quote_tokens: int = _setting(96, "Longest quote the model may make.", "tokens", ge=1)
     max_quotes: int = _setting(4, "Most quotes in an answer.", "quotes", ge=1)

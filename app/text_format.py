@@ -88,7 +88,7 @@ class TextFormat(AnswerFormat):
                 boundaries.append(len(ids))
             elif documents:
                 passages = documents[piece.index]
-                starts[passages[0].document_id] = boundaries[-1]  # the template may have named it since
+                starts.setdefault(passages[0].document_id, boundaries[-1])  # the template may have named it since
                 ids += self._document(passages, piece.lead)
                 boundaries.append(len(ids))
             else:

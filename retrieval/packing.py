@@ -1,11 +1,17 @@
 """Hits and documents to evidence: which spans the model reads, within a token budget, in an order that can be cached.
 
-Order is always canonical (age of the collection, ordinal, place in the text), never by score: the same documents are
-the same prompt prefix whatever was asked. Who is most relevant is said apart, in `Evidence.relevance`.
+Order is canonical (age of the collection, ordinal, place in the text), never by score: the same documents are the same
+prompt prefix whatever was asked. Where earlier evidence begins with what this question needs too, the new evidence
+begins alike and goes on with what is missing: `RecentEvidence`. Who is most relevant is said apart, in
+`Evidence.relevance`.
 """
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from typing import NamedTuple, Self
 
 from .store import DocumentStore
 from .types import Document, Evidence, EvidenceMode, Filters, Hit, ParsedDocument, Passage
@@ -14,6 +20,12 @@ TokenCounter = Callable[[Sequence[Passage]], int]
 """Tokens that the prompt spends on one document, given its passages in order, headers and separators included."""
 
 Span = tuple[int, int]
+Group = tuple["Place", ...]
+Pack = tuple[Group, ...]
+"""Where the passages of evidence stand, document by document."""
+
+_TRIED_BEGINNINGS = 4
+_BEST_HITS = 12  # that evidence must hold however it begins; docs/retrieval.md
 
 
 class EvidenceTooLarge(ValueError):
@@ -34,13 +46,17 @@ def pack_evidence(
     mode: EvidenceMode = "auto",
     document_ids: Sequence[str] | None = None,
     filters: Filters | None = None,
+    recent: "RecentEvidence | None" = None,
+    recent_tokens: int = 0,
 ) -> Evidence:
     """Choose evidence of at most `budget_tokens`, by `count_tokens` summed over its documents.
 
     `full_context`: every ready document of the selection, whole; raises EvidenceTooLarge if they don't fit.
     `rag`: the hits (best first), widened to whole sections and then to neighbouring chunks as far as the budget goes.
-    `auto`: the first if it fits, else the second. Text stands in it once, also where chunks overlap; hits on text
-    that has been replaced or deleted since are left out. Raises CollectionNotFound.
+    `auto`: the first if it fits, else the second. With `recent`, `rag` begins as earlier evidence did and goes on with
+    those of its best hits that are missing there, if that leaves fewer tokens to read; all of it may take
+    `recent_tokens`, or the budget if that is more. Text stands in evidence once, also where chunks overlap; hits on
+    text that has been replaced or deleted since are left out. Raises CollectionNotFound.
     """
     with store.snapshot():
         documents = store.ready_documents(collections, document_ids, filters)
@@ -53,7 +69,11 @@ def pack_evidence(
                     f"the {len(documents)} documents selected take more than the {budget_tokens} tokens there are for "
                     f"evidence; select fewer, or use mode auto or rag"
                 )
-        return _pack_hits(store, documents, hits, budget_tokens, count_tokens)
+        evidence = _pack_hits(store, documents, hits, budget_tokens, count_tokens)
+        if recent is not None:
+            room = max(recent_tokens, budget_tokens)
+            evidence = begin_alike(evidence, recent, store, documents, hits, room, count_tokens)
+        return evidence
 
 
 def _pack_whole(
@@ -84,21 +104,163 @@ def _pack_hits(
     budget_tokens: int,
     count_tokens: TokenCounter,
 ) -> Evidence:
-    current = {(document.id, document.version): document for document in documents}
-    live = [hit for hit in hits if (hit.document_id, hit.document_version) in current]
-    packed = {
-        hit.document_id: _PackedDocument(current[hit.document_id, hit.document_version], store, count_tokens)
-        for hit in live
-    }
+    live = _live(documents, hits)
+    packed, left = _pack_spans(store, documents, live, budget_tokens, count_tokens, (_itself, _section, _neighbours))
+    passages = tuple(passage for one in packed for passage in one.passages())
+    return Evidence(passages, "rag", budget_tokens - left, _relevance(live, {p.document_id for p in passages}))
+
+
+def _live(documents: Sequence[Document], hits: Sequence[Hit]) -> list[Hit]:
+    """The hits on text that is still there."""
+    current = {(document.id, document.version) for document in documents}
+    return [hit for hit in hits if (hit.document_id, hit.document_version) in current]
+
+
+def _pack_spans(
+    store: DocumentStore,
+    documents: Sequence[Document],
+    hits: Sequence[Hit],
+    budget_tokens: int,
+    count_tokens: TokenCounter,
+    ways: Sequence[Callable[["_PackedDocument", Hit], Iterator[Span]]],
+    taken: Sequence[Passage] = (),
+) -> tuple[list["_PackedDocument"], int]:
+    """Documents with spans around the hits, in canonical order, and what is left of the budget.
+
+    Each way of widening goes over all hits before the next begins. Nothing of `taken` is packed again.
+    """
+    wanted = {hit.document_id for hit in hits}
+    packed = {}
+    for document in documents:
+        if document.id in wanted:
+            spans = [(passage.char_start, passage.char_end) for passage in taken if passage.document_id == document.id]
+            packed[document.id] = _PackedDocument(document, store, count_tokens, spans)
     left = budget_tokens
-    for widen in (_itself, _section, _neighbours):
-        for hit in live:
+    for widen in ways:
+        for hit in hits:
             for span in widen(packed[hit.document_id], hit):
                 left -= packed[hit.document_id].try_add(span, left)
-    chosen = [packed[document.id] for document in documents if document.id in packed and packed[document.id].spans]
-    passages = tuple(passage for one in chosen for passage in one.passages())
-    relevance = _relevance(live, {passage.document_id for passage in passages})
-    return Evidence(passages, "rag", budget_tokens - left, relevance)
+    return [one for one in packed.values() if one.spans], left
+
+
+class Place(NamedTuple):
+    """Where a passage stands."""
+
+    document_id: str
+    version: int
+    char_start: int
+    char_end: int
+
+    @classmethod
+    def of(cls, passage: Passage) -> Self:
+        return cls(passage.document_id, passage.document_version, passage.char_start, passage.char_end)
+
+    def holds(self, hit: Hit) -> bool:
+        if (self.document_id, self.version) != (hit.document_id, hit.document_version):
+            return False
+        start, end = _trim((0, len(hit.chunk.text)), hit.chunk.text)
+        return self.char_start <= hit.chunk.char_start + start and hit.chunk.char_start + end <= self.char_end
+
+
+class RecentEvidence:
+    """What was read lately, to begin with again. Thread safe.
+
+    The model need not read the beginning of a prompt that it has read before (`model/prefix_cache.py`), and such a
+    beginning ends behind a document.
+    """
+
+    def __init__(self, limit: int = 64) -> None:
+        self._limit = limit
+        self._packs: OrderedDict[Pack, None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def remember(self, evidence: Evidence) -> None:
+        """As read by the model just now."""
+        pack = _groups(evidence.passages)
+        with self._lock:
+            for beginning in [other for other in self._packs if other == pack[: len(other)]]:
+                del self._packs[beginning]
+            self._packs[pack] = None
+            while len(self._packs) > self._limit:
+                self._packs.popitem(last=False)
+
+    def known_groups(self, pack: Pack) -> int:
+        """How many documents of a pack stand at the beginning of one that was read."""
+        with self._lock:
+            packs = list(self._packs)
+        return max((_shared(pack, other) for other in packs), default=0)
+
+    def beginnings(self, documents: Sequence[Document], hits: Sequence[Hit]) -> list[tuple[Pack, list[Hit]]]:
+        """Beginnings made of these documents that hold some of the hits, each with the hits it lacks; those that lack
+        least come first. Only as long as they must be."""
+        with self._lock:
+            packs = list(self._packs)
+        current = {(document.id, document.version) for document in documents}
+        found: dict[Pack, list[Hit]] = {}
+        for pack in packs:
+            missing = list(hits)
+            for end, group in enumerate(pack, start=1):
+                if group[0][:2] not in current:
+                    break
+                left = [hit for hit in missing if not any(place.holds(hit) for place in group)]
+                if len(left) < len(missing):
+                    found[pack[:end]] = missing = left
+        return sorted(found.items(), key=lambda one: sum(hit.chunk.tokens for hit in one[1]))[:_TRIED_BEGINNINGS]
+
+
+def begin_alike(
+    evidence: Evidence,
+    recent: RecentEvidence,
+    store: DocumentStore,
+    documents: Sequence[Document],
+    hits: Sequence[Hit],
+    budget_tokens: int,
+    count_tokens: TokenCounter,
+) -> Evidence:
+    """`evidence`, or what begins as something read lately, holds the best hits that `evidence` holds, stays within the
+    budget, and has fewer tokens that are new."""
+    own, by_id = _groups(evidence.passages), {document.id: document for document in documents}
+    known = sum(len(group) for group in own[: recent.known_groups(own)])
+    fewest = _count(evidence.passages[known:], count_tokens)
+    held = [hit for hit in _live(documents, hits) if any(place.holds(hit) for group in own for place in group)]
+    needed = held[:_BEST_HITS]
+    for beginning, missing in recent.beginnings(documents, needed):
+        taken = [
+            _passage(by_id[place.document_id], store.get_content(place.document_id), (place.char_start, place.char_end))
+            for group in beginning
+            for place in group
+        ]
+        tokens, last = _count(taken, count_tokens), taken[-1].document_id
+        room = min(budget_tokens - tokens, fewest - 1)
+        packed, left = _pack_spans(store, documents, missing, room, count_tokens, (_itself,), taken)
+        packed.sort(key=lambda one: one.document.id == last)  # else the two would be one document, and both new
+        passages = (*taken, *(passage for one in packed for passage in one.passages()))
+        if (
+            room >= 0
+            and all(any(Place.of(passage).holds(hit) for passage in passages) for hit in missing)
+            and not (packed and packed[0].document.id == last)
+            and _collections(passages) == _collections(evidence.passages)  # states are kept apart by them
+        ):
+            evidence, fewest = Evidence(passages, "rag", tokens + room - left, evidence.relevance), room - left
+    return evidence
+
+
+def _groups(passages: Sequence[Passage]) -> Pack:
+    """Passages that stand behind one another and are of one document make one document of the prompt."""
+    return tuple(tuple(map(Place.of, group)) for _, group in groupby(passages, key=lambda passage: passage.document_id))
+
+
+def _shared(one: Pack, other: Pack) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _count(passages: Sequence[Passage], count_tokens: TokenCounter) -> int:
+    groups = groupby(passages, key=lambda passage: passage.document_id)
+    return sum(count_tokens(list(group)) for _, group in groups)
+
+
+def _collections(passages: Sequence[Passage]) -> list[str]:
+    return list(dict.fromkeys(passage.collection for passage in passages))
 
 
 @dataclass(slots=True)
@@ -108,6 +270,7 @@ class _PackedDocument:
     document: Document
     store: DocumentStore
     count_tokens: TokenCounter
+    taken: Sequence[Span] = ()  # of this document, by a beginning
     spans: list[Span] = field(default_factory=list)
     tokens: int = 0
     content: ParsedDocument = field(init=False)
@@ -118,10 +281,12 @@ class _PackedDocument:
         self.chunk_spans = [(chunk.char_start, chunk.char_end) for chunk in self.store.get_chunks(self.document.id)]
 
     def try_add(self, span: Span, budget_tokens: int) -> int:
-        """Add a span, without white space at its ends, if that costs no more than the budget; returns what it cost,
-        0 if it was not added."""
+        """Add a span, without white space at its ends, if that costs no more than the budget and nothing of it is
+        taken; returns what it cost, 0 if it was not added."""
         span = _trim(span, self.content.text)
         if span[0] >= span[1] or any(start <= span[0] and span[1] <= end for start, end in self.spans):
+            return 0
+        if any(start < span[1] and span[0] < end for start, end in self.taken):
             return 0
         spans = _merge([*self.spans, span], self.content.text)
         tokens = self.count_tokens([_passage(self.document, self.content, merged) for merged in spans])

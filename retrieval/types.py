@@ -205,7 +205,8 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What the model reads: passages grouped by document, in canonical order (collection, ordinal, char_start).
+    """What the model reads: passages grouped by document, in canonical order (collection, ordinal, char_start), or a
+    beginning of earlier evidence and then what it lacked, each in that order.
 
     `relevance` names document ids best first, empty in full_context without hits. `tokens` is counted by the
     caller's counter, per passage.

@@ -10,7 +10,7 @@ from retrieval_kit import HashEmbedder, add, ingest, queue, sha
 
 from retrieval.index import FaissIndex
 from retrieval.location import heading_path, locate
-from retrieval.packing import EvidenceTooLarge, count_texts, pack_evidence
+from retrieval.packing import EvidenceTooLarge, Place, RecentEvidence, count_texts, pack_evidence
 from retrieval.search import Retriever
 from retrieval.store import CollectionNotFound, DocumentStore
 from retrieval.types import Chunk, Heading, Location, Page, ParsedDocument, SearchParams
@@ -187,6 +187,79 @@ def check(store: DocumentStore, evidence, budget: int) -> None:
             assert gap.strip()
             assert before.char_end <= after.char_start
     assert set(evidence.relevance) <= set(grouped)
+
+
+def test_evidence_begins_as_earlier_evidence_did_and_goes_on_with_what_it_lacks(store):
+    for i in range(6):
+        add(store, f"apple {i}" if i % 2 else f"pear {i}\n\nand {'more ' * 20}")
+    recent = RecentEvidence()
+    pears = pack_evidence(store, ["default"], search(store, "pear"), 200, COUNT, "rag", recent=recent)
+    recent.remember(pears)
+    asked = search(store, "pear apple")
+    plain, ours = (pack_evidence(store, ["default"], asked, 200, COUNT, "rag", recent=r) for r in (None, recent))
+    assert [ordinal for ordinal, _ in spans(plain)] == [1, 2, 3, 4, 5, 6]
+    assert spans(ours) == [*spans(pears), (2, "apple 1"), (4, "apple 3"), (6, "apple 5")]
+    assert (ours.tokens, ours.relevance) == (plain.tokens, plain.relevance)
+    alone = pack_evidence(store, ["default"], search(store, "apple"), 200, COUNT, "rag", recent=recent)
+    assert [ordinal for ordinal, _ in spans(alone)] == [2, 4, 6], "a beginning without a hit is no gain"
+
+
+def test_a_beginning_is_of_documents_as_they_are_and_of_the_same_collections(store):
+    first, second = add(store, "apple one"), add(store, "apple two\n\npear")
+    add(store, "apple", "other")
+    recent = RecentEvidence()
+    recent.remember(pack_evidence(store, ["default"], search(store, "one two"), 50, COUNT, "rag"))
+    both = search(store, "apple", ("default", "other"))
+    passages = pack_evidence(store, ["default", "other"], both, 50, COUNT, "rag", recent=recent).passages
+    assert passages == pack_evidence(store, ["default", "other"], both, 50, COUNT, "rag").passages
+    hits = search(store, "two")
+    selected = pack_evidence(store, ["default"], hits, 50, COUNT, "rag", document_ids=[second.id], recent=recent)
+    assert {passage.document_id for passage in selected.passages} == {second.id}
+    new, _ = store.replace_document(first.id, "b", "text/plain", 4, sha("plum"))
+    ingest(store, new, "plum")
+    after = pack_evidence(store, ["default"], search(store, "plum two"), 50, COUNT, "rag", recent=recent)
+    assert {text for _, text in spans(after)} == {"plum", "apple two\n\npear"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), documents=DOCUMENTS, budgets=st.lists(st.integers(0, 90), min_size=2, max_size=6))
+def test_beginning_alike_loses_no_hit_and_is_never_more_to_read(tmp_path_factory, data, documents, budgets):
+    store = DocumentStore(tmp_path_factory.mktemp("pack") / "rag.sqlite3")
+    recent, read = RecentEvidence(), set()
+    try:
+        for number, paragraphs in enumerate(documents):
+            ingest_overlapping(store, f"Doc {number}\n\n" + "\n\n".join(paragraphs), (), overlap=number % 2 * 8)
+        for budget in budgets:
+            hits = search(store, data.draw(WORDS), number=data.draw(st.integers(1, 8)))
+            plain, ours = (
+                pack_evidence(store, ["default"], hits, budget, COUNT, "rag", recent=r, recent_tokens=100)
+                for r in (None, recent)
+            )
+            assert plain.tokens <= budget and ours.tokens <= max(budget, 100) and ours.relevance == plain.relevance
+            places = {id(evidence): list(map(Place.of, evidence.passages)) for evidence in (plain, ours)}
+            for hit in hits:
+                held = [any(place.holds(hit) for place in places[id(evidence)]) for evidence in (plain, ours)]
+                assert held[1] >= held[0]
+            assert new_tokens(ours, read) <= new_tokens(plain, read)
+            for one, other in itertools.combinations(ours.passages, 2):
+                apart = one.char_end <= other.char_start or other.char_end <= one.char_start
+                assert apart or one.document_id != other.document_id
+            recent.remember(ours)
+            read.update(beginnings_of(ours))
+    finally:
+        store.close()
+
+
+def beginnings_of(evidence) -> list[tuple]:
+    """The evidence up to the end of each of its documents."""
+    groups = [tuple(group) for _, group in itertools.groupby(evidence.passages, key=lambda one: one.document_id)]
+    return [tuple(groups[:end]) for end in range(1, len(groups) + 1)]
+
+
+def new_tokens(evidence, read: set[tuple]) -> int:
+    """What a model has to read that has read these beginnings."""
+    known = [beginning for beginning in beginnings_of(evidence) if beginning in read]
+    return evidence.tokens - sum(map(COUNT, max(known, key=len, default=())))
 
 
 PAGES = (Page(1, "i", 0, 10), Page(2, "ii", 12, 20), Page(3, None, 20, 30))
