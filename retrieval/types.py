@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .parsed import Heading, Page
+from .parsed import ParsedDocument as ParsedDocument
+
 Status = Literal["queued", "parsing", "chunking", "embedding", "indexing", "ready", "failed", "deleting"]
 Stage = Literal["queued", "parsing", "chunking", "embedding", "indexing", "ready"]
 OnConflict = Literal["skip", "replace", "error"]
@@ -80,35 +83,6 @@ class Collection:
     pending: int
     failed: int
     created_at: float
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    page: int
-    label: str | None
-    char_start: int
-    char_end: int
-
-
-@dataclass(frozen=True, slots=True)
-class Heading:
-    """`level` 1 is the outermost; its section runs from `char_start` to the next heading of the same or outer level."""
-
-    level: int
-    title: str
-    char_start: int
-
-
-@dataclass(frozen=True, slots=True)
-class ParsedDocument:
-    """`unread`: what of the original is not in the text and why, in words for its owner; None = nothing."""
-
-    text: str
-    pages: tuple[Page, ...] = ()
-    headings: tuple[Heading, ...] = ()
-    title: str | None = None
-    media_type: str = "text/plain"
-    unread: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ A parser imports its library inside its own module, so that a child process load
 from collections.abc import Callable
 from pathlib import Path
 
-from retrieval.types import ParsedDocument
+from retrieval.parsed import ParsedDocument
 
 Report = Callable[[int, int], None]  # (pages done, pages in all)
 Source = Path | bytes  # where a parser reads from: most read a file piece by piece

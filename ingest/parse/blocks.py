@@ -3,7 +3,7 @@
 import re
 
 from ingest.parse.decode import normalize_text
-from retrieval.types import Heading, Page, ParsedDocument
+from retrieval.parsed import Heading, Page, ParsedDocument
 
 _SPACE = re.compile(r"\s+")
 

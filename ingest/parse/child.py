@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from ingest.parse import ParseError, Report, parse_file
 from ingest.parse.wire import from_json, to_json
-from retrieval.types import ParsedDocument
+from retrieval.parsed import ParsedDocument
 
 _ROOT = Path(__file__).resolve().parents[2]
 # The child starts without `site`, whose .pth files take a third of its start; so it is told where packages are.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ingest.parse.blocks import BlockWriter
 from ingest.parse.tables import Row, write_rows
 from ingest.parse.text import read_text
-from retrieval.types import ParsedDocument
+from retrieval.parsed import ParsedDocument
 
 CSV = "text/csv"
 TSV = "text/tab-separated-values"

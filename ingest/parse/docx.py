@@ -12,7 +12,7 @@ from docx.text.paragraph import Paragraph
 from ingest.parse import ParseError, Source
 from ingest.parse.archive import check_archive, open_source
 from ingest.parse.blocks import BlockWriter, table_row_text
-from retrieval.types import ParsedDocument
+from retrieval.parsed import ParsedDocument
 
 MEDIA_TYPE = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
 

@@ -6,7 +6,7 @@ from ingest.parse import ParseError, Report, Source
 from ingest.parse.archive import Package, open_package, resolve
 from ingest.parse.decode import normalize_text
 from ingest.parse.html import parse_html
-from retrieval.types import Heading, ParsedDocument
+from retrieval.parsed import Heading, ParsedDocument
 
 MEDIA_TYPE = "application/epub+zip"
 _GAP = "\n\n"

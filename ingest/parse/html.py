@@ -12,7 +12,7 @@ from lxml import etree
 from ingest.parse import ParseError
 from ingest.parse.blocks import BlockWriter, table_row_text
 from ingest.parse.text import read_text
-from retrieval.types import ParsedDocument
+from retrieval.parsed import ParsedDocument
 
 _META_CHARSET = re.compile(rb"<meta[^>]{0,200}charset\s*=\s*[\"']?\s*([\w.:-]{2,40})", re.I)
 _XML_DECLARATION = re.compile(r"\s*<\?xml[^>]*\?>")

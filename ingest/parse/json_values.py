@@ -9,7 +9,7 @@ from typing import Any
 
 from ingest.parse.blocks import BlockWriter
 from ingest.parse.text import read_text
-from retrieval.types import ParsedDocument
+from retrieval.parsed import ParsedDocument
 
 MEDIA_TYPE = "application/json"
 _RECORD_CHARS = 400  # a longer one gets a line a value

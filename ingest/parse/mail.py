@@ -17,7 +17,7 @@ from ingest.parse.members import Members
 from ingest.parse.text import read_text
 from ingest.parse.unpack import Budget
 from ingest.sniff import EML, MBOX
-from retrieval.types import ParsedDocument
+from retrieval.parsed import ParsedDocument
 
 _HEADERS = ("From", "To", "Cc", "Date")
 _MAX_DEPTH = 8  # of messages within messages

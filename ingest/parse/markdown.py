@@ -3,7 +3,7 @@
 import re
 
 from ingest.parse.text import read_text
-from retrieval.types import Heading, ParsedDocument
+from retrieval.parsed import Heading, ParsedDocument
 
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 _ATX = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*$")

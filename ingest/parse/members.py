@@ -15,7 +15,7 @@ from ingest.parse.blocks import BlockWriter
 from ingest.parse.unpack import Budget, read_members
 from ingest.parse.wire import from_json, to_json
 from ingest.sniff import PACKED_TYPES, SNIFF_BYTES, EmptyFile, UnsupportedMediaType, sniff_media_type
-from retrieval.types import ParsedDocument
+from retrieval.parsed import ParsedDocument
 
 MAX_DEPTH = 4  # of archives and messages within each other
 _MEMBER_S = 60

@@ -15,7 +15,7 @@ from ingest.parse import ParseError, Report, Source, ocr
 from ingest.parse.decode import normalize_text
 from ingest.parse.pdf_layout import join_hyphenated, join_lines
 from ingest.parse.pdf_text import read_lines
-from retrieval.types import Heading, Page, ParsedDocument
+from retrieval.parsed import Heading, Page, ParsedDocument
 
 _PAGE_GAP = "\n\n"
 _OCR_S = 180.0  # for all pages of a document

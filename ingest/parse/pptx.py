@@ -9,7 +9,7 @@ from ingest.parse import ParseError, Report, Source
 from ingest.parse.archive import Package, open_package
 from ingest.parse.blocks import BlockWriter
 from ingest.parse.tables import write_rows
-from retrieval.types import ParsedDocument
+from retrieval.parsed import ParsedDocument
 
 MEDIA_TYPE = "application/vnd.openxmlformats-officedocument.presentationml.presentation"
 _PRESENTATION = "ppt/presentation.xml"

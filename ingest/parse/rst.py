@@ -3,7 +3,7 @@
 import re
 
 from ingest.parse.text import read_text
-from retrieval.types import Heading, ParsedDocument
+from retrieval.parsed import Heading, ParsedDocument
 
 _ADORNMENT = re.compile(r"([!-/:-@\[-`{-~])\1*[ \t]*$")
 _ROLE = re.compile(r":[\w:.+-]+:`([^`]*)`|[*`|]+|__?(?=\s|$)")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from ingest.parse import ParseError
 from ingest.parse.blocks import BlockWriter
 from ingest.parse.tables import Row, write_rows
-from retrieval.types import ParsedDocument
+from retrieval.parsed import ParsedDocument
 
 MEDIA_TYPE = "application/rtf"
 _TOKEN = re.compile(rb"\\([a-zA-Z]{1,32})(-?\d{1,10})? ?|\\'([0-9a-fA-F]{2})|\\(.)|([{}])|[\r\n]+|([^\\{}\r\n]+)", re.S)

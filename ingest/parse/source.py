@@ -6,7 +6,7 @@ Not a parser of any language: a line that looks like a definition is one.
 import re
 
 from ingest.parse.text import read_text
-from retrieval.types import Heading, ParsedDocument
+from retrieval.parsed import Heading, ParsedDocument
 
 _MODIFIERS = (
     r"(?:(?:export|default|pub(?:\([^)]*\))?|public|private|protected|internal|static|final|abstract|async|unsafe|"

@@ -2,7 +2,7 @@
 
 from ingest.parse import ParseError
 from ingest.parse.decode import UndecodableText, decode_text, normalize_text
-from retrieval.types import ParsedDocument
+from retrieval.parsed import ParsedDocument
 
 
 def parse_text(data: bytes, media_type: str = "text/plain") -> ParsedDocument:

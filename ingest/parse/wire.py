@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from retrieval.types import Heading, Page, ParsedDocument
+from retrieval.parsed import Heading, Page, ParsedDocument
 
 
 def to_json(parsed: ParsedDocument) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ingest.parse import ParseError, Source
 from ingest.parse.archive import Package, open_package
 from ingest.parse.blocks import BlockWriter
 from ingest.parse.tables import Row, write_rows
-from retrieval.types import ParsedDocument
+from retrieval.parsed import ParsedDocument
 
 MEDIA_TYPE = "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet"
 _WORKBOOK = "xl/workbook.xml"
