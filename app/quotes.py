@@ -145,10 +145,8 @@ class QuoteConstraint:
 
     def __init__(self, index: QuoteIndex, tokens: QuoteTokens, limits: QuoteLimits) -> None:
         self._index, self._tokens, self._limits = index, tokens, limits
-        self._restart()
-
-    def _restart(self) -> None:
         self._seen: list[int] = []
+        self._before: list[tuple] = []  # what was known before each token seen
         self._state: Literal["start", "quote", "document", "separator", "end"] = "start"
         self._ends: list[int] = []
         self._quote: list[int] = []
@@ -158,12 +156,26 @@ class QuoteConstraint:
 
     def allowed(self, generated: Sequence[int]) -> Sequence[int]:
         """Ids that may come after `generated`; never empty."""
-        if list(generated[: len(self._seen)]) != self._seen:
-            self._restart()
+        shared = len(self._seen)
+        while list(generated[:shared]) != self._seen[:shared]:
+            shared -= 1
+        if shared < len(self._seen):
+            self._known = self._before[shared]
+            del self._seen[shared:], self._before[shared:]
         for token_id in generated[len(self._seen) :]:
-            self._advance(token_id)
+            self._before.append(self._known)
             self._seen.append(token_id)
+            self._advance(token_id)
         return self._next()
+
+    @property
+    def _known(self) -> tuple:
+        """All that `_advance` changes; it replaces lists and doesn't alter them."""
+        return self._state, self._ends, self._quote, self._quotes, self._spelling, self._options
+
+    @_known.setter
+    def _known(self, known: tuple) -> None:
+        self._state, self._ends, self._quote, self._quotes, self._spelling, self._options = known
 
     def _advance(self, token_id: int) -> None:
         tokens = self._tokens
@@ -175,14 +187,14 @@ class QuoteConstraint:
             self._close_quote()
         elif self._state == "quote":
             self._ends = self._index.extend(self._ends, token_id) if self._quote else self._index.ends_of(token_id)
-            self._quote.append(token_id)
+            self._quote = [*self._quote, token_id]
         elif self._state == "document" and self._is_complete() and token_id == tokens.separator[0]:
             self._state, self._spelling = "separator", [token_id]
         else:
-            self._spelling.append(token_id)
+            self._spelling = [*self._spelling, token_id]
 
     def _close_quote(self) -> None:
-        self._quotes.append(self._spelled().strip())
+        self._quotes = [*self._quotes, self._spelled().strip()]
         self._state, self._spelling = "document", []
         ends = self._index.at_word_end(self._ends) or self._ends
         self._options = [self._tokens.document_ids[ordinal] for ordinal in self._index.ordinals(ends)]

@@ -36,9 +36,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """(T, d) -> (T, d); appends to the states' KV."""
         q, k, v = self.project(x)
-        if self.rope_theta is not None:
-            cos, sin = rotation(batch.positions(), self.rope_theta, self.rope_scale, self.head_dim)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = self.turn(q, k, batch)
         out = self.attend_states(q, k, v, batch) if batch.states else _attend_fresh(q, k, v, batch)
         return self.o_proj(out.flatten(-2))
 
@@ -46,6 +44,13 @@ class Attention(nn.Module):
         """x (T, d) -> q (T, h, p), k, v (T, g, p), without positions."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return q, k, v
+
+    def turn(self, q: Tensor, k: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """q, k as `project` gives them, with their positions where the config has such."""
+        if self.rope_theta is None:
+            return q, k
+        cos, sin = rotation(batch.positions(), self.rope_theta, self.rope_scale, self.head_dim)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
 
     def attend_states(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         """Each of the batch's sequences to its own KV, which grows by k and v -> (T, h, p)."""

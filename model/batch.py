@@ -48,11 +48,16 @@ class Batch:
         return cls((t,) * b, (), (Group(b, t, None, (), None, None),), device)
 
     @classmethod
-    def of_states(cls, lengths: Sequence[int], states: Sequence[HybridState], device: torch.device) -> Self:
-        """One sequence a state. Room for the new tokens' KV is made here, before anything is computed."""
+    def of_states(
+        cls, lengths: Sequence[int], states: Sequence[HybridState], device: torch.device, grouped: bool = True
+    ) -> Self:
+        """One sequence a state. Room for the new tokens' KV is made here, before anything is computed.
+
+        Not `grouped`: nothing is gathered, for layers that find conv and ssm in the states themselves.
+        """
         for length, state in zip(lengths, states, strict=True):
             state.reserve(state.num_tokens + length)
-        groups = tuple(_group(t, lengths, states, device) for t in dict.fromkeys(lengths))
+        groups = tuple(_group(t, lengths, states, device) for t in dict.fromkeys(lengths)) if grouped else ()
         return cls(tuple(lengths), tuple(states), groups, device)
 
     def positions(self) -> Tensor:

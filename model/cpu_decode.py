@@ -1,21 +1,25 @@
 """A layer's forward for a few tokens on the CPU: two calls into C where the modules would make forty into PyTorch.
 
-Not a second network: jamba.py, mamba.py and moe.py say what a layer is; this only hands their weights to
-kernels/cpu_layer.c. Between the residuals everything stays float32, which in bfloat16 is the more exact of the two.
+Not a second network: jamba.py, mamba.py, attention.py and moe.py say what a layer is; this only hands their weights to
+the kernels. But for attention everything stays float32 between the residuals, which in bfloat16 is the more exact of
+the two. A token's logits and the states behind it are the same bits whatever other tokens come with it, its own
+sequence's next ones included: so a guess of what comes next can be tried (`Trial`) without changing the answer.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from model.batch import Batch
-from model.kernels.cpu import Int64, Linear, Pointers, Rows, Vec, addresses, call, row_starts, supports
+from model.kernels.cpu import Int64, Linear, Pointer, Pointers, Rows, Vec, attend_few, call, linear_few, row_starts
 from model.mamba import MambaMixer
 from model.moe import MLP, MoE
+from model.state import HybridState
 
 if TYPE_CHECKING:
     from model.jamba import JambaLayer
@@ -29,6 +33,7 @@ class _MambaArgs(ctypes.Structure):
     _fields_ += [(name, Vec) for name in _vectors]
     _fields_ += [(name, Linear) for name in ("in_proj", "x_proj", "dt_proj", "out_proj")]
     _fields_ += [("starts", ctypes.POINTER(Int64)), ("conv_states", Pointers), ("ssm_states", Pointers)]
+    _fields_ += [("conv_trail", Pointer), ("ssm_trail", Pointer)]
     _fields_ += [(name, Int64) for name in ("conv_dtype", "num_sequences", "m", "d", "e", "n", "r", "w", "threads")]
     _fields_ += [("eps", ctypes.c_double)]
 
@@ -43,9 +48,36 @@ class _FeedForwardArgs(ctypes.Structure):
     _fields_ += [("eps", ctypes.c_double)]
 
 
-def can_decode(x: Tensor, batch: Batch) -> bool:
-    """Whether `DecodeLayer` takes these tokens x (T, d): few, with states, of one length, no gradient."""
-    return len(x) <= MAX_TOKENS and bool(batch.states) and len(batch.groups) == 1 and supports(x)
+class Trial:
+    """Up to `MAX_TOKENS` tokens of some sequences, computed behind their states; `keep` says how many were right.
+
+    Until then the states are as they were, but for KV behind their end, which nobody reads. With `in_place` conv and
+    ssm advance at once, and all tokens must be kept.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], states: Sequence[HybridState], device: torch.device, in_place: bool = False
+    ) -> None:
+        self.batch = Batch.of_states(lengths, states, device, grouped=False)
+        self.starts = row_starts(lengths)
+        self.logits: Tensor | None = None  # (T, v), or (len(lengths), v) of the last tokens
+        layout, num_tokens = states[0].layout, self.starts[len(lengths)]
+        self.conv = self.ssm = None  # (n_mamba, T, e, w-1) and (n_mamba, T, e, n): what each token leaves behind
+        if not in_place:
+            n_mamba, *conv_shape = layout.conv_shape
+            self.conv = torch.empty(n_mamba, num_tokens, *conv_shape, dtype=layout.conv_dtype)
+            self.ssm = torch.empty(n_mamba, num_tokens, *layout.ssm_shape[1:])
+
+    def keep(self, counts: Sequence[int]) -> None:
+        """Let the first `counts[i]` tokens of the i-th sequence have happened, and no others. Call once."""
+        for i, (state, count) in enumerate(zip(self.batch.states, counts, strict=True)):
+            if not 0 <= count <= self.batch.lengths[i]:
+                raise ValueError(f"{count} of {self.batch.lengths[i]} tokens cannot be kept")
+            if count and self.ssm is not None:
+                last = self.starts[i] + count - 1
+                state.conv.copy_(self.conv[:, last])
+                state.ssm.copy_(self.ssm[:, last])
+            state.num_tokens += count
 
 
 class DecodeLayer:
@@ -56,21 +88,40 @@ class DecodeLayer:
         self._mamba = None if layer.is_attention else _mamba_args(layer.input_layernorm, layer.mamba)
         self._feed_forward = _feed_forward_args(layer.pre_ff_layernorm, layer.feed_forward)
 
-    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
-        """As `JambaLayer.forward`: (T, d) -> (T, d), advancing the states."""
-        if self._mamba is None:
-            x = x + self._layer.self_attn(self._layer.input_layernorm(x), batch)
-        else:
-            x = self._mix(x, batch)
+    def __call__(self, x: Tensor, trial: Trial) -> Tensor:
+        """As `JambaLayer.forward`: (T, d) -> (T, d)."""
+        x = x + self._attend(x, trial.batch) if self._mamba is None else self._mix(x, trial)
         return _run("feed_forward_step", self._feed_forward, x)
 
-    def _mix(self, x: Tensor, batch: Batch) -> Tensor:
-        (group,), arguments, index = batch.groups, self._mamba, self._layer.mamba.index
-        conv = group.conv[index]
-        arguments.starts, arguments.num_sequences = row_starts(group.b, group.t), group.b
-        arguments.conv_states, arguments.ssm_states = addresses(conv), addresses(group.ssm[index])
-        arguments.conv_dtype = Vec.of(conv).dtype
+    def _attend(self, x: Tensor, batch: Batch) -> Tensor:
+        attention, x = self._layer.self_attn, self._layer.input_layernorm(x)
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        q, k, v = (project(layer, x).unflatten(-1, (-1, attention.head_dim)) for layer in projections)
+        q, k = attention.turn(q, k, batch)
+        parts = zip(batch.states, *(own.split(batch.lengths) for own in (k, v)), strict=True)
+        keys, values = zip(*(state.append_kv(attention.index, *own) for state, *own in parts), strict=True)
+        return project(attention.o_proj, attend_few(q, keys, values, batch.lengths).flatten(-2))
+
+    def _mix(self, x: Tensor, trial: Trial) -> Tensor:
+        states, arguments, index = trial.batch.states, self._mamba, self._layer.mamba.index
+        arguments.starts, arguments.num_sequences = trial.starts, len(states)
+        arguments.conv_states = _pointers([state.conv[index] for state in states])
+        arguments.ssm_states = _pointers([state.ssm[index] for state in states])
+        arguments.conv_dtype = Vec.of(states[0].conv).dtype
+        if trial.ssm is None:
+            arguments.conv_trail = arguments.ssm_trail = None
+        else:
+            arguments.conv_trail, arguments.ssm_trail = trial.conv[index].data_ptr(), trial.ssm[index].data_ptr()
         return _run("mamba_step", arguments, x)
+
+
+def project(module: nn.Module, x: Tensor) -> Tensor:
+    """x (T, in) through an nn.Linear or an Int8Linear -> (T, out)."""
+    return linear_few(x, module.weight, getattr(module, "scale", None), module.bias)
+
+
+def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array:
+    return (Pointer * len(tensors))(*(x.data_ptr() for x in tensors))
 
 
 def _run(name: str, arguments: _MambaArgs | _FeedForwardArgs, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from model.admission import StateBudget
+from model.drafting import DraftCounts, PromptLookup
 from model.engine_request import EngineRequest, RequestTimings, StepOutput
 from model.generation import FinishReason, Generated, Generation, Likeliest, score
 from model.jamba import Jamba
@@ -31,6 +32,7 @@ from model.tokenizer import Tokenizer
 _LOAD_WAIT_S = 0.05  # how long a step without anything else to do waits for a state to load
 _WHOLE_TOKENS = {"cpu": 512, "cuda": 64}  # longest segment that no decode step interrupts
 _PREFILL_PER_DECODE = 2.0  # of a longer one, time between two decode steps in times of such a step
+_DRAFT_ROWS = 8  # last tokens and guesses of all sequences together: so many products share one reading of the weights
 _log = logging.getLogger(__name__)
 
 
@@ -87,6 +89,7 @@ class _Sequence:
     tier: str = "none"
     timings: RequestTimings = field(default_factory=RequestTimings)
     segment: LayeredPrefill | None = None  # begun and not yet computed to the end
+    lookup: PromptLookup | None = None  # from when tokens are to be guessed
 
     @property
     def position(self) -> int:
@@ -104,7 +107,8 @@ class JambaEngine:
     A prefill segment is always computed alone, so that its bits depend on nothing but its prompt. `max_batch` bounds
     the requests under way, `max_waiting` those before them, `max_context_tokens` prompt and answer of one,
     `state_max_bytes` (None: nothing) the memory of all states under way: it is taken when a request starts, for all of
-    its prompt and answer, and who does not find it waits for others to end.
+    its prompt and answer, and who does not find it waits for others to end. `draft_tokens`: at most so many of an
+    answer's tokens are guessed and checked in one step, where the model can; the answer is the same.
     """
 
     def __init__(
@@ -117,8 +121,10 @@ class JambaEngine:
         max_batch: int = 8,
         max_waiting: int = 256,
         state_max_bytes: int | None = None,
+        draft_tokens: int = 3,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
+        self._draft_tokens, self.drafts = draft_tokens, DraftCounts()
         self.prefix_cache = prefix_cache or PrefixCache(())
         self._max_batch, self._max_waiting = max_batch, max_waiting
         self._budget = StateBudget(model.state_layout, state_max_bytes)
@@ -337,8 +343,43 @@ class JambaEngine:
             return [self._fail(sequence, error)]
 
     def _decode(self, batch: list[_Sequence]) -> list[StepOutput]:
-        scores = self._forward([sequence.generation.token_ids[-1:] for sequence in batch], batch)
-        return [self._advance(sequence, own) for sequence, own in zip(batch, scores, strict=True)]
+        """The next token of each sequence, and those behind it that were guessed right."""
+        drafts = self._draft(batch)
+        if not any(drafts):
+            scores = self._forward([sequence.generation.token_ids[-1:] for sequence in batch], batch)
+            return [self._advance(sequence, own) for sequence, own in zip(batch, scores, strict=True)]
+        pieces = [[sequence.generation.token_ids[-1], *draft] for sequence, draft in zip(batch, drafts, strict=True)]
+        lengths, states = [len(piece) for piece in pieces], [sequence.state for sequence in batch]
+        trial = self._model.try_tokens(torch.tensor(list(itertools.chain(*pieces))), lengths, states)
+        owners = (itertools.repeat(one.generation, length) for one, length in zip(batch, lengths, strict=True))
+        scores, outputs, kept = iter(score(trial.logits, list(itertools.chain(*owners)))), [], []
+        for sequence, draft in zip(batch, drafts, strict=True):
+            own = self._advance_all(sequence, list(itertools.islice(scores, len(draft) + 1)), draft)
+            outputs += own
+            kept.append(len(own))
+            sequence.lookup.learn(right := len(own) - 1)
+            self.drafts.add(right, len(draft) - right)
+        trial.keep(kept)
+        return outputs
+
+    def _draft(self, batch: list[_Sequence]) -> list[list[int]]:
+        """Guesses for each sequence, as many as fit into one pass over the weights."""
+        limit = min(self._draft_tokens, _DRAFT_ROWS // len(batch) - 1)
+        if limit < 1 or not self._model.can_try:
+            return []
+        for sequence in batch:
+            if sequence.lookup is None:
+                sequence.lookup = PromptLookup(sequence.request.token_ids, sequence.generation)
+        return [sequence.lookup.draft(limit) for sequence in batch]
+
+    def _advance_all(self, sequence: _Sequence, scores: list[Tensor | Likeliest], draft: list[int]) -> list[StepOutput]:
+        """Choose a token by each of the scores in turn, up to the first that was not guessed or ends the answer."""
+        outputs = []
+        for own, guess in zip(scores, [*draft, None], strict=True):
+            outputs.append(self._advance(sequence, own))
+            if outputs[-1].finish_reason is not None or outputs[-1].token_id != guess:
+                break
+        return outputs
 
     def _forward(self, pieces: list[Collection[int]], batch: list[_Sequence]) -> list[Tensor | Likeliest]:
         """Advance each sequence by its piece of tokens; what each generation needs to choose the next one."""

@@ -53,6 +53,17 @@ class Generation:
     def needs_only_likeliest(self) -> bool:
         return self._sampling.temperature == 0 and self._constraint is None and not self._watch
 
+    @property
+    def max_new_tokens(self) -> int:
+        return self._sampling.max_new_tokens
+
+    def allowed(self, draft: Sequence[int] = ()) -> Sequence[int] | None:
+        """Ids that the constraint lets follow the tokens so far and `draft`; None: anything."""
+        return None if self._constraint is None else self._constraint.allowed([*self.token_ids, *draft])
+
+    def ends_with(self, token_id: int) -> bool:
+        return token_id in self._stop_ids
+
     def advance(self, scores: Tensor | Likeliest) -> Generated:
         """Choose the next token by what `score` gives. Raises ValueError, and as the constraint."""
         if isinstance(scores, Likeliest):
@@ -60,8 +71,7 @@ class Generation:
         return self._choose(scores)
 
     def _choose(self, logprobs: Tensor) -> Generated:
-        allowed = None if self._constraint is None else self._constraint.allowed(self.token_ids)
-        token_id = choose_token(logprobs, self._sampling, self._random, allowed)
+        token_id = choose_token(logprobs, self._sampling, self._random, self.allowed())
         return self._take(token_id, float(logprobs[token_id]), tuple(logprobs[self._watch].tolist()))
 
     def _take(self, token_id: int, logprob: float, watched: tuple[float, ...]) -> Generated:
@@ -73,7 +83,7 @@ class Generation:
 
     def _text_of(self, token_id: int) -> tuple[str, FinishReason | None]:
         """Text that is certain now; a stop token and a stop string are not part of it."""
-        if token_id in self._stop_ids:
+        if self.ends_with(token_id):
             text, stopped = self._matcher.push(self._decoder.finish())
             return (text if stopped else text + self._matcher.finish()), "stop"
         text, stopped = self._matcher.push(self._decoder.push(token_id))

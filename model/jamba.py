@@ -19,10 +19,10 @@ from model import gpu_segment
 from model.attention import Attention
 from model.batch import Batch
 from model.config import JambaConfig
-from model.cpu_decode import DecodeLayer, can_decode
+from model.cpu_decode import MAX_TOKENS, DecodeLayer, Trial, project
 from model.gpu_decode import MAX_BATCH as MAX_GPU_BATCH
 from model.gpu_decode import GpuDecoder, fits
-from model.kernels import gpu
+from model.kernels import cpu, gpu
 from model.kernels.rms_norm import RMSNorm
 from model.mamba import MambaMixer
 from model.moe import MLP, MoE
@@ -121,11 +121,32 @@ class Jamba(nn.Module):
             return decoder.step(token_ids, states)
         if len(states) == 1 and logits == "last" and (segments := self._short_segments(lengths[0])):
             return segments.run(token_ids, states[0])
+        if token_ids.numel() <= MAX_TOKENS and self.can_try:
+            trial = self._try(token_ids, Trial(lengths, states, token_ids.device, in_place=len(states) == 1), logits)
+            trial.keep(lengths)
+            return trial.logits
         device = self.embed_tokens.weight.device
         batch = Batch.of_states(lengths, states, device)
         out = self._run(token_ids.to(device), batch, logits)
         batch.commit()
         return out
+
+    @property
+    def can_try(self) -> bool:
+        """Whether `try_tokens` can be used: with the C kernels on a CPU, and unless something is to be collected."""
+        return cpu.supports(self.embed_tokens.weight.detach()) and not self.collect_router_stats
+
+    @torch.no_grad()
+    def try_tokens(self, token_ids: Tensor, lengths: Sequence[int], states: Sequence[HybridState]) -> Trial:
+        """As `forward_packed` with the logits of all tokens, but the states wait for `Trial.keep`.
+
+        Each token's logits, and the states if its sequence is kept up to it, are the bits that one call a token gives.
+        Raises ValueError as `forward_packed`, and for more than `MAX_TOKENS` tokens or where not `can_try`.
+        """
+        self._check_packed(token_ids, lengths, states)
+        if token_ids.numel() > MAX_TOKENS or not self.can_try:
+            raise ValueError(f"{token_ids.numel()} tokens cannot be tried here; at most {MAX_TOKENS}, on a CPU")
+        return self._try(token_ids, Trial(lengths, states, token_ids.device), "all")
 
     @property
     def collect_router_stats(self) -> bool:
@@ -153,12 +174,20 @@ class Jamba(nn.Module):
         """(T,) -> (T, v) or (b, v)"""
         x = self.embed_tokens(token_ids)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        in_c = can_decode(x, batch) and not self.collect_router_stats  # which nothing in C collects
-        for layer in self._decode_layers() if in_c else self.layers:
+        for layer in self.layers:
             x = checkpoint(layer, x, batch, use_reentrant=False) if recompute else layer(x, batch)
         if logits == "last":
             x = x.index_select(0, batch.last_rows())
         return self.lm_head(self.final_layernorm(x))
+
+    def _try(self, token_ids: Tensor, trial: Trial, logits: Literal["all", "last"]) -> Trial:
+        x = self.embed_tokens(token_ids)
+        for layer in self._decode_layers():
+            x = layer(x, trial)
+        if logits == "last":
+            x = x.index_select(0, trial.batch.last_rows())
+        trial.logits = project(self.lm_head, self.final_layernorm(x))
+        return trial
 
     def _decode_layers(self) -> list[DecodeLayer]:
         """The same layers for a few tokens on the CPU; they hold addresses of the weights, see `_apply`."""

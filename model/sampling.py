@@ -39,7 +39,10 @@ class SamplingParams:
 
 
 class TokenConstraint(Protocol):
-    """Which tokens may come next, for instance only continuations of a quoted span."""
+    """Which tokens may come next, for instance only continuations of a quoted span.
+
+    A function of `generated` alone: the engine also asks about tokens that it only guesses, and then goes back.
+    """
 
     def allowed(self, generated: Sequence[int]) -> Sequence[int] | None:
         """Ids that may follow the tokens generated so far; None: anything."""

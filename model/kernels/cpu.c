@@ -47,6 +47,7 @@ INLINE void scan_tokens(const scan_args *a, int64_t first, int64_t last, int64_t
         }
         vf total = (y[0] + y[1]) + (y[2] + y[3]);
         store(a->out, i, c, lanes, total * silu(load(a->z, i, c, lanes)));
+        if (a->trail) store_transposed(a->trail + (i * a->e + c) * n, h, n, lanes);
     }
 }
 
@@ -66,7 +67,7 @@ void scan_block(const scan_args *a, int64_t sequence, int64_t c) {
     } else {
         scan_tokens(a, first, last, c, lanes, A2, h, (int)n);
     }
-    store_transposed(state, h, n, lanes);
+    if (!a->trail) store_transposed(state, h, n, lanes);
 }
 
 /* y = (C . h + D u) * silu(z), h = exp(delta A) h + delta u B. */
@@ -75,6 +76,12 @@ void selective_scan(const scan_args *a) {
     const int64_t tokens = a->starts[a->num_sequences] - a->starts[0];
 #pragma omp parallel for schedule(dynamic) num_threads(a->threads) if (tokens * blocks > 128)
     for (int64_t task = 0; task < tasks; task++) scan_block(a, task / blocks, task % blocks * VL);
+}
+
+/* The first w - 1 inputs of the window, in the state's dtype. */
+INLINE void store_window(const conv_args *a, void *to, int64_t channel, int lanes, const vf *window, const int w) {
+    for (int lane = 0; lane < lanes; lane++)
+        for (int k = 0; k < w - 1; k++) put(to, a->state_dtype, (channel + lane) * (w - 1) + k, window[k][lane]);
 }
 
 INLINE void conv_tokens(const conv_args *a, int64_t first, int64_t last, int64_t c, int lanes, const vf *taps, vf bias,
@@ -86,8 +93,10 @@ INLINE void conv_tokens(const conv_args *a, int64_t first, int64_t last, int64_t
 #pragma GCC unroll 4
         for (int k = 0; k < w; k++) y += window[k] * taps[k];
         store(a->out, i, c, lanes, silu(y));
+        if (a->state_dtype == BFLOAT16) window[w - 1] = from_bf16(to_bf16(window[w - 1])); /* as the next call sees it */
 #pragma GCC unroll 4
         for (int k = 1; k < w; k++) window[k - 1] = window[k];
+        if (a->trail) store_window(a, a->trail, i * a->e + c, lanes, window, w);
     }
 }
 
@@ -109,9 +118,7 @@ void conv_block(const conv_args *a, int64_t sequence, int64_t c) {
     } else {
         conv_tokens(a, first, last, c, lanes, taps, bias, window, w);
     }
-    for (int lane = 0; lane < lanes; lane++)
-        for (int k = 0; k < w - 1; k++)
-            put(a->states[sequence], a->state_dtype, (c + lane) * (w - 1) + k, window[k][lane]);
+    if (!a->trail) store_window(a, a->states[sequence], c, lanes, window, w);
 }
 
 /* silu(causal depthwise convolution + bias). */

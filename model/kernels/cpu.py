@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -56,12 +57,20 @@ class Linear(ctypes.Structure):
 class _ScanArgs(ctypes.Structure):
     _fields_ = [(name, Rows) for name in ("u", "delta", "z", "out", "B", "C")]
     _fields_ += [(name, Vec) for name in ("A", "D", "bias")] + [("starts", _int64s), ("states", Pointers)]
+    _fields_ += [("trail", Pointer)]
     _fields_ += [(name, Int64) for name in ("A_is_log", "num_sequences", "e", "n", "threads")]
 
 
 class _ConvArgs(ctypes.Structure):
     _fields_ = [("x", Rows), ("out", Rows), ("weight", Vec), ("bias", Vec), ("starts", _int64s), ("states", Pointers)]
+    _fields_ += [("trail", Pointer)]
     _fields_ += [(name, Int64) for name in ("state_dtype", "num_sequences", "e", "w", "threads")]
+
+
+class _AttentionArgs(ctypes.Structure):
+    _fields_ = [("q", Rows), ("out", Rows), ("starts", _int64s), ("pasts", _int64s), ("keys", Pointers)]
+    _fields_ += [("values", Pointers)]
+    _fields_ += [(name, Int64) for name in ("kv_dtype", "num_sequences", "h", "g", "p", "threads")]
 
 
 class _LinearArgs(ctypes.Structure):
@@ -115,7 +124,7 @@ def selective_scan(
     arguments = _ScanArgs(
         *map(Rows.of, (u, delta, z, out, B, C)),
         *map(Vec.of, (A, D, delta_bias)),
-        *(row_starts(b, t), addresses(state)),
+        *(row_starts([t] * b), addresses(state), None),
         *(0, b, e, n, torch.get_num_threads()),
     )
     call("selective_scan", arguments)
@@ -132,7 +141,7 @@ def causal_conv(x: Tensor, state: Tensor | None, weight: Tensor, bias: Tensor | 
     arguments = _ConvArgs(
         *map(Rows.of, (x, out)),
         *(Vec.of(weight), Vec.of(bias)),
-        *(row_starts(b, t), addresses(state)),
+        *(row_starts([t] * b), addresses(state), None),
         *(_DTYPES[state.dtype], b, e, w, torch.get_num_threads()),
     )
     call("causal_conv", arguments)
@@ -180,6 +189,27 @@ def linear_few(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Ten
     return y
 
 
+def attend_few(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+    """The last `lengths[i]` tokens of each sequence attend to all up to themselves; for few tokens.
+
+    q (T, h, p) contiguous, all sequences end to end; keys[i], values[i] (s+t, g, p) contiguous -> (T, h, p). A token's
+    result is the same bits in any company. The definition is `attention._attend_past`.
+    """
+    (_, h, p), g = q.shape, keys[0].shape[1]
+    out, tensors = torch.empty_like(q), (*keys, *values)
+    if sum(lengths) != len(q) or h % g or any(not x.is_contiguous() or x.shape[1:] != (g, p) for x in tensors):
+        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, keys {[tuple(x.shape) for x in keys]}")
+    pasts = [len(own) - length for own, length in zip(keys, lengths, strict=True)]
+    arguments = _AttentionArgs(
+        *map(Rows.of, (q.flatten(1), out.flatten(1))),
+        *(row_starts(lengths), (Int64 * len(pasts))(*pasts)),
+        *((Pointer * len(x))(*(one.data_ptr() for one in x)) for x in (keys, values)),
+        *(_DTYPES[keys[0].dtype], len(lengths), h, g, p, torch.get_num_threads()),
+    )
+    call("attention_step", arguments)
+    return out
+
+
 def int8_linear_ref(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """The definition of `int8_linear`, in float32."""
     return F.linear(x.float(), weight.float() * scale[:, None], None if bias is None else bias.float()).to(x.dtype)
@@ -218,9 +248,9 @@ def _as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def row_starts(b: int, t: int) -> ctypes.Array:
-    """Where each of b sequences of t tokens begins, and the end."""
-    return (Int64 * (b + 1))(*range(0, (b + 1) * t, t))
+def row_starts(lengths: Sequence[int]) -> ctypes.Array:
+    """Where each sequence's tokens begin, and the end."""
+    return (Int64 * (len(lengths) + 1))(0, *accumulate(lengths))
 
 
 def addresses(state: Tensor) -> ctypes.Array:

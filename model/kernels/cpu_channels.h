@@ -10,6 +10,7 @@ typedef struct {
     vec bias;              /* (e,), with it delta is softplus(delta + bias); or NULL */
     const int64_t *starts; /* (num_sequences + 1,) rows */
     float **states;        /* num_sequences times (e, n) */
+    float *trail;          /* (tokens, e, n) the state behind each token, and `states` stay as they are; or NULL */
     int64_t A_is_log, num_sequences, e, n, threads;
 } scan_args;
 
@@ -19,6 +20,7 @@ typedef struct {
     vec bias;              /* (e,) or NULL */
     const int64_t *starts; /* (num_sequences + 1,) rows */
     void **states;         /* num_sequences times (e, w - 1), the last w - 1 inputs, oldest first */
+    void *trail;           /* (tokens, e, w - 1) as in scan_args */
     int64_t state_dtype, num_sequences, e, w, threads;
 } conv_args;
 

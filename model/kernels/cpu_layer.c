@@ -13,6 +13,8 @@ typedef struct {
     linear in_proj, x_proj, dt_proj, out_proj; /* dt_proj without its bias */
     const int64_t *starts; /* (num_sequences + 1,) rows */
     void **conv_states, **ssm_states;
+    void *conv_trail; /* as in conv_args and scan_args */
+    float *ssm_trail;
     int64_t conv_state_dtype, num_sequences, m, d, e, n, r, w, threads;
     double eps;
 } mamba_args;
@@ -55,7 +57,7 @@ static void add_columns(rows out, rows x, const float *y, int64_t m, int64_t d, 
             put(out.data, out.dtype, k * out.stride + c, get(x.data, x.dtype, k * x.stride + c) + y[k * d + c]);
 }
 
-/* out = x + mamba(norm(x)) for m tokens; advances the states. */
+/* out = x + mamba(norm(x)) for m tokens; advances the states, or leaves a trail of them. */
 void mamba_step(const mamba_args *a) {
     const int64_t m = a->m, d = a->d, e = a->e, n = a->n, r = a->r, wide = r + 2 * n;
     float *scratch = malloc((size_t)m * (2 * d + 5 * e + (1 + a->threads) * wide) * sizeof *scratch);
@@ -64,8 +66,8 @@ void mamba_step(const mamba_args *a) {
     norm_rows(a->x, a->norm, normed, m, d, a->eps);
     const conv_args conv = {
         .x = {xz, 2 * e, FLOAT32}, .out = {u, e, FLOAT32}, .weight = a->conv_weight, .bias = a->conv_bias,
-        .starts = a->starts, .states = a->conv_states, .state_dtype = a->conv_state_dtype,
-        .num_sequences = a->num_sequences, .e = e, .w = a->w, .threads = 1,
+        .starts = a->starts, .states = a->conv_states, .trail = a->conv_trail,
+        .state_dtype = a->conv_state_dtype, .num_sequences = a->num_sequences, .e = e, .w = a->w, .threads = 1,
     };
 #pragma omp parallel num_threads(a->threads)
     {
@@ -89,7 +91,7 @@ void mamba_step(const mamba_args *a) {
             .u = {u, e, FLOAT32}, .delta = {delta, e, FLOAT32}, .z = {xz + e, 2 * e, FLOAT32},
             .out = {y, e, FLOAT32}, .B = {B, n, FLOAT32}, .C = {C, n, FLOAT32}, .A = a->A_log, .A_is_log = 1,
             .D = a->D, .bias = a->dt_bias, .starts = a->starts, .states = (float **)a->ssm_states,
-            .num_sequences = a->num_sequences, .e = e, .n = n, .threads = 1,
+            .trail = a->ssm_trail, .num_sequences = a->num_sequences, .e = e, .n = n, .threads = 1,
         };
         linear_span(&a->dt_proj, dt, m, delta, e, first, last);
         for (int64_t i = 0; i < a->num_sequences; i++)

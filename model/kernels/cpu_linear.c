@@ -4,6 +4,8 @@
    same bits alone and in a batch. Weights int8 with a float32 scale per output row, bf16 or float32. */
 #include "cpu_linear.h"
 
+#include <math.h>
+
 enum { TILES_AHEAD = 2 }; /* fetched into the second cache while one is multiplied */
 
 INLINE vf load_weights(const void *w, int64_t at, int64_t dtype, int lanes) {
@@ -53,7 +55,7 @@ INLINE void dot_tile(const linear *l, const float *x, float *y, int64_t ldy, int
     for (int r = 0; r < num_rows; r++) {
         const float scale = l->scale ? l->scale[row + r] : 1.0f;
         const float bias = l->bias.data ? get(l->bias.data, l->bias.dtype, row + r) : 0.0f;
-        for (int k = 0; k < m; k++) y[k * ldy + row + r] = sum_lanes(sums[r * m + k]) * scale + bias;
+        for (int k = 0; k < m; k++) y[k * ldy + row + r] = fmaf(sum_lanes(sums[r * m + k]), scale, bias);
     }
 }
 
@@ -73,9 +75,15 @@ INLINE void dot_span(const linear *l, const float *x, float *y, int64_t ldy, int
 INLINE void dot_rows(const linear *l, const float *x, int64_t m, float *y, int64_t ldy, int64_t first, int64_t last,
                      const int64_t dtype) {
     for (; m >= 8; m -= 8, x += 8 * l->in, y += 8 * ldy) dot_span(l, x, y, ldy, first, last, 8, dtype);
-    if (m & 4) dot_span(l, x, y, ldy, first, last, 4, dtype), x += 4 * l->in, y += 4 * ldy;
-    if (m & 2) dot_span(l, x, y, ldy, first, last, 2, dtype), x += 2 * l->in, y += 2 * ldy;
-    if (m & 1) dot_span(l, x, y, ldy, first, last, 1, dtype);
+    switch (m) { /* each reads the weights once */
+        case 7: dot_span(l, x, y, ldy, first, last, 7, dtype); break;
+        case 6: dot_span(l, x, y, ldy, first, last, 6, dtype); break;
+        case 5: dot_span(l, x, y, ldy, first, last, 5, dtype); break;
+        case 4: dot_span(l, x, y, ldy, first, last, 4, dtype); break;
+        case 3: dot_span(l, x, y, ldy, first, last, 3, dtype); break;
+        case 2: dot_span(l, x, y, ldy, first, last, 2, dtype); break;
+        case 1: dot_span(l, x, y, ldy, first, last, 1, dtype); break;
+    }
 }
 
 void linear_span(const linear *l, const float *x, int64_t m, float *y, int64_t ldy, int64_t first, int64_t last) {
