@@ -9,7 +9,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import ExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio.to_thread
@@ -45,6 +45,7 @@ from model import load_model
 from model.admission import measure_state_bytes
 from model.chat_format import speaks_chat_format
 from model.device_store import DeviceStateStore
+from model.drafting import DraftCounts
 from model.engine import Engine, EngineRequest, JambaEngine, StepOutput
 from model.engine_thread import EngineStopped, EngineThread
 from model.prefix_cache import PrefixCache
@@ -74,6 +75,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     format: AnswerFormat
     name: str
+    drafts: DraftCounts = field(default_factory=DraftCounts)
 
 
 @dataclass
@@ -182,6 +184,7 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
         ),
         engine=engine_thread,
         cache=model.cache,
+        drafts=model.drafts,
         format=model.format,
         metrics=metrics,
         tracing=tracing,
@@ -281,12 +284,13 @@ def build_model(settings: Settings, stack: ExitStack, answering: bool, nonce: st
         max_batch=settings.model.max_batch,
         max_waiting=settings.answers.max_pending,
         state_max_bytes=state_max_bytes,
+        draft_tokens=settings.model.draft_tokens,
     )
     stack.callback(engine.close)
     if not engine.max_context_tokens:
         raise SettingsError(f"{device} has no memory left for a question beside the weights of {path}")
     prompt_format = _choose_format(path, tokenizer, nonce, engine.max_context_tokens)
-    return LoadedModel(engine, cache, tokenizer, prompt_format, path.resolve().name)
+    return LoadedModel(engine, cache, tokenizer, prompt_format, path.resolve().name, engine.drafts)
 
 
 def gpu_cache_bytes(settings: Settings, free_bytes: int, layout: StateLayout, max_context_tokens: int) -> int:

@@ -15,13 +15,15 @@ _SECONDS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300
 class Gauges:
     """What is read when somebody looks, instead of being counted as it happens.
 
-    `documents` by status; `prefix_cache` counts since the start; `state_stores` by tier, as `StateStore.stats`.
+    `documents` by status; `prefix_cache` and `draft_tokens` (by outcome) count since the start; `state_stores` by tier,
+    as `StateStore.stats`.
     """
 
     documents: Mapping[str, int]
     chunks: int
     prefix_cache: Mapping[str, int]
     state_stores: Mapping[str, Mapping[str, int]]
+    draft_tokens: Mapping[str, int]
 
 
 class _Watch:
@@ -48,6 +50,12 @@ class _Watch:
         for event, count in gauges.prefix_cache.items():
             events.add_metric([event], count)
         yield events
+        drafts = CounterMetricFamily(
+            "jamba_rag_draft_tokens", "Tokens of answers that were guessed, by what became of them.", labels=["outcome"]
+        )
+        for outcome, count in gauges.draft_tokens.items():
+            drafts.add_metric([outcome], count)
+        yield drafts
         stores = GaugeMetricFamily(
             "jamba_rag_state_store", "Sizes and counters of each tier of prefix states.", labels=["tier", "what"]
         )

@@ -25,6 +25,7 @@ from app.settings import AnswerSettings
 from app.tracing import Tracing
 from ingest.files import FileStore, clean_filename
 from ingest.sniff import SNIFF_BYTES, sniff_media_type
+from model.drafting import DraftCounts
 from model.engine_thread import EngineThread
 from model.prefix_cache import PrefixCache
 from model.tokenizer import Tokenizer
@@ -67,6 +68,7 @@ class RagService:
     finder: EvidenceFinder
     engine: EngineThread
     cache: PrefixCache
+    drafts: DraftCounts
     format: AnswerFormat
     metrics: Metrics
     tracing: Tracing
@@ -298,6 +300,7 @@ class RagService:
             chunks=self.index.count,
             prefix_cache=asdict(cache),
             state_stores=tiers,
+            draft_tokens=asdict(self.drafts),
         )
 
     def search(self, query: str, collections: Sequence[str], params: SearchParams) -> list[Hit]:

@@ -58,6 +58,14 @@ class ModelSettings(_Group):
         0, "Longest piece of a prefill between two decode steps; 0 takes 512 on a CPU, 16384 on a GPU.", "tokens", ge=0
     )
     max_batch: int = _setting(8, "Sequences decoded together.", "sequences", ge=1)
+    draft_tokens: int = _setting(
+        3,
+        "On a CPU: tokens of an answer that are guessed from its prompt and checked in one step, which is faster and "
+        "changes no answer; 0: none.",
+        "tokens",
+        ge=0,
+        le=7,
+    )
     state_max_bytes: int = _setting(
         0,
         "Memory of answers under way; what does not fit waits. 0: on a GPU what prefix states leave, on a CPU any.",

@@ -1,22 +1,26 @@
 """Guesses the next tokens of an answer from its prompt, so that the engine can check several in one forward pass.
 
 Answers quote their evidence, so what follows the last tokens has often followed them before; and where a constraint
-leaves one token, that one comes. Only cost depends on the guesses, never the answer: see `Jamba.try_tokens`.
+leaves one token, that one comes. What an answer costs depends on the guesses, its tokens never: see `Jamba.try_tokens`.
+Start at `PromptLookup.draft`.
 Source: Saxena, prompt lookup decoding, 2023; with a vote among all earlier places.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
-from model.generation import Generation
+from model.generation import Generation, Likeliest, score
 
 _LONGEST_MATCH = 4  # tokens
 _LEAST_SHARE = 0.5  # of the earlier places; a rejected token costs a quarter of a step
 _LONGEST_PAUSE = 32  # steps
+_ROWS = 8  # last tokens and guesses of all sequences together: so many products share one reading of the weights
 
 
 @dataclass(slots=True)
@@ -26,21 +30,18 @@ class DraftCounts:
     accepted: int = 0
     rejected: int = 0
 
-    def add(self, accepted: int, rejected: int) -> None:
-        self.accepted += accepted
-        self.rejected += rejected
-
 
 class PromptLookup:
     """The guesses for one answer. After guesses that were wrong, one, three, seven, ... steps go without."""
 
-    def __init__(self, prompt: Sequence[int], generation: Generation) -> None:
-        self._generation = generation
+    def __init__(self, prompt: Sequence[int], generation: Generation, counts: DraftCounts) -> None:
+        self._generation, self._counts = generation, counts
         self._tokens = np.empty(len(prompt) + generation.max_new_tokens, dtype=np.int64)
         self._tokens[: len(prompt)] = prompt
         self._prompt_tokens = len(prompt)
         self._pause = self._misses = 0
-        self._guessed_at: int | None = None  # place in the last draft from which on it was a guess
+        self._drafted = 0  # length of the last draft
+        self._guessed_at: int | None = None  # place in it from which on it was a guess
 
     def draft(self, limit: int) -> list[int]:
         """Up to `limit` tokens that may follow those generated, none of which ends the answer."""
@@ -54,11 +55,13 @@ class PromptLookup:
                 break
             self._tokens[self._prompt_tokens + end] = token_id
             draft.append(token_id)
-        self._pause = max(0, self._pause - 1)
+        self._pause, self._drafted = max(0, self._pause - 1), len(draft)
         return draft
 
     def learn(self, accepted: int) -> None:
-        """How many tokens of the last draft were right."""
+        """How many tokens of the last draft were right. Call after each draft that was tried."""
+        self._counts.accepted += accepted
+        self._counts.rejected += self._drafted - accepted
         if self._guessed_at is None:
             return
         self._misses = 0 if accepted > self._guessed_at else self._misses + 1
@@ -92,3 +95,18 @@ def _most_frequent(tokens: np.ndarray, allowed: Sequence[int] | None) -> int | N
     found, counts = np.unique(tokens[places], return_counts=True)
     best = counts.argmax()
     return int(found[best]) if counts[best] >= _LEAST_SHARE * len(places) else None
+
+
+def draft_all(lookups: Sequence[PromptLookup], limit: int) -> list[list[int]]:
+    """A draft of up to `limit` tokens for each sequence of a batch, shorter or none in larger ones."""
+    limit = min(limit, _ROWS // len(lookups) - 1)
+    return [lookup.draft(limit) if limit > 0 else [] for lookup in lookups]
+
+
+def score_pieces(
+    logits: Tensor, generations: Sequence[Generation], lengths: Sequence[int]
+) -> list[list[Tensor | Likeliest]]:
+    """logits (T, v) of pieces end to end, `lengths[i]` of the i-th generation -> what `advance` takes each time."""
+    owners = (itertools.repeat(own, length) for own, length in zip(generations, lengths, strict=True))
+    scores = iter(score(logits, list(itertools.chain(*owners))))
+    return [list(itertools.islice(scores, length)) for length in lengths]

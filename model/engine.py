@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from model.admission import StateBudget
-from model.drafting import DraftCounts, PromptLookup
-from model.engine_request import EngineRequest, RequestTimings, StepOutput
+from model.drafting import DraftCounts, PromptLookup, draft_all, score_pieces
+from model.engine_request import ContextTooLong, EngineOverloaded, EngineRequest, RequestTimings, StepOutput
 from model.generation import FinishReason, Generated, Generation, Likeliest, score
 from model.jamba import Jamba
 from model.layered_prefill import LayeredPrefill
@@ -32,24 +32,7 @@ from model.tokenizer import Tokenizer
 _LOAD_WAIT_S = 0.05  # how long a step without anything else to do waits for a state to load
 _WHOLE_TOKENS = {"cpu": 512, "cuda": 64}  # longest segment that no decode step interrupts
 _PREFILL_PER_DECODE = 2.0  # of a longer one, time between two decode steps in times of such a step
-_DRAFT_ROWS = 8  # last tokens and guesses of all sequences together: so many products share one reading of the weights
 _log = logging.getLogger(__name__)
-
-
-class ContextTooLong(ValueError):
-    """A request that does not fit into the context, whatever else is running."""
-
-    def __init__(self, prompt_tokens: int, max_new_tokens: int, limit: int) -> None:
-        self.prompt_tokens, self.max_new_tokens, self.limit = prompt_tokens, max_new_tokens, limit
-        super().__init__(
-            f"prompt of {prompt_tokens} tokens plus {max_new_tokens} new tokens is "
-            f"{prompt_tokens + max_new_tokens - limit} over the limit of {limit}; "
-            "send less evidence or lower max_new_tokens"
-        )
-
-
-class EngineOverloaded(RuntimeError):
-    """More requests wait than the engine accepts; the same request may succeed later."""
 
 
 class Engine(Protocol):
@@ -82,6 +65,7 @@ class _Sequence:
     request: EngineRequest
     plan: PrefixPlan
     generation: Generation
+    lookup: PromptLookup
     added_s: float
     state: HybridState | None = None  # with room for prompt and answer, from when it need not wait any more
     kept_tokens: int = 0  # how many tokens' KV the cache has
@@ -89,7 +73,6 @@ class _Sequence:
     tier: str = "none"
     timings: RequestTimings = field(default_factory=RequestTimings)
     segment: LayeredPrefill | None = None  # begun and not yet computed to the end
-    lookup: PromptLookup | None = None  # from when tokens are to be guessed
 
     @property
     def position(self) -> int:
@@ -146,7 +129,8 @@ class JambaEngine:
         tags = {tag: request.tag_starts.get(tag, 0) for tag in request.tags}
         plan = self.prefix_cache.plan(request.token_ids, request.boundaries, request.salt, tags, request.epoch)
         generation = Generation(self._tokenizer, request.sampling, request.constraint, request.watch_tokens)
-        sequence = _Sequence(next(self._ids), request, plan, generation, time.perf_counter())
+        lookup = PromptLookup(request.token_ids, generation, self.drafts)
+        sequence = _Sequence(next(self._ids), request, plan, generation, lookup, time.perf_counter())
         self._sequences[sequence.request_id] = sequence
         self._waiting.append(sequence)
         return sequence.request_id
@@ -344,33 +328,17 @@ class JambaEngine:
 
     def _decode(self, batch: list[_Sequence]) -> list[StepOutput]:
         """The next token of each sequence, and those behind it that were guessed right."""
-        drafts = self._draft(batch)
+        drafts = draft_all([one.lookup for one in batch], self._draft_tokens if self._model.can_try else 0)
+        pieces = [[one.generation.token_ids[-1], *draft] for one, draft in zip(batch, drafts, strict=True)]
         if not any(drafts):
-            scores = self._forward([sequence.generation.token_ids[-1:] for sequence in batch], batch)
+            scores = self._forward(pieces, batch)
             return [self._advance(sequence, own) for sequence, own in zip(batch, scores, strict=True)]
-        pieces = [[sequence.generation.token_ids[-1], *draft] for sequence, draft in zip(batch, drafts, strict=True)]
         lengths, states = [len(piece) for piece in pieces], [sequence.state for sequence in batch]
         trial = self._model.try_tokens(torch.tensor(list(itertools.chain(*pieces))), lengths, states)
-        owners = (itertools.repeat(one.generation, length) for one, length in zip(batch, lengths, strict=True))
-        scores, outputs, kept = iter(score(trial.logits, list(itertools.chain(*owners)))), [], []
-        for sequence, draft in zip(batch, drafts, strict=True):
-            own = self._advance_all(sequence, list(itertools.islice(scores, len(draft) + 1)), draft)
-            outputs += own
-            kept.append(len(own))
-            sequence.lookup.learn(right := len(own) - 1)
-            self.drafts.add(right, len(draft) - right)
-        trial.keep(kept)
-        return outputs
-
-    def _draft(self, batch: list[_Sequence]) -> list[list[int]]:
-        """Guesses for each sequence, as many as fit into one pass over the weights."""
-        limit = min(self._draft_tokens, _DRAFT_ROWS // len(batch) - 1)
-        if limit < 1 or not self._model.can_try:
-            return []
-        for sequence in batch:
-            if sequence.lookup is None:
-                sequence.lookup = PromptLookup(sequence.request.token_ids, sequence.generation)
-        return [sequence.lookup.draft(limit) for sequence in batch]
+        scores = score_pieces(trial.logits, [sequence.generation for sequence in batch], lengths)
+        outputs = [self._advance_all(*one) for one in zip(batch, scores, drafts, strict=True)]
+        trial.keep([len(own) for own in outputs])
+        return list(itertools.chain(*outputs))
 
     def _advance_all(self, sequence: _Sequence, scores: list[Tensor | Likeliest], draft: list[int]) -> list[StepOutput]:
         """Choose a token by each of the scores in turn, up to the first that was not guessed or ends the answer."""
@@ -379,6 +347,7 @@ class JambaEngine:
             outputs.append(self._advance(sequence, own))
             if outputs[-1].finish_reason is not None or outputs[-1].token_id != guess:
                 break
+        sequence.lookup.learn(len(outputs) - 1)
         return outputs
 
     def _forward(self, pieces: list[Collection[int]], batch: list[_Sequence]) -> list[Tensor | Likeliest]:

@@ -9,6 +9,22 @@ from model.generation import FinishReason
 from model.sampling import SamplingParams, TokenConstraint
 
 
+class ContextTooLong(ValueError):
+    """A request that does not fit into the context, whatever else is running."""
+
+    def __init__(self, prompt_tokens: int, max_new_tokens: int, limit: int) -> None:
+        self.prompt_tokens, self.max_new_tokens, self.limit = prompt_tokens, max_new_tokens, limit
+        super().__init__(
+            f"prompt of {prompt_tokens} tokens plus {max_new_tokens} new tokens is "
+            f"{prompt_tokens + max_new_tokens - limit} over the limit of {limit}; "
+            "send less evidence or lower max_new_tokens"
+        )
+
+
+class EngineOverloaded(RuntimeError):
+    """More requests wait than the engine accepts; the same request may succeed later."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
     """`boundaries`: positions where prompts that begin alike may part, ascending or not; states are kept there.
