@@ -45,6 +45,8 @@ async def test_metrics_say_where_the_time_of_answers_and_documents_went(client):
     assert ({"status": "ready"}, 1) in found["jamba_rag_documents"]
     events = {labels["event"]: n for labels, n in found["jamba_rag_prefix_cache_events_total"]}
     assert events["lookups"] == 2 and events["hits"] == 1 and events["cached_tokens"] > 0
+    guessed = {labels["outcome"]: n for labels, n in found["jamba_rag_draft_tokens_total"]}
+    assert guessed["accepted"] > 0 and guessed.keys() == {"accepted", "rejected"}
     stores = {(labels["tier"], labels["what"]): value for labels, value in found["jamba_rag_state_store"]}
     assert 0 < stores["host", "bytes"] < stores["host", "max_bytes"]
     assert found["jamba_rag_http_requests_in_flight"] == [({}, 1)]

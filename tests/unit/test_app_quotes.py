@@ -78,6 +78,22 @@ def test_whatever_a_model_prefers_its_quotes_stand_in_the_evidence(tokenizer, pr
         assert quote.strip()
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_a_constraint_goes_back_from_tokens_that_were_only_guessed(prompt_format, seed):
+    rng, passages = random.Random(seed), (passage(LIGHTHOUSE, 3), passage(GARDEN, 12))
+    tokens = prompt_format.answer_tokens(Evidence(passages, "rag", 0))
+    guessing, plain = (constraint(prompt_format, *passages) for _ in range(2))
+    generated: list[int] = []
+    while not generated or generated[-1] != tokens.end:
+        guess = list(generated)
+        for _ in range(rng.randrange(4)):
+            if guess[-1:] != [tokens.end]:
+                guess.append(rng.choice(list(guessing.allowed(guess))))
+        allowed = list(guessing.allowed(generated))
+        assert allowed == list(plain.allowed(generated))
+        generated.append(rng.choice(allowed))
+
+
 @pytest.mark.parametrize(
     "span",
     [
