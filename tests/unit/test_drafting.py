@@ -32,6 +32,7 @@ KINDS = {
     "int8": (torch.float32, "int8", {}),
     "int8 bfloat16": (torch.bfloat16, "int8", {}),
     "odd": (torch.float32, "int8", {"mamba_d_state": 5, "mamba_d_conv": 3, "num_experts": 4, "num_experts_per_tok": 2}),
+    "rope": (torch.float32, "int8", {"rope_theta": 10_000.0}),
 }
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Jamba, load_model
+from model.attention import _attend_past
 from model.cpu_decode import MAX_TOKENS
 from model.kernels import cpu, cpu_build
 from model.kernels.causal_conv import causal_conv_ref
@@ -193,6 +194,31 @@ def test_few_rows_give_the_same_bits_alone(dtype: torch.dtype) -> None:
     shared = cpu.linear_few(x, weight)
     torch.set_num_threads(1)
     assert torch.equal(alone, together) and torch.equal(shared, together)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("h", "g", "p"), [(1, 1, 1), (6, 2, 20), (9, 3, 64), (5, 1, 33), (4, 4, 130)])
+@pytest.mark.usefixtures("poisoned")
+def test_attention_of_a_few_tokens_equals_its_definition(h: int, g: int, p: int, dtype: torch.dtype) -> None:
+    lengths, pasts = [1, 5, 3, 7], [0, 0, 254, 600]  # alone, without a past, over the border of a block, of several
+    q = normal(sum(lengths), h, p).to(dtype)
+    keys, values = (
+        [normal(s + t, g, p, seed=k).to(dtype) for s, t in zip(pasts, lengths, strict=True)] for k in (1, 2)
+    )
+    ours = cpu.attend_few(q, keys, values, lengths)
+    pieces = zip(q.split(lengths), keys, values, strict=True)
+    expected = torch.cat([_attend_past(*(x.double() for x in piece)) for piece in pieces])
+    assert_close("out", ours, expected, RATIO[dtype])
+    torch.set_num_threads(2)
+    shared = cpu.attend_few(q, keys, values, lengths)
+    torch.set_num_threads(1)
+    assert torch.equal(shared, ours)
+
+
+def test_attention_refuses_what_does_not_fit() -> None:
+    q, kv = normal(2, 4, 8), normal(5, 2, 8)
+    with pytest.raises(ValueError, match=r"q \(2, 4, 8\)"):
+        cpu.attend_few(q, [kv], [kv], [3])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
