@@ -132,7 +132,7 @@ def summarize(name: str, measured: Sequence[dict[str, list[Run]]]) -> dict[str, 
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Time to decode each answer, without and with guesses."""
+    """Processor time to decode each answer, without and with guesses."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -141,14 +141,14 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     answers = [row for row in rows if row["what"].startswith("q")]
     figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
     for shift, column, label, color in (
-        (-0.2, "plain_ms", "a token a step", "#9aa5b1"),
-        (0.2, "drafts_ms", "with guesses", "#2b6cb0"),
+        (-0.2, "plain_cpu_ms", "a token a step", "#9aa5b1"),
+        (0.2, "drafts_cpu_ms", "with guesses", "#2b6cb0"),
     ):
         axis.bar(
             [i + shift for i in range(len(answers))], [row[column] for row in answers], 0.4, label=label, color=color
         )
     axis.set_xticks(range(len(answers)), [row["what"] for row in answers], rotation=90)
-    axis.set(ylabel="first token to last, ms")
+    axis.set(ylabel="first token to last, ms of the processor")
     axis.legend(frameon=False)
     figure.savefig(path, dpi=110)
 
