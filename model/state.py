@@ -36,7 +36,7 @@ class StateLayout:
     w: int
     kv_dtype: torch.dtype
     conv_dtype: torch.dtype
-    version: int = 1
+    version: int = 2  # raised when kernels come to other bits: states of before are then not found
 
     @classmethod
     @cache  # asked for at every step

@@ -25,7 +25,6 @@ Pack = tuple[Group, ...]
 """Where the passages of evidence stand, document by document."""
 
 _TRIED_BEGINNINGS = 4
-_BEST_HITS = 12  # that evidence must hold however it begins; docs/retrieval.md
 
 
 class EvidenceTooLarge(ValueError):
@@ -54,9 +53,9 @@ def pack_evidence(
     `full_context`: every ready document of the selection, whole; raises EvidenceTooLarge if they don't fit.
     `rag`: the hits (best first), widened to whole sections and then to neighbouring chunks as far as the budget goes.
     `auto`: the first if it fits, else the second. With `recent`, `rag` begins as earlier evidence did and goes on with
-    those of its best hits that are missing there, if that leaves fewer tokens to read; all of it may take
-    `recent_tokens`, or the budget if that is more. Text stands in evidence once, also where chunks overlap; hits on
-    text that has been replaced or deleted since are left out. Raises CollectionNotFound.
+    the hits that are missing there, if that leaves fewer tokens to read; all of it may take `recent_tokens`, or the
+    budget if that is more. Text stands in evidence once, also where chunks overlap; hits on text that has been replaced
+    or deleted since are left out. Raises CollectionNotFound.
     """
     with store.snapshot():
         documents = store.ready_documents(collections, document_ids, filters)
@@ -105,7 +104,7 @@ def _pack_hits(
     count_tokens: TokenCounter,
 ) -> Evidence:
     live = _live(documents, hits)
-    packed, left = _pack_spans(store, documents, live, budget_tokens, count_tokens, (_itself, _section, _neighbours))
+    packed, left = _pack_spans(store, documents, live, budget_tokens, count_tokens, _WAYS)
     passages = tuple(passage for one in packed for passage in one.passages())
     return Evidence(passages, "rag", budget_tokens - left, _relevance(live, {p.document_id for p in passages}))
 
@@ -217,14 +216,13 @@ def begin_alike(
     budget_tokens: int,
     count_tokens: TokenCounter,
 ) -> Evidence:
-    """`evidence`, or what begins as something read lately, holds the best hits that `evidence` holds, stays within the
+    """`evidence`, or what begins as something read lately, holds every hit that `evidence` holds, stays within the
     budget, and has fewer tokens that are new."""
     own, by_id = _groups(evidence.passages), {document.id: document for document in documents}
     known = sum(len(group) for group in own[: recent.known_groups(own)])
     fewest = _count(evidence.passages[known:], count_tokens)
     held = [hit for hit in _live(documents, hits) if any(place.holds(hit) for group in own for place in group)]
-    needed = held[:_BEST_HITS]
-    for beginning, missing in recent.beginnings(documents, needed):
+    for beginning, missing in recent.beginnings(documents, held):
         taken = [
             _passage(by_id[place.document_id], store.get_content(place.document_id), (place.char_start, place.char_end))
             for group in beginning
@@ -330,6 +328,9 @@ def _neighbours(packed: _PackedDocument, hit: Hit) -> Iterator[Span]:
     for neighbour in (position + 1, position - 1):
         if 0 <= neighbour < len(packed.chunk_spans):
             yield packed.chunk_spans[neighbour]
+
+
+_WAYS = (_itself, _section, _neighbours)
 
 
 def _trim(span: Span, text: str) -> Span:

@@ -278,6 +278,22 @@ async def test_rag_widens_once_before_it_gives_up(tiny_checkpoint, tmp_path):
         assert kinds.count("answer.sources") == 2 and kinds[-1] == "answer.completed"
 
 
+async def test_another_question_goes_on_where_evidence_is_shared_and_a_deletion_ends_that(tiny_checkpoint, tmp_path):
+    limits = {"none_margin": 50, "rag_evidence_tokens": 300, "recent_evidence_tokens": 900}
+    settings = make_settings(tiny_checkpoint, tmp_path / "data", answers=limits)
+    async with running_service(settings) as client:
+        animals = ("owl", "fox", "elk", "bee", "eel", "cod", "ant", "emu")
+        uploads = {a: f"# {a}\n\nThe {a} sleeps in hole {n}, far from here.\n" * 2 for n, a in enumerate(animals)}
+        ids = {animal: (await client.upload(f"{animal}.md", text))["id"] for animal, text in uploads.items()}
+        first = await client.ask("Where do emu and cod sleep?", mode="rag")
+        second = await client.ask("Where do emu and cod and owl sleep?", mode="rag")
+        assert second["cache"]["prefix_tokens"] > first["usage"]["input_tokens"] // 2
+        assert second["usage"]["input_tokens"] <= first["usage"]["input_tokens"] + 300
+        await client.delete(f"/v1/documents/{ids['cod']}")
+        third = await client.ask("Where do emu and owl sleep?", mode="rag")
+        assert ids["cod"] not in {citation["document_id"] for citation in third["citations"]}
+
+
 async def test_health_metrics_and_config(client, lighthouse):
     bare = {"Authorization": ""}
     assert (await client.get("/healthz", headers=bare)).json()["status"] == "alive"
