@@ -87,6 +87,7 @@ class _Parts:
     service: RagService
     authenticator: Authenticator
     audit: AuditLog
+    embedder: MiniLMEmbedder
     worker: IngestWorker
     engine_thread: EngineThread
     save_index: Callable[[], None]
@@ -134,6 +135,7 @@ async def _run(parts: _Parts) -> AsyncIterator[None]:
     with parts.closing:
         await anyio.to_thread.run_sync(parts.service.finish_deletions)
         parts.worker.start()
+        parts.embedder.warm_up()
         prefetching = asyncio.create_task(parts.service.prefetch.run(parts.prefetch_after_s))
         log.info("ready: model %s, data in %s", parts.service.model_name, parts.settings.data_dir)
         try:
@@ -204,7 +206,10 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
     audit = AuditLog(data_dir.audit, settings.log.audit_max_bytes, settings.log.audit_files)
     save_index = lambda: index.save(data_dir.index)
     prefetch_after_s = settings.answers.prefetch_after_s if answering and model.cache.keeps_states else 0
-    return _Parts(settings, stack, service, authenticator, audit, worker, engine_thread, save_index, prefetch_after_s)
+    return _Parts(
+        *(settings, stack, service, authenticator, audit, embedder, worker, engine_thread, save_index),
+        prefetch_after_s=prefetch_after_s,
+    )
 
 
 def open_reranker(path: Path | None) -> CrossEncoderReranker | None:
@@ -358,10 +363,10 @@ def choose_device(settings: ModelSettings) -> torch.device:
 
 
 def choose_dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device multiplies it fast: on GPUs, and on CPUs with AMX."""
+    """`auto` is bfloat16 where the device multiplies it fast: on GPUs, and on CPUs with AVX512_BF16 or AMX."""
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)
-    fast = device.type != "cpu" or torch.cpu._is_amx_tile_supported()
+    fast = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()  # which those with AMX have too
     return torch.bfloat16 if fast else torch.float32
 
 

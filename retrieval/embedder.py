@@ -64,7 +64,7 @@ class MiniLMEmbedder:
     def __init__(
         self, model_dir: Path | str | None = None, device: str = "cpu", dtype: torch.dtype | None = None
     ) -> None:
-        """`model_dir` None = the wheel's; `dtype` None = bfloat16 where the device has matrix units for it, else
+        """`model_dir` None = the wheel's; `dtype` None = bfloat16 where the device multiplies it fast, else
         float32 (cosine between the two > 0.999). Raises EmbedderUnavailable when there is no model."""
         self._dir = _wheel_model_dir() if model_dir is None else Path(model_dir)
         if not (self._dir / "model.safetensors").is_file():
@@ -95,6 +95,10 @@ class MiniLMEmbedder:
     def embed_query(self, text: str) -> np.ndarray:
         encodings = self._truncating.encode_batch(_encodable([text]))
         return self._pools[1].submit(self._embed, encodings).result()[0]
+
+    def warm_up(self) -> None:
+        """Begin to load the model, which takes seconds, so that the first question doesn't wait for it."""
+        self._pools[1].submit(self._loaded)
 
     def _embed(self, encodings: Sequence[Encoding]) -> np.ndarray:
         longest = max(len(encoding.ids) for encoding in encodings)
@@ -159,7 +163,7 @@ def _encodable(texts: Sequence[str]) -> list[str]:
 
 
 def _multiplies_bf16(device: torch.device) -> bool:
-    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
 
 
 def _wheel_model_dir() -> Path:
