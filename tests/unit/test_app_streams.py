@@ -171,6 +171,7 @@ async def test_a_large_upload_is_not_held_in_memory(tiny_checkpoint, tmp_path):
     settings = make_settings(tiny_checkpoint, tmp_path / "data", ingest={"workers": 0})
     with serving(settings) as url:
         headers = {"Authorization": f"Bearer {(settings.data_dir / 'admin.key').read_text().strip()}"}
+        httpx.post(f"{url}/v1/search", json={"query": "any"}, headers=headers, timeout=60)  # the embedder is there then
         headers["Content-Type"] = "multipart/form-data; boundary=XX"
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         reply = httpx.post(f"{url}/v1/documents", content=body(), headers=headers, timeout=120)
