@@ -92,7 +92,7 @@ def test_ingest_ask_search_list_delete_in_process(run, corpus, tmp_path):
 
 
 def test_ctrl_c_during_ingest_loses_nothing_and_the_same_command_goes_on(run, tmp_path):
-    folder, data, number = tmp_path / "many", tmp_path / "data", 12
+    folder, data, number = tmp_path / "many", tmp_path / "data", 60  # enough to be still at it when the signal comes
     folder.mkdir()
     for n in range(number):
         (folder / f"{n:02}.txt").write_text(f"Garden {n}. {GARDEN}")
