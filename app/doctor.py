@@ -7,7 +7,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from ingest.parse import ocr
 from ingest.parse.child import ParseLimits, parse_in_child
 from model import JambaConfig
 from model.kernels.cpu_build import load_library
+from model.redis_store import RedisStateStore, StateServerFault
 from model.tokenizer import Tokenizer
 from retrieval.embedder import MiniLMEmbedder
 from retrieval.index import FaissIndex, IndexDamaged
@@ -204,22 +205,23 @@ def _check_reranker(settings: Settings) -> str:
 def _check_redis(settings: Settings) -> str:
     if settings.redis.url is None:
         return "none is set: prefix states do not survive a restart"
-    import redis
-
-    url = settings.redis.url.get_secret_value()
-    client = redis.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=2)
+    url, prefix = settings.redis.url.get_secret_value(), f"{settings.redis.key_prefix}doctor:"
     try:
-        memory = client.info("memory")
-    except redis.RedisError as error:
-        raise CommandFailed(f"{hide_password(url)} does not answer ({error}); start it or correct the URL") from error
-    finally:
-        client.close()
-    limit = memory.get("maxmemory", 0)
-    if limit and memory.get("maxmemory_policy") == "noeviction":
+        with closing(RedisStateStore(url, prefix, ttl_s=60, timeout_s=2)) as store:
+            servers = store.probe()
+    except ValueError as error:
+        raise CommandFailed(f"JAMBA_RAG_REDIS__URL is {error}") from error
+    except StateServerFault as error:
+        raise CommandFailed(f"{hide_password(url)} cannot be used: {error}") from error
+    full = [server for server in servers if server.get("maxmemory") and server["maxmemory_policy"] == "noeviction"]
+    if full:
         raise CommandFailed(
             f"{hide_password(url)} refuses new states once it is full; set maxmemory-policy to allkeys-lru"
         )
-    return f"{hide_password(url)}, {memory['used_memory_human']} used of {limit or 'all'} bytes"
+    used, limits = sum(server["used_memory"] for server in servers), [server["maxmemory"] for server in servers]
+    size = f"{sum(limits) >> 20} MiB" if all(limits) else "all that is there"
+    cluster = f", a cluster of {len(servers)}" if len(servers) > 1 else ""
+    return f"{hide_password(url)}{cluster}, {used >> 20} MiB used of {size}"
 
 
 def _check_disk(settings: Settings) -> str:

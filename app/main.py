@@ -33,7 +33,7 @@ from app.quotes import TokenBytes
 from app.routes import answers, collections, documents, keys, openai, search, system
 from app.schemas import Problem
 from app.service import RagService
-from app.settings import ModelSettings, Settings, SettingsError
+from app.settings import ModelSettings, RedisSettings, Settings, SettingsError
 from app.text_format import TextFormat
 from app.tracing import Tracing
 from ingest.chunk import ChunkLimits
@@ -381,14 +381,19 @@ def _state_stores(settings: Settings, device: torch.device | None, stack: ExitSt
         kind = DeviceStateStore if device is not None and device.type == "cpu" else MemoryStateStore
         stores.append(kind(settings.cache.host_max_bytes))
     if settings.redis.url is not None:
-        redis = RedisStateStore(
-            settings.redis.url.get_secret_value(),
-            settings.redis.key_prefix,
-            settings.redis.ttl_s,
-            timeout_s=settings.redis.timeout_s,
-        )
+        redis = _open_redis(settings.redis, settings.redis.url.get_secret_value())
         stack.callback(redis.close)
         behind = WriteBehindStore(redis)
         stack.callback(behind.close)
         stores.append(behind)
     return stores
+
+
+def _open_redis(settings: RedisSettings, url: str) -> RedisStateStore:
+    """Raises SettingsError for a url that is none; a server that cannot be used is only said in the log."""
+    try:
+        store = RedisStateStore(url, settings.key_prefix, settings.ttl_s, timeout_s=settings.timeout_s)
+    except ValueError as error:
+        raise SettingsError(f"JAMBA_RAG_REDIS__URL is {error}") from None
+    store.open()
+    return store

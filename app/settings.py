@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
@@ -308,8 +308,12 @@ def public_settings(settings: Settings) -> dict[str, Any]:
 
 
 def hide_password(url: str) -> str:
-    """`url` with what stands before its `@` replaced by `***`."""
-    parts = urlsplit(url)
-    if "@" not in parts.netloc:
-        return url
-    return urlunsplit(parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]))
+    """`url` with `***` for what stands before its `@` and for its options; only `***` where that cannot be told."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "***"
+    user, at, host = parts.netloc.rpartition("@")
+    if "@" in parts.path + parts.query + parts.fragment and not url.startswith("unix:///"):
+        return "***"  # a password that holds what ends it early: / ? or #
+    return f"{parts.scheme}://{'***' if user else ''}{at}{host}{parts.path}{'?***' if parts.query else ''}"

@@ -4,7 +4,8 @@
 socket of this machine between two processes (`sendall` of the values, `recv_into` one buffer), all in turn.
 `state`: what PrefixCache saves of a prompt of the 52B layout (16 KiB of KV a token, a snapshot of 16 MB), written and
 loaded, checksums included; nothing is computed, so no model is needed. TCP on loopback and a Unix socket.
-    python -m bench.prefix_cache [--repeats 7] [--tokens 8192 32768 65536]
+    python -m bench.prefix_cache [--repeats 7] [--tokens 8192 32768 65536] [--url tls=rediss://... cluster=redis://...]
+With `--url`, `transfer` to servers that run already, by names that are `tls`, `cluster` or any, instead of all else.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from model.state_store import StateItem
 
 LAYOUT = StateLayout(4, 28, 8, 128, 8192, 16, 4, torch.bfloat16, torch.bfloat16)  # of the 52B model
 VALUES = 16
+_VALUE_BYTES = (1 << 20, 4 << 20, 16 << 20)
 _TIMEOUT_S = 10.0
 
 
@@ -42,8 +44,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32_768, 65_536])
+    parser.add_argument("--url", nargs="+", default=[])
     arguments = parser.parse_args()
     run = BenchRun("prefix-cache", argv=sys.argv)
+    if arguments.url:
+        for name, _, url in (pair.partition("=") for pair in arguments.url):
+            for value_bytes in _VALUE_BYTES:
+                measure_transfer(run, name, url, value_bytes, arguments.repeats)
+        run.finish()
+        return
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "server.sock"
         torch.set_num_threads(1)
@@ -52,7 +61,7 @@ def main() -> None:
         try:
             urls = {"tcp": f"redis://127.0.0.1:{server.port}", "unix": f"unix://{path}"}
             for name, url in urls.items():
-                for value_bytes in (1 << 20, 4 << 20, 16 << 20):
+                for value_bytes in _VALUE_BYTES:
                     measure_transfer(run, name, url, value_bytes, arguments.repeats)
             for num_tokens in arguments.tokens:
                 measure_state(run, urls["unix"], num_tokens, arguments.repeats)
@@ -67,7 +76,7 @@ def measure_transfer(run: BenchRun, transport: str, url: str, value_bytes: int, 
     items = [StateItem(f"{i}", value) for i, value in enumerate(values)]
     keys = [item.key for item in items]
     stores = {f"ours, {n}": RedisStateStore(url, timeout_s=_TIMEOUT_S, connections=n) for n in (1, 2)}
-    client = redis.Redis.from_url(url)
+    client = (redis.RedisCluster if transport == "cluster" else redis.Redis).from_url(url)
     context = multiprocessing.get_context("fork")
     with BareSocket(context, transport, value_bytes) as bare:
         for operation in ("set", "get"):
@@ -98,7 +107,9 @@ def measure_transfer(run: BenchRun, transport: str, url: str, value_bytes: int, 
     client.close()
 
 
-def pipeline(client: redis.Redis, operation: str, keys: Sequence[str], values: Sequence[memoryview]) -> None:
+def pipeline(
+    client: redis.Redis | redis.RedisCluster, operation: str, keys: Sequence[str], values: Sequence[memoryview]
+) -> None:
     pipe = client.pipeline(transaction=False)
     for key, value in zip(keys, values, strict=True):
         pipe.set(key, value) if operation == "set" else pipe.get(key)
@@ -109,11 +120,11 @@ class BareSocket:
     """Another process that takes or gives as many bytes as a row moves, over the same kind of socket."""
 
     def __init__(self, context: Any, transport: str, value_bytes: int) -> None:
-        family = socket.AF_INET if transport == "tcp" else socket.AF_UNIX
+        family = socket.AF_INET if transport != "unix" else socket.AF_UNIX
         self._total = VALUES * value_bytes
         self._directory = tempfile.TemporaryDirectory()
-        address = ("127.0.0.1", 0) if transport == "tcp" else f"{self._directory.name}/bare.sock"
-        listener = socket.create_server(address, family=family) if transport == "tcp" else _listen_unix(address)
+        address = ("127.0.0.1", 0) if transport != "unix" else f"{self._directory.name}/bare.sock"
+        listener = socket.create_server(address, family=family) if transport != "unix" else _listen_unix(address)
         self._process = context.Process(target=_serve, args=(listener, value_bytes), daemon=True)
         self._process.start()
         self._socket = socket.socket(family)

@@ -12,19 +12,22 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Sequence
-from selectors import EVENT_READ, DefaultSelector
+from ssl import SSLWantReadError
 from typing import Any
 
 import numpy as np
 import redis
 from redis.backoff import NoBackoff
 from redis.cluster import RedisCluster
-from redis.connection import BaseParser, Connection, ConnectionPool, SSLConnection, parse_url
+from redis.connection import BaseParser, Connection, ConnectionPool, SSLConnection
 from redis.retry import Retry
+
+from model.redis_url import read_url
 
 Buffer = bytes | bytearray | memoryview
 _LINES = 1 << 16
 _BULK = 1 << 14  # shorter strings are bytes, as the client's own commands want them
+_MAX_BULK = 512 << 20  # the protocol's own limit
 _REUSED = 8
 _FREE = 2 + 1  # references to a buffer that nobody has: the list's, the loop's and getrefcount's own
 
@@ -68,13 +71,17 @@ class BulkParser(BaseParser):
         self._socket = None
 
     def can_read(self, timeout: float = 0) -> bool:
-        if self._start < self._end:
-            return True
-        if self._socket is None:
+        if self._start < self._end or self._socket is None:
+            return self._socket is not None
+        before = self._socket.gettimeout()
+        self._socket.settimeout(timeout)
+        try:  # that there are bytes does not tell: TLS sends some of its own
+            self._receive()
+        except (BlockingIOError, TimeoutError, SSLWantReadError):
             return False
-        with DefaultSelector() as selector:
-            selector.register(self._socket, EVENT_READ)
-            return bool(selector.select(timeout))
+        finally:
+            self._socket.settimeout(before)
+        return True
 
     def read_response(self, disable_decoding: bool = False, timeout: object = None, **_: object) -> Any:
         kind, rest = self._read_line()
@@ -82,11 +89,11 @@ class BulkParser(BaseParser):
             case b"+":
                 return rest
             case b":":
-                return int(rest)
+                return _number(rest)
             case b"$":
-                return None if rest == b"-1" else self._read_string(int(rest))
+                return None if rest == b"-1" else self._read_string(_number(rest))
             case b"*":
-                return None if rest == b"-1" else [self.read_response() for _ in range(int(rest))]
+                return None if rest == b"-1" else [self.read_response() for _ in range(_number(rest))]
             case b"-":
                 error = self.parse_error(rest.decode(errors="replace"))
                 if isinstance(error, redis.ConnectionError):
@@ -104,6 +111,8 @@ class BulkParser(BaseParser):
         return line[:1], line[1:]
 
     def _read_string(self, length: int) -> bytes | memoryview:
+        if not 0 <= length <= _MAX_BULK:
+            raise redis.InvalidResponse(f"a string of {length} bytes from the server")
         if length < _BULK:
             while self._end - self._start < length + 2:
                 self._receive()
@@ -134,6 +143,13 @@ class BulkParser(BaseParser):
         return received
 
 
+def _number(text: bytes) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise redis.InvalidResponse(f"{text[:20]!r} where a number was due from the server") from None
+
+
 class _BulkConnection:
     """Any of redis-py's connections with this parser, also where its cluster client sets another."""
 
@@ -146,7 +162,7 @@ def open_client(url: str, timeout_s: float, cluster: bool = False) -> redis.Redi
 
     Raises ValueError for a url that is none, redis.RedisError for a cluster that does not answer.
     """
-    options = parse_url(url)
+    options = read_url(url)
     base = options.pop("connection_class", Connection)
     common: dict[str, Any] = {
         "connection_class": type(f"Bulk{base.__name__}", (_BulkConnection, base), {}),

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import redis
 from redis.cluster import RedisCluster
-from redis.connection import parse_url
+from redis.exceptions import RedisClusterException
 
 from model.redis_bulk import get_bulk, open_client, set_bulk
+from model.redis_url import explain, read_url
 from model.state_store import Buffer, StateItem
 
 _MANIFEST = b"JAMBAPARTS1 "  # a value that happens to begin like this is stored in parts, whatever its size
@@ -32,9 +33,14 @@ _MOVED = (redis.exceptions.MovedError, redis.exceptions.AskError)  # to another 
 _NAME_BATCH = 1000  # names in one command or pipeline
 _MAX_PARTS = 1 << 16
 _INDEX_SLACK_S = 3600  # an index outlives what it points to
-_FAILURES = (redis.RedisError, OSError)
+_PROBE_BYTES = 1 << 15
+_FAILURES = (redis.RedisError, RedisClusterException, OSError)
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+
+
+class StateServerFault(RuntimeError):
+    """A server that cannot keep states; the message says why and what to do, without the secrets of its url."""
 
 
 class CircuitBreaker:
@@ -85,18 +91,41 @@ class RedisStateStore:
         connections: int = 2,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        parse_url(url)
+        read_url(url)
         self._url, self._timeout_s = url, timeout_s
         self._opened: redis.Redis | RedisCluster | None = None
+        self._stale = False  # a server of the cluster may have gone or come since the client looked
         self._opening = threading.Lock()
         self._movers = ThreadPoolExecutor(connections, thread_name_prefix="state-server")
         self._prefix, self._ttl_s, self._part_bytes = key_prefix, ttl_s, part_bytes
         self._server = CircuitBreaker(retry_after_s, clock)
         self._room = CircuitBreaker(retry_after_s, clock)  # open while the server takes no writes
+        self._refusal = ""
         self._owed_keys: set[str] = set()  # deletes that a missing server still has to carry out
         self._owed_tags: set[str] = set()
         self._counts = dict.fromkeys(("errors", "skipped", "dropped", "read_bytes", "written_bytes"), 0)
         self._lock = threading.Lock()
+
+    def open(self) -> None:
+        """Connect now and in the background, so that what is wrong stands in the log at the start."""
+        self._movers.submit(self._ask, lambda: self._client, None)
+
+    def probe(self) -> list[Mapping[str, Any]]:
+        """INFO memory of each server that holds keys, after a value went there and came back by all that is used.
+
+        Deletes everything under the key prefix of a server that evicts. Raises StateServerFault.
+        """
+        item = StateItem("probe", bytes(_PROBE_BYTES), frozenset({"probe"}))
+        try:
+            if not self._write([item]):
+                raise StateServerFault(f"it takes no writes: {self._refusal}")
+            if not (self._exist([item.key])[0] and self._read([item.key])[0] == item.value):
+                raise StateServerFault("it does not give back what was written to it")
+            self._owed_tags.add("probe")
+            self._pay_deletes()
+            return _memory(self._client)
+        except _FAILURES as error:
+            raise StateServerFault(explain(error, self._url)) from None
 
     def contains_many(self, keys: Sequence[str], peek: bool = False) -> list[bool]:
         return self._ask(lambda: self._exist(keys), [False] * len(keys))
@@ -135,20 +164,23 @@ class RedisStateStore:
             if self._opened is None:
                 client: Any = open_client(self._url, self._timeout_s)
                 try:
-                    memory, clustered = client.info("memory"), client.info("cluster")["cluster_enabled"]
+                    if client.info("cluster").get("cluster_enabled"):
+                        client.close()
+                        client = open_client(self._url, self._timeout_s, cluster=True)
+                    evicting = _evicting(client)
                 except BaseException:
                     client.close()
                     raise
-                if clustered:
-                    client.close()
-                    client = open_client(self._url, self._timeout_s, cluster=True)
-                if _evicts(memory):
+                if evicting:
                     _log.warning(
                         "the state server evicts by %s: deleting one document will drop all states in it; "
                         "maxmemory-policy noeviction and the states' expiry are enough",
-                        memory["maxmemory_policy"],
+                        evicting,
                     )
                 self._opened = client
+            elif self._stale and isinstance(self._opened, RedisCluster):
+                self._opened.nodes_manager.initialize()
+            self._stale = False
             return self._opened
 
     def _ask(self, work: Callable[[], _T], otherwise: _T, even_if_open: bool = False) -> _T:
@@ -161,8 +193,9 @@ class RedisStateStore:
             result = work()
         except _FAILURES as error:
             if not self._server.is_open:
-                _log.warning("the state server fails (%s: %s); going on without it", type(error).__name__, error)
+                _log.warning("the state server fails: %s; going on without it", explain(error, self._url))
             self._server.record(False)
+            self._stale = True
             self._count("errors")
             return otherwise
         if self._server.is_open:
@@ -259,9 +292,10 @@ class RedisStateStore:
     def _refusals(self, replies: Sequence[object]) -> set[int]:
         """Places of the writes that the server (full, read-only) said no to; then writes pause and reads go on."""
         refused = {i: reply for i, reply in enumerate(replies) if isinstance(reply, Exception)}
-        if refused and not self._room.is_open:
-            _log.warning("the state server takes no writes: %s", next(iter(refused.values())))
         if refused:
+            self._refusal = explain(next(iter(refused.values())), self._url)
+            if not self._room.is_open:
+                _log.warning("the state server takes no writes: %s", self._refusal)
             self._room.record(success=False)
         return set(refused)
 
@@ -277,7 +311,7 @@ class RedisStateStore:
     def _pay_deletes(self) -> None:
         with self._lock:
             keys, tags = set(self._owed_keys), set(self._owed_tags)
-        if tags and _evicts(self._client.info("memory")):
+        if tags and _evicting(self._client):
             self._unlink(self._client.scan_iter(match=_glob_escape(self._prefix) + "*", count=_NAME_BATCH))
         else:
             for tag in tags:
@@ -315,11 +349,17 @@ class _Job(NamedTuple):
     places: list[int]
 
 
-def _evicts(memory: Mapping[str, Any]) -> bool:
-    """Whether a server may lose a value before it expires; of a cluster, any of its servers. `memory`: its INFO."""
-    if "maxmemory" not in memory:
-        return any(map(_evicts, memory.values()))
-    return memory["maxmemory"] > 0 and memory["maxmemory_policy"] != "noeviction"
+def _memory(client: redis.Redis | RedisCluster) -> list[Mapping[str, Any]]:
+    """INFO memory of each server that holds keys."""
+    if not isinstance(client, RedisCluster):
+        return [client.info("memory")]
+    return [client.get_redis_connection(node).info("memory") for node in client.get_primaries()]
+
+
+def _evicting(client: redis.Redis | RedisCluster) -> str | None:
+    """The policy by which some server may lose a value before it expires."""
+    found = (memory["maxmemory_policy"] for memory in _memory(client) if memory.get("maxmemory"))
+    return next((policy for policy in found if policy != "noeviction"), None)
 
 
 def _manifest(item: StateItem, parts: Sequence[object]) -> bytes:

