@@ -341,7 +341,8 @@ def _plan_settings(settings: Settings, device: torch.device) -> PlanSettings:
     segment = settings.model.segment_tokens or segment
     distance = distance if cache.snapshot_tokens is None else cache.snapshot_tokens
     sparse = sparse if cache.sparse_snapshots is None else cache.sparse_snapshots
-    return PlanSettings(cache.block_tokens, segment, distance, segment * sparse)
+    int8 = cache.snapshot_dtype == "int8"
+    return PlanSettings(cache.block_tokens, segment, distance, segment * sparse, int8)
 
 
 def check_checkpoint(path: Path) -> Path:

@@ -95,6 +95,9 @@ class CacheSettings(_Group):
         "segments",
         ge=0,
     )
+    snapshot_dtype: Literal["float32", "int8"] = _setting(
+        "float32", "Form of snapshots; int8 is a third of the size and changes answers by less than int8 weights do."
+    )
 
 
 class RedisSettings(_Group):

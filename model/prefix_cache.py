@@ -66,6 +66,8 @@ class PrefixCache:
         self, stores: Sequence[StateStore], fingerprint: bytes = b"", settings: PlanSettings | None = None
     ) -> None:
         self.settings = settings or PlanSettings()
+        if self.settings.int8_snapshots:  # found and read by no cache of the other kind
+            fingerprint += b"int8 snapshots"
         self._stores, self._fingerprint, self._layout = tuple(stores), fingerprint, fingerprint.hex()
         self._device = stores[0] if stores and isinstance(stores[0], DeviceStateStore) else None
         self._behind: WriteBehindStore | None = None
@@ -134,19 +136,22 @@ class PrefixCache:
     def save(self, plan: PrefixPlan, state: HybridState, kept_tokens: int = 0) -> bool:
         """Keep `state` if the plan has a snapshot at its position; the first `kept_tokens` tokens' KV was kept before.
 
+        With int8 snapshots it goes on rounded, whether or not it is kept: then it makes no difference whether it was.
         False if there was nothing to keep, or a document of it was invalidated meanwhile.
         """
-        position = state.num_tokens
-        if not self._stores or (key := plan.snapshot_keys.get(position)) is None:
+        position, int8 = state.num_tokens, self.settings.int8_snapshots
+        if (key := plan.snapshot_keys.get(position)) is None or not (self._stores or int8):
+            return False
+        snapshot = state.snapshot(int8)
+        if not self._stores:
             return False
         size = plan.block_tokens
         items = []
         for i in self._blocks_to_save(plan, kept_tokens // size, position // size):
             block = state.read_kv(i * size, (i + 1) * size)
             items.append(self._item(plan, plan.block_keys[i], (i + 1) * size, [block]))
-        snapshot = state.snapshot()
         tail = state.read_kv(position - position % size, position)
-        items.append(self._item(plan, key, position, [snapshot.conv, snapshot.ssm, tail]))
+        items.append(self._item(plan, key, position, [*snapshot.tensors, tail]))
         if not self._put(plan, self._savers, items):
             return False
         with self._lock:
@@ -221,17 +226,17 @@ class PrefixCache:
         """Fetch and check one position; None if that failed, and then what is missing has left `where`."""
         snapshot_key = plan.snapshot_keys[position]
         block_keys = plan.block_keys[: position // plan.block_tokens]
-        self._fetch([snapshot_key], 3, where, loaded)
+        self._fetch([snapshot_key], 4 if self.settings.int8_snapshots else 3, where, loaded)
         if snapshot_key in loaded:
             self._fetch([key for key in block_keys if key not in loaded], 1, where, loaded)
         keys = (*block_keys, snapshot_key)
         if any(key not in loaded for key in keys):
             return None
         self._promote(plan, position, where, loaded)
-        conv, ssm, tail = loaded[snapshot_key].tensors
+        *recurrent, tail = loaded[snapshot_key].tensors
         kv = tuple(loaded[key].tensors[0] for key in block_keys)
         tier = self._stores[max(where[key] for key in keys)].tier
-        return PrefixHit(position, Snapshot(position, conv, ssm), (*kv, tail), tier)
+        return PrefixHit(position, Snapshot(position, *recurrent), (*kv, tail), tier)
 
     def _fetch(self, keys: Sequence[str], tensors: int, where: dict[str, int], loaded: dict[str, _Loaded]) -> None:
         """Add to `loaded` what can be had of `keys`, values of that many tensors; the rest leaves `where`."""

@@ -2,7 +2,8 @@
 
 Pure functions of the tokens, the boundaries and the settings: the same prompt has the same plan whether or not a state
 is found, so a cached answer and an uncached one are computed in the same steps. A key covers all tokens before its
-position, all cuts between them, the model (fingerprint) and the tenant (salt): equal keys mean equal bits.
+position, all cuts between them, those where the state was rounded, the model (fingerprint) and the tenant (salt): equal
+keys mean equal bits.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class PlanSettings:
     """`min_snapshot_distance`: boundaries nearer than this to the last chosen one get neither cut nor snapshot, the
     last boundary excepted. `sparse_snapshot_tokens`: distance of snapshots in long stretches without a boundary, to
     resume after a restart; 0 means none. All in tokens; segments and sparse snapshots lie on one grid.
+    `int8_snapshots`: snapshots are rounded, and whatever is computed behind them goes on from the rounded state.
 
     Raises ValueError when the grids do not fit each other.
     """
@@ -35,6 +37,7 @@ class PlanSettings:
     segment_tokens: int = 512
     min_snapshot_distance: int = 2048
     sparse_snapshot_tokens: int = 8192
+    int8_snapshots: bool = False
 
     def __post_init__(self) -> None:
         if self.block_tokens < 1 or self.segment_tokens < 1 or self.min_snapshot_distance < 0:
@@ -86,7 +89,8 @@ def plan_prefix(
     num_tokens, grid = len(token_ids), settings.segment_tokens
     snapshots = choose_snapshots(num_tokens, boundaries, settings)
     cuts = sorted({*range(grid, num_tokens, grid), *snapshots, num_tokens})
-    block_keys, snapshot_keys = _chain_keys(root, token_ids, cuts, snapshots, settings.block_tokens)
+    rounded = snapshots if settings.int8_snapshots else []
+    block_keys, snapshot_keys = _chain_keys(root, token_ids, cuts, snapshots, rounded, settings.block_tokens)
     return PrefixPlan(
         num_tokens, tuple(cuts), settings.block_tokens, block_keys, snapshot_keys, dict(tags or {}), epoch
     )
@@ -134,19 +138,27 @@ def state_fingerprint(checkpoint: Path, quantization: str | None, layout: bytes)
 
 
 def _chain_keys(
-    root: bytes, token_ids: Sequence[int], cuts: Sequence[int], snapshots: Sequence[int], block_tokens: int
+    root: bytes,
+    token_ids: Sequence[int],
+    cuts: Sequence[int],
+    snapshots: Sequence[int],
+    rounded: Sequence[int],
+    block_tokens: int,
 ) -> tuple[tuple[str, ...], dict[int, str]]:
     """Keys of the full blocks before the last snapshot, and of the snapshots.
 
     A block's key covers the cuts inside it and the first one at or behind its end, since a block's bits depend on the
-    segments that computed it. A snapshot inside a block continues the chain over its tail.
+    segments that computed it, and `rounded` positions up to its last token. A snapshot inside a block continues the
+    chain over its tail.
     """
     end_of_use = max(snapshots, default=0)
     tokens = np.asarray(token_ids[:end_of_use], dtype="<i4")
 
     def link(previous: bytes, start: int, end: int) -> bytes:
         seen_cuts = np.asarray(cuts[bisect_right(cuts, start) : bisect_left(cuts, end) + 1], dtype="<i4")
+        seen_rounded = np.asarray(rounded[bisect_left(rounded, start) : bisect_left(rounded, end)], dtype="<i4")
         data = struct.pack("<I", end - start) + tokens[start:end].tobytes() + seen_cuts.tobytes()
+        data += seen_rounded.tobytes()
         return hashlib.blake2b(data, key=previous, digest_size=16).digest()
 
     ends = range(block_tokens, end_of_use + 1, block_tokens)

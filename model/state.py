@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from model.config import JambaConfig
+from model.ssm_rounding import dequantize_ssm, quantize_ssm
 
 _HEADER = struct.Struct("<8s16s16sQ16x")  # magic, layout fingerprint, checksum, num_tokens: 64 bytes
 _MAGIC = b"jambast1"
@@ -76,11 +77,16 @@ class Snapshot:
 
     num_tokens: int
     conv: Tensor  # (n_mamba, e, w-1)
-    ssm: Tensor  # (n_mamba, e, n) float32
+    ssm: Tensor  # (n_mamba, e, n) float32, or int8 with a scale
+    scale: Tensor | None = None  # (n_mamba, e, 1), see ssm_rounding.py
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.conv, self.ssm) if self.scale is None else (self.conv, self.ssm, self.scale)
 
     @property
     def nbytes(self) -> int:
-        return self.conv.nbytes + self.ssm.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 class HybridState:
@@ -132,8 +138,12 @@ class HybridState:
             raise ValueError(f"KV of tokens {start}..{end} asked of a state that has seen {self.num_tokens}")
         return self._kv[:, :, start:end].clone(memory_format=torch.contiguous_format)
 
-    def snapshot(self) -> Snapshot:
-        """A copy of the recurrent part, as it is now."""
+    def snapshot(self, int8: bool = False) -> Snapshot:
+        """A copy of the recurrent part, as it is now. With `int8` its SSM is rounded, and this state's with it."""
+        if int8:
+            ssm, scale = quantize_ssm(self.ssm)
+            dequantize_ssm(ssm, scale, out=self.ssm)
+            return Snapshot(self.num_tokens, self.conv.clone(), ssm, scale)
         return Snapshot(self.num_tokens, self.conv.clone(), self.ssm.clone())
 
     def restore(self, snapshot: Snapshot, kv: Sequence[Tensor]) -> None:
@@ -148,13 +158,16 @@ class HybridState:
             raise ValueError(f"KV of {covered} tokens does not cover the snapshot's {snapshot.num_tokens}")
         layout = self.layout
         _check_fit("conv", snapshot.conv, layout.conv_shape, layout.conv_dtype)
-        _check_fit("ssm", snapshot.ssm, layout.ssm_shape, torch.float32)
+        _check_fit("ssm", snapshot.ssm, layout.ssm_shape, torch.float32 if snapshot.scale is None else torch.int8)
         for piece in kv:
             _check_fit("KV", piece, layout.kv_shape(piece.shape[2]), layout.kv_dtype)
         self.reserve(covered)
         self._fill_kv([piece for piece in kv if piece.shape[2]], covered)
         self.conv.copy_(snapshot.conv)
-        self.ssm.copy_(snapshot.ssm)
+        if snapshot.scale is None:
+            self.ssm.copy_(snapshot.ssm)
+        else:
+            dequantize_ssm(snapshot.ssm, snapshot.scale, out=self.ssm)
         self.num_tokens = covered
 
     def to_bytes(self) -> bytes:

@@ -20,7 +20,8 @@ from torch import Tensor
 _MAGIC = b"JAMBAST1"
 _PRELUDE = struct.Struct("<8sIIQ")
 _ALIGN = 64
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+_KEPT = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _KEPT}
 
 
 class DamagedValue(ValueError):

@@ -29,6 +29,28 @@ async def test_a_service_goes_on_without_a_redis_that_it_cannot_trust(tiny_check
         assert all_keys(server) == []
 
 
+@pytest.mark.anyio
+async def test_int8_snapshots_come_back_after_a_restart_and_are_not_read_by_a_service_without_them(
+    tiny_checkpoint, tmp_path
+):
+    with running_server() as server:
+        answers = []
+        for dtype in ("int8", "int8", "float32"):
+            settings = make_settings(
+                tiny_checkpoint,
+                tmp_path / "data",
+                redis={"url": server.connection_url, "timeout_s": 5},
+                cache={"snapshot_dtype": dtype},
+            )
+            async with running_service(settings) as client:
+                await client.upload("lighthouse.md", LIGHTHOUSE)
+                answers.append(await client.ask("When was it built?"))
+        first, again, without = answers
+        assert first["cache"]["tier"] == without["cache"]["tier"] == "none"
+        assert again["cache"]["tier"] == "redis" and again["usage"]["cached_input_tokens"] > 0
+        assert (again["text"], again["citations"]) == (first["text"], first["citations"])
+
+
 def test_what_is_no_address_stops_the_start_and_is_not_repeated(tiny_checkpoint, tmp_path):
     settings = make_settings(tiny_checkpoint, tmp_path, redis={"url": "redis://me:s3cr3t/x@host"})
     with pytest.raises(SettingsError, match="JAMBA_RAG_REDIS__URL is not the address of a Redis server") as refused:

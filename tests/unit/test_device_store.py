@@ -42,8 +42,8 @@ def device(model) -> torch.device:
 def make_engine(model):
     engines = []
 
-    def make(*stores: object, fingerprint: bytes = b"model") -> JambaEngine:
-        cache = PrefixCache(stores, fingerprint, SMALL)
+    def make(*stores: object, fingerprint: bytes = b"model", int8: bool = False) -> JambaEngine:
+        cache = PrefixCache(stores, fingerprint, replace(SMALL, int8_snapshots=int8))
         engines.append(JambaEngine(model, TOKENIZER, cache, max_context_tokens=2000))
         return engines[-1]
 
@@ -118,16 +118,17 @@ def test_room_is_made_only_where_it_helps():
     assert (store.stats()["bytes"], store.stats()["evicted"]) == (40, 1)
 
 
+@pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
 @pytest.mark.parametrize("max_bytes", [1 << 26, 150_000, 20_000])
 @pytest.mark.parametrize("below", ["nothing", "memory", "redis", "memory and redis"])
-def test_warm_answers_equal_cold_ones(make_engine, device, redis_store, below, max_bytes):
+def test_warm_answers_equal_cold_ones(make_engine, device, redis_store, below, max_bytes, int8):
     rng = random.Random(f"{below} {max_bytes}")
     stores: list = [named_store(max_bytes, device)]
     if "memory" in below:
         stores.append(MemoryStateStore(150_000))
     if "redis" in below:
         stores.append(WriteBehindStore(redis_store))
-    warm, cold = make_engine(*stores), make_engine()
+    warm, cold = make_engine(*stores, int8=int8), make_engine(int8=int8)
     tiers = set()
     for _ in range(14):
         one = random_request(rng)

@@ -73,11 +73,12 @@ def assert_same_bits(answer, expected) -> None:
     assert answer.text == expected.text
 
 
+@pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
 @pytest.mark.parametrize("distance", [0, 60])
 @pytest.mark.parametrize("tiers", ["memory", "small memory", "redis", "memory and redis", "small memory and redis"])
-def test_warm_answers_equal_cold_ones(make_engine, redis_store, tiers, distance):
+def test_warm_answers_equal_cold_ones(make_engine, redis_store, tiers, distance, int8):
     rng = random.Random(f"{tiers} {distance}")
-    settings = replace(SMALL, min_snapshot_distance=distance)
+    settings = replace(SMALL, min_snapshot_distance=distance, int8_snapshots=int8)
     stores = []
     if "memory" in tiers:
         stores.append(MemoryStateStore(150_000 if "small" in tiers else 1 << 26))
@@ -153,6 +154,40 @@ def test_nothing_crosses_tenants_or_models(make_engine, memory):
         run_one(make_engine(memory, fingerprint=b"new weights"), replace(one, salt=b"tenant a")).end.cached_tokens == 0
     )
     assert run_one(make_engine(memory), replace(one, salt=b"tenant a")).end.cached_tokens == one.boundaries[-1]
+
+
+@pytest.mark.parametrize("other", ["memory", "redis"])
+def test_int8_snapshots_and_others_do_not_see_each_other(make_engine, memory, redis_store, other):
+    store = memory if other == "memory" else redis_store
+    one = doc_request(TOKENIZER, DOCUMENTS[:3], "why?")
+    engines = [make_engine(store, settings=replace(SMALL, int8_snapshots=int8)) for int8 in (False, True)]
+    cached = [run_one(engine, one).end.cached_tokens for engine in (*engines, *engines)]
+    assert cached == [0, 0, one.boundaries[-1], one.boundaries[-1]]
+    plans = [engine.prefix_cache.plan(one.token_ids, one.boundaries) for engine in engines]
+    ours, theirs = (plan.snapshot_keys[one.boundaries[-1]] for plan in plans)
+    store.put_many([StateItem(theirs, store.get_many([ours])[0], one.tags)])  # as if the keys had been the same
+    run_one(engines[1], one)
+    assert engines[1].prefix_cache.stats()[0].damaged == 1
+
+
+def test_an_int8_snapshot_changes_the_answer_a_little_and_once(make_engine, memory):
+    """What is stored is smaller; an answer from it is that of the rounded state, not of the exact one."""
+    one = doc_request(TOKENIZER, DOCUMENTS[:3], "why?")
+    settings = replace(SMALL, int8_snapshots=True)
+    exact, small = make_engine(MemoryStateStore(1 << 26)), make_engine(memory, settings=settings)
+    answers = [run_one(small, one) for _ in range(3)]
+    for answer in answers:
+        assert_same_bits(answer, answers[0])
+    expected = run_one(exact, one)
+    assert expected.logprobs != answers[0].logprobs
+    assert answers[0].logprobs[0] == pytest.approx(expected.logprobs[0], abs=0.02)
+    sizes = []
+    for engine in (small, exact):
+        cache = engine.prefix_cache
+        key = cache.plan(one.token_ids, one.boundaries).snapshot_keys[one.boundaries[-1]]
+        (value,) = cache._stores[0].get_many([key])
+        sizes.append(len(value))
+    assert sizes[0] < 0.75 * sizes[1]  # a third of them is conv, tail and header here
 
 
 def test_a_restart_finds_the_states_in_redis_and_promotes_them(make_engine, redis_store, memory):

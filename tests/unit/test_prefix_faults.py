@@ -1,7 +1,7 @@
 """Random walks over all that may happen to prefix states; the oracle is the same answer without any cache.
 
-Two models, documents that come, change and go, restarts, eviction, damage in every tier, and a real server behind a
-proxy that is killed, cut off in the middle of a value, filled up and stalled.
+Two models, two forms of snapshots, documents that come, change and go, restarts, eviction, damage in every tier, and a
+real server behind a proxy that is killed, cut off in the middle of a value, filled up and stalled.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from model.state_store import MemoryStateStore, StateItem, WriteBehindStore
 
 TOKENIZER = byte_tokenizer()
 PREFIX = b"jamba-rag:"
+PLANS = [SMALL, replace(SMALL, int8_snapshots=True)]
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +40,11 @@ class World:
         torch.set_num_threads(1)
         self.rng, self.server, self.clock = random.Random(seed), server, Clock()
         self.proxy = FaultyProxy(port)
-        self.models, self.fingerprint = models, b"float32"
+        self.models, self.fingerprint, self.plan = models, b"float32", PLANS[seed % 2]
         self.cold = {
-            name: JambaEngine(model, TOKENIZER, PrefixCache((), name, SMALL), max_context_tokens=2000)
+            (name, plan): JambaEngine(model, TOKENIZER, PrefixCache((), name, plan), max_context_tokens=2000)
             for name, model in models.items()
+            for plan in PLANS
         }
         self.texts: dict[str, str] = {}
         self.gone: dict[str, list[EngineRequest]] = {}  # document -> prompts from before it changed or went
@@ -56,7 +58,7 @@ class World:
         self.redis = RedisStateStore(self.proxy.url, timeout_s=0.2, part_bytes=3000, clock=self.clock)
         self.behind = WriteBehindStore(self.redis)
         self.memory = MemoryStateStore(self.rng.choice([60_000, 200_000, 1 << 26]))
-        self.cache = PrefixCache([self.memory, self.behind], self.fingerprint, SMALL)
+        self.cache = PrefixCache([self.memory, self.behind], self.fingerprint, self.plan)
         model = self.models[self.fingerprint]
         self.warm = JambaEngine(model, TOKENIZER, self.cache, max_context_tokens=2000)
 
@@ -79,7 +81,7 @@ class World:
         """One to three questions at once, about what there is now."""
         requests = [self.request() for _ in range(self.rng.choice([1, 1, 1, 3]))]
         for answer, request in zip(run_all(self.warm, requests), requests, strict=True):
-            (expected,) = run_all(self.cold[self.fingerprint], [request])
+            (expected,) = run_all(self.cold[self.fingerprint, self.plan], [request])
             self.seen[answer.end.tier] += 1
             if len(requests) == 1:
                 assert answer.logprobs == expected.logprobs
@@ -135,7 +137,11 @@ class World:
         self.start()
 
     def change_model(self) -> None:
-        self.fingerprint = b"bfloat16" if self.fingerprint == b"float32" else b"float32"
+        """Or the form of its snapshots: the states of before are still in Redis."""
+        if self.rng.random() < 0.5:
+            self.plan = PLANS[1 - PLANS.index(self.plan)]
+        else:
+            self.fingerprint = b"bfloat16" if self.fingerprint == b"float32" else b"float32"
         self.restart()
 
     def evict(self) -> None:

@@ -53,6 +53,29 @@ def test_equal_keys_mean_equal_tokens_computed_in_equal_segments(one, other):
     assert all(len(meanings) == 1 for meanings in by_key.values())
 
 
+@given(PROMPTS, PROMPTS)
+def test_with_int8_snapshots_equal_keys_mean_rounded_at_the_same_places(one, other):
+    settings = replace(SETTINGS, int8_snapshots=True)
+    plans = [plan_prefix(ROOT, tokens, boundaries, settings) for tokens, boundaries in (one, other)]
+    by_key: dict[str, set] = {}
+    for plan, (tokens, _) in zip(plans, (one, other), strict=True):
+        ends = [((i + 1) * 8, key) for i, key in enumerate(plan.block_keys)] + list(plan.snapshot_keys.items())
+        for end, key in ends:
+            rounded = tuple(position for position in plan.snapshot_keys if position < end)
+            by_key.setdefault(key, set()).add((tuple(tokens[:end]), segments_until(plan.cuts, end), rounded))
+    assert all(len(meanings) == 1 for meanings in by_key.values())
+
+
+def test_a_cut_that_is_rounded_at_in_one_prompt_only_parts_them():
+    """At 16 both are cut; only where it is a boundary is a snapshot made."""
+    for int8 in (False, True):
+        settings = replace(SETTINGS, int8_snapshots=int8)
+        one, other = (plan_prefix(ROOT, [1] * 60, boundaries, settings) for boundaries in ([16, 50], [50]))
+        assert one.cuts == other.cuts
+        assert one.block_keys[:2] == other.block_keys[:2]
+        assert (one.block_keys[2:] == other.block_keys[2:]) is not int8
+
+
 def segments_until(cuts: tuple[int, ...], end: int) -> tuple[int, ...]:
     return tuple(cut for i, cut in enumerate(cuts) if i == 0 or cuts[i - 1] < end)
 
