@@ -1,7 +1,8 @@
 """Rows to train on: running text, and contexts of passages with several questions in turn.
 
 A context is a whole prompt of the service: system, documents, question, answer, the next question, … Some questions
-have lost their passage to near ones: their answer is `<|none|>`. Loss weights mark the answers. Start at `QaRows`.
+have lost their passage to near ones: their answer is `<|none|>`. Loss weights mark the answers, and each token of a
+quote or citation knows which token of the documents it repeats. Start at `QaRows`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -34,6 +35,18 @@ UNIT_BEHIND = re.compile(
 )
 # Kinds of target token. Answers weigh as much as their kind: where the document is chosen, the quote begins and ends.
 DECISIVE, ANSWER, QUESTION, TEXT, PADDING = 3.0, 1.0, 0.5, 0.0, -1.0
+
+
+NO_SOURCE = -1
+BEFORE_ANSWER, BEHIND_ANSWER = 16, 32  # tokens around an answer's first that tell what it answers
+
+
+class Place(NamedTuple):
+    """Where a passage stands in a prompt: its document's number and first token, and its own first token."""
+
+    ordinal: int
+    document: int
+    passage: int
 
 
 def load_pairs(path: Path) -> PairContexts:
@@ -79,35 +92,50 @@ class ContextRenderer:
     def __init__(self, tokenizer: Tokenizer, rephrase: bool = False) -> None:
         self.format, self.tokenizer, self.rephrase = ChatFormat(tokenizer), tokenizer, rephrase
 
-    def render(self, context: Context, max_tokens: int, rng: random.Random) -> tuple[list[int], list[float]]:
-        """Token ids and, for each, its kind; questions that no longer fit are left out."""
+    def render(self, context: Context, max_tokens: int, rng: random.Random) -> tuple[list[int], list[float], list[int]]:
+        """Token ids and, for each, its kind and its source: the place of the token it repeats, or NO_SOURCE.
+
+        Questions that no longer fit are left out.
+        """
         passages = [self.tokenizer.encode(text) for _, text in context.passages]
         groups = self._group_passages(context, rng)
         ceiling = 10 ** rng.uniform(0.0, 3.0)
         ordinals = sorted(rng.sample(range(1, max(int(ceiling), len(groups) + 1)), len(groups)))
-        ids, ordinal_of = self.format.system(), {}
+        ids, places = self.format.system(), dict[int, Place]()
         for ordinal, group in zip(ordinals, groups, strict=True):
+            start = len(ids)
             ids += self.format.document(ordinal, context.passages[group[0]][0], [passages[i] for i in group])
-            ordinal_of |= dict.fromkeys(group, ordinal)
-        kinds = [TEXT] * len(ids)
+            end = len(ids) - 1  # of the last passage: then the document closes
+            for i in reversed(group):
+                places[i] = Place(ordinal, start, end - len(passages[i]))
+                end = places[i].passage - 1  # a gap between two
+        kinds, sources = [TEXT] * len(ids), [NO_SOURCE] * len(ids)
         for question in context.questions:
             asked = self.format.ask(rephrase(question.text, rng) if self.rephrase else question.text)
-            answer = self._answer(context, question, ordinal_of)
-            if answer is None or len(ids) + len(asked) + len(answer) > max_tokens:
+            answer = self._answer(context, question, places)
+            if answer is None or len(ids) + len(asked) + len(answer[0]) > max_tokens:
                 continue
-            ids += [*asked, *answer]
-            kinds += [QUESTION] * len(asked) + self._kinds(answer)
-        return ids[:max_tokens], kinds[:max_tokens]
+            ids += [*asked, *answer[0]]
+            kinds += [QUESTION] * len(asked) + self._kinds(answer[0])
+            sources += [NO_SOURCE] * len(asked) + answer[1]
+        return ids[:max_tokens], kinds[:max_tokens], sources[:max_tokens]
 
-    def _answer(self, context: Context, question: Question, ordinal_of: dict[int, int]) -> list[int] | None:
+    def _answer(
+        self, context: Context, question: Question, places: Mapping[int, Place]
+    ) -> tuple[list[int], list[int]] | None:
+        """The answer's tokens and their sources."""
         if question.answer is None:
-            return self.format.no_answer()
+            answer = self.format.no_answer()
+            return answer, [NO_SOURCE] * len(answer)
         text = context.passages[question.passage][1]
         found = covering_tokens(self.tokenizer, text, question.start, question.start + len(question.answer))
         if found is None:
             return None
-        ids, first, last = found
-        return self.format.quoted_answer(ids[first:last], ordinal_of[question.passage])
+        (ids, first, last), place = found, places[question.passage]
+        answer = self.format.quoted_answer(ids[first:last], place.ordinal)
+        cited = range(place.document + 1, place.document + 1 + len(self.format.citation(place.ordinal)))
+        sources = [NO_SOURCE, *range(place.passage + first, place.passage + last), NO_SOURCE, *cited, NO_SOURCE]
+        return answer, sources
 
     def _kinds(self, answer: list[int]) -> list[float]:
         """Decisive: quote or none, the quote's first token and its end, and the citation."""
@@ -230,18 +258,19 @@ class QaRows:
         self.renderer = ContextRenderer(tokenizer, rephrase=True)
         self.pairs, self.cloze, self.statements = pairs, ClozeContexts(texts), StatementContexts(texts)
 
-    def row(self, rng: random.Random, length: int, progress: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-        """(length + 1,) token ids int64 and kinds float32 of one context that fills most of the row."""
+    def row(self, rng: random.Random, length: int, progress: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(length + 1,) token ids int64, kinds float32, sources int64 of one context that fills most of the row."""
         shares = {kind: (1 - progress) * self.FIRST[kind] + progress * self.LAST[kind] for kind in self.FIRST}
-        ids, kinds = [], []
+        ids, kinds, sources = [], [], []
         while max(kinds, default=TEXT) < ANSWER:
             chars = int(length * rng.uniform(1.8, 2.6) if length <= 512 else length * rng.uniform(2.6, 3.4))
             context = self._context(rng, shares, chars, shortest=60 if rng.random() > progress else 250)
-            ids, kinds = self.renderer.render(context, length + 1, rng)
+            ids, kinds, sources = self.renderer.render(context, length + 1, rng)
         row = np.zeros(length + 1, dtype=np.int64)
         marks = np.full(length + 1, PADDING, dtype=np.float32)
-        row[: len(ids)], marks[: len(ids)] = ids, kinds
-        return row, marks
+        origins = np.full(length + 1, NO_SOURCE, dtype=np.int64)
+        row[: len(ids)], marks[: len(ids)], origins[: len(ids)] = ids, kinds, sources
+        return row, marks, origins
 
     def _context(self, rng: random.Random, shares: Mapping[str, float], max_chars: int, shortest: int) -> Context:
         """Contexts of one kind or several, together of about `max_chars`."""
@@ -267,6 +296,30 @@ class QaRows:
             return templated_context(rng, max_chars, host=host)
         part = self.pairs.draw(rng, max_chars)
         return ask_more(part, rng) if rng.random() < 0.6 else part
+
+
+def copies(row: tuple[np.ndarray, np.ndarray, np.ndarray], count: int) -> np.ndarray:
+    """Where a row's answers repeat its documents, decisive tokens first: (count, 4) float32 for `losses.attention_to`.
+
+    The query is the token before the one that is repeated, its key the token that is.
+    """
+    _, kinds, sources = row
+    places = np.flatnonzero(sources != NO_SOURCE)
+    places = places[np.argsort(-kinds[places], kind="stable")][:count]
+    made = np.zeros((count, 4), dtype=np.float32)
+    made[: len(places)] = np.stack([places - 1, sources[places], sources[places] + 1, kinds[places]], axis=1)
+    return made
+
+
+def findings(row: tuple[np.ndarray, np.ndarray, np.ndarray], count: int) -> np.ndarray:
+    """Each `<|answer|><|quote|>`, and the neighbourhood of what is quoted then: as `copies` gives them."""
+    _, kinds, sources = row
+    begun = np.flatnonzero((sources[2:] != NO_SOURCE) & (kinds[:-2] == QUESTION)) + 2  # the first token of each quote
+    made = np.zeros((count, 4), dtype=np.float32)
+    for i, at in enumerate(begun[: count // 2]):
+        near = max(0, sources[at] - BEFORE_ANSWER), min(sources[at] + BEHIND_ANSWER, at - 2)
+        made[2 * i : 2 * i + 2] = [(at - 2, *near, 1.0), (at - 1, *near, 1.0)]
+    return made
 
 
 class TextRows:

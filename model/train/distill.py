@@ -1,8 +1,9 @@
 """Second stage, end to end: the hybrid keeps the teacher's language and learns the task.
 
-Every step sees running text (KL to the teacher, hidden states, cross entropy) and contexts with questions (cross
-entropy on the answers). Rotary positions fade out over the first `--rope-until` of the time; the last `--quant-from`
-trains at the weights the shipped format will hold. Run: `torchrun --nproc-per-node N -m model.train.distill --help`.
+Every step sees running text (KL to the teacher, hidden states, cross entropy) and contexts with questions: cross
+entropy on the answers, and where one attention layer should look to find, another to copy. Rotary positions fade out
+over the first `--rope-until` of the time; the last `--quant-from` trains at the weights the shipped format will hold.
+Run: `torchrun --nproc-per-node N -m model.train.distill --help`.
 """
 
 from __future__ import annotations
@@ -24,28 +25,34 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from model.jamba import Jamba
 from model.tokenizer import Tokenizer
 from model.train import evaluate
-from model.train.data import ANSWER, QUESTION, TEXT, QaRows, TextRows, load_pairs
+from model.train.data import ANSWER, QUESTION, TEXT, QaRows, TextRows, copies, findings, load_pairs
 from model.train.export import fake_quantize
 from model.train.forward import accelerate, forward_hidden, set_rope
-from model.train.losses import distillation, weighted_cross_entropy, weighted_distillation
+from model.train.losses import attention_to, distillation, weighted_cross_entropy, weighted_distillation
 from model.train.surgery import build_student, build_teacher
 from model.train.tokens import read_texts
 from model.train.trainer import Cluster, Log, MasterAdamW, load_into, worker_random
+from model.weights import load_model
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384)
 LENGTH_SHARES = (0.2, 0.36, 0.26, 0.12, 0.06, 0.0)
 LATE_SHARES = (0.14, 0.28, 0.22, 0.14, 0.12, 0.1)  # from --long-from on: needles far away, too
 TAPS = (5, 11, 17, 23, 29)
+FINDING, COPYING = 12, 20  # attention layers; the second came to copy by itself
+QUERIES = {FINDING: 1024, COPYING: 2048}  # a step, at most
 
 
 class Steps(IterableDataset):
-    """Yields a step's rows: text (rows, length + 1) and questions (rows, l + 1) with their kinds; l varies by step."""
+    """Yields a step's rows: text (rows, length + 1), questions (rows, l + 1), their kinds, what they find and copy.
+
+    l varies by step; the last two are queries (rows, m, 4) of `losses.attention_to`.
+    """
 
     def __init__(self, args: argparse.Namespace, cluster: Cluster) -> None:
         self.args, self.rank, self.size = args, cluster.rank, cluster.size
         self.progress = multiprocessing.Value("d", 0.0)  # read by the workers: what to ask changes over the training
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def __iter__(self) -> Iterator[tuple[np.ndarray, ...]]:
         worker, args = get_worker_info(), self.args
         part, parts = self.rank * worker.num_workers + worker.id, self.size * worker.num_workers
         text = TextRows(args.tokens) if args.text_tokens else None
@@ -58,7 +65,9 @@ class Steps(IterableDataset):
             length = min(random.Random(args.seed * 7919 + step).choices(LENGTHS, shares)[0], args.qa_tokens)
             rows = [questions.row(rng, length, progress) for _ in range(max(1, args.qa_tokens // length))]
             lines = [text.row(rng, args.length) for _ in range(args.text_tokens // args.length)] if text else [[]]
-            yield np.stack(lines), np.stack([ids for ids, _ in rows]), np.stack([kinds for _, kinds in rows])
+            looks = [np.stack([draw(row, QUERIES[layer] // len(rows)) for row in rows])
+                     for draw, layer in ((findings, FINDING), (copies, COPYING))]  # fmt: skip
+            yield np.stack(lines), np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows]), *looks
             step += worker.num_workers
 
 
@@ -78,21 +87,38 @@ def text_loss(student: Jamba, teacher: Jamba, rows: Tensor, args: argparse.Names
     with torch.no_grad():
         other, theirs = forward_hidden(teacher, rows[:, :-1], taps)
     kl, ce = distillation(hidden, student.lm_head.weight, other, teacher.lm_head.weight, rows[:, 1:].flatten())
-    gaps = [relative_error(a, b) for a, b in zip(own, theirs, strict=True)]
+    gaps = [relative_error(own[i], theirs[i]) for i in taps]
     gap = torch.stack(gaps).mean() if gaps else torch.zeros((), device=rows.device)
     return args.kl * kl + args.ce * ce + args.hidden * gap, torch.stack([kl, ce, gap]).detach()
 
 
 def question_loss(
-    student: Jamba, tuned: Jamba | None, rows: Tensor, kinds: Tensor, args: argparse.Namespace
+    student: Jamba,
+    tuned: Jamba | None,
+    rows: Tensor,
+    kinds: Tensor,
+    args: argparse.Namespace,
+    looks: Sequence[Tensor] = (),
+    looks_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """rows, kinds (b, t + 1) -> loss, and (answers' cross entropy or mixture, hidden states' error) detached.
+    """rows, kinds (b, t + 1) -> loss, and (answers' cross entropy or mixture, hidden states' error, −log of the
+    attention where it should be: to find, to copy) detached.
 
     Answers count for one, by their kinds; a tenth of the other tokens for `args.text_weight`. With a tuned teacher all
     follow its distribution too, the answers mixed with the truth, and its hidden states at questions and answers.
+    `looks` are queries (b, m, 4) of the finding and of the copying layer.
     """
     taps = TAPS if tuned is not None and args.hidden > 0 else ()
-    hidden, own = forward_hidden(student, rows[:, :-1], taps)
+    inputs = (FINDING - 1, COPYING - 1) if looks else ()
+    hidden, kept = forward_hidden(student, rows[:, :-1], tuple({*taps, *inputs}))
+    own = [kept[i] for i in taps]
+    looked = torch.zeros(2, device=rows.device)
+    if looks:
+        layers = (student.layers[FINDING], student.layers[COPYING])
+        looked = torch.stack([
+            attention_to(layer, kept[i].unflatten(0, (len(rows), -1)), queries)
+            for layer, i, queries in zip(layers, inputs, looks, strict=True)
+        ])  # fmt: skip
     places, targets = kinds[:, 1:].flatten(), rows[:, 1:].flatten()
     answers = places * (places >= ANSWER)
     sampled = ((places >= TEXT) & (places < ANSWER)).float() * (torch.rand_like(places) < 0.1)
@@ -101,9 +127,10 @@ def question_loss(
     head, gap = student.lm_head.weight, torch.zeros((), device=rows.device)
     if tuned is None:
         loss = weighted_cross_entropy(hidden[chosen], head, targets[chosen], weights[chosen])
-        return loss, torch.stack([loss.detach(), gap])
+        return loss + looks_weight * looked.sum(), torch.stack([loss.detach(), gap, *looked.detach()])
     with torch.no_grad():
         other, theirs = forward_hidden(tuned, rows[:, :-1], taps)
+    theirs = [theirs[i] for i in taps]
     hard = (answers[chosen] > 0) * args.hard
     loss = weighted_distillation(
         hidden[chosen], head, other[chosen], tuned.lm_head.weight, targets[chosen], weights[chosen], hard
@@ -111,18 +138,25 @@ def question_loss(
     if taps:
         near = ((kinds[:, :-1].flatten() >= QUESTION) | (sampled > 0)).nonzero().squeeze(1)
         gap = torch.stack([relative_error(a[near], b[near]) for a, b in zip(own, theirs, strict=True)]).mean()
-    return loss + args.hidden * gap, torch.stack([loss.detach(), gap.detach()])
+    whole = loss + args.hidden * gap + looks_weight * looked.sum()
+    return whole, torch.stack([loss.detach(), gap.detach(), *looked.detach()])
 
 
 def rate_of(name: str) -> float:
-    """Mixers are new and learn faster; what came from the teacher moves less."""
-    return 1.0 if ".mamba." in name or ".router." in name else 0.5
+    """Mixers learn faster, and the few attention layers that must do what thirty did; the rest moves less."""
+    return 1.0 if ".mamba." in name or ".router." in name or ".self_attn." in name else 0.5
+
+
+def looks_weight(args: argparse.Namespace, share: float) -> float:
+    """Attention is led for the first 60% of the schedule, less and less until 80%, then free."""
+    return args.looks * min(1.0, max(0.0, (0.8 - share) / 0.2))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("gguf", "corpora", "tokens", "tokenizer", "pairs", "items", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, help="float checkpoint to start from, e.g. of `convert --to fp32`")
     parser.add_argument("--weights", type=Path, nargs="*", default=[], help="saved masters to start from, in order")
     parser.add_argument("--tuned", type=Path, help="masters of `model.train.tune`; taken up when the file appears")
     parser.add_argument("--seconds", type=float, default=300, help="wall clock of this call, its start not counted")
@@ -140,6 +174,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ce", type=float, default=0.1)
     parser.add_argument("--hidden", type=float, default=0.3)
     parser.add_argument("--aux", type=float, default=0.01)
+    parser.add_argument("--looks", type=float, default=0.1, help="weight of where attention should look")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--compile", action="store_true", help="compile norms and gates")
@@ -166,12 +201,15 @@ def main() -> None:
     run = Run(args, cluster)
     steps = Steps(args, cluster)
     loader = DataLoader(steps, batch_size=None, num_workers=args.workers, prefetch_factor=4, pin_memory=True)
+    ended = time.monotonic()
     for step, batch in enumerate(loader):
+        run.waited += time.monotonic() - ended
         share = run.share()
         if share >= args.to_share:
             break
         steps.progress.value = share
         run.step(step, share, [torch.as_tensor(x).to(cluster.device, non_blocking=True) for x in batch])
+        ended = time.monotonic()
         if args.profile and step == args.profile_from - 1:
             run.profile(loader, args.profile)
             return
@@ -188,6 +226,8 @@ class Run:
         self.teacher = build_teacher(args.gguf).requires_grad_(False)
         self.student = build_student(self.teacher).to(cluster.device)
         self.teacher.to(cluster.device, torch.bfloat16)
+        if args.checkpoint is not None:
+            self.student.load_state_dict(load_model(args.checkpoint, dtype=torch.float32).state_dict())
         for path in args.weights:
             load_into(self.student, path)
         self.optimizer = MasterAdamW(self.student, rate_of)
@@ -197,7 +237,7 @@ class Run:
         self.items = evaluate.load_items(args.items, self.tokenizer, args.eval_items)
         self.tuned, self.start, self.tokens, self.seconds = None, None, 0, args.seconds
         self.losses: list[Tensor] = []
-        self.saved = self.scored = 0.0
+        self.saved = self.scored = self.waited = 0.0
 
     def elapsed(self) -> float:
         """Seconds since the first call: the first rows and the compiler's work are not the stage's."""
@@ -214,14 +254,15 @@ class Run:
 
     def step(self, step: int, share: float, batch: list[Tensor]) -> None:
         """One update; every 20 steps what is written, watched and saved."""
-        args, (text, rows, kinds) = self.args, batch
+        args, (text, rows, kinds, *looks) = self.args, batch
         set_rope(self.student, max(0.0, 1.0 - share / args.rope_until) if args.rope_until > 0 else 0.0)
         parts = torch.zeros(3, device=rows.device)
         if share < args.text_until or step % 3 == 0:
             loss, parts = text_loss(self.student, self.teacher, text, args)
             (loss + self.student.load_balancing_loss(args.aux)).backward()
             self.tokens += text.numel() * self.cluster.size
-        loss, answers = question_loss(self.student, self.tuned, rows, kinds, args)
+        weight = looks_weight(args, share)
+        loss, answers = question_loss(self.student, self.tuned, rows, kinds, args, looks if weight > 0 else (), weight)
         (loss + self.student.load_balancing_loss(args.aux)).backward()
         self.tokens += rows.numel() * self.cluster.size
         self.cluster.mean_gradients([p for p in self.optimizer.parameters if p.grad is not None])
@@ -236,10 +277,12 @@ class Run:
         recent, self.losses = torch.stack(self.losses).tolist(), []
         texts, use = [row for row in recent if row[0] > 0], self.student.expert_utilisation()
         kl, ce, gap = (sum(row[i] for row in texts) / max(1, len(texts)) for i in range(3))
-        answer, near = (sum(row[i] for row in recent) / len(recent) for i in (3, 4))
+        answer, near, find, copy = (sum(row[i] for row in recent) / len(recent) for i in range(3, 7))
+        waited, self.waited = self.waited, 0.0
         self.log.write(stage="distill", step=step, share=share, tokens=self.tokens,
                        tok_per_s=self.tokens / max(self.elapsed(), 1e-9), kl=kl, ce=ce, hidden=gap, answer=answer,
-                       hidden_qa=near, norm=norm.item(), tuned=int(self.tuned is not None),
+                       hidden_qa=near, find=find, copy=copy, waited=waited, norm=norm.item(),
+                       tuned=int(self.tuned is not None),
                        expert_min=use.min().item(), expert_max=use.max().item())  # fmt: skip
 
     def watch(self) -> None:

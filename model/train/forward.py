@@ -6,7 +6,7 @@ a backward that gathers instead of adding up. Results and gradients stay the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,14 +31,14 @@ class Rows(Batch):
         return torch.arange(self.groups[0].t, device=self.device).repeat(self.groups[0].b)
 
 
-def forward_hidden(model: Jamba, token_ids: Tensor, taps: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
-    """token_ids (b, t) -> final hidden states (b·t, d) before the head, and those after the layers in `taps`."""
+def forward_hidden(model: Jamba, token_ids: Tensor, taps: Collection[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+    """token_ids (b, t) -> final hidden states (b·t, d) before the head, and those after each layer in `taps`."""
     batch = Rows.fresh(*token_ids.shape, token_ids.device)
-    x, kept = model.embed_tokens(token_ids.flatten()), []
+    x, kept = model.embed_tokens(token_ids.flatten()), {}
     for i, layer in enumerate(model.layers):
         x = layer(x, batch)
         if i in taps:
-            kept.append(x)
+            kept[i] = x
     return model.final_layernorm(x), kept
 
 

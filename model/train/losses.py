@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from model.jamba import JambaLayer
+
 CHUNK_TOKENS = 8192
 
 
@@ -48,3 +50,25 @@ def weighted_distillation(
 
     pieces = zip(*(x.split(CHUNK_TOKENS) for x in (hidden, teacher, targets, weights, hard)), strict=True)
     return torch.stack([checkpoint(chunk_loss, *piece, use_reentrant=False) for piece in pieces]).sum()
+
+
+def attention_to(layer: JambaLayer, x: Tensor, queries: Tensor) -> Tensor:
+    """How much an attention layer looks where it should: the mean over queries of −log of its best head's share.
+
+    x (b, t, d) is the layer's input, queries (b, m, 4) float32: place of the query, first and end of the keys it should
+    look at, weight (0: none). No positions. -> scalar float32.
+    """
+    at, first, end = (queries[..., i].long() for i in range(3))
+    normed = layer.input_layernorm(x)
+    attention = layer.self_attn
+    keys = attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim))
+    asked = attention.q_proj(normed.gather(1, at[..., None].expand(-1, -1, x.shape[-1])))
+    asked = asked.unflatten(-1, (keys.shape[2], -1, attention.head_dim))  # (b, m, g, h/g, p)
+    scores = torch.einsum("bmghp,btgp->bmght", asked, keys).flatten(2, 3).float() * attention.head_dim**-0.5
+    places = torch.arange(x.shape[1], device=x.device)
+    future = places > at[..., None]  # (b, m, t)
+    wanted = (places >= first[..., None]) & (places < end[..., None])
+    scores = scores.masked_fill(future[:, :, None], float("-inf"))
+    lost = scores.logsumexp(-1) - scores.masked_fill(~wanted[:, :, None], -1e4).logsumexp(-1)  # (b, m, h)
+    weights = queries[..., 3]
+    return (lost.amin(-1) * weights).sum() / weights.sum().clamp(min=1)

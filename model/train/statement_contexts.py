@@ -61,7 +61,7 @@ class StatementContexts:
         """A context of about `max_chars` in passages of `shortest` to 1,100 characters; None where nothing fits."""
         title, text = rng.choice(self.texts)
         passages = self._passages(title, text, max_chars, rng.randint(shortest, max(shortest + 1, 1100)), rng)
-        chosen = choose_facts(passages, rng, limit=2 + max_chars // 160)
+        chosen = choose_facts(passages, rng, limit=2 + max_chars // 110)
         if not chosen:
             return None
         lost = {at for at, _ in chosen if len(passages) > 2 and rng.random() < 0.13}
@@ -121,8 +121,8 @@ class StatementContexts:
 
 
 def ask_more(context: Context, rng: random.Random) -> Context:
-    """The context with rule-made questions on its passages besides its own, about one in 250 characters."""
-    chosen = choose_facts(context.passages, rng, limit=context.chars // 250)
+    """The context with rule-made questions on its passages besides its own, about one in 160 characters."""
+    chosen = choose_facts(context.passages, rng, limit=context.chars // 160)
     more = tuple(Question(fact.question, fact.answer, at, fact.start) for at, fact in chosen)
     return replace(
         context, questions=tuple(rng.sample([*context.questions, *more], len(context.questions) + len(more)))

@@ -43,6 +43,8 @@ class Cluster:
             return
         for dtype in (torch.bfloat16, torch.float32):  # in one order everywhere: the processes wait for each other
             grads = [p.grad for p in parameters if p.dtype == dtype]
+            if not grads:
+                continue
             flat = torch._utils._flatten_dense_tensors(grads)
             self._average(flat)
             torch._foreach_copy_(grads, list(torch._utils._unflatten_dense_tensors(flat, grads)))

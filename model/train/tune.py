@@ -56,7 +56,7 @@ def main() -> None:
         if share >= 1:
             break
         steps.progress.value = share
-        rows, kinds = (torch.as_tensor(x).to(cluster.device, non_blocking=True) for x in batch[1:])
+        rows, kinds = (torch.as_tensor(x).to(cluster.device, non_blocking=True) for x in batch[1:3])
         loss, parts = question_loss(model, None, rows, kinds, args)
         loss.backward()
         cluster.mean_gradients([p for p in optimizer.parameters if p.grad is not None])

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,17 @@ from model.tokenizer import Tokenizer
 from model.train import losses, smollm2, surgery
 from model.train.cloze import ClozeContexts
 from model.train.contexts import Context, Question, merge_contexts
-from model.train.data import ANSWER, TEXT, ContextRenderer, PairContexts, covering_tokens
+from model.train.data import (
+    ANSWER,
+    DECISIVE,
+    NO_SOURCE,
+    TEXT,
+    ContextRenderer,
+    PairContexts,
+    copies,
+    covering_tokens,
+    findings,
+)
 from model.train.export import fake_quantize, storage_of
 from model.train.tokenizer_cut import SPECIAL_TOKENS
 from model.train.trainer import MasterAdamW
@@ -150,7 +161,7 @@ def test_what_the_shipped_format_rounds_is_whole_steps_of_its_largest(name, kind
 def test_a_rendered_context_quotes_its_passage_and_cites_its_document(tokenizer):
     passages = (("Pumps", "The P-7 pump weighs 31 kg."), ("Valves", "Valve V2 opens at 6 bar."))
     questions = (Question("How heavy is the P-7?", "31 kg", 0, 20), Question("Who makes V2?", None, -1, -1))
-    ids, kinds = ContextRenderer(tokenizer).render(Context(passages, questions), 4096, random.Random(3))
+    ids, kinds, _ = ContextRenderer(tokenizer).render(Context(passages, questions), 4096, random.Random(3))
     text = tokenizer.decode(ids, skip_special=False)
     assert "<|answer|><|none|><|im_end|>" in text
     cited = text.split("<|/quote|>")[1].split("<|im_end|>")[0]
@@ -158,6 +169,65 @@ def test_a_rendered_context_quotes_its_passage_and_cites_its_document(tokenizer)
     answers = [tokenizer.decode([i], skip_special=False) for i, kind in zip(ids, kinds, strict=True) if kind >= ANSWER]
     assert "".join(answers).replace(" ", "").startswith("<|quote|>31kg<|/quote|>")
     assert kinds[0] == TEXT and len(ids) == len(kinds)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_each_token_of_a_quote_and_a_citation_knows_what_it_repeats(tokenizer, seed):
+    passages = tuple((f"Part {i}", f"The pump P{i} weighs {31 + i} kg. It opens at {i} bar.") for i in range(5))
+    questions = tuple(Question(f"How heavy is P{i}?", f"{31 + i} kg", i, 20) for i in range(5))
+    questions += (Question("Who makes V2?", None, -1, -1),)
+    ids, kinds, sources = ContextRenderer(tokenizer).render(Context(passages, questions), 4096, random.Random(seed))
+    assert len(sources) == len(ids)
+    answers = tokenizer.decode(ids, skip_special=False).split("<|quote|>")[1:]
+    repeated = [at for at, source in enumerate(sources) if source != NO_SOURCE]
+    assert all(ids[at] == ids[sources[at]] and sources[at] < at and kinds[at] >= ANSWER for at in repeated)
+    quoted = tokenizer.decode([ids[at] for at in repeated]).replace(" ", "")
+    assert quoted == "".join(re.sub(r"<\|/quote\|>|<\|im_end\|>.*| ", "", answer, flags=re.S) for answer in answers)
+
+
+def rendered_row(tokenizer, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    passages = tuple((f"Part {i}", f"The pump P{i} weighs {31 + i} kg. It opens at {i} bar.") for i in range(5))
+    questions = (Question("Who makes V2?", None, -1, -1), Question("How heavy is P3?", "34 kg", 3, 20))
+    row = ContextRenderer(tokenizer).render(Context(passages, questions), 4096, random.Random(seed))
+    return tuple(map(np.array, row))
+
+
+def test_what_attention_should_copy_is_the_next_token(tokenizer):
+    ids, kinds, sources = rendered_row(tokenizer, 1)
+    looks = copies((ids, kinds, sources), 16)
+    used = looks[looks[:, 3] > 0].astype(int)
+    assert len(used) == (sources != NO_SOURCE).sum()
+    assert all(ids[at + 1] == ids[first] and end == first + 1 and weight == kinds[at + 1]
+               for at, first, end, weight in used)  # fmt: skip
+    assert used[0, 3] == DECISIVE and len(copies((ids, kinds, sources), 2)) == 2
+
+
+def test_what_attention_should_find_is_around_the_answer(tokenizer):
+    row = rendered_row(tokenizer, 1)
+    looks = findings(row, 16)
+    used = looks[looks[:, 3] > 0].astype(int)
+    text = [tokenizer.decode([token], skip_special=False) for token in row[0]]
+    assert [text[at] for at in used[:, 0]] == ["<|answer|>", "<|quote|>"]
+    assert all("34" in "".join(text[first:end]) for _, first, end, _ in used)
+
+
+def test_attention_that_looks_where_it_should_costs_nothing():
+    torch.manual_seed(0)
+    model = Jamba(small(rope_theta=None))
+    layer, x = model.layers[1], torch.randn(2, 12, 36, requires_grad=True)
+    queries = torch.tensor([[[9, 2, 5, 1], [4, 4, 5, 3]], [[11, 0, 12, 1], [0, 0, 0, 0]]], dtype=torch.float32)
+    q, k, _ = layer.self_attn.project(layer.input_layernorm(x).flatten(0, 1))
+    q, k = (y.unflatten(0, (2, 12)) for y in (q, k))
+    shares = torch.zeros(2, 2)
+    for row in range(2):
+        for i, (at, first, end, _) in enumerate(queries[row].int().tolist()):
+            heads = [(q[row, at, head] @ k[row, : at + 1, head // 3].T / 2).softmax(-1) for head in range(9)]
+            shares[row, i] = max(head[first:end].sum() for head in heads)
+    expected = -(shares[0, 0].log() + 3 * shares[0, 1].log() + shares[1, 0].log()) / 5
+    loss = losses.attention_to(layer, x, queries)
+    assert_close("loss", loss, expected, ratio=1e-5)
+    loss.backward()
+    assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
 
 
 def test_covering_tokens_refuse_a_span_that_cuts_a_token():
