@@ -43,6 +43,10 @@ class DataDir:
         return self.path / "faiss"
 
     @property
+    def words(self) -> Path:
+        return self.path / "words"
+
+    @property
     def audit(self) -> Path:
         return self.path / "audit"
 

@@ -29,6 +29,7 @@ from retrieval.embedder import MiniLMEmbedder
 from retrieval.index import FaissIndex, IndexDamaged
 from retrieval.store import DocumentStore
 from retrieval.types import Document
+from retrieval.words import WordIndex
 
 _MIN_FREE_BYTES = 1 << 30
 
@@ -281,6 +282,7 @@ def _examine_data(settings: Settings) -> list[Finding]:
         findings.append(_run("ingestion", lambda: _check_ingestion(store)))
         findings.append(_run("originals", lambda: _check_originals(store, settings.data_dir)))
         findings.append(_run("index", lambda: _check_index(store, settings.data_dir)))
+        findings.append(_run("words", lambda: _check_words(store, settings.data_dir / "words")))
     return findings
 
 
@@ -345,3 +347,20 @@ def _check_index(store: DocumentStore, data_dir: Path) -> str:
             f"the index has {index.count} chunks, the database {store.count_chunks()}; delete {data_dir / 'faiss'}"
         )
     return f"{index.count} chunks" + (", brought up to date" if behind else "")
+
+
+def _check_words(store: DocumentStore, directory: Path) -> str:
+    if not directory.is_dir():
+        return "to be made at the next start"
+    try:
+        words = WordIndex(directory)
+    except IndexDamaged as error:
+        return f"to be rebuilt at the next start ({error})"
+    if words.generation != store.generation():
+        return "behind the database; the next search brings it up to date"
+    if words.count != store.count_chunks():
+        raise CommandFailed(
+            f"the word index has {words.count} chunks, the database {store.count_chunks()}; stop the service and "
+            f"delete {directory}"
+        )
+    return f"{words.count} chunks"

@@ -59,6 +59,7 @@ from retrieval.index import FaissIndex, open_index
 from retrieval.rerank import CrossEncoderReranker
 from retrieval.search import FusionWeights, Retriever
 from retrieval.store import DocumentStore
+from retrieval.words import open_words
 
 log = logging.getLogger(__name__)
 
@@ -164,12 +165,13 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
     index = open_index(store, data_dir.index, embedder.dim, embedder.name)
     weights = FusionWeights(settings.retrieval.dense_weight, settings.retrieval.lexical_weight)
     reranker = open_reranker(settings.retrieval.reranker_path)
-    retriever = Retriever(store, index, embedder, weights, reranker)
+    words = open_words(store, data_dir.words)
+    retriever = Retriever(store, index, embedder, weights, reranker, words=words)
     advice = take_advice(settings.model.path, settings.answers)
     files = FileStore(data_dir.files)
     worker = IngestWorker(
         store,
-        index,
+        retriever,
         embedder,
         files,
         _ingest_limits(settings),

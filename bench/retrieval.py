@@ -27,11 +27,12 @@ from ingest.chunk import ChunkLimits, chunk_document
 from ingest.pipeline import fit_limits, text_to_embed, token_counter
 from retrieval.embedder import MiniLMEmbedder
 from retrieval.index import FaissIndex
-from retrieval.lexical import build_query, query_terms
+from retrieval.lexical import query_terms
 from retrieval.rerank import CrossEncoderReranker
 from retrieval.search import FusionWeights, Retriever, fuse_scores
-from retrieval.store import DocumentStore, Selection
+from retrieval.store import DocumentStore
 from retrieval.types import Chunk, SearchParams
+from retrieval.words import WordIndex
 
 LONG_WINDOW = 512  # positions that MiniLM has; its default is 256
 DEPTH = 100  # candidates of a half
@@ -111,9 +112,11 @@ def bench_size(run: BenchRun, questions: QuestionSet, size: int, reranker_dir: P
         corpus = fill_store(store, questions, size, embedder)
         index = FaissIndex(embedder.dim, embedder.name)
         index.catch_up(store)
-        found = [search_halves(store, index, embedder, question.text) for question in questions.questions]
+        words = WordIndex()
+        words.catch_up(store)
+        found = [search_halves(words, index, embedder, question.text) for question in questions.questions]
         weights = FusionWeights(candidates=DEPTH)
-        check_retriever(Retriever(store, index, embedder, weights), corpus, found, weights)
+        check_retriever(Retriever(store, index, embedder, weights, words=words), corpus, found, weights)
         rankings = {
             "dense": [rank({row: one.dense[row] for row in list(one.dense)[:DEPTH]}) for one in found],
             "lexical": [rank(one.lexical) for one in found],
@@ -123,7 +126,7 @@ def bench_size(run: BenchRun, questions: QuestionSet, size: int, reranker_dir: P
             "minmax": fuse_all(found, weights),
         }
         if reranker_dir:
-            retriever = Retriever(store, index, embedder, weights, CrossEncoderReranker(reranker_dir))
+            retriever = Retriever(store, index, embedder, weights, CrossEncoderReranker(reranker_dir), words=words)
             rankings["minmax, reranked"] = [search_rows(retriever, corpus, q.text, 50) for q in questions.questions]
         window = embedder.max_tokens
         store.close()
@@ -182,17 +185,16 @@ def embed_cached(texts: Sequence[str], embedder: MiniLMEmbedder) -> np.ndarray:
     return vectors
 
 
-def search_halves(store: DocumentStore, index: FaissIndex, embedder: MiniLMEmbedder, question: str) -> Found:
+def search_halves(words: WordIndex, index: FaissIndex, embedder: MiniLMEmbedder, question: str) -> Found:
     """The candidates of both halves and the cosines of those that only the lexical one found, best first."""
-    query = build_query(question)
-    lexical = dict(store.search_lexical(query, Selection(), DEPTH)) if query else {}
+    lexical = dict(words.search(query_terms(question), DEPTH))
     vector = embedder.embed_query(question)
     rows, scores = index.search(vector, DEPTH)
     dense = dict(zip(rows.tolist(), scores.tolist(), strict=True))
     if missing := sorted(lexical.keys() - dense.keys()):
         rows, scores = index.search(vector, len(missing), np.array(missing, dtype=np.int64))
         dense |= dict(zip(rows.tolist(), scores.tolist(), strict=True))
-    return Found(dense, lexical, store.expected_bm25(query_terms(question)))
+    return Found(dense, lexical, words.expected_score(query_terms(question)))
 
 
 def check_retriever(retriever: Retriever, corpus: Corpus, found: Sequence[Found], weights: FusionWeights) -> None:

@@ -21,7 +21,7 @@ import torch
 
 _ROOT = Path(__file__).parent.parent
 _RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "transformers", "numpy", "tokenizers", "faiss-cpu", "redis")
+_PACKAGES = ("torch", "transformers", "numpy", "tokenizers", "faiss-cpu", "tantivy", "redis")
 
 
 class BenchRun:

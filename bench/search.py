@@ -84,13 +84,14 @@ def bench_store(
         vectors = rng.standard_normal((len(texts), embedder.dim)).astype(np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         began = time.perf_counter()
-        _store_document(store, f"document-{start}.txt", texts, vectors, embedder.name)
+        store_document(store, f"document-{start}.txt", texts, vectors, embedder.name)
         times_s.append(time.perf_counter() - began)
     _add(run, f"store {CHUNKS_A_DOCUMENT} chunks", times_s, chunks_per_s=num_chunks / sum(times_s))
     return [str(query) for query in rng.choice(queries, num_queries)]
 
 
-def _store_document(store: DocumentStore, name: str, texts: list[str], vectors: np.ndarray, embedder_name: str) -> None:
+def store_document(store: DocumentStore, name: str, texts: list[str], vectors: np.ndarray, embedder_name: str) -> str:
+    """Make a document of these chunks; returns its id."""
     text = "\n\n".join(texts)
     document, _ = store.create_document("default", name, "text/plain", len(text), name)
     chunks, start = [], 0
@@ -98,6 +99,7 @@ def _store_document(store: DocumentStore, name: str, texts: list[str], vectors: 
         chunks.append(Chunk(f"{document.id}:{i}", document.id, i, start, start + len(piece), piece))
         start += len(piece) + 2
     store.replace_chunks(document.id, ParsedDocument(text), chunks, vectors, embedder_name, version=1)
+    return document.id
 
 
 def bench_index(run: BenchRun, store: DocumentStore, directory: Path, embedder: MiniLMEmbedder) -> FaissIndex:

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 
 from ingest.files import FileStore
 from ingest.parse import ParseError
-from ingest.pipeline import IngestEmbedder, IngestLimits, Job, ingest_document
-from retrieval.index import VectorIndex
+from ingest.pipeline import Index, IngestEmbedder, IngestLimits, Job, ingest_document
 from retrieval.store import DocumentStore, EmbedderMismatch, LeaseLost, StorageFull
 from retrieval.types import Document
 
@@ -42,7 +41,7 @@ class IngestWorker:
     def __init__(
         self,
         store: DocumentStore,
-        index: VectorIndex,
+        index: Index,
         embedder: IngestEmbedder,
         files: FileStore,
         limits: IngestLimits | None = None,

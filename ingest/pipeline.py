@@ -12,7 +12,6 @@ from ingest.files import FileStore
 from ingest.parse import ParseError
 from ingest.parse.child import ParseLimits, parse_in_child
 from retrieval.embedder import Embedder
-from retrieval.index import VectorIndex
 from retrieval.store import DocumentStore
 from retrieval.types import Chunk, Document, ParsedDocument, Stage
 
@@ -66,8 +65,14 @@ class Job:
         return report
 
 
+class Index(Protocol):
+    """What follows the store: a vector index, or all that a search needs (`retrieval.search.Retriever`)."""
+
+    def catch_up(self, source: DocumentStore) -> bool: ...
+
+
 def ingest_document(
-    job: Job, index: VectorIndex, embedder: IngestEmbedder, files: FileStore, limits: IngestLimits | None = None
+    job: Job, index: Index, embedder: IngestEmbedder, files: FileStore, limits: IngestLimits | None = None
 ) -> int:
     """Parse, chunk, embed, index one stored upload; returns its number of chunks. Safe to repeat.
 

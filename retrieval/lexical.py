@@ -1,7 +1,7 @@
-"""What lexical search indexes and asks for: plain text in, FTS5 text and FTS5 query out.
+"""What lexical search indexes and asks for: plain text in, folded text and terms out.
 
-FTS5's tokenizer splits on everything that is neither letter nor digit, and takes a run of Chinese or Japanese for one
-word; so such characters are set apart when indexed, and asked for as pairs. The statement is store_search.py's.
+A word is a run of letters and digits, which would make one of a run of Chinese or Japanese; so such characters are set
+apart when indexed, and asked for as pairs. Stemming and ranking are words.py's.
 """
 
 import itertools
@@ -14,6 +14,7 @@ _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U
 _UNSPACED_CHAR = re.compile(f"[{_UNSPACED}]")
 _PIECE = re.compile(f'([{_UNSPACED}]+)|([^\\s,;()\\[\\]{{}}<>|?!"“”„«»…，。、？！{_UNSPACED}]+)')
 _WORD = re.compile(r"[^\W_]+")
+_MARKS = re.compile("[\u0300-\u036f]")
 _IDENTIFIER = re.compile(r"[\d_.:@#=\\]")
 # Words in nearly every English passage: they cost most of a query's time and say nothing.
 _STOP_WORDS = frozenset(
@@ -26,15 +27,18 @@ _STOP_WORDS = frozenset(
 
 
 def index_text(text: str) -> str:
-    """Return what FTS5 is given for `text`: compatibility forms folded (ligatures, full width), CJK set apart."""
-    return _UNSPACED_CHAR.sub(r" \g<0> ", unicodedata.normalize("NFKC", text))
+    """Return what is indexed of `text`: compatibility forms (ligatures, full width) and accents folded, CJK set apart."""
+    if text.isascii():
+        return text
+    bare = _MARKS.sub("", unicodedata.normalize("NFKD", text))
+    return _UNSPACED_CHAR.sub(r" \g<0> ", unicodedata.normalize("NFC", bare))
 
 
 def query_terms(text: str) -> list[str]:
-    """Return the FTS5 phrases that any text asks for, without words that say nothing unless there are no others.
+    """Return the phrases that any text asks for, without words that say nothing unless there are no others.
 
-    Words of a piece held together by dots, dashes or underscores (`max_model_len`, `ERR-4012`, `3.2.1`) are asked for
-    as a phrase, hyphenated words singly too. Only letters, digits and marks of `text` reach FTS5, inside quotes.
+    A phrase is words with blanks between. Words of a piece held together by dots, dashes or underscores (`max_model_len`, `ERR-4012`, `3.2.1`) are asked for
+    as a phrase, hyphenated words singly too.
     """
     terms: dict[str, None] = {}
     for unspaced, piece in _PIECE.findall(unicodedata.normalize("NFKC", text[:_MAX_QUERY_CHARS])):
@@ -42,12 +46,7 @@ def query_terms(text: str) -> list[str]:
         if len(terms) >= MAX_QUERY_TERMS * 2:
             break
     wanted = [term for term in terms if term not in _STOP_WORDS] or list(terms)
-    return [f'"{term}"' for term in wanted[:MAX_QUERY_TERMS]]
-
-
-def build_query(text: str) -> str | None:
-    """Return an FTS5 query for any text, matching a chunk that has any of its `query_terms`; None if it has none."""
-    return " OR ".join(query_terms(text)) or None
+    return wanted[:MAX_QUERY_TERMS]
 
 
 def _piece_terms(piece: str) -> list[str]:

@@ -1,7 +1,7 @@
 """The schema, as numbered steps from an empty file; `PRAGMA user_version` counts the steps taken.
 
 A published step is never edited: a change of the schema is a new step at the end.
-Content (texts, chunks, vectors, words) belongs to the version of a document that answers now; `versions` also holds
+Content (texts, chunks, vectors) belongs to the version of a document that answers now; `versions` also holds
 the one that is still on its way. Row ids of chunks are never reused: FAISS knows chunks by them.
 """
 
@@ -61,6 +61,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
     # A word in the title or the headings says as much as one in the text: docs/retrieval.md.
     ("INSERT INTO chunk_words(chunk_words, rank) VALUES ('rank', 'bm25(1.0, 1.0)')",),
+    # Words are found in an index beside the database now, made from chunks: words.py.
+    ("DROP TABLE chunk_words",),
 )
 _APPLICATION_ID = 0x4A524147  # "JRAG", in the file's header: another program's database is not ours to change
 

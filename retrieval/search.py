@@ -13,13 +13,15 @@ import numpy as np
 
 from .embedder import Embedder
 from .index import VectorIndex
-from .lexical import build_query, query_terms
+from .lexical import query_terms
 from .rerank import Reranker, rerank
 from .store import DocumentStore, Selection
 from .types import Fusion, Hit, SearchParams
+from .words import WordIndex
 
 _RRF_OFFSET = 60  # Source: Cormack, Clarke, Buettcher 2009
 _KEPT_SELECTIONS = 16
+_COMMIT_EVERY_S = 2.0  # of the words of what is being ingested
 
 Scores = Mapping[int, float]
 
@@ -65,18 +67,30 @@ class Retriever:
         weights: FusionWeights | None = None,
         reranker: Reranker | None = None,
         rerank_hits: int = 50,
+        words: WordIndex | None = None,
     ) -> None:
-        """`reranker` orders the `rerank_hits` best anew. Raises EmbedderMismatch if the store's vectors are another
-        embedder's."""
+        """`reranker` orders the `rerank_hits` best anew; without `words` there is a word index in memory.
+
+        Raises EmbedderMismatch if the store's vectors are another embedder's.
+        """
         store.require_embedder(embedder.name, embedder.dim)
         self._store = store
         self._index = index
         self._embedder = embedder
         self._weights = weights or FusionWeights()
+        self._words = WordIndex() if words is None else words
         self._reranker = reranker
         self._rerank_hits = rerank_hits
         self._selections: OrderedDict[tuple[int, str], Selection] = OrderedDict()
         self._lock = threading.Lock()
+
+    def catch_up(self, source: DocumentStore) -> bool:
+        """Bring the indexes up to the store after a write, so that the next search has little left to do.
+
+        Words are committed every two seconds at most; the search commits the rest.
+        """
+        changed = self._index.catch_up(source)
+        return self._words.catch_up(source, _COMMIT_EVERY_S) or changed
 
     def search(self, query: str, collections: Sequence[str], params: SearchParams | None = None) -> list[Hit]:
         """Best chunks first, equal scores in the order of storing; empty for a query without words.
@@ -105,12 +119,12 @@ class Retriever:
         return (rerank(reranker, query, hits) if reranker else hits)[: params.max_num_results]
 
     def _fuse(self, query: str, dense: Scores, lexical: Scores) -> Scores:
-        best, expected = max(lexical.values(), default=0.0), self._store.expected_bm25(query_terms(query))
+        best, expected = max(lexical.values(), default=0.0), self._words.expected_score(query_terms(query))
         return fuse_scores(dense, lexical, self._weights, self._weights.trust(best, expected))
 
     def _search_lexical(self, query: str, selection: Selection, limit: int) -> Scores:
-        words = build_query(query)
-        return dict(self._store.search_lexical(words, selection, limit)) if words else {}
+        self._words.catch_up(self._store)
+        return dict(self._words.search(query_terms(query), limit, selection.document_rows))
 
     def _search_dense(self, query: str, selection: Selection, limit: int, also: Sequence[int]) -> Scores:
         """Cosines of the nearest chunks, and of the rows `also`, so that fusion compares like with like."""

@@ -305,22 +305,12 @@ class DocumentStore:
         with self._db.read() as c:
             return searching.select_chunks(c, collections, document_ids, filters)
 
-    def search_lexical(self, query: str, selection: Selection, limit: int) -> list[tuple[int, float]]:
-        """Best (chunk row, BM25 score, higher is better) for an FTS5 query made by `lexical.build_query`."""
-        with self._db.read() as c:
-            return searching.search_lexical(c, query, selection, limit)
-
-    def expected_bm25(self, terms: Sequence[str]) -> float:
-        """BM25 of an average passage that has each of `lexical.query_terms` once; 0 without terms."""
-        with self._db.read() as c:
-            return searching.expected_bm25(c, terms)
-
     def load_hits(self, chunk_rows: Sequence[int]) -> dict[int, Hit]:
         """Row -> hit without scores, of those rows that still exist."""
         with self._db.read() as c:
             return searching.load_hits(c, chunk_rows)
 
-    # What the vector index needs
+    # What the indexes need
 
     def generation(self) -> int:
         """Grows with every change of the searchable chunks; 0 before the first. Unique to this database's history."""
@@ -346,6 +336,16 @@ class DocumentStore:
             if not len(rows):
                 return
             yield rows, vectors
+
+    def chunk_texts(self, after: int, upto: int, batch: int = 1024) -> Iterator[tuple[int, int, str, str]]:
+        """(row, document row, text, file name with title and headings) of each chunk that `vectors` would give."""
+        position = (after + 1, 0)
+        while True:
+            with self._db.read() as c:
+                position, found = content.read_texts(c, position, upto, batch)
+            if not found:
+                return
+            yield from found
 
     def count_chunks(self) -> int:
         with self._db.read() as c:

@@ -1,4 +1,4 @@
-"""Statements that change or enumerate searchable content: text, chunks, vectors, words, and generations.
+"""Statements that change or enumerate searchable content: text, chunks, vectors, and generations.
 
 A generation is one change of the searchable chunks. Chunks carry the one that added them, `removed_chunks` the one
 that removed them; so whoever knows a generation can be told what came after. Numbers follow the clock, so that a
@@ -12,7 +12,6 @@ from dataclasses import asdict, astuple
 
 import numpy as np
 
-from .lexical import index_text
 from .types import Chunk, DocumentError, Heading, IndexChange, Page, ParsedDocument
 
 _KEPT_GENERATIONS = 10_000
@@ -98,10 +97,6 @@ def _insert_chunk(c: sqlite3.Connection, document_row: int, generation: int, chu
             *(chunk.page_end, json.dumps(chunk.heading_path), chunk.tokens, context, chunk.text),
         ),
     ).fetchone()
-    c.execute(
-        "INSERT INTO chunk_words(rowid, text, context) VALUES (?, ?, ?)",
-        (row, index_text(chunk.text), index_text(context)),
-    )
     return row
 
 
@@ -114,14 +109,9 @@ def remove_content(c: sqlite3.Connection, document_rows: Sequence[int], now: flo
 def _remove_rows(c: sqlite3.Connection, document_rows: Sequence[int]) -> list[int]:
     removed = []
     for document_row in document_rows:
-        chunks = c.execute("SELECT row, text, context FROM chunks WHERE document_row = ?", (document_row,)).fetchall()
-        c.executemany(
-            "INSERT INTO chunk_words(chunk_words, rowid, text, context) VALUES ('delete', ?, ?, ?)",
-            [(row, index_text(text), index_text(context)) for row, text, context in chunks],
-        )
+        removed += [row for (row,) in c.execute("SELECT row FROM chunks WHERE document_row = ?", (document_row,))]
         c.execute("DELETE FROM chunks WHERE document_row = ?", (document_row,))
         c.execute("DELETE FROM contents WHERE document_row = ?", (document_row,))
-        removed += [row for row, _, _ in chunks]
     return removed
 
 
@@ -168,6 +158,20 @@ def read_vectors(
     rows = np.array([row for _, row, _ in found], dtype=np.int64)
     vectors = np.frombuffer(b"".join(vector for _, _, vector in found), dtype="<f4").reshape(len(found), -1)
     return (found[-1]["generation"], found[-1]["row"]), rows, vectors.astype(np.float32, copy=False)
+
+
+def read_texts(
+    c: sqlite3.Connection, position: tuple[int, int], upto: int, batch: int
+) -> tuple[tuple[int, int], list[tuple[int, int, str, str]]]:
+    """(next position, (row, document row, text, context) of the next `batch` chunks); positions as `read_vectors`."""
+    found = c.execute(
+        """SELECT generation, row, document_row, text, context FROM chunks
+        WHERE (generation, row) > (?, ?) AND generation <= ? ORDER BY generation, row LIMIT ?""",
+        (*position, upto, batch),
+    ).fetchall()
+    if not found:
+        return position, []
+    return (found[-1]["generation"], found[-1]["row"]), [tuple(row)[1:] for row in found]
 
 
 def count_chunks(c: sqlite3.Connection) -> int:

@@ -1,7 +1,6 @@
-"""Statements that read content: whole documents, chunks by place, and the lexical half of a search."""
+"""Statements that read content: whole documents, chunks by place, what a search may see, and hits."""
 
 import json
-import math
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +10,6 @@ import numpy as np
 from .location import locate
 from .store_documents import collection_rows, get_current, ready_rows
 from .types import Chunk, Filters, Heading, Hit, Location, Page, ParsedDocument
-
-_LEAST_IDF = 1e-6  # Source: SQLite, ext/fts5/fts5_aux.c, fts5Bm25GetData
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,33 +82,6 @@ def select_chunks(
         (json.dumps(rows),),
     ).fetchall()
     return Selection(rows, np.array([row for (row,) in chunks], dtype=np.int64))
-
-
-def search_lexical(c: sqlite3.Connection, query: str, selection: Selection, limit: int) -> list[tuple[int, float]]:
-    if selection.document_rows is None:
-        found = c.execute(
-            "SELECT rowid, rank FROM chunk_words WHERE chunk_words MATCH ? ORDER BY rank, rowid LIMIT ?",
-            (query, limit),
-        )
-    else:
-        found = c.execute(
-            """SELECT w.rowid, w.rank FROM chunk_words w JOIN chunks c ON c.row = w.rowid
-            WHERE chunk_words MATCH ? AND c.document_row IN (SELECT value FROM json_each(?))
-            ORDER BY w.rank, w.rowid LIMIT ?""",
-            (query, json.dumps(selection.document_rows), limit),
-        )
-    return [(row, -rank) for row, rank in found]
-
-
-def expected_bm25(c: sqlite3.Connection, terms: Sequence[str]) -> float:
-    """BM25 score of a passage of average length that has each of the terms once: the sum of their idf, as FTS5's."""
-    (chunks,) = c.execute(
-        """SELECT coalesce(sum(v.chunks), 0) FROM documents d
-        JOIN versions v ON v.document_row = d.row AND v.version = d.current_version"""
-    ).fetchone()
-    found = (c.execute("SELECT count(*) FROM chunk_words WHERE chunk_words MATCH ?", (term,)) for term in terms)
-    holding = (min(count, chunks) for cursor in found for (count,) in cursor)
-    return sum(max(_LEAST_IDF, math.log((chunks - count + 0.5) / (count + 0.5))) for count in holding)
 
 
 def load_hits(c: sqlite3.Connection, chunk_rows: Sequence[int]) -> dict[int, Hit]:

@@ -25,7 +25,8 @@ from ingest.parse import parse_file
 from ingest.pipeline import Job, ingest_document
 from retrieval.database import Database
 from retrieval.index import FaissIndex, open_index
-from retrieval.store import DocumentStore, Selection
+from retrieval.store import DocumentStore
+from retrieval.words import WordIndex, open_words
 
 OLD = "old tide words\n\nold harbour words"
 NEW = "new tide words\n\nnew harbour words"
@@ -47,6 +48,7 @@ class Place:
         self.files = FileStore(folder / "files")
         self.embedder = CountingEmbedder()
         self.index = open_index(self.store, folder / "faiss", self.embedder.dim, self.embedder.name)
+        self.words = open_words(self.store, folder / "words")
         self.folder = folder
 
     def save(self, text: str) -> tuple[int, str]:
@@ -68,6 +70,7 @@ class Place:
                 )
         self.index.catch_up(self.store)
         self.index.save(self.folder / "faiss")
+        self.words.catch_up(self.store)
 
 
 class Steps:
@@ -122,6 +125,7 @@ def work(folder: Path, ids: dict[str, str], say: Callable[[str], None]) -> None:
     say("deleted")
     place.index.catch_up(place.store)
     place.index.save(folder / "faiss")
+    place.words.catch_up(place.store)
 
 
 def check(folder: Path, ids: dict[str, str], said: list[str]) -> None:
@@ -147,10 +151,11 @@ def check(folder: Path, ids: dict[str, str], said: list[str]) -> None:
         " ".join(texts.values()).split()
     )
     assert len(rows) == len(set(rows)) == len(stored) == place.store.count_chunks()
-    lexical = [row for row, _ in place.store.search_lexical('"words"', Selection(), 99)]
+    lexical = [row for row, _ in place.words.search(["words"], 99)]
     assert sorted(lexical) == sorted(rows), (lexical, rows)
     found, _ = place.index.search(place.embedder.embed_query("words"), 99)
     assert sorted(found.tolist()) == sorted(rows), (found, rows)
+    assert WordIndex(folder / "words").generation == place.store.generation()
     loaded = FaissIndex.load(folder / "faiss", place.embedder.dim, place.embedder.name)
     assert (loaded.count, loaded.generation) == (len(rows), place.store.generation())
     assert not list((folder / "files").glob("upload-*"))

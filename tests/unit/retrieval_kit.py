@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from retrieval.lexical import query_terms
 from retrieval.store import DocumentStore
 from retrieval.types import Chunk, Document, Heading, IndexChange, Page, ParsedDocument
+from retrieval.words import WordIndex
 
 
 class HashEmbedder:
@@ -73,3 +75,15 @@ def add(
     document = queue(store, text, collection, name, **metadata)
     ingest(store, document, text)
     return store.get_document(document.id)
+
+
+def find_words(
+    store: DocumentStore, text: str, collections: Sequence[str] = ("default",), limit: int = 50
+) -> list[str]:
+    """Texts of the chunks that a word index made for this call finds, best first."""
+    words = WordIndex()
+    with store.snapshot():
+        words.catch_up(store)
+        found = words.search(query_terms(text), limit, store.select_chunks(collections).document_rows)
+        hits = store.load_hits([row for row, _ in found])
+    return [hits[row].chunk.text for row, _ in found]

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 OPERATIONS = ROOT / "docs" / "operations.md"
 TABLE = re.compile(r"(?<=<!-- settings -->\n).*?(?=<!-- /settings -->)", re.DOTALL)
-MADE_AT_RUN_TIME = ("audit/", "build/", "data/", "files/", "faiss/")
+MADE_AT_RUN_TIME = ("audit/", "build/", "data/", "files/", "faiss/", "words/")
 
 
 def settings_table() -> str:

@@ -15,6 +15,7 @@ from retrieval_kit import HashEmbedder, add, ingest, queue, sha
 
 from retrieval.index import FaissIndex
 from retrieval.store import DocumentNotFound, DocumentStore, LeaseLost
+from retrieval.words import open_words
 
 
 class Clock:
@@ -202,6 +203,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.path = Path(os.environ["STORE_MACHINE_DIR"]) / f"{id(self)}-{os.urandom(4).hex()}.sqlite3"
         self.store = DocumentStore(self.path)
         self.index = FaissIndex(64, "hashed-words")
+        self.words = open_words(self.store, self.path.with_suffix(".words"))
         self.answering: dict[str, str] = {}
         self.newest: dict[str, str] = {}
         self.failed: set[str] = set()
@@ -264,7 +266,9 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         self.store.close()
+        del self.words
         self.store = DocumentStore(self.path)
+        self.words = open_words(self.store, self.path.with_suffix(".words"))
 
     @invariant()
     def store_and_index_hold_what_they_should(self) -> None:
@@ -277,6 +281,9 @@ class StoreMachine(RuleBasedStateMachine):
         rows, _ = self.index.search(HashEmbedder().embed_query("a"), 1000)
         hits = self.store.load_hits(rows.tolist())
         assert len(rows) == len(hits) == self.index.count == self.store.count_chunks()
+        self.words.catch_up(self.store)
+        assert sorted(row for row, _ in self.words.search(["txt"], 1000)) == sorted(rows.tolist())
+        assert self.words.count == len(rows)
         assert {hit.document_id for hit in hits.values()} == {
             id for id, text in self.answering.items() if text.strip("\n")
         }

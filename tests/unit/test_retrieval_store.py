@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from retrieval_kit import HashEmbedder, add, chunk_paragraphs, ingest, queue, sha
+from retrieval_kit import HashEmbedder, add, chunk_paragraphs, find_words, ingest, queue, sha
 
-from retrieval.lexical import build_query
 from retrieval.store import (
     CollectionExists,
     CollectionNotFound,
@@ -27,12 +26,6 @@ def store(tmp_path):
     store = DocumentStore(tmp_path / "rag.sqlite3")
     yield store
     store.close()
-
-
-def found(store: DocumentStore, words: str, collections=("default",)) -> list[str]:
-    rows = [row for row, _ in store.search_lexical(build_query(words), store.select_chunks(collections), 50)]
-    hits = store.load_hits(rows)
-    return [hits[row].chunk.text for row in rows]
 
 
 def rows_naming(path: Path, needle: str) -> list[str]:
@@ -110,7 +103,7 @@ def test_same_bytes_with_replace_are_a_new_version(store):
     )
     assert created
     assert (again.id, again.version, again.filename, again.metadata) == (first.id, 2, "second.txt", {"k": 1})
-    assert found(store, "same") == ["same"]
+    assert find_words(store, "same") == ["same"]
 
 
 def test_many_threads_upload_the_same_bytes_once(store):
@@ -134,13 +127,13 @@ def test_old_version_answers_until_the_new_one_is_ready(store):
     new, created = store.replace_document(old.id, "new.txt", "text/plain", 3, sha("the new wording"))
     assert created
     assert (new.version, new.status, new.metadata, new.ordinal) == (2, "queued", {"kept": "yes"}, 3)
-    assert found(store, "wording") == ["the old wording"]
+    assert find_words(store, "wording") == ["the old wording"]
     assert [d.version for d in store.ready_documents(["default"], [old.id])] == [1]
     assert store.file_in_use(old.sha256)
 
     change = ingest(store, new, "the new wording")
     assert (len(change.added), len(change.removed)) == (1, 1)
-    assert found(store, "wording") == ["the new wording"]
+    assert find_words(store, "wording") == ["the new wording"]
     assert store.get_text(old.id) == "the new wording"
     assert [d.ordinal for d in store.ready_documents(["default"])] == [2, 3]
     assert not store.file_in_use(old.sha256)
@@ -151,7 +144,7 @@ def test_a_failed_replacement_leaves_the_old_version_answering(store):
     new, _ = store.replace_document(old.id, "new.txt", "text/plain", 3, sha("new"))
     store.fail_document(old.id, "parse_failed", "broken", retryable=False, version=new.version)
     assert store.get_document(old.id).status == "failed"
-    assert found(store, "wording") == ["the old wording"]
+    assert find_words(store, "wording") == ["the old wording"]
     again, created = store.replace_document(old.id, "new.txt", "text/plain", 3, sha("new"))
     assert created
     assert again.version == 3
@@ -194,14 +187,13 @@ def test_deletion_leaves_nothing_behind(store, tmp_path):
     change = store.delete_document(gone.id)
     assert len(change.removed) == 2
     assert change.added == ()
-    assert store.search_lexical(build_query("zebra"), store.select_chunks(["default"]), 9) == []
-    assert found(store, "stays") == ["this stays here"]
+    assert find_words(store, "zebra") == []
+    assert find_words(store, "stays") == ["this stays here"]
     for read in (store.get_document, store.get_text, store.get_chunks, store.delete_document):
         with pytest.raises(DocumentNotFound):
             read(gone.id)
     store.close()
-    # FTS5 keeps bare words, which no query finds any more, until it merges its segments
-    assert rows_naming(tmp_path / "rag.sqlite3", "zebra") in ([], ["chunk_words_data"])
+    assert rows_naming(tmp_path / "rag.sqlite3", "zebra") == []
     assert rows_naming(tmp_path / "rag.sqlite3", gone.id) == []
     assert store.check() == []
     assert store.get_document(kept.id).status == "ready"
@@ -210,7 +202,7 @@ def test_deletion_leaves_nothing_behind(store, tmp_path):
 def test_hiding_takes_it_out_of_reading_at_once(store):
     document = add(store, "secret words")
     store.hide_document(document.id)
-    assert found(store, "secret") == []
+    assert find_words(store, "secret") == []
     assert store.ready_documents(["default"]) == []
     assert [d.id for d in store.list_documents(status="deleting")] == [document.id]
     assert store.lease_next("w", 60) is None
@@ -322,7 +314,7 @@ def test_ingesting_twice_is_ingesting_once(store):
     document = queue(store, "once")
     ingest(store, document, "once")
     ingest(store, document, "once")
-    assert found(store, "once") == ["once"]
+    assert find_words(store, "once") == ["once"]
     assert store.count_chunks() == 1
 
 
@@ -359,7 +351,7 @@ def test_readers_and_writers_in_many_threads(store):
     def work(worker: int) -> None:
         for i in range(5):
             document = add(store, f"worker {worker} text {i}")
-            assert found(store, f"worker {worker} text {i}")
+            assert find_words(store, f"worker {worker} text {i}")
             if i % 2:
                 store.delete_document(document.id)
 

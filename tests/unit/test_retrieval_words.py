@@ -1,0 +1,238 @@
+"""The word index follows the store: whatever happens to its files, it ends with what the database holds."""
+
+import os
+import shutil
+import signal
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tantivy
+from retrieval_kit import add, ingest, queue, sha
+
+import retrieval.words
+from retrieval.lexical import query_terms
+from retrieval.migrations import MIGRATIONS
+from retrieval.store import DocumentStore
+from retrieval.words import WordIndex, check_files, open_words
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = DocumentStore(tmp_path / "rag.sqlite3")
+    yield store
+    store.close()
+
+
+def texts(words: WordIndex, store: DocumentStore, text: str) -> list[str]:
+    found = words.search(query_terms(text), 100)
+    hits = store.load_hits([row for row, _ in found])
+    return [hits[row].chunk.text for row, _ in found]
+
+
+def assert_holds_all(words: WordIndex, store: DocumentStore) -> None:
+    stored = sorted(row for row, *_ in store.chunk_texts(0, store.generation()))
+    assert sorted(row for row, _ in words.search(["txt"], 10_000)) == stored  # each file name ends so
+    assert (words.count, words.generation) == (len(stored), store.generation())
+
+
+def test_follows_every_change(store, tmp_path):
+    words = open_words(store, tmp_path / "words")
+    assert (words.count, words.generation) == (0, 0)
+    kept, changed = add(store, "red apple\n\ngreen apple"), add(store, "blue plum")
+    assert words.catch_up(store)
+    assert not words.catch_up(store)
+    assert texts(words, store, "apples") == ["red apple", "green apple"]
+    store.replace_document(changed.id, "a.txt", "text/plain", 9, sha("blue pear"))
+    ingest(store, store.get_document(changed.id), "blue pear")
+    words.catch_up(store)
+    assert (texts(words, store, "plum"), texts(words, store, "pear")) == ([], ["blue pear"])
+    store.delete_document(kept.id)
+    words.catch_up(store)
+    assert texts(words, store, "apple") == []
+    assert_holds_all(words, store)
+    del words
+    again = WordIndex(tmp_path / "words")
+    assert not again.catch_up(store)
+    assert_holds_all(again, store)
+
+
+def test_a_filter_is_applied_inside_the_search(store):
+    for i in range(60):
+        add(store, "apple " * (i + 1))
+    add(store, "an apple beside many other words")
+    rows = {row: document_row for row, document_row, *_ in store.chunk_texts(0, store.generation())}
+    words = WordIndex()
+    words.catch_up(store)
+    everywhere = dict(words.search(["apple"], 100))
+    for allowed in ([max(rows.values())], list(rows.values())[::2], list(rows.values()), [10**12], []):
+        found = words.search(["apple"], 100, allowed)
+        assert dict(found) == pytest.approx({row: everywhere[row] for row in rows if rows[row] in allowed})
+    assert len(words.search(["apple"], 3, list(rows.values())[30:])) == 3
+
+
+def test_a_phrase_weighs_as_rare_as_it_is(store):
+    for i in range(20):
+        add(store, f"error {i}\n\ncode {i}")
+    add(store, "error code\n\ncode error")
+    words = WordIndex()
+    words.catch_up(store)
+    (row, score), *others = words.search(["error code"], 10)
+    assert not others
+    assert score == pytest.approx(words.expected_score(["error code"]), rel=0.3)
+    assert score > 1.5 * words.search(["error"], 10)[0][1]
+    assert store.load_hits([row])[row].chunk.text == "error code"
+
+
+def test_a_phrase_does_not_run_from_the_text_into_the_title(store):
+    add(store, "the last word", name="first.txt")
+    words = WordIndex()
+    words.catch_up(store)
+    assert words.search(["word first"], 9) == []
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "gone": shutil.rmtree,
+    "without its list": lambda d: (d / "meta.json").unlink(),
+    "list empty": lambda d: (d / "meta.json").write_bytes(b""),
+    "list of nonsense": lambda d: (d / "meta.json").write_text('{"segments": 7}'),
+    "segment gone": lambda d: next(d.glob("*.term")).unlink(),
+    "segment truncated": lambda d: [os.truncate(path, 20) for path in d.glob("*.idx")],
+    "segments empty": lambda d: [os.truncate(path, 0) for path in d.glob("*.*") if path.name != "meta.json"],
+    "a byte flipped": lambda d: flip_a_byte(next(d.glob("*.term"))),
+    "a deletion flipped": lambda d: flip_a_byte(next(d.glob("*.del"))),
+    "another's": lambda d: (shutil.rmtree(d), d.mkdir(), tantivy.Index(tantivy.SchemaBuilder().build(), path=str(d))),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damage_ends_in_a_rebuilt_index(store, tmp_path, damage):
+    add(store, "red apple\n\ngreen apple")
+    gone = add(store, "old pear")
+    words = open_words(store, tmp_path / "words")
+    store.delete_document(gone.id)
+    words.catch_up(store)
+    del words
+    check_files(tmp_path / "words")
+    damage(tmp_path / "words")
+    words = open_words(store, tmp_path / "words")
+    assert_holds_all(words, store)
+    add(store, "blue plum")
+    words.catch_up(store)
+    assert_holds_all(words, store)
+
+
+def test_what_a_crash_left_half_written_is_no_damage(store, tmp_path, caplog):
+    add(store, "red apple")
+    words = open_words(store, tmp_path / "words")
+    del words
+    (tmp_path / "words" / "0123456789abcdef0123456789abcdef.idx").write_bytes(b"half")
+    words = open_words(store, tmp_path / "words")
+    assert_holds_all(words, store)
+    assert "rebuilding" not in caplog.text
+
+
+def test_an_index_of_another_history_is_rebuilt(store, tmp_path):
+    words = open_words(store, tmp_path / "words")
+    store.close()
+    shutil.copytree(tmp_path, tmp_path / "backup", ignore=shutil.ignore_patterns("words", "backup"))
+    add(store, "lost with the disk")
+    words.catch_up(store)
+    del words
+    restored = DocumentStore(tmp_path / "backup" / "rag.sqlite3")
+    add(restored, "after the backup\n\nand more")
+    words = open_words(restored, tmp_path / "words")
+    assert_holds_all(words, restored)
+    assert words.search(["lost"], 9) == []
+    restored.close()
+
+
+def test_an_index_that_cannot_be_written_goes_on_answering(store, tmp_path, monkeypatch):
+    add(store, "red apple")
+    words = open_words(store, tmp_path / "words")
+    del words
+    other = tantivy.Index.open(str(tmp_path / "words"))
+    busy = other.writer(15_000_000, 1)
+    words = WordIndex(tmp_path / "words")
+    add(store, "green apple")
+    assert not words.catch_up(store)
+    assert texts(words, store, "apple") == ["red apple"]
+    del busy
+    assert not words.catch_up(store)  # not at once again
+    monkeypatch.setattr(retrieval.words, "_RETRY_S", 0.0)
+    assert words.catch_up(store)
+    assert_holds_all(words, store)
+
+
+def test_commits_can_be_kept_apart(store):
+    words = WordIndex()
+    add(store, "red apple")
+    assert words.catch_up(store, 60)
+    add(store, "green apple")
+    assert not words.catch_up(store, 60)
+    assert words.catch_up(store)
+    assert_holds_all(words, store)
+
+
+def test_a_database_of_the_time_of_fts5_is_taken_over(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("retrieval.migrations.MIGRATIONS", MIGRATIONS[:2])
+        old = DocumentStore(tmp_path / "rag.sqlite3")
+        add(old, "red apple\n\ngreen apple")
+        old.close()
+    store = DocumentStore(tmp_path / "rag.sqlite3")
+    tables = sqlite3.connect(tmp_path / "rag.sqlite3")
+    assert tables.execute("SELECT name FROM sqlite_master WHERE name LIKE 'chunk_words%'").fetchall() == []
+    tables.close()
+    words = open_words(store, tmp_path / "words")
+    assert texts(words, store, "green") == ["green apple"]
+    assert store.check() == []
+    store.close()
+
+
+def test_killed_at_any_time(tmp_path):
+    """A child changes the store and lets the index follow until it is killed; the next one begins with what is left."""
+    behind = 0
+    for number in range(25):
+        pid = os.fork()
+        if pid == 0:
+            _change_for_ever(tmp_path)
+        time.sleep(0.15 + 0.013 * number)
+        os.kill(pid, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        store = DocumentStore(tmp_path / "rag.sqlite3")
+        left = WordIndex(tmp_path / "words")
+        behind += left.generation != store.generation()
+        assert left.generation == 0 or store.knows_generation(left.generation)
+        del left
+        words = open_words(store, tmp_path / "words")
+        assert_holds_all(words, store)
+        assert store.check() == []
+        store.close()
+        del words
+    assert behind > 0  # some were killed in between
+
+
+def _change_for_ever(folder: Path) -> None:
+    """In a fork: never returns."""
+    try:
+        store = DocumentStore(folder / "rag.sqlite3")
+        words = open_words(store, folder / "words")
+        number = 0
+        while True:
+            number += 1
+            document = add(store, f"{os.getpid()} {number} first\n\nsecond {number} of {os.getpid()}")
+            words.catch_up(store)
+            if number % 3 == 0:
+                store.delete_document(document.id)
+                words.catch_up(store)
+    finally:
+        os._exit(1)
