@@ -27,7 +27,7 @@ _STOP_WORDS = frozenset(
 
 
 def index_text(text: str) -> str:
-    """Return what is indexed of `text`: compatibility forms (ligatures, full width) and accents folded, CJK set apart."""
+    """Return what is indexed of `text`: ligatures, full width and accents folded, CJK set apart."""
     if text.isascii():
         return text
     bare = _MARKS.sub("", unicodedata.normalize("NFKD", text))
@@ -37,8 +37,8 @@ def index_text(text: str) -> str:
 def query_terms(text: str) -> list[str]:
     """Return the phrases that any text asks for, without words that say nothing unless there are no others.
 
-    A phrase is words with blanks between. Words of a piece held together by dots, dashes or underscores (`max_model_len`, `ERR-4012`, `3.2.1`) are asked for
-    as a phrase, hyphenated words singly too.
+    A phrase is words with blanks between. Words of a piece held together by dots, dashes or underscores
+    (`max_model_len`, `ERR-4012`, `3.2.1`) are asked for as a phrase, hyphenated words singly too.
     """
     terms: dict[str, None] = {}
     for unspaced, piece in _PIECE.findall(unicodedata.normalize("NFKC", text[:_MAX_QUERY_CHARS])):

@@ -1,7 +1,7 @@
 """The word index: BM25 over the words of chunks, on tantivy; derived from the store, never the other way round.
 
 A commit holds changed chunks together with the store's generation that they are of, so whatever a crash leaves is one
-generation whole and `WordIndex.catch_up` goes on from there. What a word is stands in lexical.py. Start at `open_words`.
+generation, whole, and `WordIndex.catch_up` goes on from there. What a word is: lexical.py. Start at `open_words`.
 """
 
 import json
@@ -71,8 +71,8 @@ class WordIndex:
     def catch_up(self, source: WordSource, min_interval_s: float = 0.0) -> bool:
         """Take over what the store changed since; returns whether there was anything. Cheap if not.
 
-        Does nothing within `min_interval_s` of the last time: a commit takes some ten milliseconds. When the index cannot
-        be written, that is logged, searches go on with what it holds, and half a minute later it is tried again.
+        Does nothing within `min_interval_s` of the last time: a commit takes tens of milliseconds. When the index
+        cannot be written, that is logged, searches go on with what it holds, and it is tried again 30 s later.
         """
         if source.generation() == self._generation:
             return False

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import tantivy
-from retrieval_kit import add, ingest, queue, sha
+from retrieval_kit import add, ingest, sha
 
 import retrieval.words
 from retrieval.lexical import query_terms
