@@ -169,11 +169,7 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
     advice = take_advice(settings.model.path, settings.answers)
     files = FileStore(data_dir.files)
     worker = IngestWorker(
-        store,
-        retriever,
-        embedder,
-        files,
-        _ingest_limits(settings),
+        *(store, retriever, embedder, files, _ingest_limits(settings)),
         threads=settings.ingest.workers,
         lease_s=settings.ingest.lease_s,
     )

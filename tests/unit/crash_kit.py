@@ -1,8 +1,9 @@
 """Kills an ingesting process at its n-th step towards the disk, for every n, and looks at what a restart makes of it.
 
-Run as a program: `crash_kit.py DIR kill|full [START STOP STEP]`. It imports everything once and forks: one child works
+Run as a program: `crash_kit.py DIR kill|full|time [START STOP STEP]`. It imports all once and forks: one child works
 until it meets its end, the next takes over what is left and checks it. `kill`: the child kills itself before its n-th
 SQL statement, file opened for writing, rename or removal. `full`: no file of it can grow over n bytes.
+`time`: the child uploads and deletes until it is killed, n milliseconds after it began.
 Prints a JSON line for each n; ends early when a child came through.
 """
 
@@ -128,9 +129,28 @@ def work(folder: Path, ids: dict[str, str], say: Callable[[str], None]) -> None:
     place.words.catch_up(place.store)
 
 
-def check(folder: Path, ids: dict[str, str], said: list[str]) -> None:
+def kill_after(milliseconds: int) -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, milliseconds / 1000)
+
+
+def work_for_ever(folder: Path) -> None:
+    """Upload, ingest, and delete every second document; the word index follows at once."""
+    place, number = Place(folder, 1e9 + 1000), 0
+    while number := number + 1:
+        document_id = place.create(f"words {number}\n\nmore words {number}")
+        place.ingest_all()
+        if number % 2:
+            place.store.delete_document(document_id)
+            place.words.catch_up(place.store)
+
+
+def check(folder: Path, ids: dict[str, str], said: list[str], say: Callable[[str], None]) -> None:
     """Restart, finish what is queued, and compare all of it with what was promised. Raises AssertionError."""
+    left = WordIndex(folder / "words").generation
     place = Place(folder, 1e9 + 5000)  # leases have run out
+    if left != place.store.generation():
+        say("words were behind")
     for document in place.store.list_documents(status="deleting"):
         place.store.delete_document(document.id)
     place.ingest_all()
@@ -186,13 +206,14 @@ def main(directory: str, mode: str, first: str = "1", last: str = "1000", step: 
     status, lines = in_child(lambda say: say(json.dumps(prepare(start))))
     assert status == 0, lines
     ids = json.loads(lines[0])
-    arrange = {"kill": Steps, "full": limit_files}[mode]
+    arrange = {"kill": Steps, "full": limit_files, "time": kill_after}[mode]
+    do = (lambda at, ids, say: work_for_ever(at)) if mode == "time" else work
     for fatal in range(int(first), int(last), int(step)):
         folder = Path(directory) / "now"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(start, folder)
-        status, said = in_child(lambda say, n=fatal, at=folder: (arrange(n), work(at, ids, say)))
-        checked, trouble = in_child(lambda say, at=folder, done=said: check(at, ids, done))
+        status, said = in_child(lambda say, n=fatal, at=folder: (arrange(n), do(at, ids, say)))
+        checked, trouble = in_child(lambda say, at=folder, done=said: check(at, ids, done, say))
         print(json.dumps({"step": fatal, "status": status, "said": said, "checked": checked, "trouble": trouble}))
         if status == 0:
             return

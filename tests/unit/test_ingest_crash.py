@@ -1,6 +1,7 @@
 """What was accepted is there after a kill at any step and a full disk at any size: ready, whole, and once."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,3 +32,10 @@ def test_a_full_disk_at_any_size(tmp_path):
     assert rows[-1]["status"] == 0 and {row["status"] for row in rows[:-1]} == {1}
     promises = [sum(line.startswith(("created doc_", "replaced", "deleted")) for line in row["said"]) for row in rows]
     assert {0, 1, 2, 3} >= set(promises) >= {0, 2, 3}
+
+
+def test_killed_at_any_time_between_the_store_and_the_word_index(tmp_path):
+    rows = run_kit(tmp_path, "time", "100", "1000", "45")
+    assert [row for row in rows if row["checked"]] == []
+    assert {row["status"] for row in rows} == {-signal.SIGALRM}
+    assert any("words were behind" in row["trouble"] for row in rows)

@@ -2,9 +2,7 @@
 
 import os
 import shutil
-import signal
 import sqlite3
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -196,43 +194,3 @@ def test_a_database_of_the_time_of_fts5_is_taken_over(tmp_path, monkeypatch):
     assert texts(words, store, "green") == ["green apple"]
     assert store.check() == []
     store.close()
-
-
-def test_killed_at_any_time(tmp_path):
-    """A child changes the store and lets the index follow until it is killed; the next one begins with what is left."""
-    behind = 0
-    for number in range(25):
-        pid = os.fork()
-        if pid == 0:
-            _change_for_ever(tmp_path)
-        time.sleep(0.15 + 0.013 * number)
-        os.kill(pid, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-        store = DocumentStore(tmp_path / "rag.sqlite3")
-        left = WordIndex(tmp_path / "words")
-        behind += left.generation != store.generation()
-        assert left.generation == 0 or store.knows_generation(left.generation)
-        del left
-        words = open_words(store, tmp_path / "words")
-        assert_holds_all(words, store)
-        assert store.check() == []
-        store.close()
-        del words
-    assert behind > 0  # some were killed in between
-
-
-def _change_for_ever(folder: Path) -> None:
-    """In a fork: never returns."""
-    try:
-        store = DocumentStore(folder / "rag.sqlite3")
-        words = open_words(store, folder / "words")
-        number = 0
-        while True:
-            number += 1
-            document = add(store, f"{os.getpid()} {number} first\n\nsecond {number} of {os.getpid()}")
-            words.catch_up(store)
-            if number % 3 == 0:
-                store.delete_document(document.id)
-                words.catch_up(store)
-    finally:
-        os._exit(1)
