@@ -13,12 +13,13 @@ from app.settings import AnswerSettings
 @dataclass(frozen=True)
 class Advice:
     """`auto_evidence_tokens` None: whole documents as far as the context reaches. `recent_evidence_tokens` None: twice
-    `rag_evidence_tokens`. `none_margin` in nats."""
+    `rag_evidence_tokens`. `none_margin` in nats. `quote_beginnings`: of so many the likeliest quote is taken."""
 
     auto_evidence_tokens: int | None = None
     rag_evidence_tokens: int = 4096
     none_margin: float = 0.0
     recent_evidence_tokens: int | None = None
+    quote_beginnings: int = 1
 
 
 def take_advice(checkpoint: Path, settings: AnswerSettings) -> Advice:

@@ -18,6 +18,7 @@ from app import schemas
 from app.answering import NOT_FOUND_TEXT, AnswerPart, AnswerReader, Quoted, TextPiece
 from app.errors import describe_error
 from app.evidence import Found, Query, describe_scores
+from app.likeliest import generate_likeliest
 from app.prompting import prompt_salt
 from app.quotes import QuoteLimits
 from app.schemas import Tier
@@ -195,7 +196,9 @@ class RunningAnswer:
             watch_tokens=service.format.decision_ids,
         )
         first, submitted = True, time.perf_counter()
-        async with aclosing(service.engine.generate(request)) as outputs:
+        quote_id = service.format.decision_ids[0] if service.format.decision_ids else -1
+        generated = generate_likeliest(service.engine, request, quote_id, service.advice.quote_beginnings)
+        async with aclosing(generated) as outputs:
             async for output in outputs:
                 self._check_alive()
                 if first and allow_none:  # a second generation from the same prompt costs nothing worth telling

@@ -165,7 +165,9 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
     index = open_index(store, data_dir.index, embedder.dim, embedder.name)
     weights = FusionWeights(settings.retrieval.dense_weight, settings.retrieval.lexical_weight)
     reranker = open_reranker(settings.retrieval.reranker_path)
-    retriever = Retriever(store, index, embedder, weights, reranker, words=open_words(store, data_dir.words))
+    words = open_words(store, data_dir.words)
+    stack.callback(words.close, store)
+    retriever = Retriever(store, index, embedder, weights, reranker, words=words)
     advice = take_advice(settings.model.path, settings.answers)
     files = FileStore(data_dir.files)
     worker = IngestWorker(

@@ -15,6 +15,7 @@ from typing import Literal, Self
 
 import tokenizers
 
+from model.sampling import TokenConstraint
 from retrieval.types import Passage
 
 _BETWEEN = b"\xff"  # stands between passages; no UTF-8 text and no allowed token contains it
@@ -169,6 +170,15 @@ class QuoteConstraint:
         return self._next()
 
     @property
+    def first_ids(self) -> tuple[int, ...]:
+        """What a quote may begin with."""
+        return self._index.first_ids
+
+    def after(self, begun: Sequence[int]) -> TokenConstraint:
+        """The same answers, of which these first tokens stand in the prompt already."""
+        return _Begun(QuoteConstraint(self._index, self._tokens, self._limits), tuple(begun))
+
+    @property
     def _known(self) -> tuple:
         """All that `_advance` changes; it replaces lists and doesn't alter them."""
         return self._state, self._ends, self._quote, self._quotes, self._spelling, self._options
@@ -241,6 +251,15 @@ class QuoteConstraint:
 
     def _spelled(self) -> bytes:
         return b"".join(self._index.vocabulary.bytes_of[token_id] or b"" for token_id in self._quote)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    whole: QuoteConstraint
+    begun: tuple[int, ...]
+
+    def allowed(self, generated: Sequence[int]) -> Sequence[int]:
+        return self.whole.allowed([*self.begun, *generated])
 
 
 def _is_whole_utf8(spelled: bytes) -> bool:

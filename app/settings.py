@@ -156,6 +156,14 @@ class AnswerSettings(_Group):
         ge=-50,
         le=50,
     )
+    quote_beginnings: int | None = _setting(
+        None,
+        "Make the quotes that begin with each of so many likely tokens and take the likeliest; 1: only the greedy one; "
+        "unset: as the checkpoint advises, else 1.",
+        "quotes",
+        ge=1,
+        le=32,
+    )
     prefetch_after_s: float = _setting(
         2.0,
         "A collection that `auto` takes whole is read ahead of its first question, while nobody asks, when nothing has "

@@ -9,6 +9,7 @@ Run: `python -m bench.answers QUESTIONS.jsonl --threshold 0`.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import re
 import string
@@ -22,11 +23,13 @@ from pathlib import Path
 import torch
 
 from app.answering import AnswerWriter
+from app.likeliest import generate_likeliest
 from app.prompting import QuoteFormat
 from app.quotes import QuoteLimits, TokenBytes
 from bench.runs import BenchRun
 from model import load_model
-from model.engine import EngineRequest, JambaEngine
+from model.engine import EngineRequest, JambaEngine, StepOutput
+from model.engine_thread import EngineThread
 from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings
 from model.sampling import SamplingParams
@@ -65,14 +68,17 @@ def token_f1(said: str, gold: str) -> float:
 
 
 class Reader:
-    """One checkpoint, asked about given passages."""
+    """One checkpoint, asked about given passages; `beginnings`: see app/likeliest.py."""
 
-    def __init__(self, checkpoint: Path, dtype: torch.dtype, quantize: str | None, max_quotes: int) -> None:
+    def __init__(
+        self, checkpoint: Path, dtype: torch.dtype, quantize: str | None, max_quotes: int, beginnings: int
+    ) -> None:
         model = load_model(checkpoint, dtype=dtype, quantize=quantize)
         self.tokenizer = Tokenizer.load(checkpoint)
         self.format = QuoteFormat(self.tokenizer, TokenBytes.read(checkpoint), 65_536)
         cache = PrefixCache([MemoryStateStore(1 << 28)], b"bench", PlanSettings())
-        self.engine = JambaEngine(model, self.tokenizer, cache, max_context_tokens=65_536)
+        self.engine = EngineThread(JambaEngine(model, self.tokenizer, cache, max_context_tokens=65_536))
+        self.beginnings = beginnings
         self.limits = QuoteLimits(max_quotes=max_quotes, allow_none=False)
 
     def ask(self, question: str, passages: Sequence[tuple[str, str]]) -> tuple[AnswerWriter, float, int]:
@@ -84,23 +90,25 @@ class Reader:
         evidence = Evidence(spans, "rag", 0)
         prompt = self.format.build_prompt(question, evidence)
         quote, none = self.format.decision_ids
-        self.engine.add(
-            EngineRequest(
-                prompt.token_ids,
-                prompt.boundaries,
-                SamplingParams(max_new_tokens=256, stop_token_ids=self.format.stop_ids),
-                constraint=self.format.constrain(evidence, self.limits),
-                watch_tokens=(none, quote),
-            )
+        request = EngineRequest(
+            prompt.token_ids,
+            prompt.boundaries,
+            SamplingParams(max_new_tokens=256, stop_token_ids=self.format.stop_ids),
+            constraint=self.format.constrain(evidence, self.limits),
+            watch_tokens=(none, quote),
         )
-        writer, margin = AnswerWriter(self.tokenizer, self.format.answer_tokens(evidence), spans), None
-        while self.engine.has_work():
-            for output in self.engine.step():
-                if output.token_id is not None:
-                    margin = output.watch_logprobs[0] - output.watch_logprobs[1] if margin is None else margin
-                    list(writer.push(output.token_id))
+        writer = AnswerWriter(self.tokenizer, self.format.answer_tokens(evidence), spans)
+
+        async def generate() -> list[StepOutput]:
+            return [output async for output in generate_likeliest(self.engine, request, quote, self.beginnings)]
+
+        outputs = asyncio.run(generate())
+        margin = outputs[0].watch_logprobs[0] - outputs[0].watch_logprobs[1]
+        for output in outputs:
+            if output.token_id is not None:
+                list(writer.push(output.token_id))
         list(writer.finish())
-        return writer, margin or 0.0, len(prompt.token_ids)
+        return writer, margin, len(prompt.token_ids)
 
 
 def judge(reader: Reader, item: dict) -> Outcome:
@@ -152,9 +160,10 @@ def main() -> None:
     parser.add_argument("--threshold", type=float, help="default: the one that refuses 8%% of what can be answered")
     parser.add_argument("--limit", type=int, help="at most so many questions a set")
     parser.add_argument("--max-quotes", type=int, default=1)
+    parser.add_argument("--beginnings", type=int, default=1, help="quotes tried, of which the likeliest is taken")
     parser.add_argument("--outcomes", type=Path, help="write every answer there, as JSON lines")
     args = parser.parse_args()
-    reader = Reader(args.model, getattr(torch, args.dtype), args.quantize, args.max_quotes)
+    reader = Reader(args.model, getattr(torch, args.dtype), args.quantize, args.max_quotes, args.beginnings)
     items, counts, outcomes = [], Counter(), []
     for item in map(json.loads, args.questions.read_text().splitlines()):
         counts[item["set"]] += 1
@@ -165,6 +174,7 @@ def main() -> None:
         outcomes.append(judge(reader, item))
         if sys.stderr.isatty() or i % 50 == 0:
             print(f"{i}/{len(items)} questions, {time.monotonic() - start:.0f} s", file=sys.stderr)
+    asyncio.run(reader.engine.close())
     threshold = calibrate(outcomes, 0.08) if args.threshold is None else args.threshold
     run, sets = BenchRun("answers", argv=sys.argv), defaultdict(list)
     for outcome in outcomes:

@@ -109,6 +109,12 @@ class WordIndex:
         self._index.reload()
         self._writer, self._generation = writer, upto
 
+    def close(self, source: WordSource) -> None:
+        """Take over what is left of the store's changes, and let others write to the directory."""
+        self.catch_up(source)
+        with self._lock:
+            self._writer = None
+
     def search(
         self, terms: Sequence[str], limit: int, document_rows: Sequence[int] | None = None
     ) -> list[tuple[int, float]]:

@@ -37,6 +37,17 @@ def draw_losses(axis: Axes, paths: list[Path]) -> None:
     axis.set(title="End to end", ylabel="nats a token", ylim=(0, 3))
 
 
+def draw_attention(axis: Axes, paths: list[Path]) -> None:
+    for path in paths:
+        rows = read_log(path, "distill")
+        for name, label in (("find", "finds the sentence"), ("copy", "copies the token")):
+            known = [row for row in rows if row.get(name)]
+            axis.plot(
+                [row["tokens"] / 1e6 for row in known], [row[name] for row in known], label=f"{path.stem}: {label}"
+            )
+    axis.set(title="Attention where it should be", ylabel="-log of the best head's share")
+
+
 def draw_scores(axis: Axes, paths: list[Path]) -> None:
     for path in paths:
         steps, scores = read_log(path, "tune", "distill"), read_log(path, "eval")
@@ -53,12 +64,14 @@ def main() -> None:
     parser.add_argument("logs", type=Path, nargs="+", help="of model.train.tune and model.train.distill")
     parser.add_argument("--align", type=Path)
     args = parser.parse_args()
-    figure, axes = plt.subplots(1, 3 if args.align else 2, figsize=(14, 4), layout="constrained")
-    if args.align:
-        draw_alignment(axes[0], args.align)
-    draw_losses(axes[-2], args.logs)
-    draw_scores(axes[-1], args.logs)
-    for axis in axes:
+    led = [path for path in args.logs if any("find" in row for row in read_log(path, "distill"))]
+    scored = [path for path in args.logs if read_log(path, "eval")]
+    panels = [(draw_alignment, args.align), (draw_losses, args.logs), (draw_attention, led), (draw_scores, scored)]
+    panels = [(draw, source) for draw, source in panels if source]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.7 * len(panels), 4), layout="constrained", squeeze=False)
+    for (draw, source), axis in zip(panels, axes[0], strict=True):
+        draw(axis, source)
+    for axis in axes[0]:
         axis.set_xlabel("million tokens")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=6)

@@ -57,6 +57,17 @@ def test_follows_every_change(store, tmp_path):
     assert_holds_all(again, store)
 
 
+def test_closed_it_holds_all_and_lets_others_write(store, tmp_path):
+    words = open_words(store, tmp_path / "words")
+    add(store, "red apple")
+    words.close(store)
+    assert words.generation == store.generation()
+    again = WordIndex(tmp_path / "words")
+    add(store, "blue plum")
+    assert again.catch_up(store)
+    assert texts(again, store, "plum") == ["blue plum"]
+
+
 def test_a_filter_is_applied_inside_the_search(store):
     for i in range(60):
         add(store, "apple " * (i + 1))

@@ -1,0 +1,102 @@
+"""The likeliest of several quotes, instead of the one that a greedy first token leads to.
+
+What a quote begins with is where a small model errs most, and a greedy choice is made before what follows can speak for
+it. So the quotes that begin with each of the likeliest few tokens are all made, together and from the state of one
+prompt, and the answer that is likeliest as a whole is given out. Start at `generate_likeliest`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
+from typing import Protocol
+
+from app.quotes import QuoteConstraint
+from model.engine import EngineRequest, StepOutput
+from model.engine_request import EngineOverloaded
+from model.engine_thread import TokenStream
+
+_MAX_GAP = 5.0  # nats behind the likeliest beginning: what lies further back hardly ever wins
+
+
+class GeneratesTokens(Protocol):
+    def generate(self, request: EngineRequest) -> TokenStream: ...
+
+
+async def generate_likeliest(
+    engine: GeneratesTokens, request: EngineRequest, quote_id: int, width: int
+) -> AsyncIterator[StepOutput]:
+    """The outputs of `request`, or of an answer with another first quote that is likelier from there to its end.
+
+    `quote_id` opens a quote; at most `width` beginnings are tried. The first output comes at once, the others when all
+    answers have ended. Greedy requests with a `QuoteConstraint` only: others are generated as they are. Raises what
+    `engine.generate` does for the request itself; a beginning that the engine has no room for is left out.
+    """
+    constraint = request.constraint
+    searched = isinstance(constraint, QuoteConstraint) and request.sampling.temperature == 0 and width > 1
+    first_ids = constraint.first_ids if searched else ()
+    watched = len(request.watch_tokens)
+    async with AsyncExitStack() as streams:
+        greedy = await streams.enter_async_context(
+            aclosing(engine.generate(replace(request, watch_tokens=(*request.watch_tokens, *first_ids))))
+        )
+        answer: list[StepOutput] = []
+        others: list[tuple[StepOutput, TokenStream]] = []
+        async for output in greedy:
+            beginnings = output.watch_logprobs[watched:]
+            output = replace(output, watch_logprobs=output.watch_logprobs[:watched])
+            answer.append(output)
+            if not searched or len(answer) == 1:
+                yield output
+                searched = searched and output.token_id == quote_id and output.finish_reason is None
+            elif len(answer) == 2 and output.finish_reason is None:
+                for token_id, logprob in _likeliest(first_ids, beginnings, output.token_id, width - 1):
+                    begun = replace(output, token_id=token_id, logprob=logprob)
+                    stream = engine.generate(_continued(request, constraint, (quote_id, token_id)))
+                    others.append((begun, await streams.enter_async_context(aclosing(stream))))
+        if not searched:
+            return
+        answers = [answer[1:], *await asyncio.gather(*(_read(begun, stream) for begun, stream in others))]
+        whole = [outputs for outputs in answers if outputs and outputs[-1].finish_reason == "stop"]
+        for output in max(whole, key=_total_logprob, default=answer[1:]):
+            yield output
+
+
+def _likeliest(
+    ids: tuple[int, ...], logprobs: tuple[float, ...], chosen: int | None, count: int
+) -> list[tuple[int, float]]:
+    """The likeliest of the ids beside the chosen one, as far as they are not hopeless."""
+    known = dict(zip(ids, logprobs, strict=True))
+    best = max(known.values())
+    rivals = ((i, logprob) for i, logprob in known.items() if i != chosen and logprob > best - _MAX_GAP)
+    return heapq.nlargest(count, rivals, key=lambda rival: rival[1])
+
+
+def _continued(request: EngineRequest, constraint: QuoteConstraint, begun: tuple[int, ...]) -> EngineRequest:
+    """The request for what comes behind `begun`."""
+    room = request.sampling.max_new_tokens - len(begun)
+    return replace(
+        request,
+        token_ids=request.token_ids + begun,
+        sampling=replace(request.sampling, max_new_tokens=max(1, room)),
+        constraint=constraint.after(begun),
+        watch_tokens=(),
+    )
+
+
+async def _read(begun: StepOutput, stream: TokenStream) -> list[StepOutput]:
+    """An answer from its first token on; empty when the engine has no room for it."""
+    outputs = [begun]
+    try:
+        async for output in stream:
+            outputs.append(output)
+    except EngineOverloaded:
+        return []
+    return outputs
+
+
+def _total_logprob(outputs: list[StepOutput]) -> float:
+    return sum(output.logprob for output in outputs if output.logprob is not None)

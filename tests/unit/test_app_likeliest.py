@@ -1,0 +1,144 @@
+"""Of the quotes that begin with the likeliest tokens, the likeliest is given out: an engine against whole forwards."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+import torch
+from app_kit import GARDEN, LIGHTHOUSE, write_checkpoint
+
+from app.likeliest import generate_likeliest
+from app.prompting import QuoteFormat
+from app.quotes import QuoteLimits, TokenBytes
+from model import load_model
+from model.engine import EngineRequest, JambaEngine
+from model.engine_thread import EngineThread
+from model.prefix_cache import PrefixCache
+from model.prefix_plan import PlanSettings
+from model.sampling import SamplingParams
+from model.state_store import MemoryStateStore
+from model.tokenizer import Tokenizer
+from retrieval.types import Evidence, Passage
+
+EVIDENCE = Evidence(
+    tuple(
+        Passage(f"d{i}", 1, "c", i, f"{i}.md", None, text, 0, len(text)) for i, text in ((1, LIGHTHOUSE), (2, GARDEN))
+    ),
+    "rag",
+    0,
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, write_jamba):
+    return write_checkpoint(tmp_path_factory.mktemp("likeliest") / "model", write_jamba)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return load_model(checkpoint, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint):
+    return Tokenizer.load(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def form(checkpoint, tokenizer):
+    return QuoteFormat(tokenizer, TokenBytes.read(checkpoint), max_context_tokens=2048)
+
+
+@pytest.fixture
+def make_engine(model, tokenizer):
+    def make(**limits: int) -> JambaEngine:
+        cache = PrefixCache([MemoryStateStore(1 << 26)], b"test", PlanSettings())
+        return JambaEngine(model, tokenizer, cache, max_context_tokens=2048, **limits)
+
+    return make
+
+
+def make_request(form, question: str, **sampling) -> EngineRequest:
+    prompt = form.build_prompt(question, EVIDENCE)
+    params = {"max_new_tokens": 64, "stop_token_ids": form.stop_ids} | sampling
+    limits = QuoteLimits(max_quote_tokens=12, max_quotes=1, allow_none=False)
+    constraint = form.constrain(EVIDENCE, limits)
+    return EngineRequest(prompt.token_ids, prompt.boundaries, SamplingParams(**params), constraint=constraint)
+
+
+def answer(engine: JambaEngine, request: EngineRequest, quote_id: int, width: int) -> list:
+    async def read() -> list:
+        thread = EngineThread(engine)
+        try:
+            return [output async for output in generate_likeliest(thread, request, quote_id, width)]
+        finally:
+            await thread.close()
+
+    return asyncio.run(read())
+
+
+def total_after(model, form, request: EngineRequest, begun: tuple[int, ...]) -> tuple[float, tuple[int, ...]]:
+    """Log-probability of the greedy answer that begins so, from its second token on, by whole forwards."""
+    generated, constraint = list(begun), form.constrain(EVIDENCE, QuoteLimits(12, 1, False))
+    while generated[-1] not in form.stop_ids:
+        logprobs = model(torch.tensor([[*request.token_ids, *generated]]))[0, -1].log_softmax(-1)
+        generated.append(max(constraint.allowed(generated), key=lambda token_id: logprobs[token_id].item()))
+    logprobs = model(torch.tensor([[*request.token_ids, *generated]]))[0].log_softmax(-1)
+    start = len(request.token_ids)
+    return sum(logprobs[start + i - 1, generated[i]].item() for i in range(1, len(generated))), tuple(generated)
+
+
+@pytest.mark.parametrize("question", ["How high is it?", "Who keeps the lighthouse?", "What do roses cost?"])
+def test_gives_the_likeliest_of_the_quotes_that_begin_most_likely(make_engine, model, form, question):
+    request, quote_id = make_request(form, question), form.decision_ids[0]
+    with torch.inference_mode():
+        logprobs = model(torch.tensor([[*request.token_ids, quote_id]]))[0, -1].log_softmax(-1)
+        first_ids = sorted(request.constraint.first_ids, key=lambda token_id: -logprobs[token_id].item())
+        answers = [total_after(model, form, request, (quote_id, first)) for first in first_ids[:5]]
+    outputs = answer(make_engine(), request, quote_id, width=5)
+    best = max(answers)
+    assert tuple(output.token_id for output in outputs) == best[1]
+    assert sum(output.logprob for output in outputs[1:]) == pytest.approx(best[0], abs=1e-3)
+    assert [output.watch_logprobs for output in outputs] == [()] * len(outputs)
+    greedy = answer(make_engine(), request, quote_id, width=1)
+    assert tuple(output.token_id for output in greedy) == answers[0][1]
+
+
+def test_some_question_has_a_likelier_quote_than_the_greedy_one(make_engine, form):
+    quote_id = form.decision_ids[0]
+    changed = 0
+    for number in range(8):
+        request = make_request(form, f"Question number {number}?")
+        one, five = (answer(make_engine(), request, quote_id, width) for width in (1, 5))
+        changed += [o.token_id for o in one] != [o.token_id for o in five]
+    assert changed
+
+
+def test_drawn_answers_and_refusals_are_left_alone(make_engine, form):
+    quote_id, none_id = form.decision_ids
+    drawn = make_request(form, "How high is it?", temperature=1.0, seed=3)
+    one, five = (answer(make_engine(), drawn, quote_id, width) for width in (1, 5))
+    assert [o.token_id for o in one] == [o.token_id for o in five]
+
+    class Refuses:
+        first_ids = ()
+
+        def allowed(self, generated):
+            return (none_id,) if not generated else form.stop_ids
+
+    refusing = replace(make_request(form, "How high is it?"), constraint=Refuses())
+    assert answer(make_engine(), refusing, quote_id, 5)[0].token_id == none_id
+
+
+def test_quotes_that_the_engine_has_no_room_for_are_left_out(make_engine, form):
+    request, quote_id = make_request(form, "How high is it?"), form.decision_ids[0]
+    full = make_engine(max_batch=1, max_waiting=1)
+    outputs = answer(full, request, quote_id, width=5)
+    assert outputs[-1].finish_reason == "stop" and outputs[0].token_id == quote_id
+
+
+def test_an_answer_cut_short_is_the_greedy_one(make_engine, form):
+    request, quote_id = make_request(form, "How high is it?", max_new_tokens=3), form.decision_ids[0]
+    one, five = (answer(make_engine(), request, quote_id, width) for width in (1, 5))
+    assert [o.token_id for o in one] == [o.token_id for o in five]
+    assert five[-1].finish_reason == "length"
