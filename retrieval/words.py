@@ -26,6 +26,7 @@ _LOG = logging.getLogger(__name__)
 _ANALYZER = "words-1"  # part of the schema: with another number, indexes made before are rebuilt
 _HEAP_BYTES = 64_000_000  # so much of new chunks is in memory before it becomes a segment
 _MARKER = 0  # row of the one entry that says the generation; rows of chunks begin at 1
+_LEAST_IDF = 1e-6
 _RETRY_S = 30.0  # after an index could not be written, as on a full disk
 
 
@@ -145,13 +146,14 @@ class WordIndex:
         return [tokens for term in terms if (tokens := self._analyzer.analyze(index_text(term)))]
 
     def _term_query(self, searcher: tantivy.Searcher, tokens: list[str]) -> tantivy.Query:
-        """Tantivy weighs a phrase by the sum of its words' idf; this weighs it by how many chunks hold the phrase."""
-        if len(tokens) == 1:
-            return tantivy.Query.term_query(self._schema, "text", tokens[0])
+        """Tantivy weighs a term by its `_own_idf`, a phrase by the sum of its words'; this weighs it by `_idf`."""
         chunks = searcher.num_docs
-        singly = sum(_idf(searcher.doc_freq("text", token), chunks) for token in tokens)
-        phrase = tantivy.Query.phrase_query(self._schema, "text", tokens)
-        return tantivy.Query.boost_query(phrase, _idf(self._frequency(searcher, tokens), chunks) / singly)
+        own = sum(_own_idf(searcher.doc_freq("text", token), chunks) for token in tokens)
+        if len(tokens) == 1:
+            query = tantivy.Query.term_query(self._schema, "text", tokens[0])
+        else:
+            query = tantivy.Query.phrase_query(self._schema, "text", tokens)
+        return tantivy.Query.boost_query(query, _idf(self._frequency(searcher, tokens), chunks) / own)
 
     def _frequency(self, searcher: tantivy.Searcher, tokens: list[str]) -> int:
         if len(tokens) == 1:
@@ -218,5 +220,10 @@ def _make_analyzer() -> tantivy.TextAnalyzer:
 
 
 def _idf(holding: int, chunks: int) -> float:
+    """Of Robertson and Spärck Jones; next to nothing for what half of all chunks hold. Measured: docs/log.md."""
+    return max(_LEAST_IDF, math.log((max(0, chunks - holding) + 0.5) / (holding + 0.5)))
+
+
+def _own_idf(holding: int, chunks: int) -> float:
     """Source: tantivy, src/query/bm25.rs."""
     return math.log1p((max(0, chunks - holding) + 0.5) / (holding + 0.5))
