@@ -173,8 +173,8 @@ class RedisStateStore:
                     raise
                 if evicting:
                     _log.warning(
-                        "the state server evicts by %s: deleting one document will drop all states in it; "
-                        "maxmemory-policy noeviction and the states' expiry are enough",
+                        "the state server evicts by %s, also what it noted of which states saw a document: "
+                        "deleting or replacing one drops all states in it",
                         evicting,
                     )
                 self._opened = client

@@ -72,6 +72,11 @@ def _explain_cause(error: BaseException) -> str | None:
             return f"its certificate is not accepted ({error.verify_message.rstrip('.')}); {advice}"
         case ssl.SSLError() if "CERTIFICATE_REQUIRED" in str(error.reason):
             return "it asks for a certificate of ours; name its files: ?ssl_certfile=<file>&ssl_keyfile=<file>"
+        case ssl.SSLEOFError():
+            return (
+                "it breaks off TLS. Either it asks for a certificate of ours; name its files: "
+                "?ssl_certfile=<file>&ssl_keyfile=<file>. Or its port is without TLS, which is redis://, not rediss://"
+            )
         case ssl.SSLError():
             return f"no TLS with it ({error}); a port without TLS is redis://, not rediss://"
         case FileNotFoundError():

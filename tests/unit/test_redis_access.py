@@ -281,6 +281,7 @@ def test_slots_that_move_are_followed(tmp_path):
         store = RedisStateStore(f"redis://127.0.0.1:{servers[0].port}", part_bytes=20_000, timeout_s=5.0)
         store.put_many(ITEMS)
         empty_into(servers[1], servers[0])
+        wait_for(lambda: all(b"cluster_state:ok" in command(server, "CLUSTER", "INFO") for server in servers))
         assert [bytes(value) for value in store.get_many([item.key for item in ITEMS])] == [i.value for i in ITEMS]
         store.put_many(ITEMS)
         assert command(servers[1], "DBSIZE") == 0

@@ -81,7 +81,18 @@ def tls_in_front_of(port: int, certificate: Certificate, client_ca: Path | None 
 
 def _serve(context: ssl.SSLContext, raw: socket.socket, server: socket.socket) -> None:
     """Pass on in both directions until one side ends it."""
-    with raw, server, suppress(OSError), context.wrap_socket(raw, server_side=True) as client:
+    try:
+        client = context.wrap_socket(raw, server_side=True, suppress_ragged_eofs=True, do_handshake_on_connect=False)
+    except OSError:
+        return
+    with server, suppress(OSError), client:
+        try:
+            client.do_handshake()
+        except ssl.SSLError:  # closed at once, what the client has sent meanwhile would cost it the reason
+            socket.socket.shutdown(client, socket.SHUT_WR)
+            while socket.socket.recv(client, 1 << 16):
+                pass
+            return
         while True:
             for source in [client] if client.pending() else select.select([client, server], [], [])[0]:
                 if not (data := source.recv(1 << 16)):
