@@ -70,7 +70,7 @@ def _likeliest(
 ) -> list[tuple[int, float]]:
     """The likeliest of the ids beside the chosen one, as far as they are not hopeless."""
     known = dict(zip(ids, logprobs, strict=True))
-    best = max(known.values())
+    best = max(known.values(), default=0.0)
     rivals = ((i, logprob) for i, logprob in known.items() if i != chosen and logprob > best - _MAX_GAP)
     return heapq.nlargest(count, rivals, key=lambda rival: rival[1])
 

@@ -142,3 +142,12 @@ def test_an_answer_cut_short_is_the_greedy_one(make_engine, form):
     one, five = (answer(make_engine(), request, quote_id, width) for width in (1, 5))
     assert [o.token_id for o in one] == [o.token_id for o in five]
     assert five[-1].finish_reason == "length"
+
+
+def test_evidence_without_anything_to_quote_ends_the_answer(make_engine, form):
+    blank = Evidence((Passage("d1", 1, "c", 1, "1.md", None, " \n", 0, 2),), "rag", 0)
+    constraint = form.constrain(blank, QuoteLimits(allow_none=False))
+    assert not constraint.first_ids
+    request = replace(make_request(form, "How high is it?"), constraint=constraint)
+    outputs = answer(make_engine(), request, form.decision_ids[0], width=5)
+    assert outputs[-1].finish_reason == "stop"
