@@ -194,6 +194,7 @@ class RunningAnswer:
             epoch=self._epoch,
             constraint=constraint,
             watch_tokens=service.format.decision_ids,
+            counted=allow_none,  # the second time it is the same prompt
         )
         first, submitted = True, time.perf_counter()
         quote_id = service.format.decision_ids[0] if service.format.decision_ids else -1

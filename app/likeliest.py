@@ -84,6 +84,7 @@ def _continued(request: EngineRequest, constraint: QuoteConstraint, begun: tuple
         sampling=replace(request.sampling, max_new_tokens=max(1, room)),
         constraint=constraint.after(begun),
         watch_tokens=(),
+        counted=False,
     )
 
 

@@ -135,6 +135,7 @@ class Prefetch:
             tags=frozenset(prompt.document_starts),
             tag_starts=prompt.document_starts,
             epoch=epoch,
+            counted=False,
         )
         plan = service.cache.plan(
             request.token_ids, request.boundaries, request.salt, request.tag_starts, request.epoch

@@ -68,16 +68,16 @@ class OurCache:
         cached = self._pass(prompt.token_ids, prompt.boundaries)
         if self._prefetch_turns:
             turn = np.concatenate([prompt.token_ids, prompt.answer])
-            self.prefetched_tokens += len(turn) - self._pass(turn, (*prompt.boundaries, len(turn)), prefetch=True)
+            self.prefetched_tokens += len(turn) - self._pass(turn, (*prompt.boundaries, len(turn)), counted=False)
         return cached
 
     def used_bytes(self) -> int:
         return self._store.stats()["bytes"] * _SCALE
 
-    def _pass(self, token_ids: np.ndarray, boundaries: Sequence[int], prefetch: bool = False) -> int:
+    def _pass(self, token_ids: np.ndarray, boundaries: Sequence[int], counted: bool = True) -> int:
         """Look a prompt up, keep what its plan wants kept; returns the tokens that were there."""
         plan = self._cache.plan(token_ids, boundaries)
-        hit = self._cache.longest_prefix(plan, prefetch)
+        hit = self._cache.longest_prefix(plan, counted)
         cached = kept = hit.num_tokens if hit else 0
         self._state.reserve(plan.num_tokens)
         for position in plan.snapshot_keys:

@@ -199,7 +199,7 @@ class JambaEngine:
             if sequence.state is None:  # nobody overtakes it, or it might wait for ever
                 break
             self._waiting.remove(sequence)
-            self._loading[sequence] = self._loader.submit(self._find_prefix, sequence.plan)
+            self._loading[sequence] = self._loader.submit(self._find_prefix, sequence.plan, sequence.request.counted)
         return outputs
 
     def _new_state(self, num_tokens: int, others: list[HybridState]) -> HybridState | None:
@@ -228,11 +228,11 @@ class JambaEngine:
                 return True
         return False
 
-    def _find_prefix(self, plan: PrefixPlan) -> tuple[PrefixHit | None, float]:
+    def _find_prefix(self, plan: PrefixPlan, counted: bool) -> tuple[PrefixHit | None, float]:
         """Runs on the loading thread, so that a slow store delays only its own request. (hit, milliseconds)"""
         start = time.perf_counter()
         try:
-            hit = self.prefix_cache.longest_prefix(plan)
+            hit = self.prefix_cache.longest_prefix(plan, counted)
         except Exception:
             _log.exception("looking for a cached prefix failed; computing it")
             hit = None

@@ -31,7 +31,8 @@ class EngineRequest:
 
     `tags` are the documents that the prompt saw and `tag_starts` where their tokens begin (absent: at 0), for
     `Engine.invalidate`. `salt` separates tenants. `epoch` is `PrefixCache.epoch` from before the documents were
-    chosen. The log-probabilities of `watch_tokens` come with every step.
+    chosen. The log-probabilities of `watch_tokens` come with every step. `counted`: whether somebody asked; what the
+    service does of its own accord says nothing of how often states are of use, and stays out of the cache's figures.
     """
 
     token_ids: tuple[int, ...]
@@ -43,6 +44,7 @@ class EngineRequest:
     tag_starts: Mapping[str, int] = field(default_factory=dict)
     epoch: int | None = None
     watch_tokens: tuple[int, ...] = ()
+    counted: bool = True
 
 
 @dataclass(frozen=True, slots=True)

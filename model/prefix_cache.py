@@ -104,18 +104,18 @@ class PrefixCache:
         epoch = self._epoch if epoch is None else epoch
         return plan_prefix(root_key(self._fingerprint, salt), token_ids, boundaries, self.settings, tags, epoch)
 
-    def longest_prefix(self, plan: PrefixPlan, prefetch: bool = False) -> PrefixHit | None:
+    def longest_prefix(self, plan: PrefixPlan, counted: bool = True) -> PrefixHit | None:
         """The deepest position of the plan with a snapshot and all KV before it, leaving a token to compute.
 
-        Loads what it returns. Values that cannot be used are dropped, counted, and the next position is tried. A
-        `prefetch` is no question: it counts neither as a lookup nor as a use of what it finds.
+        Loads what it returns. Values that cannot be used are dropped, counted, and the next position is tried. What
+        is not `counted` is no question: neither a lookup nor a use of what it finds.
         """
-        where = self._locate(plan.keys_deepest_first(plan.num_tokens - 1), prefetch)
+        where = self._locate(plan.keys_deepest_first(plan.num_tokens - 1), peek=not counted)
         loaded: dict[str, _Loaded] = {}
         hit = None
         while hit is None and (position := _deepest(plan, where)):
             hit = self._load(plan, position, where, loaded)
-        if prefetch:
+        if not counted:
             return hit
         with self._lock:
             self._stats.lookups += 1

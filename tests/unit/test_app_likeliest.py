@@ -130,6 +130,16 @@ def test_drawn_answers_and_refusals_are_left_alone(make_engine, form):
     assert answer(make_engine(), refusing, quote_id, 5)[0].token_id == none_id
 
 
+def test_the_cache_counts_the_question_and_not_its_other_beginnings(make_engine, form):
+    engine, request, added = make_engine(), make_request(form, "How high is it?"), []
+    add = engine.add
+    engine.add = lambda request: added.append(request) or add(request)
+    answer(engine, request, form.decision_ids[0], width=5)
+    stats, _ = engine.prefix_cache.stats()
+    assert len(added) > 1
+    assert (stats.lookups, stats.prompt_tokens, stats.hits) == (1, len(request.token_ids), 0)
+
+
 def test_quotes_that_the_engine_has_no_room_for_are_left_out(make_engine, form):
     request, quote_id = make_request(form, "How high is it?"), form.decision_ids[0]
     full = make_engine(max_batch=1, max_waiting=1)

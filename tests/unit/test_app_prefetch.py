@@ -49,7 +49,10 @@ async def test_the_first_question_about_a_collection_finds_all_of_it_read(client
     await client.upload("lighthouse.md", LIGHTHOUSE)
     await client.upload("garden.md", GARDEN)
     await until(lambda: is_ready(client))
+    cache = client.app.state.service.cache
+    assert cache.stats()[0].lookups == 0  # nobody has asked yet
     answer = await client.ask(QUESTION)
+    assert cache.stats()[0].lookups == cache.stats()[0].hits == 1
     prompt, prefix = answer["usage"]["input_tokens"], answer["cache"]["prefix_tokens"]
     assert answer["cache"]["tier"] == "host" and prompt - prefix < 40  # the question and what it ends with
     assert await count(client, "read") >= 1
