@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -76,15 +76,14 @@ def silent_server() -> Iterator[str]:
 class FaultyProxy:
     """Passes bytes to and from a server on this machine, as badly as it is told to from then on.
 
-    `cut_down`, `cut_up`: bytes to the client or to the server after which connections break, None for never. `hold`:
-    nothing more is passed on. `connections` counts those accepted.
+    `cut_down`, `cut_up`: bytes to the client or to the server after which `on_cut` is called and connections break,
+    None for never. `hold`: nothing more is passed on. `delay_s`: all that arrives waits so long. `connections` counts
+    those accepted.
     """
 
     def __init__(self, port: int) -> None:
-        self._port = port
-        self.cut_down: int | None = None
-        self.cut_up: int | None = None
-        self.hold = False
+        self.port = port
+        self.heal()
         self.connections = 0
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
@@ -96,8 +95,11 @@ class FaultyProxy:
         return f"redis://127.0.0.1:{self._listener.getsockname()[1]}"
 
     def heal(self) -> None:
-        self.cut_down = self.cut_up = None
+        self.cut_down: int | None = None
+        self.cut_up: int | None = None
+        self.on_cut: Callable[[], None] = lambda: None
         self.hold = False
+        self.delay_s = 0.0
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
@@ -121,7 +123,7 @@ class FaultyProxy:
                 return
             self.connections += 1
             try:
-                server = socket.create_connection(("127.0.0.1", self._port))
+                server = socket.create_connection(("127.0.0.1", self.port))
             except OSError:
                 client.close()
                 continue
@@ -134,12 +136,14 @@ class FaultyProxy:
             while data := source.recv(1 << 14):
                 if self.hold:
                     continue
+                time.sleep(self.delay_s)
                 left = getattr(self, limit)
                 if left is not None:
                     data = data[:left]
                     setattr(self, limit, left - len(data))
                 target.sendall(data)
                 if left is not None and left <= len(data):
+                    self.on_cut()
                     break
         except OSError:
             pass  # the other direction has broken the connection

@@ -1,12 +1,15 @@
 """Random walks over all that may happen to prefix states; the oracle is the same answer without any cache.
 
-Two models, two forms of snapshots, documents that come, change and go, restarts, eviction, damage in every tier, and a
-real server behind a proxy that is killed, cut off in the middle of a value, filled up and stalled.
+Two checkpoints, two dtypes, two forms of snapshots, each order of tiers that a service has, tenants, documents that
+come, change and go while they are read, restarts, eviction, damage in every tier, and a real server behind a proxy that
+is killed or cut off in the middle of a value, loses the end of its log, is filled up, slow and stalled.
 """
 
 from __future__ import annotations
 
+import os
 import random
+import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +19,11 @@ import torch
 from engine_kit import SMALL, Answer, byte_tokenizer, doc_prompt, run_all
 from state_kit import Clock, FaultyProxy, running_server
 
-from model import Jamba, load_model
+from model import Jamba, load_model, redis_bulk
+from model.device_store import DeviceStateStore
 from model.engine import EngineRequest, JambaEngine
 from model.prefix_cache import PrefixCache
+from model.prefix_plan import state_fingerprint
 from model.redis_store import RedisStateStore
 from model.sampling import SamplingParams
 from model.state_store import MemoryStateStore, StateItem, WriteBehindStore
@@ -28,19 +33,29 @@ PREFIX = b"jamba-rag:"
 PLANS = [SMALL, replace(SMALL, int8_snapshots=True)]
 
 
+TIERS = ("bytes", "tensors", "tensors and bytes", "none")  # in front of Redis
+
+
 @pytest.fixture(scope="module")
-def models(tiny_jamba_dir: Path) -> dict[bytes, Jamba]:
-    return {b"float32": load_model(tiny_jamba_dir), b"bfloat16": load_model(tiny_jamba_dir, dtype=torch.bfloat16)}
+def models(tiny_jamba_dir: Path, tmp_path_factory, write_jamba) -> dict[bytes, Jamba]:
+    """By fingerprint: two dtypes of one checkpoint, and another one of the same shape."""
+    write_jamba(other := tmp_path_factory.mktemp("other"), seed=1)
+    found = {}
+    for path, dtype in ((tiny_jamba_dir, torch.float32), (tiny_jamba_dir, torch.bfloat16), (other, torch.float32)):
+        model = load_model(path, dtype=dtype)
+        found[state_fingerprint(path, None, model.state_layout.fingerprint())] = model
+    assert len(found) == 3
+    return found
 
 
 class World:
     """A service's states, its documents, and everything that can happen to them, one method an event."""
 
-    def __init__(self, seed: int, models: dict[bytes, Jamba], port: int, server) -> None:
+    def __init__(self, seed: int, models: dict[bytes, Jamba], server) -> None:
         torch.set_num_threads(1)
         self.rng, self.server, self.clock = random.Random(seed), server, Clock()
-        self.proxy = FaultyProxy(port)
-        self.models, self.fingerprint, self.plan = models, b"float32", PLANS[seed % 2]
+        self.proxy, self.killing = FaultyProxy(server.port), threading.Lock()
+        self.models, self.fingerprint, self.plan = models, next(iter(models)), PLANS[seed % 2]
         self.cold = {
             (name, plan): JambaEngine(model, TOKENIZER, PrefixCache((), name, plan), max_context_tokens=2000)
             for name, model in models.items()
@@ -55,10 +70,17 @@ class World:
             self.upload()
 
     def start(self) -> None:
-        self.redis = RedisStateStore(self.proxy.url, timeout_s=0.2, part_bytes=3000, clock=self.clock)
+        part_bytes = self.rng.choice([3000, 1 << 20])
+        self.redis = RedisStateStore(self.proxy.url, timeout_s=0.2, part_bytes=part_bytes, clock=self.clock)
         self.behind = WriteBehindStore(self.redis)
-        self.memory = MemoryStateStore(self.rng.choice([60_000, 200_000, 1 << 26]))
-        self.cache = PrefixCache([self.memory, self.behind], self.fingerprint, self.plan)
+        tiers, sizes = self.rng.choice(TIERS), [60_000, 200_000, 1 << 26]
+        self.near: list[MemoryStateStore] = []
+        if "tensors" in tiers:
+            self.near.append(DeviceStateStore(self.rng.choice(sizes)))
+        if "bytes" in tiers:
+            self.near.append(MemoryStateStore(self.rng.choice(sizes)))
+        self.cache = PrefixCache([*self.near, self.behind], self.fingerprint, self.plan)
+        self.seen[tiers] += 1
         model = self.models[self.fingerprint]
         self.warm = JambaEngine(model, TOKENIZER, self.cache, max_context_tokens=2000)
 
@@ -68,6 +90,7 @@ class World:
         self.seen.update(
             damaged=stats.damaged, **{f"redis {name}": tiers["redis"][name] for name in ("errors", "dropped")}
         )
+        self.cache.close()
         self.behind.close()
         self.redis.close()
 
@@ -81,14 +104,57 @@ class World:
         """One to three questions at once, about what there is now."""
         requests = [self.request() for _ in range(self.rng.choice([1, 1, 1, 3]))]
         for answer, request in zip(run_all(self.warm, requests), requests, strict=True):
-            (expected,) = run_all(self.cold[self.fingerprint, self.plan], [request])
             self.seen[answer.end.tier] += 1
-            if len(requests) == 1:
-                assert answer.logprobs == expected.logprobs
-            assert (answer.token_ids, answer.text) == (expected.token_ids, expected.text)
+            self.compare(answer, request, alone=len(requests) == 1)
         self.asked = (self.asked + requests)[-8:]
         if self.rng.random() < 0.7:
-            self.behind.flush()
+            self.flush()
+
+    def compare(self, answer: Answer, request: EngineRequest, alone: bool) -> None:
+        (expected,) = run_all(self.cold[self.fingerprint, self.plan], [request])
+        if alone:
+            assert answer.logprobs == expected.logprobs
+        assert (answer.token_ids, answer.text) == (expected.token_ids, expected.text)
+
+    def ask_as_stranger(self) -> None:
+        """The same words from a tenant who never asked anything: nobody's state is theirs."""
+        self.seen["strangers"] += 1
+        request = replace(self.request(), salt=b"tenant %d" % self.seen["strangers"])
+        (answer,) = run_all(self.warm, [request])
+        assert (answer.end.cached_tokens, answer.end.tier) == (0, "none")
+        self.compare(answer, request, alone=True)
+        self.asked = [*self.asked, request][-8:]
+
+    def change_while_asked(self) -> None:
+        """A document goes while a prompt with it is computed: its answer is given up, others are not touched."""
+        requests = [self.request() for _ in range(2)]
+        names = sorted({name for request in requests for name in request.tags if name in self.texts})
+        if not names or len(self.texts) < 3:
+            return
+        answers = {self.warm.add(request): (Answer(), request) for request in requests}
+        name, steps = self.rng.choice(names), self.rng.randint(0, 6)
+        while self.warm.has_work():
+            if steps == 0:
+                self.asked = (self.asked + requests)[-8:]
+                self.forget(name)
+                del self.texts[name]
+                self.gone[name] = requests
+                for request_id, (_, request) in answers.items():
+                    if name in request.tags:
+                        self.warm.abort(request_id)
+            steps -= 1
+            for output in self.warm.step():
+                answers[output.request_id][0].outputs.append(output)
+        for answer, request in answers.values():
+            if answer.end.finish_reason != "abort":
+                self.compare(answer, request, alone=False)
+        if name not in self.texts:
+            self.flush()
+            for request in requests:
+                self.check_forgotten(name, request)
+
+    def flush(self) -> None:
+        assert self.cache.flush(20) and self.behind.flush(20)
 
     def request(self) -> EngineRequest:
         if self.asked and self.rng.random() < 0.4:
@@ -121,43 +187,52 @@ class World:
     def forget(self, name: str) -> None:
         """When an invalidation returns, no tier that can be reached holds a state that saw the document."""
         self.warm.invalidate({name})
-        saw = [request for request in self.asked if name in request.tags]
+        for request in self.asked:
+            self.check_forgotten(name, request)
         self.asked = [request for request in self.asked if name not in request.tags]
-        for request in saw:
-            tags = {tag: request.tag_starts[tag] for tag in request.tags}
-            plan = self.cache.plan(request.token_ids, request.boundaries, tags=tags)
-            start, end = request.tag_starts[name] + 2, len(request.token_ids)  # every document begins with <|doc|> d
-            keys = [key for key in plan.keys_deepest_first(end) if key not in set(plan.keys_deepest_first(start))]
-            assert not any(self.memory.contains_many(keys, peek=True))
-            assert not any(self.redis.contains_many(keys, peek=True))
-            self.seen["forgotten"] += bool(keys)
+
+    def check_forgotten(self, name: str, request: EngineRequest) -> None:
+        if name not in request.tags:
+            return
+        plan = self.cache.plan(request.token_ids, request.boundaries, request.salt, request.tag_starts)
+        start, end = request.tag_starts[name] + 2, len(request.token_ids)  # every document begins with <|doc|> d
+        keys = [key for key in plan.keys_deepest_first(end) if key not in set(plan.keys_deepest_first(start))]
+        for store in (*self.near, self.redis):
+            assert not any(store.contains_many(keys, peek=True))
+        self.seen["forgotten"] += bool(keys)
 
     def restart(self) -> None:
         self.stop()
         self.start()
 
     def change_model(self) -> None:
-        """Or the form of its snapshots: the states of before are still in Redis."""
+        """Its weights, its dtype or the form of its snapshots: the states of before are still in Redis."""
         if self.rng.random() < 0.5:
             self.plan = PLANS[1 - PLANS.index(self.plan)]
         else:
-            self.fingerprint = b"bfloat16" if self.fingerprint == b"float32" else b"float32"
+            self.fingerprint = self.rng.choice([name for name in self.models if name != self.fingerprint])
         self.restart()
 
     def evict(self) -> None:
-        keys = sorted(self.memory._items)
-        self.memory.delete(keys=self.rng.sample(keys, len(keys) // 2))
+        for store in self.near:
+            keys = sorted(store._items)
+            store.delete(keys=self.rng.sample(keys, len(keys) // 2))
 
     def damage_memory(self) -> None:
-        """Values of this process have no business to change; that they are checked all the same costs one pass."""
-        for key in self.rng.sample(sorted(self.memory._items), min(6, len(self.memory._items))):
-            if (item := self.memory._items.get(key)) is None:
-                continue  # given up for one put here before
-            other = self.rng.choice(list(self.memory._items.values())).value
-            self.memory.put_many([StateItem(key, self.damaged(bytes(item.value), bytes(other)), item.tags, item.after)])
+        """Bytes in this process have no business to change; that they are checked all the same costs one pass."""
+        for store in self.near:
+            if isinstance(store, DeviceStateStore):
+                continue
+            for key in self.rng.sample(sorted(store._items), min(6, len(store._items))):
+                if (item := store._items.get(key)) is None:
+                    continue  # given up for one put here before
+                other = self.rng.choice(list(store._items.values())).value
+                store.put_many([StateItem(key, self.damaged(bytes(item.value), bytes(other)), item.tags, item.after)])
 
     def damage_redis(self) -> None:
         self.evict()
+        if not self.server.is_running():
+            return
         with self.server.client() as client:
             limit = client.config_get("maxmemory")["maxmemory"]
             client.config_set("maxmemory", 0)
@@ -183,24 +258,49 @@ class World:
         self.evict()
         setattr(self.proxy, self.rng.choice(["cut_down", "cut_up"]), self.rng.randrange(20_000))
 
+    def kill(self) -> None:
+        """The server dies in the middle of what is written or read next."""
+        self.proxy.on_cut = self.end_server
+        self.cut_off()
+
+    def end_server(self) -> None:
+        with self.killing:
+            if self.server.is_running():
+                self.server.terminate()
+                self.seen["killed"] += 1
+
     def stall(self) -> None:
         self.proxy.hold = True
 
+    def slow_down(self) -> None:
+        self.proxy.delay_s = self.rng.choice([0.001, 0.01])
+
     def fill(self) -> None:
-        with self.server.client() as client:
-            client.config_set("maxmemory", self.rng.choice([1, 2_000_000]))
+        if self.server.is_running():
+            with self.server.client() as client:
+                client.config_set("maxmemory", self.rng.choice([1, 2_000_000]))
 
     def lose_everything(self) -> None:
-        with self.server.client() as client:
-            client.flushall()
+        if self.server.is_running():
+            with self.server.client() as client:
+                client.flushall()
 
     def mend(self) -> None:
-        """All is well again, and some time passes: the server must be noticed, owed deletes included."""
+        """All is well again, and some time passes: the server must be noticed, owed deletes included.
+
+        A server that was killed comes back with what stands in its log, or with less.
+        """
         self.proxy.heal()
+        with self.killing:
+            if not self.server.is_running():
+                for log in self.server.data_dir.glob("appendonlydir/*.incr.aof"):
+                    os.truncate(log, max(0, log.stat().st_size - self.rng.choice([0, self.rng.randrange(50_000)])))
+                self.server.start()
+                self.proxy.port = self.server.port
         with self.server.client() as client:
             client.config_set("maxmemory", 0)
         self.clock.now += 60
-        self.behind.flush()
+        self.flush()
         self.redis.contains_many(["any"])
         stats = self.redis.stats()
         assert (stats["open"], stats["owed_deletes"]) == (0, 0)
@@ -212,14 +312,16 @@ class World:
 
 EVENTS = {
     "ask": 30, "upload": 2, "replace": 2, "delete": 2, "restart": 2, "change_model": 1, "evict": 2, "damage_memory": 2,
-    "damage_redis": 2, "cut_off": 2, "stall": 1, "fill": 1, "lose_everything": 0.3, "mend": 3, "wait": 2,
+    "damage_redis": 2, "cut_off": 2, "stall": 1, "fill": 1, "lose_everything": 0.3, "mend": 4, "wait": 2, "kill": 2,
+    "slow_down": 1, "ask_as_stranger": 2, "change_while_asked": 2,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_whatever_happens_answers_are_those_without_a_cache(models, seed):
-    with running_server(maxmemory_policy="noeviction") as server:
-        world = World(seed, models, server.port, server)
+def test_whatever_happens_answers_are_those_without_a_cache(models, seed, monkeypatch):
+    monkeypatch.setattr(redis_bulk, "_BULK", 1 << 11)  # states go the way of large values, as those of real models do
+    with running_server(maxmemory_policy="noeviction", appendonly="yes", appendfsync="no") as server:
+        world = World(seed, models, server)
         try:
             for event in world.rng.choices(list(EVENTS), list(EVENTS.values()), k=130):
                 getattr(world, event)()
@@ -227,12 +329,13 @@ def test_whatever_happens_answers_are_those_without_a_cache(models, seed):
             world.ask()
         finally:
             world.close()
-    assert min(world.seen[name] for name in ("none", "host", "redis", "damaged", "redis errors", "forgotten")) > 0
+    happened = ("none", "host", "redis", "damaged", "redis errors", "forgotten", "strangers")
+    assert min(world.seen[name] for name in happened) > 0
 
 
 def test_a_broken_server_is_left_alone_until_its_time_and_its_return_is_noticed(models):
     with running_server() as server:
-        world = World(0, models, server.port, server)
+        world = World(0, models, server)
         try:
 
             def ask_anew(salt: bytes) -> None:
