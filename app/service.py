@@ -191,7 +191,11 @@ class RagService:
         self._drop_files_of(documents)
 
     def finish_deletions(self) -> None:
-        """Complete what a crash interrupted, and remove originals that no document needs. Blocks."""
+        """Complete what a crash interrupted, free what it was ingesting, remove unneeded originals. Blocks.
+
+        Once, before any worker starts: the data dir is ours alone, so every lease in it is of a dead process.
+        """
+        self.store.end_leases()
         for document in list(self._pages(None, "deleting")):
             self.delete_document(document)
         self._drop_unused_files()

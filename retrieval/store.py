@@ -32,7 +32,6 @@ from .types import (
     Filters,
     Hit,
     IndexChange,
-    Location,
     OnConflict,
     ParsedDocument,
     Role,
@@ -199,13 +198,18 @@ class DocumentStore:
         with self._db.write() as c:
             return jobs.lease_next(c, worker_id, lease_s, self._max_attempts, self._clock())
 
+    def end_leases(self) -> None:
+        """Free at once what was leased or paused: for a process that has the data dir to itself, at its start."""
+        with self._db.write() as c:
+            jobs.end_leases(c)
+
     def renew_lease(self, document_id: str, worker_id: str, lease_s: float, *, version: int) -> None:
-        """Raises LeaseLost when the version is no longer this worker's: stop working on it."""
+        """Raises LeaseLost when the version was superseded, deleted, or leased by another: stop working on it."""
         with self._db.write() as c:
             jobs.renew_lease(c, document_id, version, worker_id, lease_s, self._clock())
 
     def release_lease(self, document_id: str, worker_id: str, *, version: int) -> None:
-        """Put the version back into the queue without counting the attempt: an orderly stop. Raises LeaseLost."""
+        """Put the version back into the queue without counting the attempt: an orderly stop."""
         with self._db.write() as c:
             jobs.release_lease(c, document_id, version, worker_id, self._clock())
 
@@ -220,9 +224,7 @@ class DocumentStore:
         version: int,
         worker_id: str | None = None,
     ) -> None:
-        """Say how far ingestion is. Without a lease, `worker_id` is None.
-
-        Raises LeaseLost, as all of this section, when the version was superseded, deleted, or leased by another."""
+        """Say how far ingestion is; `worker_id` None: without a lease. Raises LeaseLost, as all of this section."""
         with self._db.write() as c:
             jobs.set_progress(c, document_id, version, worker_id, stage, (done, total, unit), self._clock())
 
@@ -239,8 +241,7 @@ class DocumentStore:
     ) -> Document:
         """Record an error: back to the queue after a pause if `retryable` and attempts are left, else `failed`.
 
-        An older version that is ready goes on answering. Raises LeaseLost.
-        """
+        An older version that is ready goes on answering."""
         error = documents.DocumentError(code, message, retryable, page)
         with self._db.write() as c:
             return jobs.fail_document(c, document_id, version, worker_id, error, self._max_attempts, self._clock())
@@ -290,11 +291,6 @@ class DocumentStore:
         """The chunk that shares most characters with the span, the first such; None if none does."""
         with self._db.read() as c:
             return searching.chunk_at(c, document_id, char_start, char_end)
-
-    def locate(self, document_id: str, char_start: int, char_end: int) -> Location:
-        """Pages and headings of a span of the text. Raises DocumentNotReady."""
-        with self._db.read() as c:
-            return searching.locate_span(c, document_id, char_start, char_end)
 
     # Search
 

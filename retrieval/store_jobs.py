@@ -56,6 +56,13 @@ def require_version(c: sqlite3.Connection, document_id: str, version: int, worke
     return row["row"]
 
 
+def end_leases(c: sqlite3.Connection) -> None:
+    c.execute(
+        """UPDATE versions SET lease_owner = NULL, lease_until = NULL, not_before = 0
+        WHERE status NOT IN ('ready', 'failed')"""
+    )
+
+
 def renew_lease(
     c: sqlite3.Connection, document_id: str, version: int, worker_id: str, lease_s: float, now: float
 ) -> None:

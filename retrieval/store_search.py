@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .location import locate
 from .store_documents import collection_rows, get_current, ready_rows
-from .types import Chunk, Filters, Heading, Hit, Location, Page, ParsedDocument
+from .types import Chunk, Filters, Heading, Hit, Page, ParsedDocument
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,12 +36,6 @@ def _load_pages(row: sqlite3.Row) -> tuple[Page, ...]:
 
 def _load_headings(row: sqlite3.Row) -> tuple[Heading, ...]:
     return tuple(Heading(*values) for values in json.loads(row["headings"]))
-
-
-def locate_span(c: sqlite3.Connection, document_id: str, char_start: int, char_end: int) -> Location:
-    document_row, _ = get_current(c, document_id)
-    row = c.execute("SELECT pages, headings FROM contents WHERE document_row = ?", (document_row,)).fetchone()
-    return locate(_load_pages(row), _load_headings(row), char_start, char_end)
 
 
 def get_chunks(c: sqlite3.Connection, document_id: str) -> list[Chunk]:

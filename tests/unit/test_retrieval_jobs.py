@@ -81,6 +81,22 @@ def test_expired_lease_goes_to_the_next_and_the_first_is_told(store, clock):
     assert store.get_document(document.id).status == "ready"
 
 
+def test_leases_of_a_dead_process_end_with_the_next_one_and_keep_their_attempt(store, clock):
+    clock.now += 100_000
+    document, paused = queue(store, "left behind"), queue(store, "paused")
+    store.lease_next("dead", 3600)
+    store.set_progress(document.id, "embedding", version=1, worker_id="dead")
+    store.lease_next("dead", 3600)
+    store.fail_document(paused.id, "timeout", "slow", True, version=1, worker_id="dead")
+    clock.now -= 86_400  # and the clock was set back
+    assert store.lease_next("new", 60) is None
+    store.end_leases()
+    assert [store.lease_next("new", 60).id for _ in range(2)] == [document.id, paused.id]
+    assert store.get_document(document.id).attempts == 2
+    with pytest.raises(LeaseLost, match="not leased by"):
+        store.renew_lease(document.id, "dead", 60, version=1)
+
+
 def test_a_version_that_always_kills_its_worker_stops(store, clock):
     document = queue(store, "poison")
     for attempt in range(1, 10):  # three for each of the attempts that errors get: kills are rarely its fault

@@ -14,6 +14,7 @@ from retrieval_kit import HashEmbedder, add, ingest, queue, sha
 from retrieval.embedder import MiniLMEmbedder
 from retrieval.index import FaissIndex, open_index
 from retrieval.lexical import query_terms
+from retrieval.location import locate
 from retrieval.rerank import rerank
 from retrieval.search import FusionWeights, Retriever, fuse_scores
 from retrieval.store import CollectionNotFound, DocumentStore, EmbedderMismatch
@@ -76,7 +77,8 @@ def test_hit_says_where_it_stands(store, retriever):
     )
     assert (hit.document_ordinal, hit.document_version) == (1, 1)
     assert hit.location == Location(18, 29)  # the test's chunker knows no pages
-    assert store.locate(document.id, 18, 29) == Location(18, 29, 2, 2, ("Title",))
+    content = store.get_content(document.id)
+    assert locate(content.pages, content.headings, 18, 29) == Location(18, 29, 2, 2, ("Title",))
 
 
 @pytest.mark.parametrize(

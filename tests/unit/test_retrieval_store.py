@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from retrieval_kit import HashEmbedder, add, chunk_paragraphs, find_words, ingest, queue, sha
 
+from retrieval.location import locate
 from retrieval.store import (
     CollectionExists,
     CollectionNotFound,
@@ -262,7 +263,7 @@ def test_content_round_trip(store):
     assert [chunk.text for chunk in store.get_chunks(document.id)] == ["Title\nfirst page", "second page"]
     assert store.chunk_at(document.id, 14, 22).ordinal == 1
     assert store.chunk_at(document.id, 16, 18) is None
-    assert store.locate(document.id, 10, 22) == Location(10, 22, 1, 2, ("Title",))
+    assert locate(pages, headings, 10, 22) == Location(10, 22, 1, 2, ("Title",))
 
 
 @pytest.mark.parametrize("text", ["nul \0 inside", "𝔘nicode 🎉 ﬁne", "東京都の天気", "‮right to left"])
