@@ -12,6 +12,7 @@ from model.tokenizer import StreamDecoder, Tokenizer
 from retrieval.types import Passage
 
 NOT_FOUND_TEXT = "The documents do not answer this question."
+CUT_OFF_TEXT = "The answer was cut off before its first quote; allow more output tokens."
 _BETWEEN_QUOTES = "\n"
 
 
@@ -134,6 +135,8 @@ class AnswerWriter:
             return
         self._state = "outside"
         quote = self._quote.rstrip()
+        if not quote:  # cut off before its first word
+            return
         found = locate_quote(quote, self._passages, _ordinal(self._tokenizer.decode(self._document)))
         if found is None:
             self.rejected += 1

@@ -15,7 +15,7 @@ from uuid import uuid4
 import anyio.to_thread
 
 from app import schemas
-from app.answering import NOT_FOUND_TEXT, AnswerPart, AnswerReader, Quoted, TextPiece
+from app.answering import CUT_OFF_TEXT, NOT_FOUND_TEXT, AnswerPart, AnswerReader, Quoted, TextPiece
 from app.errors import describe_error
 from app.evidence import Found, Query, describe_scores
 from app.likeliest import generate_likeliest
@@ -149,7 +149,7 @@ class RunningAnswer:
                 async for event in self._attempt(found, writer):
                     yield event
             if not writer.text:
-                yield Event("answer.text.delta", {"text": writer.unchecked_text or NOT_FOUND_TEXT})
+                yield Event("answer.text.delta", {"text": self._text_of(writer)})
             self._check_alive()
             answer = self._finish(found, writer)
             yield Event("answer.completed", answer)
@@ -167,11 +167,16 @@ class RunningAnswer:
             async for event in self._generate(found, writer, allow_none=False):
                 yield event
 
+    def _text_of(self, writer: AnswerReader) -> str:
+        """The answer; without a quote in it, what the model said instead, or why there is nothing."""
+        return writer.text or writer.unchecked_text or (CUT_OFF_TEXT if self._truncated else NOT_FOUND_TEXT)
+
     def _refuses(self, writer: AnswerReader) -> bool:
         return writer.none_margin > self._service.advice.none_margin
 
     async def _generate(self, found: Found, writer: AnswerReader, allow_none: bool) -> AsyncIterator[Event]:
         self._check_alive()
+        self._truncated = False
         service, query = self._service, self._query
         prompt = await anyio.to_thread.run_sync(
             service.format.build_prompt, query.question, found.evidence, query.turns
@@ -276,7 +281,7 @@ class RunningAnswer:
         answer = schemas.Answer(
             id=self.id,
             grounding="answered" if writer.quoted else "not_found",
-            text=writer.text or writer.unchecked_text or NOT_FOUND_TEXT,
+            text=self._text_of(writer),
             citations=self._citations,
             sources=show_hits(found.hits),
             usage=schemas.Usage(

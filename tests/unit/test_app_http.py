@@ -7,6 +7,9 @@ import zipfile
 import pytest
 from app_kit import GARDEN, LIGHTHOUSE, make_settings, read_events, running_service
 
+from ingest.files import FileStore
+from retrieval.store import DocumentStore
+
 pytestmark = pytest.mark.anyio
 
 DOCUMENT_FIELDS = {
@@ -257,6 +260,23 @@ async def test_retry_of_a_failed_document(client):
     assert (await client.settle(failed["id"]))["status"] == "failed"
     early = await client.get(f"/v1/documents/{failed['id']}/text")
     assert (early.status_code, early.json()["code"]) == (409, "document_not_ready")
+
+
+async def test_an_answer_cut_off_before_its_first_word_does_not_say_that_it_is_not_there(client, garden):
+    answer = await client.ask("How many kinds of roses?", max_output_tokens=1, document_ids=[garden["id"]])
+    assert answer["truncated"] and answer["text"].startswith("The answer was cut off")
+
+
+async def test_a_document_in_work_when_the_service_was_killed_is_taken_up_at_the_next_start(tiny_checkpoint, tmp_path):
+    settings = make_settings(tiny_checkpoint, tmp_path / "data")
+    content = GARDEN.encode()
+    digest, _ = FileStore(tmp_path / "data" / "files").save_stream([content], 1000)
+    store = DocumentStore(tmp_path / "data" / "rag.sqlite3")
+    document, _ = store.create_document("default", "garden.txt", "text/plain", len(content), digest)
+    store.lease_next("killed", 86_400)
+    store.close()
+    async with running_service(settings) as client:
+        assert (await client.settle(document.id))["status"] == "ready"
 
 
 async def test_a_model_that_refuses_says_that_it_is_not_there(tiny_checkpoint, tmp_path):
