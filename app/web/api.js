@@ -73,11 +73,11 @@ export async function getPageImage(id, page, start, end) {
   return { blob: await response.blob(), boxes: boxes.map((box) => box.split(" ").map(Number)) };
 }
 
-/** Every document of a collection, a page of 100 at a time. */
+/** Every document of a collection, a page of 1,000 at a time. */
 export async function listDocuments(collection) {
   const documents = [];
   for (let after = ""; ; after = documents.at(-1).id) {
-    const query = new URLSearchParams({ collection, limit: "100", ...(after && { after }) });
+    const query = new URLSearchParams({ collection, limit: "1000", ...(after && { after }) });
     const page = await readJson(`v1/documents?${query}`);
     documents.push(...page.data);
     if (!page.has_more || !page.data.length) return documents;

@@ -6,6 +6,7 @@ const FACTS_EVERY_MS = 3000, FACTS_LOOKS = 20;
 const STORED_COLLECTION = "jamba-rag.collection";
 const UPLOADS_AT_ONCE = 2;
 const POLL_MS = 700;
+const POLLED = 20; // documents at once: they are read oldest first, so those behind are still waiting
 const FINISHED = new Set(["ready", "failed"]);
 const STAGES = {
   queued: "Waiting",
@@ -173,6 +174,10 @@ export class DocumentsPanel {
 
   showList() {
     this.list.replaceChildren(...this.entries.map((entry) => entry.element));
+    this.showHints();
+  }
+
+  showHints() {
     const isEmpty = !this.entries.length;
     byId("welcome-hint").hidden = isEmpty;
     for (const id of ["no-documents", "formats", "welcome-empty"]) byId(id).hidden = !isEmpty;
@@ -213,12 +218,14 @@ export class DocumentsPanel {
     entry.show();
   }
 
-  /** Asks for every unfinished document until none is left; then the collection's counts are read again. */
+  /** Asks for the documents in work until none is left; then the collection's counts are read again. */
   async poll() {
     if (this.polling) return;
     this.polling = true;
     while (this.entries.some((entry) => entry.active) && !byId("workspace").hidden) {
-      for (const entry of this.entries.filter((candidate) => candidate.active)) await this.refresh(entry);
+      const active = this.entries.filter((entry) => entry.active);
+      active.sort((a, b) => a.document.created_at - b.document.created_at);
+      for (const entry of active.slice(0, POLLED)) await this.refresh(entry);
       await new Promise((resolve) => setTimeout(resolve, POLL_MS));
     }
     this.polling = false;
@@ -267,10 +274,11 @@ export class DocumentsPanel {
   }
 
   forget(entry, message) {
+    if (entry.element.contains(document.activeElement)) byId("documents-title").focus();
     this.entries = this.entries.filter((other) => other !== entry);
-    this.showList();
+    entry.element.remove();
+    this.showHints();
     announce(message);
-    byId("documents-title").focus();
   }
 
   toggleForm(open = byId("new-collection-form").hidden) {

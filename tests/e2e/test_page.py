@@ -235,6 +235,31 @@ def test_document_read_in_part_says_what_is_missing(page, tmp_path):
     assert page.barriers() == []
 
 
+def test_file_that_is_there_already_leaves_the_focus_where_somebody_types(page, handbook):
+    page.add(handbook)
+    page.find("#question").send_keys("When is the lamp")
+    page.find("#files").send_keys(str(handbook))
+    page.wait(lambda: "already here" in page.find("#announcer").get_property("textContent"))
+    assert page.driver.switch_to.active_element.get_attribute("id") == "question"
+    assert len(page.find_all("#document-list li")) == 1
+
+
+def test_text_that_runs_from_the_right_stands_at_the_right(page, tmp_path):
+    path = tmp_path / "policy.txt"
+    path.write_text("يحجز كل موظف رحلته قبل 14 يوما.\n\nThe hotel costs 120 euros.\n")
+    page.add(path)
+    page.find("#document-list .link").click()
+    page.wait(lambda: "120 euros" in page.find("#source-text").text)
+    gaps = page.driver.execute_script("""
+        const view = document.getElementById("source-text").getBoundingClientRect();
+        const range = document.createRange();
+        range.selectNodeContents(document.getElementById("source-text"));
+        const lines = [...range.getClientRects()].filter(({ width }) => width > 20);
+        return [lines[0], lines.at(-1)].map(({ left, right }) => [left - view.left, view.right - right]);""")
+    (arabic_left, arabic_right), (english_left, english_right) = gaps
+    assert arabic_right < arabic_left and english_left < english_right
+
+
 def test_refused_file_says_why(page, tmp_path):
     program = tmp_path / "program.bin"
     program.write_bytes(bytes(range(256)) * 40)
