@@ -40,6 +40,8 @@ def write_backup(data_dir: Path, target: Path) -> int:
     database = data_dir / _DATABASE
     if not database.is_file():
         raise BackupFailed(f"{data_dir} holds no {_DATABASE}: there is nothing to back up")
+    if not target.parent.is_dir():
+        raise BackupFailed(f"{target.parent} is no folder; make it, or write the backup somewhere else")
     unfinished = target.with_name(target.name + ".partial")
     try:
         scratch_dir = tempfile.TemporaryDirectory(dir=target.parent, prefix=".backup-")

@@ -6,6 +6,7 @@ Exit codes: 0 fine, 1 the work failed (message on stderr), 2 wrong usage.
 import json
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
@@ -19,8 +20,8 @@ from retrieval.types import OnConflict, Status
 
 app = typer.Typer(
     name="jamba-rag",
-    help="Ask your own documents; every quote is checked against the source.",
     no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
 )
 documents = typer.Typer(help="List, show, delete and retry documents.", no_args_is_help=True)
@@ -28,15 +29,28 @@ keys = typer.Typer(help="Create, list and revoke API keys.", no_args_is_help=Tru
 app.add_typer(documents, name="documents")
 app.add_typer(keys, name="keys")
 
-Url = Annotated[str | None, typer.Option("--url", help="Talk to a running service. [env: JAMBA_RAG_URL]")]
-Key = Annotated[str | None, typer.Option("--key", help="API key for --url. [env: JAMBA_RAG_KEY]")]
+Url = Annotated[
+    str | None, typer.Option("--url", help="Talk to a running service. (Or: JAMBA_RAG_URL in the environment.)")
+]
+Key = Annotated[str | None, typer.Option("--key", help="API key for --url. (Or: JAMBA_RAG_KEY in the environment.)")]
 DataDirectory = Annotated[
-    Path | None, typer.Option("--data-dir", help="Work in process on this directory. [env: JAMBA_RAG_DATA_DIR]")
+    Path | None,
+    typer.Option("--data-dir", help="Work in process on this directory. (Or: JAMBA_RAG_DATA_DIR in the environment.)"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Collection = Annotated[str, typer.Option("--collection", "-c", help="Collection to work on.")]
 
 Limit = Annotated[int | None, typer.Option(min=0, help="Limit of this key; 0: none. Default: the service's.")]
+
+
+@app.callback()
+def options(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Ask your own documents; every quote is checked against the source."""
+    if show_version:
+        sys.stdout.write(f"jamba-rag {version('jamba-rag')}\n")
+        raise typer.Exit
 
 
 def _settings(url: str | None, key: str | None, data_dir: Path | None, **groups: Any) -> Settings:
@@ -130,7 +144,7 @@ def _is_json_object(text: str) -> bool:
 
 @app.command()
 def ask(
-    question: str,
+    question: Annotated[str, typer.Argument(help="What you want to know, in quotation marks.")],
     collection: Annotated[list[str] | None, typer.Option("--collection", "-c", help="May be repeated.")] = None,
     mode: Annotated[Literal["auto", "rag", "full_context"], typer.Option(help="How much the model reads.")] = "auto",
     stream: Annotated[bool | None, typer.Option("--stream/--no-stream", help="Default: on a terminal.")] = None,
@@ -165,10 +179,10 @@ def _show_stream(events: Any) -> None:
 
 @app.command()
 def search(
-    query: str,
+    query: Annotated[str, typer.Argument(help="Words or a question, in quotation marks.")],
     collection: Annotated[list[str] | None, typer.Option("--collection", "-c", help="May be repeated.")] = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=50)] = 10,
-    mode: Annotated[Literal["hybrid", "dense", "lexical"], typer.Option()] = "hybrid",
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=50, help="Most passages.")] = 10,
+    mode: Annotated[Literal["hybrid", "dense", "lexical"], typer.Option(help="By words, meaning or both.")] = "hybrid",
     rerank: Annotated[bool | None, typer.Option(help="Default: if there is a reranker.")] = None,
     url: Url = None,
     key: Key = None,

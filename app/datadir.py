@@ -10,14 +10,24 @@ class DataDirInUse(RuntimeError):
     """Another process has this data directory open."""
 
 
+class DataDirUnusable(RuntimeError):
+    """The data directory cannot be made or written."""
+
+
 class DataDir:
     """An open data directory; close it to let the next process in."""
 
     def __init__(self, path: Path) -> None:
-        """Create it if it isn't there. Raises DataDirInUse, naming the process that has it."""
+        """Create it if it isn't there. Raises DataDirInUse, naming the process that has it, and DataDirUnusable."""
         self.path = path
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise DataDirUnusable(
+                f"{path} cannot be used as data directory ({error.strerror}): make it a folder that this user may "
+                "write, or take another with --data-dir"
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -48,7 +48,10 @@ class Service:
             for part in options.get("files", {}).values():
                 part[1].seek(0)
         _raise_for_problem(response)
-        return response.json() if response.content else None
+        try:
+            return response.json() if response.content else None
+        except ValueError as error:
+            raise CommandFailed(f"{self._http.base_url} answers, but is no Jamba RAG; check the address") from error
 
     def upload(self, path: Path, fields: dict[str, str]) -> dict[str, Any]:
         """Send one file, a piece at a time."""
@@ -96,7 +99,9 @@ def _read_events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 @contextmanager
 def open_service(url: str, key: str | None) -> Iterator[Service]:
-    """The running service at `url`."""
+    """The running service at `url`. Raises CommandFailed when that is no address of one."""
+    if not url.startswith(("http://", "https://")):
+        raise CommandFailed(f"{url!r} is no address of a service; write it as http://host:port")
     with httpx.Client(base_url=url, headers=sign_in(key), timeout=ANSWER_TIMEOUT_S) as http:
         yield Service(http)
 

@@ -17,6 +17,7 @@ from app.support import unsupported_spans
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+_NARROW = 100  # columns of a terminal in which a document's name needs the room of its counts
 _PIPE_WIDTH = 10_000  # of tables that no terminal shows
 _WHOLE = ("id", "status", "pages", "chunks", "bytes", "field")  # columns that are copied, or short: never broken
 _NEAREST = 3  # passages shown where there is no answer
@@ -116,11 +117,13 @@ def show_hits(hits: Sequence[Mapping[str, Any]]) -> None:
 
 
 def show_documents(documents: Sequence[Mapping[str, Any]]) -> None:
-    """A row each. On a terminal what went wrong stands below the table, and what all have in common is left out."""
+    """A row each. On a terminal what went wrong stands below the table; what all have in common is left out, and so are
+    counts where it is narrow."""
     columns = ["id", "collection", "file", "status", "pages", "chunks", "bytes", "why"]
     if out.is_terminal:
         several = len({document["collection"] for document in documents}) > 1
-        columns = [name for name in columns if name != "why" and (several or name != "collection")]
+        omitted = {"why"} | ({"pages", "chunks"} if out.width < _NARROW else set())
+        columns = [name for name in columns if name not in omitted and (several or name != "collection")]
     rows = [{**document, "file": document["filename"], "why": _why(document)} for document in documents]
     show_table(columns, ([row[name] for name in columns] for row in rows))
     for row in rows if out.is_terminal else ():

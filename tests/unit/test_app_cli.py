@@ -144,6 +144,8 @@ def test_a_file_that_fails_is_exit_1_and_is_named(run, tmp_path):
         (["documents", "show", "doc_none"], 1, "404"),
         (["ask", "Who?", "--collection", "none"], 1, "none"),
         (["ask", "Who?", "--url", "http://127.0.0.1:9"], 1, "does not answer"),
+        (["ask", "Who?", "--url", "localhost:8000"], 1, "http://host:port"),
+        (["search", "Who?", "--data-dir", __file__], 1, "make it a folder"),
         (["restore", "no-such-file"], 2, "does not exist"),
         (["backup", "x.tar"], 1, "nothing to back up"),
     ],

@@ -1,0 +1,67 @@
+"""What the command line says where nothing of a service is needed: help, version, wrong addresses, narrow terminals."""
+
+import io
+import socket
+import threading
+
+import pytest
+from rich.console import Console
+
+from app import render
+from app.cli import main
+from retrieval.store import DocumentStore
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """run(*arguments) -> (exit code, stdout, stderr)."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        return ended.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def test_a_server_that_is_another_one_is_told_as_such(run):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def reply() -> None:
+            connection, _ = other.accept()
+            with connection:
+                connection.recv(65_536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>")
+
+        threading.Thread(target=reply, daemon=True).start()
+        code, _, err = run("documents", "list", "--url", f"http://127.0.0.1:{other.getsockname()[1]}")
+    assert code == 1 and "is no Jamba RAG" in err
+
+
+def test_a_backup_into_a_folder_that_is_not_there_names_it(run, tmp_path):
+    DocumentStore(tmp_path / "rag.sqlite3").close()
+    code, _, err = run("backup", tmp_path / "none" / "x.tar", "--data-dir", tmp_path)
+    assert code == 1 and f"{tmp_path / 'none'} is no folder" in err
+
+
+def test_the_version_is_told(run):
+    assert run("--version") == (0, "jamba-rag 0.1.0\n", "")
+
+
+def test_help_names_the_variables_of_the_environment(run):
+    _, out, _ = run("ask", "--help")
+    assert all(f"JAMBA_RAG_{name}" in out for name in ("URL", "KEY", "DATA_DIR"))
+
+
+def test_a_narrow_terminal_shows_names_of_documents_whole(monkeypatch):
+    out = Console(width=80, force_terminal=True, file=io.StringIO())
+    monkeypatch.setattr(render, "out", out)
+    document = {
+        "id": f"doc_{'0' * 32}",
+        "collection": "default",
+        "filename": "report-of-2026.pdf",
+        "status": "embedding",
+    }
+    render.show_documents([document | {"pages": 12, "chunks": 1200, "bytes": 30_000_000, "last_error": None}])
+    assert "report-of-2026.pdf" in out.file.getvalue()
