@@ -126,12 +126,13 @@ class World:
         self.asked = [*self.asked, request][-8:]
 
     def change_while_asked(self) -> None:
-        """A document goes while a prompt with it is computed: its answer is given up, others are not touched."""
-        requests = [self.request() for _ in range(2)]
+        """A document goes while prompts with it are computed or about to be: none of them leaves anything of it."""
+        requests = [self.request() for _ in range(3)]
         names = sorted({name for request in requests for name in request.tags if name in self.texts})
         if not names or len(self.texts) < 3:
             return
-        answers = {self.warm.add(request): (Answer(), request) for request in requests}
+        *now, later = requests
+        answers = {self.warm.add(request): (Answer(), request) for request in now}
         name, steps = self.rng.choice(names), self.rng.randint(0, 6)
         while self.warm.has_work():
             if steps == 0:
@@ -140,8 +141,9 @@ class World:
                 del self.texts[name]
                 self.gone[name] = requests
                 for request_id, (_, request) in answers.items():
-                    if name in request.tags:
+                    if name in request.tags and self.rng.random() < 0.5:
                         self.warm.abort(request_id)
+                answers[self.warm.add(later)] = (Answer(), later)
             steps -= 1
             for output in self.warm.step():
                 answers[output.request_id][0].outputs.append(output)
@@ -187,8 +189,10 @@ class World:
     def forget(self, name: str) -> None:
         """When an invalidation returns, no tier that can be reached holds a state that saw the document."""
         self.warm.invalidate({name})
-        for request in self.asked:
-            self.check_forgotten(name, request)
+        for _ in range(2):  # nor does anything arrive that was on its way
+            for request in self.asked:
+                self.check_forgotten(name, request)
+            self.flush()
         self.asked = [request for request in self.asked if name not in request.tags]
 
     def check_forgotten(self, name: str, request: EngineRequest) -> None:
