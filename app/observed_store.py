@@ -23,8 +23,8 @@ class ObservedStore(DocumentStore):
         self._stages: dict[tuple[str, int], tuple[str, float]] = {}  # (document, version) -> stage and when it began
         self._stages_lock = threading.Lock()
 
-    def lease_next(self, worker_id: str, lease_s: float) -> Document | None:
-        document = super().lease_next(worker_id, lease_s)
+    def lease_next(self, worker_id: str, lease_s: float, max_bytes: int | None = None) -> Document | None:
+        document = super().lease_next(worker_id, lease_s, max_bytes)
         if document is not None and document.attempts == document.version == 1:
             self.on_stage("queued", max(0.0, time.time() - document.created_at))
         return document

@@ -18,6 +18,7 @@ from ingest.pipeline import Index, IngestEmbedder, IngestLimits, Job, ingest_doc
 from retrieval.store import DocumentStore, EmbedderMismatch, LeaseLost, StorageFull
 from retrieval.types import Document
 
+_SMALL_BYTES = 256 << 10
 _LOG = logging.getLogger(__name__)
 
 
@@ -34,6 +35,7 @@ class _Lease:
 class IngestWorker:
     """Ingests queued documents on `threads` threads until stopped.
 
+    One more thread takes files of at most `small_bytes` alone, so that they need not wait for large ones; 0: none.
     `notify` wakes them for a new upload; without it they look every `poll_s` seconds, which is also how retries after
     a pause and jobs of a dead process are found.
     """
@@ -47,6 +49,7 @@ class IngestWorker:
         limits: IngestLimits | None = None,
         *,
         threads: int = 1,
+        small_bytes: int = _SMALL_BYTES,
         lease_s: float = 60.0,
         poll_s: float = 1.0,
     ) -> None:
@@ -61,7 +64,11 @@ class IngestWorker:
         self._stopping = threading.Event()
         self._wake = threading.Condition()
         self._leases: set[_Lease] = set()
-        self._threads = [threading.Thread(target=self._work, name=f"ingest-{i}", daemon=True) for i in range(threads)]
+        limits_of_threads = [None] * threads + [small_bytes] * (small_bytes > 0)
+        self._threads = [
+            threading.Thread(target=self._work, args=(max_bytes,), name=f"ingest-{i}", daemon=True)
+            for i, max_bytes in enumerate(limits_of_threads)
+        ]
         self._heart = threading.Thread(target=self._beat, name="ingest-heartbeat", daemon=True)
 
     def start(self) -> None:
@@ -92,10 +99,10 @@ class IngestWorker:
             self._settle(lease.document, None)
         return False
 
-    def _work(self) -> None:
+    def _work(self, max_bytes: int | None) -> None:
         while not self._stopping.is_set():
             try:
-                document = self._store.lease_next(self.worker_id, self._lease_s)
+                document = self._store.lease_next(self.worker_id, self._lease_s, max_bytes)
             except Exception:
                 _LOG.exception("cannot read the queue of uploads; trying again")
                 document = None

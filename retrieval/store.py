@@ -190,13 +190,14 @@ class DocumentStore:
 
     # Ingestion jobs
 
-    def lease_next(self, worker_id: str, lease_s: float) -> Document | None:
+    def lease_next(self, worker_id: str, lease_s: float, max_bytes: int | None = None) -> Document | None:
         """Give the oldest version waiting to be ingested to this worker, or None; counts an attempt.
 
-        A version whose lease ran out waits again; after 3 x `max_attempts` it is failed, code `too_many_attempts`.
+        Only one whose file has at most `max_bytes`; None: any. A version whose lease ran out waits again; after
+        3 x `max_attempts` it is failed, code `too_many_attempts`.
         """
         with self._db.write() as c:
-            return jobs.lease_next(c, worker_id, lease_s, self._max_attempts, self._clock())
+            return jobs.lease_next(c, worker_id, lease_s, max_bytes, self._max_attempts, self._clock())
 
     def end_leases(self) -> None:
         """Free at once what was leased or paused: for a process that has the data dir to itself, at its start."""

@@ -18,14 +18,16 @@ class LeaseLost(RuntimeError):
     """The version was superseded or deleted, or belongs to another worker now: drop the work."""
 
 
-def lease_next(c: sqlite3.Connection, worker_id: str, lease_s: float, max_attempts: int, now: float) -> Document | None:
+def lease_next(
+    c: sqlite3.Connection, worker_id: str, lease_s: float, max_bytes: int | None, max_attempts: int, now: float
+) -> Document | None:
     free = """
         SELECT d.id, v.version, v.status, v.attempts FROM versions v
         JOIN documents d ON d.row = v.document_row AND d.newest_version = v.version AND NOT d.deleting
-        WHERE v.status NOT IN ('ready', 'failed')
+        WHERE v.status NOT IN ('ready', 'failed') AND v.bytes <= ifnull(?, v.bytes)
         AND CASE WHEN v.lease_until IS NULL THEN v.not_before ELSE v.lease_until END <= ?
         ORDER BY v.document_row LIMIT 1"""
-    while (row := c.execute(free, (now,)).fetchone()) is not None:
+    while (row := c.execute(free, (max_bytes, now)).fetchone()) is not None:
         if row["attempts"] < _INTERRUPTIONS * max_attempts:
             _update(
                 *(c, row["id"], row["version"], now),

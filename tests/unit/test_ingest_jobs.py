@@ -41,8 +41,11 @@ class GatedEmbedder(MiniLMEmbedder):
         self.entered = threading.Event()
         self.open = threading.Event()
         self.error: Exception | None = None
+        self.holds: Callable[[Sequence[str]], bool] = lambda texts: True
 
     def embed_passages(self, texts: Sequence[str]) -> np.ndarray:
+        if not self.holds(texts):
+            return super().embed_passages(texts)
         self.entered.set()
         assert self.open.wait(30)
         if self.error is not None:
@@ -101,7 +104,8 @@ def start(place: Place, embedder: MiniLMEmbedder) -> Iterator[Callable[..., Inge
     workers = []
 
     def start_worker(embedder: MiniLMEmbedder = embedder, **options: float) -> IngestWorker:
-        workers.append(IngestWorker(place.store, place.index, embedder, place.files, **{"poll_s": 0.02, **options}))
+        options = {"poll_s": 0.02, "small_bytes": 0, **options}
+        workers.append(IngestWorker(place.store, place.index, embedder, place.files, **options))
         workers[-1].start()
         return workers[-1]
 
@@ -175,6 +179,18 @@ def test_bad_files_fail_with_a_reason_and_the_rest_goes_on(place, start, tmp_pat
         assert (failed.last_error.code, failed.last_error.retryable, failed.attempts) == (code, False, 1)
         assert failed.last_error.message
     assert place.wait(good.id, "ready").chunks == 1
+
+
+def test_a_small_file_does_not_wait_for_large_ones(place, start, gated):
+    gated.holds = lambda texts: "whale" in texts[0]
+    whales = [place.upload(f"whale {number} ".encode() * 400) for number in range(2)]
+    start(gated, small_bytes=1000)
+    assert gated.entered.wait(30)
+    assert place.wait(place.upload(TEXT.encode()).id, "ready").chunks == 1
+    assert [place.store.get_document(whale.id).status for whale in whales] == ["embedding", "queued"]
+    gated.open.set()
+    for whale in whales:
+        place.wait(whale.id, "ready")
 
 
 def test_the_document_of_a_dead_worker_is_taken_over_when_its_lease_has_run_out(place, start):
