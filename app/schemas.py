@@ -3,12 +3,12 @@
 Requests forbid unknown fields; the OpenAI-shaped ones ignore them, as clients send options that mean nothing here.
 """
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
@@ -16,40 +16,18 @@ from pydantic import (
     model_serializer,
 )
 
+from app import field_checks
 from retrieval.types import Role, Status
 
 COLLECTION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 MAX_DOCUMENT_IDS = 10_000
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def _plain(text: str) -> str:
-    if "\x00" in text:
-        raise ValueError("must not contain the character NUL")
-    if _SURROGATE.search(text):
-        raise ValueError("must not contain half of a surrogate pair")
-    return text
-
-
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise ValueError("must not be empty")
-    return text
-
-
-def _printable(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError("must not contain control characters")
-    return text
-
-
-Text = Annotated[str, AfterValidator(_plain)]
-Question = Annotated[Text, AfterValidator(_not_blank)]
+Text = Annotated[str, AfterValidator(field_checks.plain)]
+Question = Annotated[Text, AfterValidator(field_checks.not_blank)]
 CollectionName = Annotated[str, Field(pattern=COLLECTION_PATTERN)]
 DocumentId = Annotated[Text, Field(min_length=1, max_length=128)]
 FilterValue = str | int | Annotated[float, Field(allow_inf_nan=False)] | bool | None
-Filters = dict[Text, FilterValue | list[FilterValue]]
+Filters = dict[Text, Annotated[FilterValue | list[FilterValue], BeforeValidator(field_checks.filterable)]]
 
 
 class Request(BaseModel):
@@ -374,7 +352,7 @@ class KeyLimits(Request):
 
 
 class KeyCreate(Request):
-    name: Annotated[Text, Field(min_length=1, max_length=100), AfterValidator(_printable)]
+    name: Annotated[Text, Field(min_length=1, max_length=100), AfterValidator(field_checks.printable)]
     role: Role = "reader"
     collections: list[CollectionName] | None = Field(None, min_length=1)
     limits: KeyLimits = KeyLimits()

@@ -57,7 +57,7 @@ def ingest(paths: Sequence[Path], embedder: MiniLMEmbedder, threads: int) -> dic
     with tempfile.TemporaryDirectory() as directory:
         store, files = queue_documents(Path(directory), paths)
         index = FaissIndex(embedder.dim, embedder.name)
-        worker = IngestWorker(store, index, embedder, files, threads=threads, poll_s=0.01)
+        worker = IngestWorker(store, index, embedder, files, threads=threads, small_bytes=0, poll_s=0.01)
         start, cpu = time.perf_counter(), cpu_seconds()
         worker.start()
         while (queue := store.get_collection("default")).pending:

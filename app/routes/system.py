@@ -18,12 +18,14 @@ router = APIRouter(tags=["system"])
 WEB = Path(__file__).resolve().parent.parent / "web"
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz")
 async def healthz() -> schemas.Health:
     """The process is alive."""
     return schemas.Health(status="alive")
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", responses={503: {"model": schemas.Health, "description": "Not ready to answer"}})
 def readyz(service: ServiceDep, response: Response) -> schemas.Health:
     """Whether a question would be answered now, and if not, why."""
@@ -47,6 +49,7 @@ def get_config(principal: Admin, settings: SettingsDep) -> dict[str, Any]:
     return public_settings(settings)
 
 
+@router.head("/", include_in_schema=False)
 @router.get("/", include_in_schema=False)
 def page() -> FileResponse:
     return FileResponse(WEB / "index.html", media_type="text/html", headers={"Cache-Control": "no-cache"})

@@ -53,6 +53,18 @@ async def test_no_detail_shows_how_a_field_is_checked(client):
     assert detail.startswith("messages.0.content: ") and "[" not in detail and "0x" not in detail
 
 
+@pytest.mark.parametrize("path", ["/", "/healthz", "/readyz"])
+async def test_probes_may_ask_for_headers_alone(client, path):
+    reply = await client.head(path, headers={"Authorization": ""})
+    assert (reply.status_code, reply.content) == (200, b"")
+
+
+async def test_a_filter_that_cannot_be_one_is_told_in_one_sentence(client):
+    reply = await client.post("/v1/search", json={"query": "x", "filters": {"year": {"from": 2020}}})
+    assert reply.status_code == 422
+    assert reply.json()["detail"] == "filters.year: must be text, a number, true, false, null, or a list of these"
+
+
 async def test_ranges_are_ignored_not_refused_in_plain_text(client):
     document = await client.upload("ranges.md", LIGHTHOUSE)
     for wanted in ("bytes=0-3", "bytes=999999-", "bytes=9-2", "nonsense"):

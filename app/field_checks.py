@@ -1,0 +1,36 @@
+"""What fields of requests may hold, beyond their type. Each returns its value or raises ValueError, which says why."""
+
+import re
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def plain(text: str) -> str:
+    """Text that the database and JSON can hold."""
+    if "\x00" in text:
+        raise ValueError("must not contain the character NUL")
+    if _SURROGATE.search(text):
+        raise ValueError("must not contain half of a surrogate pair")
+    return text
+
+
+def not_blank(text: str) -> str:
+    """Text with something in it."""
+    if not text.strip():
+        raise ValueError("must not be empty")
+    return text
+
+
+def printable(text: str) -> str:
+    """Text that steers no terminal."""
+    if not text.isprintable():
+        raise ValueError("must not contain control characters")
+    return text
+
+
+def filterable(value: object) -> object:
+    """What the metadata of a document can be compared with."""
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(one, str | int | float | None) for one in values):
+        raise ValueError("must be text, a number, true, false, null, or a list of these")
+    return value
