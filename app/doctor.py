@@ -165,7 +165,7 @@ def _check_memory(settings: Settings) -> str:
     else:
         free, place = _available_bytes(), "this machine"
     quantized = "quantization_config" in json.loads((path / "config.json").read_text())
-    needed = stored // 2 if settings.model.quantize == "int8" and not quantized else stored
+    needed = stored // 2 if settings.model.quantize != "none" and not quantized else stored
     if needed > free:
         raise CommandFailed(
             f"the weights take {needed / 2**30:.1f} GiB, {place} has {free / 2**30:.1f} GiB free; "

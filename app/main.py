@@ -7,7 +7,7 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,7 @@ from app.service import RagService
 from app.settings import ModelSettings, RedisSettings, Settings, SettingsError
 from app.text_format import TextFormat
 from app.tracing import Tracing
+from app.unloaded_engine import UnloadedEngine
 from ingest.chunk import ChunkLimits
 from ingest.files import FileStore
 from ingest.jobs import IngestWorker
@@ -44,16 +45,18 @@ from ingest.pipeline import IngestLimits
 from model import load_model
 from model.admission import measure_state_bytes
 from model.chat_format import speaks_chat_format
-from model.device_store import DeviceStateStore
+from model.device_store import DeviceStateStore, PinnedStateStore
 from model.drafting import DraftCounts
-from model.engine import Engine, EngineRequest, JambaEngine, StepOutput
-from model.engine_thread import EngineStopped, EngineThread
+from model.engine import JambaEngine
+from model.engine_request import Engine
+from model.engine_thread import EngineThread
 from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings, state_fingerprint
 from model.redis_store import RedisStateStore
 from model.state import HybridState, StateLayout
 from model.state_store import MemoryStateStore, StateStore, WriteBehindStore
 from model.tokenizer import Tokenizer
+from model.w8a8 import UnsupportedDevice
 from retrieval.embedder import MiniLMEmbedder
 from retrieval.index import FaissIndex, open_index
 from retrieval.rerank import CrossEncoderReranker
@@ -269,7 +272,10 @@ def build_model(settings: Settings, stack: ExitStack, answering: bool, nonce: st
     if settings.model.threads:
         torch.set_num_threads(settings.model.threads)
     quantize = None if settings.model.quantize == "none" else settings.model.quantize
-    model = load_model(path, device, choose_dtype(settings.model, device), quantize)
+    try:
+        model = load_model(path, device, choose_dtype(settings.model, device), quantize)
+    except UnsupportedDevice as error:
+        raise SettingsError(f"JAMBA_RAG_MODEL__QUANTIZE: {error}") from error
     fingerprint = state_fingerprint(path, quantize, model.new_state().layout.fingerprint())
     plan_settings = _plan_settings(settings, device)
     state_max_bytes = settings.model.state_max_bytes or None
@@ -312,25 +318,6 @@ def _choose_format(path: Path, tokenizer: Tokenizer, nonce: str, max_context_tok
         return QuoteFormat(tokenizer, TokenBytes.read(path), max_context_tokens)
     log.info("%s has no tokens for quotes: it is asked through its chat template", path)
     return TextFormat.load(path, tokenizer, nonce, max_context_tokens)
-
-
-class UnloadedEngine:
-    """An `Engine` for work without questions."""
-
-    def add(self, request: EngineRequest) -> str:
-        raise EngineStopped("this command runs without the model")
-
-    def step(self) -> list[StepOutput]:
-        return []
-
-    def abort(self, request_id: str) -> None:
-        pass
-
-    def has_work(self) -> bool:
-        return False
-
-    def invalidate(self, tags: Collection[str]) -> None:
-        pass
 
 
 def _plan_settings(settings: Settings, device: torch.device) -> PlanSettings:
@@ -378,14 +365,16 @@ def _state_stores(settings: Settings, device: torch.device | None, stack: ExitSt
     """Tiers of prefix states below the memory of a GPU, the fastest first."""
     stores: list[StateStore] = []
     if settings.cache.host_max_bytes:
-        kind = DeviceStateStore if device is not None and device.type == "cpu" else MemoryStateStore
-        stores.append(kind(settings.cache.host_max_bytes))
+        kinds = {"none": MemoryStateStore, "cpu": DeviceStateStore, "cuda": PinnedStateStore}
+        stores.append(kinds["none" if device is None else device.type](settings.cache.host_max_bytes))
     if settings.redis.url is not None:
         redis = _open_redis(settings.redis, settings.redis.url.get_secret_value())
         stack.callback(redis.close)
-        behind = WriteBehindStore(redis)
-        stack.callback(behind.close)
-        stores.append(behind)
+        if stores:  # behind tensors, which are written behind as they are encoded
+            stores.append(redis)
+        else:
+            stores.append(WriteBehindStore(redis))
+            stack.callback(stores[-1].close)
     return stores
 
 

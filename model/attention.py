@@ -56,10 +56,9 @@ class Attention(nn.Module):
         """Each of the batch's sequences to its own KV, which grows by k and v -> (T, h, p)."""
         outputs = []
         parts = (x.split(batch.lengths) for x in (q, k, v))
-        with _any_length(q):
-            for state, q_own, k_own, v_own in zip(batch.states, *parts, strict=True):
-                keys, values = state.append_kv(self.index, k_own, v_own)
-                outputs.append(_attend_past(q_own, keys, values))
+        for state, q_own, k_own, v_own in zip(batch.states, *parts, strict=True):
+            keys, values = state.append_kv(self.index, k_own, v_own)
+            outputs.append(attend_past(q_own, keys, values))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -85,15 +84,7 @@ def _attend_fresh(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def _any_length(q: Tensor) -> AbstractContextManager[None]:
-    """Keeps cuDNN out on a GPU: PyTorch prefers it on Hopper, and it plans tens of milliseconds for each new length.
-
-    Source: PyTorch sdp_utils.cpp::check_prefer_cudnn_attention, cudnn/MHA.cpp.
-    """
-    return sdpa_kernel(_UNPLANNED) if q.is_cuda else nullcontext()
-
-
-def _attend_past(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def attend_past(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """The last t of s+t tokens attend to all before them. q (t, h, p), keys, values (s+t, g, p) -> (t, h, p).
 
     The heads of a group share their keys by view (a second batch dimension of stride 0): KV is never copied. On a GPU
@@ -106,14 +97,24 @@ def _attend_past(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     q = q.unflatten(1, (kv_heads, -1))  # (t, g, h/g, p)
     keys, values = (x.transpose(0, 1)[None] for x in (keys, values))  # (1, g, s+t, p)
     if t == 1:
-        return F.scaled_dot_product_attention(q, keys, values).flatten(1, 2)
+        with _any_length(q):
+            return F.scaled_dot_product_attention(q, keys, values).flatten(1, 2)
     q = q.permute(2, 1, 0, 3)  # (h/g, g, t, p)
     keys, values = (x.expand(len(q), -1, -1, -1) for x in (keys, values))
-    if t == total:
-        out = F.scaled_dot_product_attention(q, keys, values, is_causal=True)
-    else:
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=_causal_mask(t, total, q.device))
+    with _any_length(q):
+        if t == total:
+            out = F.scaled_dot_product_attention(q, keys, values, is_causal=True)
+        else:
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=_causal_mask(t, total, q.device))
     return out.permute(2, 1, 0, 3).flatten(1, 2)
+
+
+def _any_length(q: Tensor) -> AbstractContextManager[None]:
+    """Keeps cuDNN out on a GPU: PyTorch prefers it on Hopper, and it plans tens of milliseconds for each new length.
+
+    Source: PyTorch sdp_utils.cpp::check_prefer_cudnn_attention, cudnn/MHA.cpp.
+    """
+    return sdpa_kernel(_UNPLANNED) if q.is_cuda else nullcontext()
 
 
 def _causal_mask(t: int, total: int, device: torch.device) -> Tensor:

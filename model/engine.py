@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Collection
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,30 +32,6 @@ _LOAD_WAIT_S = 0.05  # how long a step without anything else to do waits for a s
 _WHOLE_TOKENS = {"cpu": 512, "cuda": 64}  # longest segment that no decode step interrupts
 _PREFILL_PER_DECODE = 2.0  # of a longer one, time between two decode steps in times of such a step
 _log = logging.getLogger(__name__)
-
-
-class Engine(Protocol):
-    """Not for several threads at once, except `invalidate`: see engine_thread.py."""
-
-    def add(self, request: EngineRequest) -> str:
-        """Accept a request; returns its id. Raises ContextTooLong, ValueError, EngineOverloaded."""
-        ...
-
-    def step(self) -> list[StepOutput]:
-        """Do a bounded piece of work; returns the tokens and ends it brought."""
-        ...
-
-    def abort(self, request_id: str) -> None:
-        """End a request: the next step reports it as finished and computes nothing more of it."""
-        ...
-
-    def has_work(self) -> bool:
-        """Whether a step would do or report anything."""
-        ...
-
-    def invalidate(self, tags: Collection[str]) -> None:
-        """Forget every state made from these documents, before it returns. Callable from any thread."""
-        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -122,6 +97,8 @@ class JambaEngine:
         self._prefilling: deque[_Sequence] = deque()
         self._decoding: list[_Sequence] = []
         self._decode_s = 0.0  # of the last batch
+        self._piece_s: dict[str, float] = {}  # of LayeredPrefill
+        self._preparing = model.prepare(max_batch)
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefix-load")
 
     def add(self, request: EngineRequest) -> str:
@@ -153,6 +130,13 @@ class JambaEngine:
 
     def has_work(self) -> bool:
         return bool(self._sequences)
+
+    def prepare(self) -> bool:
+        try:
+            return next(self._preparing, "done") is None
+        except Exception:
+            _log.warning("preparing for later requests failed; they will do it themselves", exc_info=True)
+            return False
 
     def invalidate(self, tags: Collection[str]) -> None:
         self.prefix_cache.invalidate(tags)
@@ -289,7 +273,7 @@ class JambaEngine:
             if len(piece) <= _WHOLE_TOKENS[self._device.type]:
                 return self._forward([piece], [sequence])[0]
             token_ids = torch.tensor(piece, device=self._device)
-            sequence.segment = LayeredPrefill(self._model, token_ids, sequence.state)
+            sequence.segment = LayeredPrefill(self._model, token_ids, sequence.state, self._piece_s)
         logits = sequence.segment.run(_PREFILL_PER_DECODE * self._decode_s if self._decoding else None)
         if logits is None:
             return None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from model.generation import FinishReason
 from model.sampling import SamplingParams, TokenConstraint
@@ -74,3 +75,31 @@ class StepOutput:
     timings: RequestTimings
     watch_logprobs: tuple[float, ...] = ()
     error: str | None = None
+
+
+class Engine(Protocol):
+    """Not for several threads at once, except `invalidate`: see engine_thread.py."""
+
+    def add(self, request: EngineRequest) -> str:
+        """Accept a request; returns its id. Raises ContextTooLong, ValueError, EngineOverloaded."""
+        ...
+
+    def step(self) -> list[StepOutput]:
+        """Do a bounded piece of work; returns the tokens and ends it brought."""
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """End a request: the next step reports it as finished and computes nothing more of it."""
+        ...
+
+    def has_work(self) -> bool:
+        """Whether a step would do or report anything."""
+        ...
+
+    def prepare(self) -> bool:
+        """With no work: do a short piece of what later requests would wait for; False when nothing is left."""
+        ...
+
+    def invalidate(self, tags: Collection[str]) -> None:
+        """Forget every state made from these documents, before it returns. Callable from any thread."""
+        ...

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Generator
 from concurrent.futures import Future
 from typing import NamedTuple, Self, TypeVar
 
-from model.engine import Engine, EngineRequest, StepOutput
+from model.engine_request import Engine, EngineRequest, StepOutput
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -172,12 +172,17 @@ class EngineThread:
 
     def _take_commands(self) -> bool:
         """Wait for work and carry out what was asked for; False when it is time to end."""
+        while not self._is_wanted() and self._engine.prepare():
+            pass
         with self._wake:
-            self._wake.wait_for(lambda: self._commands or self._engine.has_work() or self._draining or self._halted)
+            self._wake.wait_for(self._is_wanted)
             commands, self._commands = self._commands, []
         for command in commands:
             command.run()
         return not self._halted and (self._engine.has_work() or not self._draining)
+
+    def _is_wanted(self) -> bool:
+        return bool(self._commands) or self._engine.has_work() or self._draining or self._halted
 
     def _add(self, request: EngineRequest, stream: TokenStream, ids: list[str]) -> None:
         try:

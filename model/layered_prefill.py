@@ -1,39 +1,85 @@
-"""A long prefill segment computed some layers at a time, so that decode steps of others can come between.
+"""A long prefill segment computed piece by piece, so that decode steps of others can come between.
 
-The layers are the same and see the same, whatever comes between them: so is every bit of the result.
+A piece is a layer's mixer or its feed-forward, or a part of the queries of an attention over many keys. Pieces follow
+from the segment and its past alone, and so does every bit of the result, whatever comes between them.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Generator, Iterator
 
 import torch
 from torch import Tensor
 
+from model.attention import Attention, attend_past
 from model.batch import Batch
 from model.jamba import Jamba
+from model.moe import MoE
 from model.state import HybridState
+
+MAX_SCORES = 1 << 29  # queries times keys of one piece: 18 ms of the 52B model's on an H100
+_QUERY_UNIT = 256
 
 
 class LayeredPrefill:
-    """The forward pass of one sequence's next tokens (t,). Its state may not be used before `run` gives logits."""
+    """The forward pass of one sequence's next tokens (t,). Its state may not be used before `run` gives logits.
 
-    def __init__(self, model: Jamba, token_ids: Tensor, state: HybridState) -> None:
-        self._model, self._layers = model, iter(model.layers)
+    `piece_s`: seconds a token of each kind of piece, as they were last; kept from segment to segment.
+    """
+
+    def __init__(
+        self, model: Jamba, token_ids: Tensor, state: HybridState, piece_s: dict[str, float] | None = None
+    ) -> None:
+        self._model, self._piece_s = model, {} if piece_s is None else piece_s
         self._batch = Batch.of_states([len(token_ids)], [state], token_ids.device)
         self._x = model.embed_tokens(token_ids)
+        self._pieces = self._compute()
+        self._next: str | None = next(self._pieces)
 
     def run(self, seconds: float | None = None) -> Tensor | None:
-        """Compute for about `seconds`, a layer at least; None: to the end. Logits (1, v) when that is reached."""
-        start = time.perf_counter()
-        for layer in self._layers:
-            self._x = layer(self._x, self._batch)
-            if seconds is not None and self._seconds_since(start) >= seconds:
+        """Compute for about `seconds`, a piece at least; None: to the end. Logits (1, v) when that is reached."""
+        start = before = time.perf_counter()
+        while self._next is not None:
+            kind, self._next = self._next, next(self._pieces, None)
+            if seconds is None:
+                continue
+            now = self._now()
+            self._piece_s[kind], before = (now - before) / self._batch.lengths[0], now
+            coming = 0.0 if self._next is None else self._piece_s.get(self._next, 0.0) * self._batch.lengths[0]
+            if self._next is not None and now - start + coming >= seconds:
                 return None
         self._batch.commit()
         return self._model.lm_head(self._model.final_layernorm(self._x[-1:]))
 
-    def _seconds_since(self, start: float) -> float:
+    def _compute(self) -> Iterator[str]:
+        """Yields the kind of each piece before it is computed."""
+        for layer in self._model.layers:
+            if layer.is_attention:
+                mixed = yield from self._attend(layer.self_attn, layer.input_layernorm(self._x))
+            else:
+                yield "mamba"
+                mixed = layer.mamba(layer.input_layernorm(self._x), self._batch)
+            self._x = self._x + mixed
+            block = layer.feed_forward
+            yield "experts" if isinstance(block, MoE) else "mlp"
+            self._x = self._x + block(layer.pre_ff_layernorm(self._x))
+
+    def _attend(self, block: Attention, x: Tensor) -> Generator[str, None, Tensor]:
+        """As `Attention.forward`."""
+        (state,) = self._batch.states
+        q, k, v = block.project(x)
+        q, k = block.turn(q, k, self._batch)
+        keys, values = state.append_kv(block.index, k, v)
+        past, outputs = len(keys) - len(q), []
+        rows = max(MAX_SCORES // len(keys) // _QUERY_UNIT, 1) * _QUERY_UNIT
+        for own in q.split(rows):
+            yield "attention"
+            past += len(own)
+            outputs.append(attend_past(own, keys[:past], values[:past]))
+        return block.o_proj(torch.cat(outputs).flatten(-2))
+
+    def _now(self) -> float:
         if self._x.is_cuda:
             torch.cuda.synchronize(self._x.device)
-        return time.perf_counter() - start
+        return time.perf_counter()

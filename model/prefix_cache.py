@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from model.state_codec import DamagedValue, decode_value, encode_value
 from model.state_store import Buffer, StateItem, StateStore, WriteBehindStore
 
 _MAX_PENDING_BYTES = 1 << 30  # of tensors that wait to be encoded
+_DECODERS = 4  # threads; what takes time is the checksum, 1 to 2 GB/s each
 _log = logging.getLogger(__name__)
 
 
@@ -72,15 +74,20 @@ class PrefixCache:
         self._device = stores[0] if stores and isinstance(stores[0], DeviceStateStore) else None
         self._behind: WriteBehindStore | None = None
         self._savers = self._stores  # where a state goes that has just been computed
-        if self._device is not None:
-            self._savers = self._stores[:1]
-            if stores[1:]:
-                self._behind = WriteBehindStore(EncodedStores(stores[1:], self._layout), _MAX_PENDING_BYTES)
+        if any(store.keeps_tensors for store in stores):
+            self._savers, slower = self._stores[: self._first], self._stores[self._first :]
+            if slower:
+                self._behind = WriteBehindStore(EncodedStores(slower, self._layout), _MAX_PENDING_BYTES)
                 self._savers += (self._behind,)
         self._stats = CacheStats()
         self._epoch = 0
         self._invalidated: dict[str, int] = {}  # tag -> epoch that its invalidation began
         self._lock = threading.RLock()
+
+    @property
+    def _first(self) -> int:
+        """Of the stores below the device."""
+        return 0 if self._device is None else 1
 
     @property
     def keeps_states(self) -> bool:
@@ -182,8 +189,8 @@ class PrefixCache:
         with self._lock:
             counted = replace(self._stats)
         tiers = {store.tier: store.stats() for store in self._stores}
-        if self._device is not None and self._behind is not None:
-            behind, nearest = self._behind.stats(), tiers[self._device.tier]
+        if self._behind is not None:
+            behind, nearest = self._behind.stats(), tiers[self._stores[0].tier]
             nearest |= {"pending_bytes": behind["pending_bytes"], "dropped": nearest["dropped"] + behind["dropped"]}
         return counted, tiers
 
@@ -196,7 +203,7 @@ class PrefixCache:
         return [i for i in range(end) if i >= start or not there[i]]
 
     def _item(self, plan: PrefixPlan, key: str, end: int, tensors: Sequence[Tensor]) -> StateItem:
-        if self._device is not None:
+        if self._device is not None or self._behind is not None:
             return _describe(plan, key, end, StateTensors(tuple(tensors)))
         return _describe(plan, key, end, encode_value(key, self._layout, tensors))
 
@@ -242,6 +249,7 @@ class PrefixCache:
         """Add to `loaded` what can be had of `keys`, values of that many tensors; the rest leaves `where`."""
         for level, store in enumerate(self._stores):
             asked = [key for key in keys if where.get(key) == level]
+            encoded = []
             for key, value in zip(asked, store.get_many(asked) if asked else (), strict=True):
                 if value is None:  # evicted since it was located
                     del where[key]
@@ -249,44 +257,65 @@ class PrefixCache:
                 if isinstance(value, StateTensors):
                     loaded[key] = _Loaded(value, value.tensors)
                     continue
-                whole = bytearray(value) if memoryview(value).readonly else value
-                try:
-                    loaded[key] = _Loaded(whole, decode_value(key, self._layout, whole, tensors))
-                except DamagedValue as error:
-                    _log.warning("dropped a damaged state from the %s store: %s", store.tier, error)
-                    store.delete(keys=[key])
-                    del where[key]
-                    with self._lock:
-                        self._stats.damaged += 1
+                encoded.append((key, value))
+            for (key, _), decoded in zip(encoded, self._decode_all(encoded, tensors), strict=True):
+                if isinstance(decoded, _Loaded):
+                    loaded[key] = decoded
+                    continue
+                _log.warning("dropped a damaged state from the %s store: %s", store.tier, decoded)
+                store.delete(keys=[key])
+                del where[key]
+                with self._lock:
+                    self._stats.damaged += 1
+
+    def _decode_all(self, values: Sequence[tuple[str, Buffer]], tensors: int) -> list[_Loaded | DamagedValue]:
+        """Side by side, for a state of a long prompt is gigabytes to check."""
+
+        def decode(pair: tuple[str, Buffer]) -> _Loaded | DamagedValue:
+            key, value = pair
+            whole = bytearray(value) if memoryview(value).readonly else value
+            try:
+                return _Loaded(whole, decode_value(key, self._layout, whole, tensors))
+            except DamagedValue as error:
+                return error
+
+        if len(values) < 2:
+            return list(map(decode, values))
+        with ThreadPoolExecutor(_DECODERS, thread_name_prefix="prefix-decode") as pool:
+            return list(pool.map(decode, values))
 
     def _promote(self, plan: PrefixPlan, position: int, where: dict[str, int], loaded: dict[str, _Loaded]) -> None:
         """Copy what came from slower stores into the faster ones."""
         size = plan.block_tokens
         ends = [(key, (i + 1) * size) for i, key in enumerate(plan.block_keys[: position // size])]
         ends.append((plan.snapshot_keys[position], position))
-        first = 0 if self._device is None else 1
-        for level in range(first + 1, len(self._stores)):
-            items = [_describe(plan, key, end, loaded[key].value) for key, end in ends if where[key] == level]
-            if items:
-                self._put(plan, self._stores[first:level], items)
+        for level in range(self._first + 1, len(self._stores)):
+            ends_here = [(key, end) for key, end in ends if where[key] == level]
+            for store in self._stores[self._first : level] if ends_here else ():
+                if store.keeps_tensors:  # from where the device reads them faster, too
+                    for key, _ in ends_here:
+                        value = StateTensors(tuple(loaded[key].tensors)).pinned()
+                        loaded[key] = _Loaded(value, value.tensors)
+                self._put(plan, [store], [_describe(plan, key, end, loaded[key].value) for key, end in ends_here])
         if self._device is not None:
-            self._bring_to_device(plan, self._device, ends, loaded)
+            self._bring_to_device(plan, self._device, ends, where, loaded)
 
     def _bring_to_device(
         self,
         plan: PrefixPlan,
         device: DeviceStateStore,
         ends: Sequence[tuple[str, int]],
+        where: Mapping[str, int],
         loaded: dict[str, _Loaded],
     ) -> None:
-        """Put what was loaded as bytes there as tensors, and use these, unless it is more than the store holds."""
-        strangers = [key for key, _ in ends if not isinstance(loaded[key].value, StateTensors)]
+        """Put there what was loaded from elsewhere, and use that, unless it is more than the store holds."""
+        strangers = [key for key, _ in ends if where[key]]
         nbytes = sum(tensor.nbytes for key in strangers for tensor in loaded[key].tensors)
         if not strangers or not device.make_room(nbytes):
             return
         try:
             for key in strangers:
-                value = StateTensors(tuple(tensor.to(device.device) for tensor in loaded[key].tensors))
+                value = StateTensors(tuple(x.to(device.device, non_blocking=True) for x in loaded[key].tensors))
                 loaded[key] = _Loaded(value, value.tensors)
         except torch.OutOfMemoryError:
             _log.warning("no memory on %s to bring %d bytes of states there", device.device, nbytes)

@@ -78,7 +78,7 @@ class RedisStateStore:
     `clock` is for tests. Raises ValueError for a url that is none.
     """
 
-    tier = "redis"
+    tier, keeps_tensors = "redis", False
 
     def __init__(
         self,

@@ -44,6 +44,7 @@ class StateStore(Protocol):
     """Safe to call from several threads. Values must not be changed by whoever gets or puts them."""
 
     tier: str  # as answers name it: "gpu", "host", "redis"
+    keeps_tensors: bool  # its values are StateTensors, else bytes
 
     def contains_many(self, keys: Sequence[str], peek: bool = False) -> list[bool]:
         """Which keys would probably be found now. They are a prompt's, deepest first; unless it is only a `peek`,
@@ -70,7 +71,7 @@ class StateStore(Protocol):
 class MemoryStateStore:
     """Up to `max_bytes` of values in this process, exceeded only while a put runs; `policy` says which go first."""
 
-    tier = "host"
+    tier, keeps_tensors = "host", False
 
     def __init__(self, max_bytes: int, policy: EvictionPolicy | None = None) -> None:
         self._max_bytes, self._bytes = max_bytes, 0
@@ -156,7 +157,7 @@ class WriteBehindStore:
     """
 
     def __init__(self, store: StateStore, max_pending_bytes: int = 256 << 20) -> None:
-        self.tier = store.tier
+        self.tier, self.keeps_tensors = store.tier, store.keeps_tensors
         self._store, self._max_pending_bytes = store, max_pending_bytes
         self._pending: deque[StateItem] = deque()
         self._writing: tuple[StateItem, ...] = ()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import torch
 from torch import Tensor, nn
 
 from model.int8 import Int8Experts, Int8Linear
@@ -17,38 +18,42 @@ from model.kernels import w8a8
 from model.moe import MLP
 
 # a product whose input is rounded, by where it stands; of x_proj, the head and the router it never is
-SITES = ("mamba_in", "mamba_out", "attention_in", "attention_out", "mlp_in", "mlp_out", "experts")
+SITES = ("mamba_in", "mamba_out", "attention_in", "attention_out", "mlp", "experts")
 _SITE_OF = {
-    **{"in_proj": "mamba_in", "out_proj": "mamba_out", "o_proj": "attention_out", "down_proj": "mlp_out"},
+    **{"in_proj": "mamba_in", "out_proj": "mamba_out", "o_proj": "attention_out"},
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "attention_in"),
 }
 
 
-class W8A8Linear(Int8Linear):
-    """In the place of an Int8Linear, with its weights. `spans`: its tokens have several scales each."""
+class UnsupportedDevice(ValueError):
+    """The message says what the device lacks and what to do."""
 
-    def __init__(self, linear: Int8Linear, spans: bool = False) -> None:
+
+class W8A8Linear(Int8Linear):
+    """In the place of an Int8Linear, with its weights."""
+
+    def __init__(self, linear: Int8Linear) -> None:
         nn.Module.__init__(self)
-        self.weight, self.scale, self.bias, self.spans = linear.weight, linear.scale, linear.bias, spans
+        self.weight, self.scale, self.bias = linear.weight, linear.scale, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         if not w8a8.takes(x, self.weight):
             return super().forward(x)
-        return w8a8.linear(x, self.weight, self.scale, self.bias, self.spans)
+        return w8a8.linear(x, self.weight, self.scale, self.bias)
 
 
 class W8A8MLP(MLP):
-    """In the place of an MLP, with its projections: gate and up are one product."""
+    """In the place of an MLP, with its projections; the inputs of all three are rounded."""
 
     def __init__(self, mlp: MLP) -> None:
         nn.Module.__init__(self)
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj, self.up_proj
-        if not w8a8.takes(x, gate.weight, up.weight):
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if not w8a8.takes(x, gate.weight, up.weight, down.weight):
             return super().forward(x)
-        return self.down_proj(w8a8.gated(x, gate.weight, gate.scale, up.weight, up.scale))
+        return w8a8.swiglu(x, gate.weight, gate.scale, up.weight, up.scale, down.weight, down.scale)
 
 
 class W8A8Experts(Int8Experts):
@@ -66,6 +71,12 @@ class W8A8Experts(Int8Experts):
         if not w8a8.takes(x, self.down_proj):
             return super().mix(x, weights, chosen)
         return w8a8.mix_experts(x, weights, chosen, *self._weights())
+
+
+def check_device(device: torch.device) -> None:
+    """Raises UnsupportedDevice where the products would be computed by their definition, slower than not rounded."""
+    if not w8a8.has_kernels(torch.empty(0, device=device)):
+        raise UnsupportedDevice(f"w8a8 needs an H100 or later with Triton, not {device}; use int8")
 
 
 def round_activations(model: Jamba, sites: Collection[str] = SITES) -> None:
@@ -90,10 +101,8 @@ def _rounding(name: str, module: nn.Module, sites: Collection[str]) -> nn.Module
     match module:
         case Int8Experts() if "experts" in sites:
             return W8A8Experts(module)
-        case MLP() if "mlp_in" in sites and isinstance(module.gate_proj, Int8Linear):
-            if "mlp_out" in sites:
-                module.down_proj = W8A8Linear(module.down_proj, spans=True)
+        case MLP() if "mlp" in sites and isinstance(module.gate_proj, Int8Linear):
             return W8A8MLP(module)
         case Int8Linear() if not isinstance(module, W8A8Linear) and _SITE_OF.get(name) in sites:
-            return W8A8Linear(module, spans=name == "down_proj")
+            return W8A8Linear(module)
     return None

@@ -24,6 +24,7 @@ from model.int4 import GROUP_SIZE, unpack_int4
 from model.int8 import Int8Experts, quantize_rows, swap_linears
 from model.jamba import Jamba
 from model.moe import Experts
+from model.w8a8 import check_device, round_activations
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 QUANT_METHODS = ("jamba_rag_int8", "jamba_rag_int4")
@@ -38,17 +39,21 @@ def load_model(
     path: Path | str,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    quantize: Literal["int8"] | None = None,
+    quantize: Literal["int8", "w8a8"] | None = None,
 ) -> Jamba:
     """Load a checkpoint directory into a model on `device`, in evaluation mode.
 
     dtype: of weights and activations; None means float32 on a CPU and bfloat16 elsewhere. A and D stay float32.
-    quantize: "int8" holds the linear layers and experts as int8, see int8.py.
-    Raises UnsupportedWeights, naming every field or tensor, before anything large is read.
+    quantize: "int8" holds the linear layers and experts as int8, see int8.py; "w8a8" rounds the inputs of a prefill's
+    products as well, see w8a8.py.
+    Raises UnsupportedWeights, naming every field or tensor, before anything large is read; UnsupportedDevice where
+    "w8a8" has no kernels.
     """
-    if quantize not in (None, "int8"):
-        raise ValueError(f"quantize is {quantize!r}, must be 'int8' or None")
+    if quantize not in (None, "int8", "w8a8"):
+        raise ValueError(f"quantize is {quantize!r}, must be 'int8', 'w8a8' or None")
     reader, device = CheckpointReader(Path(path)), torch.device(device)
+    if quantize == "w8a8":
+        check_device(device)
     if device.type == "cuda":
         from torch.nn.attention import bias  # noqa: F401 - takes seconds, which else the first question would
     with torch.device("meta"):
@@ -61,6 +66,8 @@ def load_model(
     with ThreadPoolExecutor(_READERS) as pool:  # one thread waits for the disk or rounds while others copy
         for _ in pool.map(lambda name: slots[name].fill(reader[name]), reader.names):
             pass
+    if quantize == "w8a8":
+        round_activations(model)
     return model.eval()
 
 

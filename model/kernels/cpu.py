@@ -193,7 +193,7 @@ def attend_few(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], leng
     """The last `lengths[i]` tokens of each sequence attend to all up to themselves; for few tokens.
 
     q (T, h, p) contiguous, all sequences end to end; keys[i], values[i] (s+t, g, p) contiguous -> (T, h, p). A token's
-    result is the same bits in any company. The definition is `attention._attend_past`.
+    result is the same bits in any company. The definition is `attention.attend_past`.
     """
     (_, h, p), g = q.shape, keys[0].shape[1]
     out, tensors = torch.empty_like(q), (*keys, *values)

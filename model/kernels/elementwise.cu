@@ -114,32 +114,6 @@ add_rows(const bf16* rows, const long long* index, const float* weight, bf16* ou
     *reinterpret_cast<uint4*>(to) = pack(sums);
 }
 
-// Attention over two sets of keys from that over each: total (t, h, p) and out (t, h, p), log-sum-exps (h, t). The result
-// replaces total, or goes to rounded.
-extern "C" __global__ void __launch_bounds__(256)
-merge_attention(float* total, const float* total_lse, const bf16* out, const float* lse, float* merged_lse,
-                bf16* rounded, long long t, long long h, long long p)
-{
-    const long long at = 8 * (blockIdx.x * 256ll + threadIdx.x), row = at / p, pair = row % h * t + row / h;
-    if (row >= t * h) return;
-    const float highest = fmaxf(total_lse[pair], lse[pair]);
-    const float before = expf(total_lse[pair] - highest), own = expf(lse[pair] - highest), sum = before + own;
-    if (at % p == 0) merged_lse[pair] = highest + logf(sum);
-    float values[8];
-    unpack(load16(out + at), values);
-    float4* sums = reinterpret_cast<float4*>(total + at);
-    const float4 low = sums[0], high = sums[1];
-    const float old[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = (before * old[i] + own * values[i]) / sum;
-    if (rounded) {
-        *reinterpret_cast<uint4*>(rounded + at) = pack(values);
-        return;
-    }
-    sums[0] = make_float4(values[0], values[1], values[2], values[3]);
-    sums[1] = make_float4(values[4], values[5], values[6], values[7]);
-}
-
 #ifdef THREADS
 constexpr int WARPS = THREADS / 32;
 constexpr int MAX_WARPS = 32;

@@ -67,6 +67,13 @@ def supports(*tensors: Tensor | None) -> bool:
     return bool(given) and _can_run(given[0].device.index)
 
 
+def has_bulk_copies(*tensors: Tensor | None) -> bool:
+    """Whether Triton kernels can load these by descriptors (TMA): as `supports`, from the H100 on."""
+    if not supports(*tensors):
+        return False
+    return emulator is not None or torch.cuda.get_device_capability(tensors[0].device) >= (9, 0)
+
+
 def sm_count(device: torch.device) -> int:
     """Multiprocessors of a card; under emulation those of an H100."""
     return 132 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count

@@ -42,19 +42,23 @@ class Tiling(NamedTuple):
 # by tiles of 8 tokens
 SINGLE = {
     1: Tiling(row_tiles=1, warps_n=1, warps_k=8, depth=2, resident=2, blocks=2),
-    2: Tiling(row_tiles=1, warps_n=2, warps_k=8, depth=2, resident=1, blocks=1),
-    4: Tiling(row_tiles=2, warps_n=1, warps_k=8, depth=2, resident=1, blocks=1),
-    8: Tiling(row_tiles=2, warps_n=2, warps_k=4, depth=2, resident=1, blocks=1),
+    2: Tiling(row_tiles=1, warps_n=1, warps_k=8, depth=2, resident=2, blocks=2),
+    4: Tiling(row_tiles=2, warps_n=4, warps_k=2, depth=2, resident=1, blocks=1, stages=3),
+    8: Tiling(row_tiles=2, warps_n=4, warps_k=2, depth=2, resident=1, blocks=1, stages=3),
 }
 PAIRED = {
     1: Tiling(row_tiles=2, warps_n=1, warps_k=8, depth=2, resident=2, blocks=2),
     2: Tiling(row_tiles=2, warps_n=2, warps_k=8, depth=1, resident=1, blocks=1),
-    4: Tiling(row_tiles=2, warps_n=2, warps_k=4, depth=2, resident=1, blocks=1),
-    8: Tiling(row_tiles=2, warps_n=4, warps_k=2, depth=2, resident=1, blocks=1),
+    4: Tiling(row_tiles=4, warps_n=4, warps_k=2, depth=1, resident=1, blocks=1, stages=3),
+    8: Tiling(row_tiles=2, warps_n=4, warps_k=1, depth=2, resident=2, blocks=2, stages=2),
 }
 EXPERT_TILES = 2  # tiles of tokens that meet an expert at a time; its weights are read again for those behind them
-# for one tile of tokens and fewer rows than fill the card: all columns on their way at once
-FEW_ROWS = Tiling(row_tiles=1, warps_n=1, warps_k=16, depth=4, resident=1, blocks=1)
+# for fewer rows than fill the card, with one tile of tokens all columns on their way at once
+FEW_ROWS = {
+    1: Tiling(row_tiles=1, warps_n=1, warps_k=16, depth=4, resident=1, blocks=1),
+    4: Tiling(row_tiles=2, warps_n=1, warps_k=8, depth=2, resident=1, blocks=1),
+    8: Tiling(row_tiles=1, warps_n=4, warps_k=4, depth=1, resident=1, blocks=1),
+}
 
 
 class _Launch(NamedTuple):
@@ -228,8 +232,8 @@ def _launch(
 ) -> _Launch:
     tiles = _token_tiles(m)
     tiling, sms = tilings[tiles], gpu.sm_count(device)
-    if tilings is SINGLE and tiles == 1 and n < 16 * sms:
-        tiling = FEW_ROWS
+    if tilings is SINGLE and n < 16 * sms:
+        tiling = FEW_ROWS.get(tiles, tiling)
     split = _split(tiling, tiles, n, k, sms) if can_split and tiles > 1 else 1
     return _make(tiling, tilings is PAIRED, tiles, n, k, sms, split)
 

@@ -7,9 +7,6 @@ for the counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,13 +14,12 @@ from torch import Tensor
 from model.kernels import gpu, gpu_linear
 from model.kernels.gpu_linear import MAX_ASSIGNMENTS, MAX_EXPERTS, MAX_TOKENS
 
-OVERLAP = False  # unpack the next matrix of an expert on a stream of its own while this one is multiplied
 MAX_ROWS = 8192  # of one product with an expert's gates and ups: 28,672 columns make that 0.5 GB
 _MAX_SCRATCH = 1 << 27  # weights unpacked at a time
 _MAX_NORM_COLUMNS = 8192
 _THREADS = 256
 
-_scratch: dict[tuple[torch.device, int], Tensor] = {}
+_scratch: dict[torch.device, Tensor] = {}
 
 
 def fits(x: Tensor, *weights: Tensor) -> bool:
@@ -56,7 +52,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     cuts = range(0, len(weight), step)
     biases = [None] * len(cuts) if bias is None else bias.split(step)
     parts = zip(weight.split(step), scale.split(step), biases, strict=True)
-    outs = [F.linear(x, dequantize(some, scales, _room(some, 0)), added) for some, scales, added in parts]
+    outs = [F.linear(x, dequantize(some, scales, _room(some)), added) for some, scales, added in parts]
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
 
 
@@ -85,9 +81,6 @@ def mix_experts(
     counts = torch.zeros(len(gate_up), dtype=torch.int64, device=x.device)
     counts = counts.scatter_add_(0, chosen.flatten(), torch.ones_like(order)).tolist()
     tokens, shares = (order // chosen.shape[1]).split(counts), weights.flatten()[order].split(counts)
-    crowded = [i for i, count in enumerate(counts) if count > MAX_TOKENS]
-    pairs = (((gate_up[i], gate_up_scale[i]), (down[i], down_scale[i])) for i in crowded)
-    unpacked = _unpack_in_turn([matrix for pair in pairs for matrix in pair])
     out = torch.zeros_like(x)
     for i, own in enumerate(tokens):
         if not len(own):
@@ -96,8 +89,8 @@ def mix_experts(
         if len(own) <= MAX_TOKENS:
             rows = _few(rows, gate_up[i], gate_up_scale[i], down[i], down_scale[i])
         else:
-            h = _gated(rows, next(unpacked))
-            rows = F.linear(h, next(unpacked))
+            h = _gated(rows, dequantize(gate_up[i], gate_up_scale[i], _room(gate_up[i])))
+            rows = F.linear(h, dequantize(down[i], down_scale[i], _room(down[i])))
         add_rows(rows, own, shares[i], out)
     return out
 
@@ -151,36 +144,9 @@ def _gated(x: Tensor, gate_up: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _unpack_in_turn(matrices: list[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-    """Yields each weight in bfloat16; it is valid until the next but one is asked for, in two rooms by turns.
-
-    With `OVERLAP` on a second stream, one ahead of the consumer.
-    """
-    if not (OVERLAP and matrices and matrices[0][0].is_cuda):
-        for i, (weight, scale) in enumerate(matrices):
-            yield dequantize(weight, scale, _room(weight, i % 2))
-        return
-    main, side = torch.cuda.current_stream(), _side_stream(matrices[0][0].device)
-    free, ready = [main.record_event(), main.record_event()], []
-    for i, (weight, _) in enumerate(matrices[:2]):
-        _room(weight, i)  # allocated on the consumer's stream
-    for i in range(len(matrices) + 1):
-        if i < len(matrices):
-            weight, scale = matrices[i]
-            room = _room(weight, i % 2)
-            side.wait_event(free[i % 2])
-            with torch.cuda.stream(side):
-                ready.append((dequantize(weight, scale, room), side.record_event()))
-        if i:
-            unpacked, event = ready[i - 1]
-            main.wait_event(event)
-            yield unpacked
-            free[(i - 1) % 2] = main.record_event()
-
-
-def _room(weight: Tensor, which: int) -> Tensor:
-    """Memory for `weight` in bfloat16, one and the same for all calls on a device with this `which`."""
-    key, size = (weight.device, which), weight.numel()
+def _room(weight: Tensor) -> Tensor:
+    """Memory for `weight` in bfloat16, one and the same for all calls on a device: it is full until the next call."""
+    key, size = weight.device, weight.numel()
     if key not in _scratch or _scratch[key].numel() < size:
         with torch.inference_mode(False):
             _scratch[key] = torch.empty(size, dtype=torch.bfloat16, device=weight.device)
@@ -189,8 +155,3 @@ def _room(weight: Tensor, which: int) -> Tensor:
 
 def _grid(threads: int) -> tuple[int]:
     return (-(-threads // _THREADS),)
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)

@@ -46,12 +46,12 @@ def _attend_tiles(
 
 @triton.jit
 def attend_kernel(
-    queries, keys, values, out, lse, t, past, scale, q_stride, stride,
+    queries, keys, values, out, t, past, scale, q_stride, stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Query i of t sees past + i + 1 keys. queries (t, HEADS*P), keys, values (past + t, HEADS/GROUP*P), rows `stride`
-    apart; out (t, HEADS*P), lse (HEADS, t) float32, natural; `scale` is for base 2."""
+    apart; out (t, HEADS*P); `scale` is for base 2."""
     tiles = tl.cdiv(t, BM)
     kv_head = tl.program_id(0) // (tiles * GROUP)
     within = tl.program_id(0) % (tiles * GROUP)
@@ -76,4 +76,3 @@ def attend_kernel(
     )  # fmt: skip
     at = out + rows.to(tl.int64)[:, None] * (HEADS * P) + head * P + tl.arange(0, P)[None, :]
     tl.store(at, (sums / total[:, None]).to(out.dtype.element_ty), mask=(rows < t)[:, None])
-    tl.store(lse + head.to(tl.int64) * t + rows, (largest + tl.log2(total)) * 0.6931471805599453, mask=rows < t)

@@ -41,9 +41,11 @@ class Tile(NamedTuple):
     tma: bool  # loads by the bulk copy engine
 
 
-# alone, and in pairs of gate and up; a benchmark tries others
-SINGLE = Tile(rows=128, columns=256, depth=128, warps=8, stages=3, group=8, tma=True)
-PAIRED = Tile(rows=128, columns=128, depth=128, warps=8, stages=3, group=8, tma=True)
+# alone, with several scales a token (two sums of one tile are held), and in pairs of gate and up, whose columns are a
+# SPAN; a benchmark tries others
+SINGLE = Tile(rows=128, columns=256, depth=128, warps=8, stages=3, group=16, tma=True)
+SPANNED = Tile(rows=128, columns=128, depth=128, warps=8, stages=4, group=8, tma=True)
+PAIRED = Tile(rows=128, columns=SPAN, depth=128, warps=8, stages=3, group=8, tma=True)
 
 
 class Tokens(NamedTuple):
@@ -89,14 +91,18 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None,
     return out.view(*x.shape[:-1], -1)
 
 
-def gated(x: Tensor, gate: Tensor, gate_scale: Tensor, up: Tensor, up_scale: Tensor) -> Tensor:
-    """silu(round(x) @ gate.T) * (round(x) @ up.T): x (..., k), gate and up (f, k) -> (..., f) in x.dtype."""
-    if not _on_gpu(x, gate, up):
-        return F.silu(linear_ref(x, gate, gate_scale)) * linear_ref(x, up, up_scale)
-    tokens = quantize_tokens(x.flatten(0, -2))
-    out = x.new_empty(len(tokens.values), len(gate))
-    _multiply(tokens, gate, gate_scale, out, other=(up, up_scale))
-    return out.view(*x.shape[:-1], -1)
+def swiglu(
+    x: Tensor, gate: Tensor, gate_scale: Tensor, up: Tensor, up_scale: Tensor, down: Tensor, down_scale: Tensor
+) -> Tensor:
+    """h = silu(round(x) @ gate.T) * (round(x) @ up.T), then round(h) in spans @ down.T. x (..., d), gate and up (f, d),
+    down (d, f) -> (..., d) in x.dtype."""
+    if not _on_gpu(x, gate, up, down):
+        h = F.silu(linear_ref(x, gate, gate_scale)) * linear_ref(x, up, up_scale)
+        return linear_ref(h, down, down_scale, spans=True)
+    out = torch.empty_like(x)
+    h = _gate(quantize_tokens(x.flatten(0, -2)), gate, gate_scale, up, up_scale)
+    _multiply(h, down, down_scale, out)
+    return out
 
 
 def mix_experts(
@@ -113,14 +119,11 @@ def mix_experts(
     if not _on_gpu(x, gate_up, down):
         return mix_experts_ref(x, weights, chosen, gate_up, gate_up_scale, down, down_scale)
     (m, d, f), k = down.shape, chosen.shape[1]
-    up_places, down_places = (Places.of(chosen, m, tile.rows) for tile in (PAIRED, SINGLE))
-    tokens = quantize_tokens(x, up_places.order // k)
+    places = Places.of(chosen, m, PAIRED.rows)
     gates, gate_scales = gate_up.flatten(0, 1), gate_up_scale.flatten()
-    h = x.new_empty(len(tokens.values), f)
-    _multiply(tokens, gates, gate_scales, h, other=(gates[f:], gate_scales[f:]), places=up_places, expert_rows=2 * f)
-    tokens, out = quantize_tokens(h, spans=True), x.new_empty(*chosen.shape, d)
-    shares = weights.float().flatten()
-    _multiply(tokens, down.flatten(0, 1), down_scale.flatten(), out, places=down_places, shares=shares, expert_rows=d)
+    h = _gate(quantize_tokens(x, places.order // k), gates, gate_scales, gates[f:], gate_scales[f:], f, places, 2 * f)
+    out, shares = x.new_empty(*chosen.shape, d), weights.float().flatten()
+    _multiply(h, down.flatten(0, 1), down_scale.flatten(), out, places=places, shares=shares, expert_rows=d)
     return out.sum(1)
 
 
@@ -173,10 +176,33 @@ def mix_experts_ref(
     return out.to(x.dtype)
 
 
+def _gate(
+    tokens: Tokens,
+    gate: Tensor,
+    gate_scale: Tensor,
+    up: Tensor,
+    up_scale: Tensor,
+    f: int | None = None,
+    places: Places | None = None,
+    expert_rows: int = 0,
+) -> Tokens:
+    """The first half of SwiGLUs of f columns, rounded in spans as it is made."""
+    rows, f = len(tokens.values), f or len(gate)
+    values = torch.empty(rows, f, dtype=torch.int8, device=gate.device)
+    h = Tokens(values, gate_scale.new_empty(rows, triton.cdiv(f, PAIRED.columns)))
+    _multiply(tokens, gate, gate_scale, *h, other=(up, up_scale), places=places, expert_rows=expert_rows)
+    return h
+
+
+def has_kernels(*tensors: Tensor) -> bool:
+    """Whether there are kernels where these are."""
+    return triton is not None and gpu.has_bulk_copies(*tensors)
+
+
 def _on_gpu(x: Tensor, *weights: Tensor) -> bool:
-    """Whether the kernels take these: Triton, bfloat16, 16 bytes of a row at a time."""
+    """Whether the kernels take these: bfloat16, 16 bytes of a row at a time."""
     fits = all(weight.is_contiguous() and weight.shape[-1] % 16 == 0 for weight in weights)
-    return triton is not None and fits and x.dtype == torch.bfloat16 and gpu.supports(x, *weights)
+    return fits and x.dtype == torch.bfloat16 and has_kernels(x, *weights)
 
 
 def _multiply(
@@ -184,6 +210,7 @@ def _multiply(
     weight: Tensor,
     scale: Tensor,
     out: Tensor,
+    out_scale: Tensor | None = None,
     bias: Tensor | None = None,
     other: tuple[Tensor, Tensor] | None = None,
     places: Places | None = None,
@@ -191,8 +218,8 @@ def _multiply(
     expert_rows: int = 0,
 ) -> None:
     """One launch of the product; see product_kernel. `out` (..., n)."""
-    tile = SINGLE if other is None else PAIRED
-    (rows, k), n = tokens.values.shape, out.shape[-1]
+    (rows, k), n, spans = tokens.values.shape, out.shape[-1], tokens.scale.shape[1] > 1
+    tile = PAIRED if other is not None else SPANNED if spans else SINGLE
     num_experts = 0 if places is None else len(places.row_starts) - 1
     tiles = (triton.cdiv(rows, tile.rows) + num_experts) * triton.cdiv(n, tile.columns)
     x, matrices = tokens.values, [weight, weight if other is None else other[0]]
@@ -204,9 +231,9 @@ def _multiply(
     w8a8_triton.product_kernel[(min(tiles, gpu.sm_count(out.device)),)](
         *(x, tokens.scale, matrices[0], scales[0], matrices[1], scales[1]),
         *(scale if bias is None else bias, scale if shares is None else shares, order, row_starts, tile_starts, out),
-        *(rows, n, k, num_experts, expert_rows, tokens.scale.shape[1]),
-        GROUPED=places is not None, PAIRED=other is not None, HAS_BIAS=bias is not None,
-        SPAN=SPAN if tokens.scale.shape[1] > 1 else 0,
+        *(scale if out_scale is None else out_scale, rows, n, k, num_experts, expert_rows, tokens.scale.shape[1]),
+        GROUPED=places is not None, PAIRED=other is not None, ROUNDED=out_scale is not None, HAS_BIAS=bias is not None,
+        SPAN=SPAN if spans else 0,
         EXPERTS=triton.next_power_of_2(max(num_experts, 1)), EVEN=k % tile.depth == 0, TMA=tile.tma,
         BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=tile.group,
         num_warps=tile.warps, num_stages=tile.stages,

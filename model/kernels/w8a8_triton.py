@@ -14,6 +14,14 @@ _SMALLEST = tl.constexpr(1e-30)
 
 
 @triton.jit
+def _round(x):
+    """x (rows, span) float32 -> whole numbers of -127 to 127 and the scale of each row."""
+    largest = tl.maximum(tl.max(tl.abs(x), axis=1), _SMALLEST)
+    whole = (x * tl.div_rn(127.0, largest)[:, None] + _TO_WHOLE) - _TO_WHOLE
+    return whole.to(tl.int8), tl.div_rn(largest, 127.0)
+
+
+@triton.jit
 def quantize_kernel(
     x, index, values, scales, k, stride, num_scales,
     HAS_INDEX: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr,
@@ -26,10 +34,9 @@ def quantize_kernel(
     columns = spans[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
     inside = columns < k
     x_row = tl.load(x + source * stride + columns, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(x_row), axis=1), _SMALLEST)
-    whole = (x_row * tl.div_rn(127.0, largest)[:, None] + _TO_WHOLE) - _TO_WHOLE
-    tl.store(values + row * k + columns, whole.to(tl.int8), mask=inside)
-    tl.store(scales + row * num_scales + spans, tl.div_rn(largest, 127.0), mask=spans < num_scales)
+    whole, scale = _round(x_row)
+    tl.store(values + row * k + columns, whole, mask=inside)
+    tl.store(scales + row * num_scales + spans, scale, mask=spans < num_scales)
 
 
 @triton.jit
@@ -48,9 +55,9 @@ def _load_tile(source, first_row, last_row, column, k, TMA: tl.constexpr, EVEN: 
 
 @triton.jit
 def product_kernel(
-    x, x_scale, weight, scale, other, other_scale, bias, shares, place, row_starts, tile_starts, out,
+    x, x_scale, weight, scale, other, other_scale, bias, shares, place, row_starts, tile_starts, out, out_scale,
     rows, n, k, num_experts, expert_rows, num_scales,
-    GROUPED: tl.constexpr, PAIRED: tl.constexpr, HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr,
+    GROUPED: tl.constexpr, PAIRED: tl.constexpr, ROUNDED: tl.constexpr, HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr,
     EVEN: tl.constexpr, TMA: tl.constexpr, SPAN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +66,8 @@ def product_kernel(
     SPAN: 0, or how many columns of x share one of its num_scales scales a row; a multiple of BK, and not PAIRED.
     PAIRED: silu of that times the same with `other`. GROUPED: x is sorted by expert, the matrix of expert i starts at
     row i * expert_rows; row_starts and tile_starts (num_experts + 1,) are where its rows and tiles of BM rows begin.
-    With `place` (GROUPED and not PAIRED), row i goes to row place[i], times shares[place[i]].
+    With `place` (GROUPED and not PAIRED), row i goes to row place[i], times shares[place[i]]. ROUNDED: out is int8,
+    with a scale for each BN columns in out_scale (rows, ceil(n / BN)).
     """
     tiles_n = tl.cdiv(n, BN)
     tiles_m = tl.cdiv(rows, BM)
@@ -114,5 +122,8 @@ def product_kernel(
         if GROUPED and not PAIRED:
             target = tl.load(place + own_rows, mask=is_row, other=0)
             result *= tl.load(shares + target, mask=is_row, other=0.0)[:, None]
+        if ROUNDED:
+            result, rounded_scale = _round(result)
+            tl.store(out_scale + target * tl.cdiv(n, BN) + column // BN, rounded_scale, mask=is_row)
         at = out + target[:, None] * n + columns[None, :]
         tl.store(at, result.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])

@@ -11,11 +11,6 @@ from test_gpu_decode import KINDS, make, prefilled, same_states, tokens  # noqa:
 from model import Jamba, gpu_segment, jamba
 
 
-@pytest.fixture(autouse=True)
-def _enabled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_segment, "ENABLED", True)
-
-
 def assert_equals_modules(model: Jamba, monkeypatch: pytest.MonkeyPatch, past: int, lengths: list[int]) -> None:
     """Pieces of these lengths, one behind the other, give the modules' own bits: logits and states."""
     (state,) = prefilled(model, [past])
@@ -26,7 +21,7 @@ def assert_equals_modules(model: Jamba, monkeypatch: pytest.MonkeyPatch, past: i
         piece = ids[begin:end]
         ours = model.forward_packed(piece, [len(piece)], [state])
         with monkeypatch.context() as patch:
-            patch.setattr(gpu_segment, "ENABLED", False)
+            patch.setattr(jamba.Jamba, "_short_segments", lambda *_: None)
             patch.setattr(jamba.Jamba, "can_try", False)  # in C, where the emulator's host is the device
             assert torch.equal(ours, model.forward_packed(piece, [len(piece)], [other]))
     assert state.to_bytes() == other.to_bytes()
@@ -63,3 +58,18 @@ def test_a_failed_call_leaves_the_state_as_it_was(make, monkeypatch) -> None:  #
         with pytest.raises(ZeroDivisionError):
             model.forward_packed(tokens(1, 5)[0], [5], [state])
     assert state.to_bytes() == before
+
+
+def test_graphs_are_prepared_between_requests(make, monkeypatch) -> None:  # noqa: F811
+    """Every length and batch, once; the answers after it are those before it."""
+    monkeypatch.setattr(gpu_segment, "MAX_TOKENS", 6)
+    model = make()
+    (state,) = prefilled(model, [6])
+    (other,) = same_states(model, [state])
+    ids = tokens(1, 5)[0]
+    before = model.forward_packed(ids, [5], [state])
+    assert len(list(model.prepare(max_batch=3))) == 3 + 5
+    assert torch.equal(model.forward_packed(ids, [5], [other]), before)
+    if ids.device != state.conv.device:
+        assert set(model._gpu_segments._graphs) == set(range(2, 7))
+        assert set(model._gpu_decode._graphs) >= {1, 2, 3}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Jamba, load_model
-from model.attention import _attend_past
+from model.attention import attend_past
 from model.cpu_decode import MAX_TOKENS
 from model.kernels import cpu, cpu_build
 from model.kernels.causal_conv import causal_conv_ref
@@ -207,7 +207,7 @@ def test_attention_of_a_few_tokens_equals_its_definition(h: int, g: int, p: int,
     )
     ours = cpu.attend_few(q, keys, values, lengths)
     pieces = zip(q.split(lengths), keys, values, strict=True)
-    expected = torch.cat([_attend_past(*(x.double() for x in piece)) for piece in pieces])
+    expected = torch.cat([attend_past(*(x.double() for x in piece)) for piece in pieces])
     assert_close("out", ours, expected, RATIO[dtype])
     torch.set_num_threads(2)
     shared = cpu.attend_few(q, keys, values, lengths)

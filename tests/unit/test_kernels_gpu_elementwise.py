@@ -142,15 +142,6 @@ def make_moe(device: str) -> tuple[MoE, Int8Experts]:  # noqa: F811
     return moe, experts
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="streams need a GPU")
-def test_unpacking_on_a_stream_of_its_own_gives_the_same_bits(device, monkeypatch, make_moe):  # noqa: F811
-    moe, _ = make_moe
-    x = tokens(device, 1000, 96)
-    expected = moe(x)
-    monkeypatch.setattr(gpu_prefill, "OVERLAP", True)
-    assert torch.equal(moe(x), expected)
-
-
 def test_what_needs_a_gradient_is_left_to_pytorch(device):  # noqa: F811
     gate = tokens(device, 3, 16).requires_grad_()
     with torch.enable_grad():

@@ -100,12 +100,12 @@ def test_columns_split_among_blocks_give_the_same_bits_every_time(device):
 
 
 @pytest.mark.parametrize("m", [1, 3, 12, 40, 64])
-@pytest.mark.parametrize("tiling", sorted({*gpu_linear.SINGLE.values(), gpu_linear.FEW_ROWS}))
+@pytest.mark.parametrize("tiling", sorted({*gpu_linear.SINGLE.values(), *gpu_linear.FEW_ROWS.values()}))
 def test_every_tiling_computes_the_same(device, monkeypatch, m, tiling):
     n, k = 160, 704
     x, (weight, scale) = tokens(device, m, k), int8_weight(device, n, k)
     monkeypatch.setattr(gpu_linear, "SINGLE", dict.fromkeys((1, 2, 4, 8), tiling))
-    monkeypatch.setattr(gpu_linear, "FEW_ROWS", tiling)
+    monkeypatch.setattr(gpu_linear, "FEW_ROWS", {1: tiling})
     monkeypatch.setattr(gpu, "sm_count", lambda device: 2)  # several items a block
     out = poisoned(device, m, n)
     gpu_linear.int8_rows(x, weight, scale, out)

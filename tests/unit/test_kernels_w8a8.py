@@ -17,8 +17,9 @@ TILES = [w8a8.Tile(32, 64, 64, 4, 2, 2, tma) for tma in (False, True)]
 @pytest.fixture(params=TILES, ids=["pointers", "descriptors"])
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> w8a8.Tile:
     """Small tiles, so that small matrices have whole ones and rests of them."""
-    for name in ("SINGLE", "PAIRED"):
+    for name in ("SINGLE", "SPANNED", "PAIRED"):
         monkeypatch.setattr(w8a8, name, request.param)
+    monkeypatch.setattr(w8a8, "SPAN", request.param.columns)
     return request.param
 
 
@@ -44,9 +45,15 @@ def test_a_product_equals_the_definition(device, tile, t, n, k):  # noqa: F811
     x, weight, bias = tokens(device, t, k), int8_weight(device, n, k), tokens(device, n)
     for added in (bias, None):
         assert_close("out", w8a8.linear(x, *weight, added), w8a8.linear_ref(x.float(), *weight, added), RATIO)
-    up = int8_weight(device, n, k, seed=1)
-    gate = torch.nn.functional.silu(w8a8.linear_ref(x.float(), *weight))
-    assert_close("gated", w8a8.gated(x, *weight, *up), gate * w8a8.linear_ref(x.float(), *up), RATIO)
+
+
+@pytest.mark.parametrize(("t", "d", "f"), [(1, 16, 16), (70, 80, 208), (32, 64, 64), (5, 64, 128)])
+def test_a_swiglu_equals_the_definition(device, tile, t, d, f):  # noqa: F811
+    x, gate, up = tokens(device, t, d), int8_weight(device, f, d), int8_weight(device, f, d, seed=1)
+    down = int8_weight(device, d, f, seed=2)
+    up[1][f // 3] *= 100  # an outlier that only its span should pay for
+    out = w8a8.swiglu(x, *gate, *up, *down)
+    assert_close("out", out, w8a8.swiglu(x.float(), *gate, *up, *down), 1e-2)  # what lies halfway may go either way
 
 
 @pytest.mark.parametrize(("t", "n", "k"), [(1, 8, 16), (70, 100, 336), (32, 64, 256)])

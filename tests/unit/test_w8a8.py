@@ -9,7 +9,7 @@ from test_gpu_decode import make, reference, tokens  # noqa: F401
 
 pytest.importorskip("triton")
 from model import load_model
-from model.w8a8 import SITES, W8A8Experts, W8A8Linear, round_activations
+from model.w8a8 import SITES, W8A8MLP, W8A8Experts, W8A8Linear, round_activations
 from tests.numeric import assert_close
 
 RATIO = 2e-2  # bfloat16; what lies between two whole numbers may go either way
@@ -24,12 +24,12 @@ def rounded(model, sites=SITES):
 def test_sites_are_where_their_names_say(make, site):  # noqa: F811
     names = {
         name.split(".", 1)[1] for name, module in rounded(make(), [site]).layers.named_modules()
-        if isinstance(module, W8A8Linear | W8A8Experts)
+        if isinstance(module, W8A8Linear | W8A8MLP | W8A8Experts)
     }  # fmt: skip
     expected = {
         **{"mamba_in": {"mamba.in_proj"}, "mamba_out": {"mamba.out_proj"}, "attention_out": {"self_attn.o_proj"}},
-        **{"attention_in": {f"self_attn.{x}_proj" for x in "qkv"}, "mlp_out": {"feed_forward.down_proj"}},
-        **{"mlp_in": set(), "experts": {"feed_forward.experts"}},  # gate and up belong to a W8A8MLP
+        **{"attention_in": {f"self_attn.{x}_proj" for x in "qkv"}},
+        **{"mlp": {"feed_forward"}, "experts": {"feed_forward.experts"}},
     }
     assert names == expected[site]
 

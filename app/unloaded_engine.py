@@ -1,0 +1,28 @@
+"""What stands in the model's place where no question will be asked."""
+
+from collections.abc import Collection
+
+from model.engine_request import EngineRequest, StepOutput
+from model.engine_thread import EngineStopped
+
+
+class UnloadedEngine:
+    """An `Engine` for work without questions."""
+
+    def add(self, request: EngineRequest) -> str:
+        raise EngineStopped("this command runs without the model")
+
+    def step(self) -> list[StepOutput]:
+        return []
+
+    def abort(self, request_id: str) -> None:
+        pass
+
+    def has_work(self) -> bool:
+        return False
+
+    def prepare(self) -> bool:
+        return False
+
+    def invalidate(self, tags: Collection[str]) -> None:
+        pass
