@@ -5,7 +5,7 @@ answers while a long prompt is computed), profile. Each prints a table and write
 long prints why and the next one begins. Contexts of decoding are random numbers, which cost the same as a prefill's.
 `first-token` is asked of the engine behind a prefix in its cache, and of the model alone with the state where it is
 needed. `times_vllm` is against vLLM 0.24, measured on an H100.
-`--quick` runs the most telling rows of all within 90 seconds; `--try` switches on what is not yet the default.
+`--quick` runs the most telling rows of all within 90 seconds; `--w8a8` lets prefills round activations to int8.
     python -m bench.gpu [--shape jamba-52b] [--sections copy,decode] [--segments 16384,32768] [--limit-s 75] [--quick]
 """
 
@@ -17,17 +17,18 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.gpu_candidates import CANDIDATES, switch_on
+from bench.gpu_first_token import bench_first_token, bench_tiers
 from bench.gpu_kit import (
-    Ceilings,
+    Bench,
     Overtime,
+    Sizes,
     filled_state,
     limit_time,
     measure_ceilings,
@@ -39,30 +40,17 @@ from bench.gpu_kit import (
 from bench.random_weights import random_model
 from bench.runs import BenchRun
 from bench.shapes import SHAPES, decode_bytes, prefill_flop, resident_bytes, state_bytes
-from model.device_store import DeviceStateStore
 from model.engine import EngineRequest, JambaEngine
 from model.jamba import Jamba
 from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings
 from model.sampling import SamplingParams
 from model.state import HybridState
+from model.w8a8 import round_activations
 
 VLLM_PREFILL = {8192: 16_700, 32_768: 16_200, 131_072: 15_100, 262_144: 14_300}  # tokens a second
 VLLM_DECODE = {(1024, 1): 110, (131_072, 1): 101, (261_000, 1): 95, (8192, 8): 477, (8192, 16): 779}
 VLLM_DECODE |= {(8192, 32): 1337, (131_072, 4): 361}
-VLLM_FIRST_TOKEN = {32_768: 89, 131_072: 157, 261_000: 203}  # milliseconds
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    prefill: tuple[int, ...] = (8192, 32_768, 131_072, 262_144)
-    segments: tuple[int, ...] = (16_384,)
-    decode: tuple[int, ...] = (1024, 131_072, 261_000)
-    batches: tuple[tuple[int, int], ...] = ((8192, 8), (8192, 16), (8192, 32), (131_072, 4))  # context, sequences
-    first_token: tuple[int, ...] = (32_768, 131_072, 261_000)
-    sharing: tuple[int, int, int] = (4, 1024, 131_072)  # answers under way, their prompts, the long prompt
-    new_tokens: int = 64
-    steps: int = 16  # decode steps between two looks at the clock
 
 
 QUICK_SIZES = Sizes(
@@ -76,20 +64,6 @@ QUICK_SIZES = Sizes(
 SMALL_SIZES = Sizes((96, 200), (64,), (33, 200), ((40, 3),), (64,), (2, 20, 200), 16, 4)
 
 
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """One model under test."""
-
-    name: str
-    model: Jamba
-    device: torch.device
-    ceilings: Ceilings
-    sizes: Sizes
-
-    def peer(self, table: dict[Any, float], key: Any) -> float | None:
-        return table.get(key) if self.name == "jamba-52b" else None
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="jamba-52b")
@@ -99,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--contexts", help="prefill lengths, comma-separated")
     parser.add_argument("--limit-s", type=float, default=75.0, help="longest time of one section")
     parser.add_argument("--quick", action="store_true", help="few rows of each section, 15 s at most")
-    parser.add_argument("--try", dest="candidates", choices=CANDIDATES, nargs="+", default=[])
+    parser.add_argument("--w8a8", action="store_true", help="as quantize: w8a8")
     arguments = parser.parse_args(argv)
     names = arguments.sections.split(",")
     if strangers := set(names) - SECTIONS.keys():
@@ -113,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device(arguments.device)
     with torch.inference_mode():
         bench = start(arguments.shape, device, sizes)
-        for name in arguments.candidates:
-            switch_on(name, bench.model)
+        if arguments.w8a8:
+            round_activations(bench.model)
         for name in names:
             limit_s = min(15.0, arguments.limit_s) if arguments.quick else arguments.limit_s
             run_section(name, bench, limit_s, argv=sys.argv if argv is None else ["gpu", *argv])
@@ -234,68 +208,6 @@ def run_segments(model: Jamba, state: HybridState, tokens: torch.Tensor, segment
         model.forward_packed(piece, [len(piece)], [state])
 
 
-def bench_first_token(bench: Bench, run: BenchRun) -> None:
-    for context in bench.sizes.first_token:
-        new = bench.sizes.new_tokens
-        state, tokens = filled_state(bench.model, context, room=new), random_tokens(bench.model, new)
-
-        def ask(state: HybridState = state, tokens: torch.Tensor = tokens, context: int = context) -> None:
-            state.num_tokens = context
-            bench.model.forward_packed(tokens, [len(tokens)], [state]).argmax(-1).tolist()
-
-        times_ms = [1e3 * seconds for seconds in time_calls(bench.device, ask)]
-        add_first_token_row(bench, run, context, "model", times_ms, tier="its own state")
-        state.num_tokens = context
-        add_first_token_row(bench, run, context, "engine", *ask_engine(bench, state))
-
-
-def add_first_token_row(
-    bench: Bench,
-    run: BenchRun,
-    context: int,
-    by: str,
-    times_ms: list[float],
-    tier: str,
-    **more: float,
-) -> None:
-    row: dict[str, Any] = {"context": context, "new": bench.sizes.new_tokens, "by": by, "tier": tier}
-    row |= {"ttft_ms": median(times_ms), "worst_ms": max(times_ms), **more}
-    if peer := bench.peer(VLLM_FIRST_TOKEN, context):
-        row["times_vllm"] = peer / median(times_ms)
-    run.add(**row)
-    print(row, flush=True)
-
-
-def ask_engine(bench: Bench, state: HybridState, repeats: int = 5) -> tuple[list[float], str]:
-    """Milliseconds to the first token behind a prefix whose state the cache keeps, and the tier it came from."""
-    model, context = bench.model, state.num_tokens
-    settings = PlanSettings(256, bench.sizes.segments[0], min_snapshot_distance=0, sparse_snapshot_tokens=0)
-    store = DeviceStateStore(state_bytes(state.layout, context) + (1 << 26), bench.device)
-    cache = PrefixCache([store], b"bench", settings)
-    engine = JambaEngine(
-        model, word_tokenizer(model.config.vocab_size), cache, max_context_tokens=context + bench.sizes.new_tokens + 8
-    )
-    prefix = random_tokens(model, context, seed=context).tolist()
-    times_ms = []
-    try:
-        if not cache.save(cache.plan([*prefix, 0], [context]), state):
-            raise RuntimeError("the cache did not keep the state")
-        for i in range(1 + repeats):
-            question = random_tokens(model, bench.sizes.new_tokens, seed=i).tolist()
-            sampling = SamplingParams(max_new_tokens=1, ignore_eos=True)
-            engine.add(EngineRequest((*prefix, *question), (context,), sampling))
-            outputs = []
-            while engine.has_work():
-                outputs += engine.step()
-            (output,) = outputs
-            if output.cached_tokens != context:
-                raise RuntimeError(f"{output.cached_tokens} of {context} tokens came from the cache: {output.error}")
-            times_ms.append(output.timings.ttft_ms)
-    finally:
-        engine.close()
-    return times_ms[1:], output.tier
-
-
 def bench_sharing(bench: Bench, run: BenchRun) -> None:
     """Milliseconds from step to step of the answers that run, before and while the long prompt is computed."""
     model, (answers, short, long) = bench.model, bench.sizes.sharing
@@ -384,6 +296,7 @@ SECTIONS: dict[str, Callable[[Bench, BenchRun], None]] = {
     "decode": bench_decode,
     "batch": bench_batch,
     "first-token": bench_first_token,
+    "tiers": bench_tiers,
     "prefill": bench_prefill,
     "sharing": bench_sharing,
     "profile": bench_profile,

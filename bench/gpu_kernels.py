@@ -309,12 +309,9 @@ def bench_prefill(run: BenchRun, config: JambaConfig, device: torch.device, copy
             ],
             "experts, int8 weights": lambda x=x, w=weights, c=chosen: gpu_prefill.mix_experts(x, w, c, *up, *down),
         }
-        cases["experts, int8, second stream"] = cases["experts, int8 weights"]
         for name, case in cases.items():
-            gpu_prefill.OVERLAP = "stream" in name
             error = largest_error(case()[:8], mixed(x[:8], weights, chosen, up, down)) if "int8" in name else None
             _add(run, name, rows, error, time_calls(device, case), None, copy, 6 * experts * rows * d * f)
-        gpu_prefill.OVERLAP = False
 
 
 def mixed(x: Tensor, weights: Tensor, chosen: Tensor, up: Weight, down: Weight) -> Tensor:

@@ -26,7 +26,7 @@ PAIRED_VARIANTS = {
     4: [(2, 1, 8, 2, 1, 1), (2, 4, 2, 2, 1, 1, 3), (2, 4, 1, 2, 2, 2, 3), (4, 4, 2, 1, 1, 1, 3)],
     8: [(2, 4, 2, 2, 1, 1, 3), (2, 4, 1, 2, 2, 2, 2)],
 }
-FEW_ROWS_VARIANTS = [(1, 1, 8, 2, 3, 2), (1, 1, 8, 8, 1, 1), (1, 1, 16, 2, 1, 1)]
+FEW_ROWS_VARIANTS = [(1, 1, 8, 2, 3, 2), (1, 1, 8, 8, 1, 1), (1, 1, 16, 2, 1, 1)]  # for one tile of tokens
 
 Cases = Callable[[JambaConfig, int, torch.device], Iterator[Any]]
 
@@ -86,11 +86,13 @@ def _at_once(expert_tiles: int) -> Iterator[None]:
 
 @contextmanager
 def _in_place(table: dict[int, Tiling], tiles: int, tiling: Tiling, few: bool) -> Iterator[None]:
-    before, few_before = table[tiles], gpu_linear.FEW_ROWS
+    before, few_before = table[tiles], dict(gpu_linear.FEW_ROWS)
     table[tiles] = tiling
+    gpu_linear.FEW_ROWS.pop(tiles, None)
     if few:
-        gpu_linear.FEW_ROWS = tiling
+        gpu_linear.FEW_ROWS[tiles] = tiling
     try:
         yield
     finally:
-        table[tiles], gpu_linear.FEW_ROWS = before, few_before
+        table[tiles] = before
+        gpu_linear.FEW_ROWS.update(few_before)

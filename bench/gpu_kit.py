@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import tokenizers
 import torch
@@ -26,6 +27,32 @@ class Ceilings:
 
     copy_bytes_per_s: float  # read and written
     matmul_flop_per_s: float  # bfloat16
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    prefill: tuple[int, ...] = (8192, 32_768, 131_072, 262_144)
+    segments: tuple[int, ...] = (16_384,)
+    decode: tuple[int, ...] = (1024, 131_072, 261_000)
+    batches: tuple[tuple[int, int], ...] = ((8192, 8), (8192, 16), (8192, 32), (131_072, 4))  # context, sequences
+    first_token: tuple[int, ...] = (32_768, 131_072, 261_000)
+    sharing: tuple[int, int, int] = (4, 1024, 131_072)  # answers under way, their prompts, the long prompt
+    new_tokens: int = 64
+    steps: int = 16  # decode steps between two looks at the clock
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """One model under test."""
+
+    name: str
+    model: Jamba
+    device: torch.device
+    ceilings: Ceilings
+    sizes: Sizes
+
+    def peer(self, table: dict[Any, float], key: Any) -> float | None:
+        return table.get(key) if self.name == "jamba-52b" else None
 
 
 class Overtime(Exception):

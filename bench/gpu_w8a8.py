@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from bench.gpu_kit import measure_ceilings, time_calls
 from bench.runs import BenchRun
@@ -24,15 +25,15 @@ from model.kernels.w8a8 import Tile
 
 MAX_ERROR = 2e-2  # of the largest value: bfloat16 outputs
 # rows, columns, depth, warps, stages, group, tma: all fit an H100's registers and shared memory
-SINGLE = [
-    *(Tile(128, 256, 128, 8, 3, group, True) for group in (8, 4, 16)),
-    *(Tile(128, 256, 128, 8, 4, 8, True), Tile(128, 256, 128, 8, 3, 8, False)),
-    *(Tile(128, 128, 128, 8, 4, 8, True), Tile(128, 128, 128, 4, 4, 8, True)),
-]
-PAIRED = [
-    *(Tile(128, 128, 128, 8, 3, group, True) for group in (8, 4, 16)),
-    *(Tile(128, 128, 128, 8, 4, 8, True), Tile(128, 128, 128, 8, 3, 8, False), Tile(128, 64, 128, 8, 4, 8, True)),
-]
+TILES = {
+    "SINGLE": [Tile(128, 256, 128, 8, 3, group, True) for group in (16, 8, 32)] + [Tile(256, 128, 128, 8, 3, 16, True)],
+    "SPANNED": [
+        *(Tile(128, 128, 128, 8, 4, group, True) for group in (8, 16)),
+        *(Tile(128, 256, 128, warps, 3, 8, True) for warps in (8, 16)),
+        *(Tile(256, 128, 128, warps, 3, 8, True) for warps in (8, 16)),
+    ],
+    "PAIRED": [Tile(128, 128, 128, 8, 3, group, True) for group in (8, 16, 32)],
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -54,28 +55,50 @@ def bench_products(run: BenchRun, config: JambaConfig, t: int, device: torch.dev
     x, up, down = random(t, d, device), weight(device, 2 * f, d), weight(device, d, f)
     in_proj, wide = weight(device, 2 * e, d), random(t, f, device)
     add(run, "rounding, d", None, lambda: w8a8.quantize_tokens(x).scale, None, 0, device)
-    add(run, "rounding, f", None, lambda: w8a8.quantize_tokens(wide).scale, None, 0, device)
+    add(run, "rounding, f", None, lambda: w8a8.quantize_tokens(wide, spans=True).scale, None, 0, device)
     values = w8a8.quantize_tokens(x).values
     add(run, "in_proj, _int_mm", None, lambda: torch._int_mm(values, in_proj[0].T), None, 4 * t * d * e, device)
-    gates, expected_in = (up[0][:f], up[1][:f], up[0][f:], up[1][f:]), w8a8.linear_ref(x[:64].float(), *in_proj)
-    expected_down = w8a8.linear_ref(wide[:64].float(), *down)
-    expected_gated = torch.nn.functional.silu(w8a8.linear_ref(x[:64].float(), *gates[:2]))
-    expected_gated *= w8a8.linear_ref(x[:64].float(), *gates[2:])
-    for tile in SINGLE:
-        w8a8.SINGLE = tile
-        add(run, "in_proj", tile, lambda: w8a8.linear(x, *in_proj), expected_in, 4 * t * d * e, device)
-        add(run, "down", tile, lambda: w8a8.linear(wide, *down), expected_down, 2 * t * d * f, device)
-    for tile in PAIRED:
-        w8a8.PAIRED = tile
-        add(run, "gate and up", tile, lambda: w8a8.gated(x, *gates), expected_gated, 4 * t * d * f, device)
+    gates = (up[0][:f], up[1][:f], up[0][f:], up[1][f:])
     own = weight(device, m, 2 * f, d), weight(device, m, d, f)
-    chosen = torch.rand(t, m, device=device).argsort(-1)[:, :k]
-    shares = torch.rand(t, k, device=device)
-    expected = w8a8.mix_experts_ref(x[:64].float(), shares[:64], chosen[:64], *own[0], *own[1])
-    for single, paired in zip(SINGLE, PAIRED, strict=False):
-        w8a8.SINGLE, w8a8.PAIRED = single, paired
-        mix = lambda: w8a8.mix_experts(x, shares, chosen, *own[0], *own[1])
-        add(run, "experts", (*single, *paired), mix, expected, 6 * t * k * d * f, device)
+    chosen, shares = torch.rand(t, m, device=device).argsort(-1)[:, :k], torch.rand(t, k, device=device)
+
+    def mix() -> Tensor:
+        return w8a8.mix_experts(x, shares, chosen, *own[0], *own[1])
+
+    first = x[:64].float()
+    expected_in = w8a8.linear_ref(first, *in_proj)
+    expected_down = w8a8.linear_ref(wide[:64].float(), *down, spans=True)
+    expected_swiglu = w8a8.swiglu(first, *gates, *down)
+    expected_mix = w8a8.mix_experts_ref(first, shares[:64], chosen[:64], *own[0], *own[1])
+    for kind, tile in each_tile():
+        if kind == "SINGLE":
+            add(run, "in_proj", tile, lambda: w8a8.linear(x, *in_proj), expected_in, 4 * t * d * e, device)
+            continue
+        if kind == "SPANNED":
+            add(run, "down", tile, lambda: w8a8.linear(wide, *down, spans=True), expected_down, 2 * t * d * f, device)
+        add(run, f"swiglu, {kind}", tile, lambda: w8a8.swiglu(x, *gates, *down), expected_swiglu, 6 * t * d * f, device)
+        add(run, f"experts, {kind}", tile, mix, expected_mix, 6 * t * k * d * f, device)
+    bench_kernels(run, "experts", mix)
+
+
+def each_tile() -> Iterator[tuple[str, Tile]]:
+    """In the place of what ships, one at a time."""
+    for kind, tiles in TILES.items():
+        before = getattr(w8a8, kind)
+        for tile in tiles:
+            setattr(w8a8, kind, tile)
+            yield kind, tile
+        setattr(w8a8, kind, before)
+
+
+def bench_kernels(run: BenchRun, product: str, call: Callable[[], Tensor]) -> None:
+    """A row for each kernel of one call."""
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+        call()
+        torch.cuda.synchronize()
+    for event in sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total):
+        if event.self_device_time_total:
+            run.add(product=f"{product}: {event.key[:60]}", us=event.self_device_time_total)
 
 
 def add(

@@ -1,10 +1,11 @@
 """How fast a checkpoint is converted and loaded, beside what the disk gives to a plain read in the same run.
 
 The checkpoint has hub layout (a tensor an expert, bf16, several shards) and layers of the real size, but few of them
-and few experts, with numbers that repeat. `cold` runs begin with the files dropped from the page cache, `cached` ones
-follow a read. `gb_per_s` counts the bytes of the files; `anonymous_gib` is the most memory of the process's own beside
-what it had before, without the mapped files. The files need up to 6 GB and are removed at the end.
-    python -m bench.loading [--layers 2] [--experts 4] [--directory /tmp]
+and few experts, with numbers that repeat; with `--int8` it is written as converted, whole if wanted, and only loaded.
+`cold` runs begin with the files dropped from the page cache, `cached` ones follow a read. `gb_per_s` counts the bytes
+of the files; `anonymous_gib` is the most memory of the process's own beside what it had before, without the mapped
+files. The files need up to 6 GB (49 GB: `--int8 --layers 32 --experts 16`) and are removed at the end.
+    python -m bench.loading [--layers 2] [--experts 4] [--directory /tmp] [--int8]
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from bench.gpu_kit import synchronize
 from bench.runs import BenchRun
 from bench.shapes import SHAPES
 from model import Jamba, JambaConfig, convert_checkpoint, load_model
+from model.int8 import swap_linears
 from model.weights import INDEX_NAME, find_slots
 
 SHARD_BYTES = 1 << 30
@@ -42,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="jamba-52b")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--int8", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--directory", type=Path, help="where the files go for the time of the run; a disk, not memory")
     arguments = parser.parse_args(argv)
@@ -50,52 +53,66 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = BenchRun("loading", argv=sys.argv if argv is None else ["loading", *argv])
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
         source, target = Path(directory) / "bf16", Path(directory) / "int8"
-        write_checkpoint(source, config)
-        add_read_rows(run, source, "bf16")
-        add_row(run, "convert bf16 to int8, cached", source, lambda: convert_checkpoint(source, target))
-        os.sync()
-        for path, name in ((source, "bf16, rounded to int8"), (target, "int8")):
-            if path == target:
-                add_read_rows(run, target, "int8")
-            drop_from_page_cache(path)
-            for state in ("cold", "cached"):
-                load = lambda path=path: answer(load_model(path, device, quantize="int8"), device)
-                add_row(run, f"load {name}, {state}, and a first token", path, load)
+        if arguments.int8:
+            write_checkpoint(target, config, int8=True)
+        else:
+            write_checkpoint(source, config)
+            add_read_rows(run, source, "bf16")
+            add_row(run, "convert bf16 to int8, cached", source, lambda: convert_checkpoint(source, target))
+            os.sync()
+            add_load_rows(run, source, "bf16, rounded to int8", device)
+        add_read_rows(run, target, "int8")
+        add_load_rows(run, target, "int8", device)
         run.finish()
 
 
-def write_checkpoint(path: Path, config: JambaConfig) -> None:
-    """As it lies on the hub, with numbers of the right size that repeat every few million."""
+def add_load_rows(run: BenchRun, path: Path, name: str, device: torch.device) -> None:
+    drop_from_page_cache(path)
+    for state in ("cold", "cached"):
+        load = lambda: answer(load_model(path, device, quantize="int8"), device)
+        add_row(run, f"load {name}, {state}, and a first token", path, load)
+
+
+def write_checkpoint(path: Path, config: JambaConfig, int8: bool = False) -> None:
+    """As it lies on the hub, or as convert.py leaves it; numbers of the right size that repeat every few million."""
     path.mkdir()
     with torch.device("meta"):
-        slots = find_slots(Jamba(config))
+        model = Jamba(config)
+    if int8:
+        swap_linears(model)
+    slots = find_slots(model)
     numbers = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).bfloat16()
     weight_map: dict[str, str] = {}
     for i, names in enumerate(split_by_size({name: slot.values for name, slot in slots.items()}), start=1):
         file = f"model-{i:05d}.safetensors"
-        tensors = {name: repeat(numbers, slots[name].values.shape) for name in names}
+        tensors = {name: repeat(numbers, slots[name].values.shape) for name in names if slots[name].scale is None}
+        for name in names:
+            if (scale := slots[name].scale) is not None:
+                tensors[name] = repeat(numbers.mul(40).to(torch.int8), slots[name].values.shape)
+                tensors[f"{name}.scale"] = torch.full(scale.shape, slots[name].values.shape[-1] ** -0.5 / 40)
         save_file(tensors, path / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
+        weight_map |= dict.fromkeys(tensors, file)
     (path / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
-    (path / "config.json").write_text(json.dumps(config.to_dict()))
+    quantized = {"quantization_config": {"quant_method": "jamba_rag_int8"}} if int8 else {}
+    (path / "config.json").write_text(json.dumps(config.to_dict() | quantized))
     os.sync()
 
 
 def split_by_size(tensors: dict[str, Tensor]) -> Iterator[list[str]]:
-    """Names in order, together at most SHARD_BYTES of bf16."""
-    names, nbytes = [], 0
+    """Names in order, together at most SHARD_BYTES / 2 elements."""
+    names, elements = [], 0
     for name, tensor in tensors.items():
-        if names and nbytes + 2 * tensor.numel() > SHARD_BYTES:
+        if names and elements + tensor.numel() > SHARD_BYTES / 2:
             yield names
-            names, nbytes = [], 0
+            names, elements = [], 0
         names.append(name)
-        nbytes += 2 * tensor.numel()
+        elements += tensor.numel()
     yield names
 
 
 def repeat(numbers: Tensor, shape: torch.Size) -> Tensor:
     count = shape.numel()
-    scaled = numbers[:count] * shape[-1] ** -0.5
+    scaled = numbers[:count] * (shape[-1] ** -0.5 if numbers.is_floating_point() else 1)
     return scaled.repeat(-(-count // len(scaled)))[:count].reshape(shape)
 
 
