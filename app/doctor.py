@@ -342,6 +342,9 @@ def _check_index(store: DocumentStore, data_dir: Path) -> str:
     except IndexDamaged as error:
         return f"to be rebuilt at the next start ({error})"
     behind = index.catch_up(store)
+    if index.is_filling:
+        index.close()
+        return "to be rebuilt at the next start (it is of another history than the database)"
     if index.count != store.count_chunks():
         raise CommandFailed(
             f"the index has {index.count} chunks, the database {store.count_chunks()}; delete {data_dir / 'faiss'}"
@@ -358,6 +361,8 @@ def _check_words(store: DocumentStore, directory: Path) -> str:
         return f"to be rebuilt at the next start ({error})"
     if words.generation != store.generation():
         return "behind the database; the next search brings it up to date"
+    if words.missing:
+        return f"{words.count} of {store.count_chunks()} chunks; a running service adds the others"
     if words.count != store.count_chunks():
         raise CommandFailed(
             f"the word index has {words.count} chunks, the database {store.count_chunks()}; stop the service and "

@@ -30,6 +30,7 @@ from app.middleware import RequestFrame
 from app.observed_store import ObservedStore
 from app.prompting import AnswerFormat, QuoteFormat
 from app.quotes import TokenBytes
+from app.readiness import make_checks
 from app.routes import answers, collections, documents, keys, openai, search, system
 from app.schemas import Problem
 from app.service import RagService
@@ -58,7 +59,7 @@ from model.state_store import MemoryStateStore, StateStore, WriteBehindStore
 from model.tokenizer import Tokenizer
 from model.w8a8 import UnsupportedDevice
 from retrieval.embedder import MiniLMEmbedder
-from retrieval.index import FaissIndex, open_index
+from retrieval.index import open_index
 from retrieval.rerank import CrossEncoderReranker
 from retrieval.search import FusionWeights, Retriever
 from retrieval.store import DocumentStore
@@ -166,6 +167,7 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
     stack.callback(tracing.close)
     metrics = Metrics()
     index = open_index(store, data_dir.index, embedder.dim, embedder.name)
+    stack.callback(index.close)
     weights = FusionWeights(settings.retrieval.dense_weight, settings.retrieval.lexical_weight)
     reranker = open_reranker(settings.retrieval.reranker_path)
     words = open_words(store, data_dir.words)
@@ -183,6 +185,7 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
         store=store,
         files=files,
         index=index,
+        words=words,
         finder=EvidenceFinder(
             store, retriever, model.format, settings.answers, advice, settings.retrieval.evidence_hits
         ),
@@ -200,7 +203,7 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
         has_reranker=reranker is not None,
         salt=bytes.fromhex(_kept_secret(store, "prefix_salt", 16)),
         wake_workers=worker.notify,
-        checks=_checks(store, index, engine_thread),
+        checks=make_checks(store, index, words, engine_thread),
     )
     store.on_replaced = service.on_replaced
     store.on_stage, store.on_ingested = metrics.observe_ingest, metrics.count_ingested
@@ -224,18 +227,6 @@ def open_reranker(path: Path | None) -> CrossEncoderReranker | None:
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise SettingsError(f"JAMBA_RAG_RETRIEVAL__RERANKER_PATH={path}: {error}") from error
     return reranker
-
-
-def _checks(store: DocumentStore, index: FaissIndex, engine: EngineThread) -> dict[str, Callable[[], str]]:
-    def check_database() -> str:
-        store.generation()
-        return "ok"
-
-    return {
-        "model": lambda: "ok" if engine.is_alive else "the engine has stopped",
-        "database": check_database,
-        "index": lambda: "ok" if index.count == store.count_chunks() else "behind the database",
-    }
 
 
 def _ingest_limits(settings: Settings) -> IngestLimits:

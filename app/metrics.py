@@ -21,6 +21,7 @@ class Gauges:
 
     documents: Mapping[str, int]
     chunks: int
+    chunks_without_words: int
     prefix_cache: Mapping[str, int]
     state_stores: Mapping[str, Mapping[str, int]]
     draft_tokens: Mapping[str, int]
@@ -42,6 +43,11 @@ class _Watch:
             documents.add_metric([status], count)
         yield documents
         yield GaugeMetricFamily("jamba_rag_chunks", "Chunks that search finds.", gauges.chunks)
+        yield GaugeMetricFamily(
+            "jamba_rag_chunks_without_words",
+            "Chunks that the word index being made does not hold yet.",
+            gauges.chunks_without_words,
+        )
         events = CounterMetricFamily(
             "jamba_rag_prefix_cache_events",
             "What the prefix cache did: lookups, hits, tokens asked for and found, damaged values, states saved.",

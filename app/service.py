@@ -32,6 +32,7 @@ from model.tokenizer import Tokenizer
 from retrieval.index import VectorIndex
 from retrieval.store import CollectionNotFound, DocumentNotFound, DocumentStore
 from retrieval.types import Collection, Document, Hit, OnConflict, SearchParams
+from retrieval.words import WordIndex
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class RagService:
     store: DocumentStore
     files: FileStore
     index: VectorIndex
+    words: WordIndex
     finder: EvidenceFinder
     engine: EngineThread
     cache: PrefixCache
@@ -288,7 +290,7 @@ class RagService:
         return estimate <= min(room, self.settings.max_evidence_tokens or room)
 
     def check_ready(self) -> dict[str, str]:
-        """Each thing that an answer needs -> "ok" or what is wrong with it. Blocks."""
+        """Each thing that an answer needs -> "ok", perhaps with more behind it, or what is wrong with it. Blocks."""
         return {name: check() for name, check in self.checks.items()}
 
     def read_gauges(self) -> Gauges:
@@ -302,6 +304,7 @@ class RagService:
                 "failed": sum(collection.failed for collection in collections),
             },
             chunks=self.index.count,
+            chunks_without_words=self.words.missing,
             prefix_cache=asdict(cache),
             state_stores=tiers,
             draft_tokens=asdict(self.drafts),

@@ -114,6 +114,8 @@ def bench_size(run: BenchRun, questions: QuestionSet, size: int, reranker_dir: P
         index.catch_up(store)
         words = WordIndex()
         words.catch_up(store)
+        words.settle()
+        index.settle()
         found = [search_halves(words, index, embedder, question.text) for question in questions.questions]
         weights = FusionWeights(candidates=DEPTH)
         check_retriever(Retriever(store, index, embedder, weights, words=words), corpus, found, weights)

@@ -24,6 +24,8 @@ _MANIFEST = "index.json"
 _LAYOUT = 2
 _FLAT_MAX = 200_000
 _EXACT_ROWS = 4096  # so few allowed rows are compared one by one
+_AT_ONCE = 50_000  # vectors that whoever asks waits for, about a second; more are a thread's,
+_BREATH_S = 0.002  # which lets others come in between
 _GROWTH = 2.0  # an inverted file is trained anew when it has grown so much,
 _DRIFT = 1.5  # or its lists have become so much less equal
 
@@ -94,6 +96,9 @@ class FaissIndex:
         self._balance = 1.0  # of its lists at that time
         self._refused = 0  # vectors at which no inverted file was good enough
         self._trainer: threading.Thread | None = None
+        self._directory: Path | None = None  # where it keeps itself after much work
+        self._filler: threading.Thread | None = None
+        self._closing = threading.Event()
         self._embedder_name = embedder_name
         self._generation = 0
         self._index = _empty_index(dim)
@@ -131,32 +136,84 @@ class FaissIndex:
         """Whether all vectors are compared with a question, as opposed to those of some lists."""
         return self._trained == 0
 
-    def settle(self) -> None:
-        """Wait until no training is under way."""
-        if (trainer := self._trainer) is not None:
-            trainer.join()
+    @property
+    def is_filling(self) -> bool:
+        """Whether there are vectors still to come, from a thread, that it should hold already."""
+        return self._filler is not None
 
-    def rebuild(self, source: VectorSource) -> None:
-        """Forget everything and read all vectors of the store; searches see the old ones until it is done."""
-        with self._writer:
-            self._rebuild(source, source.generation())
+    def settle(self) -> None:
+        """Wait until the index is neither filled nor trained."""
+        for name in ("_filler", "_trainer"):
+            if (thread := getattr(self, name)) is not None:
+                thread.join()
+
+    def close(self) -> None:
+        """End the filling; what is missing comes from the store at the next start."""
+        self._closing.set()
+        if (filler := self._filler) is not None:
+            filler.join()
 
     def _rebuild(self, source: VectorSource, upto: int) -> None:
-        fresh = _empty_index(self._dim)
-        for rows, vectors in source.vectors(0, upto):
+        """Begin anew; beyond 50,000 vectors searches find those that are in already."""
+        fresh, batches = _empty_index(self._dim), source.vectors(0, upto)
+        for rows, vectors in batches:
             fresh.add_with_ids(self._checked(vectors), rows)
+            if fresh.ntotal >= _AT_ONCE:
+                break
         with self._lock:
             self._index, self._generation, self._trained = fresh, upto, 0
+        self._filler = None
+        if fresh.ntotal >= _AT_ONCE:
+            _LOG.warning("vector index: more than %d vectors are still to come from the database", fresh.ntotal)
+            self._filler = threading.Thread(
+                target=self._fill, args=(source, fresh, batches), name="index-filling", daemon=True
+            )
+            self._filler.start()
 
-    def _consider_training(self, source: VectorSource) -> None:
-        """Start a thread that trains, if it is time for it; the caller holds `_writer`."""
+    def _fill(self, source: VectorSource, fresh: faiss.Index, batches: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Add the rest of what the store held, batch by batch; changes since then come in between by `catch_up`."""
+        trains = False
+        try:
+            while not self._closing.wait(_BREATH_S):
+                with self._writer:
+                    if self._index is not fresh:  # begun anew meanwhile
+                        return
+                    rows, vectors = next(batches, (None, None))
+                    if rows is None:
+                        self._filler = None
+                        _LOG.info("vector index: complete with %d vectors", fresh.ntotal)
+                        trains = self._consider_training(source)
+                        break
+                    vectors = self._checked(vectors)
+                    with self._lock:
+                        fresh.add_with_ids(vectors, rows)
+            if not self.is_filling and not trains:  # which keeps it too
+                self._keep()
+        except Exception:
+            if not self._closing.is_set():
+                _LOG.exception("cannot fill the vector index; the next search begins anew")
+                self._generation = 0
+
+    def _keep(self) -> None:
+        if self._directory is not None:
+            try:
+                self.save(self._directory)
+            except OSError:
+                _LOG.exception("cannot save the vector index; it is made anew at the next start")
+
+    def _consider_training(self, source: VectorSource) -> bool:
+        """Start a thread that trains, if it is time for it, and say whether; the caller holds `_writer`."""
         count = self._index.ntotal
-        if count <= self._flat_max or count < _GROWTH * self._refused or (self._trainer and self._trainer.is_alive()):
-            return
+        if count <= self._flat_max or count < _GROWTH * self._refused or self._filler:
+            return False
+        if self._trainer and self._trainer.is_alive():
+            return False
         grown = count > _GROWTH * self._trained  # also when it was never trained
-        if grown or imbalance(self._index) > _DRIFT * self._balance:
-            self._trainer = threading.Thread(target=self._train, args=(source,), name="index-training", daemon=True)
-            self._trainer.start()
+        if not grown and imbalance(self._index) <= _DRIFT * self._balance:
+            return False
+        self._trainer = threading.Thread(target=self._train, args=(source,), name="index-training", daemon=True)
+        self._trainer.start()
+        return True
 
     def _train(self, source: VectorSource) -> None:
         """Build an inverted file beside the index in use, then bring it up to date and let it take over."""
@@ -174,6 +231,7 @@ class FaissIndex:
                         self._balance = imbalance(built.index)
                     numbers = (built.trained, built.index.nlist, built.index.nprobe, built.recall)
                     _LOG.info("vector index: %d vectors in %d lists, %d probed, recall@10 %.3f", *numbers)
+            self._keep()
         except Exception:
             _LOG.exception("cannot train the vector index; the one in use goes on")
 
@@ -218,9 +276,12 @@ class FaissIndex:
         return rows[0][found], scores[0][found]
 
     def save(self, directory: Path) -> None:
+        """Write it so that a crash at any moment leaves the old files or the new ones; not while it is being filled."""
+        if self.is_filling:
+            return
         directory.mkdir(parents=True, exist_ok=True)
         with self._saver:
-            with self._lock:
+            with self._writer:  # searches go on
                 generation, count = self._generation, self._index.ntotal
                 trained, balance = self._trained, self._balance
                 content = faiss.serialize_index(self._index)
@@ -255,7 +316,7 @@ class FaissIndex:
 
 
 def open_index(source: VectorSource, directory: Path | str, dim: int, embedder_name: str) -> FaissIndex:
-    """Return an index that holds all the store does: the saved one if it is sound, brought up to date, else rebuilt.
+    """Return the saved index if it is sound, brought up to date, else a new one, which a thread fills if there is much.
 
     What is on disk is replaced when it was not up to date.
     """
@@ -266,6 +327,7 @@ def open_index(source: VectorSource, directory: Path | str, dim: int, embedder_n
         if directory.exists():
             _LOG.warning("vector index: %s: rebuilding it", error)
         index = FaissIndex(dim, embedder_name)
+    index._directory = directory
     if index.catch_up(source):
         index.save(directory)
     return index

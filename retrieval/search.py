@@ -120,7 +120,8 @@ class Retriever:
 
     def _fuse(self, query: str, dense: Scores, lexical: Scores) -> Scores:
         best, expected = max(lexical.values(), default=0.0), self._words.expected_score(query_terms(query))
-        return fuse_scores(dense, lexical, self._weights, self._weights.trust(best, expected))
+        trust = self._words.share * self._weights.trust(best, expected)  # of what has no words yet, none were found
+        return fuse_scores(dense, lexical, self._weights, trust)
 
     def _search_lexical(self, query: str, selection: Selection, limit: int) -> Scores:
         self._words.catch_up(self._store)

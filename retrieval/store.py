@@ -2,12 +2,13 @@
 
 This page is the contract; the statements are in store_documents.py (collections, documents, versions), store_jobs.py
 (leases), store_content.py (what becomes searchable), store_search.py (reading it), store_access.py (keys, settings).
+What the indexes need of it is store_feed.py.
 Files and FAISS are not its business: it names chunks by row id and says what changed since a generation.
 """
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from .database import Database, StorageFull, StoreUnusable
 from .store_access import IdempotencyConflict
 from .store_content import EmbedderMismatch
 from .store_documents import CollectionExists, CollectionNotFound, DocumentNotFound, DocumentNotReady, DuplicateDocument
+from .store_feed import IndexFeed
 from .store_jobs import LeaseLost
 from .store_search import Selection
 from .types import (
@@ -55,7 +57,7 @@ __all__ = [
 ]
 
 
-class DocumentStore:
+class DocumentStore(IndexFeed):
     """Thread safe; several processes may open one file. Every write is one transaction and safe to repeat.
 
     Methods that name a document or collection raise DocumentNotFound or CollectionNotFound when there is none.
@@ -306,52 +308,6 @@ class DocumentStore:
         """Row -> hit without scores, of those rows that still exist."""
         with self._db.read() as c:
             return searching.load_hits(c, chunk_rows)
-
-    # What the indexes need
-
-    def generation(self) -> int:
-        """Grows with every change of the searchable chunks; 0 before the first. Unique to this database's history."""
-        with self._db.read() as c:
-            return content.generation(c)
-
-    def knows_generation(self, generation: int) -> bool:
-        """Whether changes since then can be told; False for another history or one too long ago."""
-        with self._db.read() as c:
-            return content.knows_generation(c, generation)
-
-    def removed_chunks(self, after: int, upto: int) -> np.ndarray:
-        """Rows (int64) removed by generations after < g <= upto."""
-        with self._db.read() as c:
-            return content.removed_chunks(c, after, upto)
-
-    def vectors(self, after: int, upto: int, batch: int = 8192) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Rows (n,) int64 and vectors (n, dim) float32 added by generations after < g <= upto and still there."""
-        position = (after + 1, 0)
-        while True:
-            with self._db.read() as c:
-                position, rows, vectors = content.read_vectors(c, position, upto, batch)
-            if not len(rows):
-                return
-            yield rows, vectors
-
-    def chunk_texts(self, after: int, upto: int, batch: int = 1024) -> Iterator[tuple[int, int, str, str]]:
-        """(row, document row, text, file name with title and headings) of each chunk that `vectors` would give."""
-        position = (after + 1, 0)
-        while True:
-            with self._db.read() as c:
-                position, found = content.read_texts(c, position, upto, batch)
-            if not found:
-                return
-            yield from found
-
-    def count_chunks(self) -> int:
-        with self._db.read() as c:
-            return content.count_chunks(c)
-
-    def require_embedder(self, name: str, dim: int) -> None:
-        """Raises EmbedderMismatch if the vectors stored are another embedder's."""
-        with self._db.read() as c:
-            content.require_embedder(c, name, dim)
 
     # Keys, replies, settings
 

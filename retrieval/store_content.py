@@ -12,7 +12,7 @@ from dataclasses import asdict, astuple
 
 import numpy as np
 
-from .types import Chunk, DocumentError, Heading, IndexChange, Page, ParsedDocument
+from .types import Chunk, ChunkText, DocumentError, Heading, IndexChange, Page, ParsedDocument, Position
 
 _KEPT_GENERATIONS = 10_000
 _EMBEDDER = "embedder"
@@ -145,9 +145,9 @@ def removed_chunks(c: sqlite3.Connection, after: int, upto: int) -> np.ndarray:
 
 
 def read_vectors(
-    c: sqlite3.Connection, position: tuple[int, int], upto: int, batch: int
-) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
-    """(next position, rows, vectors) of the next `batch` chunks; a position is (generation, last row taken of it)."""
+    c: sqlite3.Connection, position: Position, upto: int, batch: int
+) -> tuple[Position, np.ndarray, np.ndarray]:
+    """(next position, rows, vectors) of the next `batch` chunks."""
     found = c.execute(
         """SELECT c.generation, c.row, v.vector FROM chunks c JOIN vectors v ON v.chunk_row = c.row
         WHERE (c.generation, c.row) > (?, ?) AND c.generation <= ? ORDER BY c.generation, c.row LIMIT ?""",
@@ -160,10 +160,8 @@ def read_vectors(
     return (found[-1]["generation"], found[-1]["row"]), rows, vectors.astype(np.float32, copy=False)
 
 
-def read_texts(
-    c: sqlite3.Connection, position: tuple[int, int], upto: int, batch: int
-) -> tuple[tuple[int, int], list[tuple[int, int, str, str]]]:
-    """(next position, (row, document row, text, context) of the next `batch` chunks); positions as `read_vectors`."""
+def read_texts(c: sqlite3.Connection, position: Position, upto: int, batch: int) -> tuple[Position, list[ChunkText]]:
+    """(next position, the next `batch` chunks)."""
     found = c.execute(
         """SELECT generation, row, document_row, text, context FROM chunks
         WHERE (generation, row) > (?, ?) AND generation <= ? ORDER BY generation, row LIMIT ?""",
@@ -175,7 +173,7 @@ def read_texts(
 
 
 def count_chunks(c: sqlite3.Connection) -> int:
-    (count,) = c.execute("SELECT count(*) FROM vectors").fetchone()
+    (count,) = c.execute("SELECT count(*) FROM chunks").fetchone()  # of vectors it would read them all
     return count
 
 

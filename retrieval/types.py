@@ -192,6 +192,10 @@ class Evidence:
     relevance: tuple[str, ...] = ()
 
 
+Position = tuple[int, int]  # in the order in which chunks came: (generation, last row taken of it)
+ChunkText = tuple[int, int, str, str]  # row, document row, text, file name with title and headings
+
+
 @dataclass(frozen=True, slots=True)
 class IndexChange:
     """What a write did to the searchable chunks (row ids), as of `generation`."""

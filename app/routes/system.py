@@ -30,7 +30,7 @@ async def healthz() -> schemas.Health:
 def readyz(service: ServiceDep, response: Response) -> schemas.Health:
     """Whether a question would be answered now, and if not, why."""
     checks = service.check_ready()
-    ready = all(state == "ok" for state in checks.values())
+    ready = all(state.startswith("ok") for state in checks.values())
     response.status_code = 200 if ready else 503
     return schemas.Health(status="ready" if ready else "not ready", checks=checks)
 

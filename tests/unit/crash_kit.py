@@ -1,9 +1,10 @@
 """Kills an ingesting process at its n-th step towards the disk, for every n, and looks at what a restart makes of it.
 
-Run as a program: `crash_kit.py DIR kill|full|time [START STOP STEP]`. It imports all once and forks: one child works
-until it meets its end, the next takes over what is left and checks it. `kill`: the child kills itself before its n-th
-SQL statement, file opened for writing, rename or removal. `full`: no file of it can grow over n bytes.
-`time`: the child uploads and deletes until it is killed, n milliseconds after it began.
+Run as a program: `crash_kit.py DIR kill|full|time|fill [START STOP STEP]`. It imports all once and forks: one child
+works until it meets its end, the next takes over what is left and checks it. `kill`: the child kills itself before its
+n-th SQL statement, file opened for writing, rename or removal. `full`: no file of it can grow over n bytes.
+`time`: the child uploads and deletes until it is killed, n milliseconds after it began. `fill`: the same while
+both indexes are made anew behind it.
 Prints a JSON line for each n; ends early when a child came through.
 """
 
@@ -20,12 +21,14 @@ from pathlib import Path
 from retrieval_kit import HashEmbedder
 
 import ingest.pipeline
+import retrieval.index
+import retrieval.words
 from ingest.files import FileStore
 from ingest.jobs import _describe
 from ingest.parse import parse_file
 from ingest.pipeline import Job, ingest_document
 from retrieval.database import Database
-from retrieval.index import FaissIndex, open_index
+from retrieval.index import FaissIndex, IndexDamaged, open_index
 from retrieval.store import DocumentStore
 from retrieval.words import WordIndex, open_words
 
@@ -145,12 +148,39 @@ def work_for_ever(folder: Path) -> None:
             place.words.catch_up(place.store)
 
 
+def lose_indexes(folder: Path) -> None:
+    """Many chunks and no index: making them is left to threads, in pieces so small that a kill comes in between."""
+    place = Place(folder, 1e9 + 500)
+    for number in range(60):
+        place.create(f"words {number}\n\nmore words {number}")
+    place.ingest_all()
+    place.store.close()
+    shutil.rmtree(folder / "words")
+    shutil.rmtree(folder / "faiss")
+    for module in (retrieval.words, retrieval.index):
+        module._AT_ONCE, module._BREATH_S = 10, 0.03
+    retrieval.words._PIECE, retrieval.words._COMMIT_CHUNKS = 2, 6
+    DocumentStore.vectors.__defaults__ = (4,)
+
+
+def open_or_none(directory: Path) -> WordIndex | None:
+    try:
+        return WordIndex(directory)
+    except IndexDamaged:
+        return None  # which is noticed, and no harm: it is made anew
+
+
 def check(folder: Path, ids: dict[str, str], said: list[str], say: Callable[[str], None]) -> None:
     """Restart, finish what is queued, and compare all of it with what was promised. Raises AssertionError."""
-    left = WordIndex(folder / "words").generation
+    left = open_or_none(folder / "words")
+    retrieval.words._BREATH_S = retrieval.index._BREATH_S = 0.0
     place = Place(folder, 1e9 + 5000)  # leases have run out
-    if left != place.store.generation():
+    if left and left.generation != place.store.generation():
         say("words were behind")
+    if left and left.missing:
+        say("words were being filled")
+    place.words.settle()
+    place.index.settle()
     for document in place.store.list_documents(status="deleting"):
         place.store.delete_document(document.id)
     place.ingest_all()
@@ -206,8 +236,10 @@ def main(directory: str, mode: str, first: str = "1", last: str = "1000", step: 
     status, lines = in_child(lambda say: say(json.dumps(prepare(start))))
     assert status == 0, lines
     ids = json.loads(lines[0])
-    arrange = {"kill": Steps, "full": limit_files, "time": kill_after}[mode]
-    do = (lambda at, ids, say: work_for_ever(at)) if mode == "time" else work
+    arrange = {"kill": Steps, "full": limit_files, "time": kill_after, "fill": kill_after}[mode]
+    do = (lambda at, ids, say: work_for_ever(at)) if mode in ("time", "fill") else work
+    if mode == "fill":
+        lose_indexes(start)
     for fatal in range(int(first), int(last), int(step)):
         folder = Path(directory) / "now"
         shutil.rmtree(folder, ignore_errors=True)

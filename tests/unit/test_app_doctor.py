@@ -201,7 +201,7 @@ def test_an_index_that_lacks_what_the_database_has(settings, tmp_path):
     assert faults(settings) == {}
     with sqlite3.connect(settings.data_dir / "rag.sqlite3") as database:
         database.execute("PRAGMA foreign_keys = ON")
-        database.execute("DELETE FROM vectors WHERE chunk_row = 1")
+        database.execute("DELETE FROM chunks WHERE row = 1")
     database.close()
     assert "the index has 2 chunks, the database 1" in faults(settings)["index"]
 

@@ -9,6 +9,7 @@ from app_kit import GARDEN, LIGHTHOUSE, make_settings, read_events, running_serv
 
 from ingest.files import FileStore
 from retrieval.store import DocumentStore
+from retrieval.words import WordIndex
 
 pytestmark = pytest.mark.anyio
 
@@ -314,12 +315,18 @@ async def test_another_question_goes_on_where_evidence_is_shared_and_a_deletion_
         assert ids["cod"] not in {citation["document_id"] for citation in third["citations"]}
 
 
-async def test_health_metrics_and_config(client, lighthouse):
+async def test_health_metrics_and_config(client, lighthouse, monkeypatch):
     bare = {"Authorization": ""}
     assert (await client.get("/healthz", headers=bare)).json()["status"] == "alive"
     ready = await client.get("/readyz", headers=bare)
     assert ready.status_code == 200 and set(ready.json()["checks"].values()) == {"ok"}
+    monkeypatch.setattr(WordIndex, "missing", 300_000)  # being made: words find what is there, and it is said
+    ready = await client.get("/readyz", headers=bare)
+    assert ready.status_code == 200 and ready.json()["checks"]["words"].startswith(
+        "ok so far, being made: about 300000"
+    )
     metrics = (await client.get("/metrics")).text
+    assert "jamba_rag_chunks_without_words 300000.0" in metrics
     assert "jamba_rag_citations_rejected_total 0.0" in metrics
     assert 'route="/v1/documents/{document_id}"' in metrics
     config = (await client.get("/v1/config")).json()

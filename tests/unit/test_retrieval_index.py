@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from retrieval_kit import HashEmbedder, add
 
+import retrieval.index
 from retrieval.index import FaissIndex, IndexDamaged, VectorIndex, open_index
 from retrieval.store import DocumentStore
 
@@ -186,6 +187,54 @@ def test_leftovers_of_a_crash_do_no_harm(store, directory):
     add(store, "three plums")
     open_and_check(store, directory)
     assert len(list(directory.glob("*.faiss"))) == 1
+
+
+@pytest.fixture
+def many(store, monkeypatch) -> DocumentStore:
+    """43 vectors, of which an index takes twelve at once; the thread for the others stands still."""
+    monkeypatch.setattr(retrieval.index, "_AT_ONCE", 10)
+    monkeypatch.setattr(retrieval.index, "_BREATH_S", 60.0)
+    monkeypatch.setattr(DocumentStore.vectors, "__defaults__", (4,))
+    for i in range(41):
+        add(store, f"apple {i}")
+    return store
+
+
+def test_a_new_index_over_many_vectors_is_filled_behind_the_searches(many, directory, monkeypatch):
+    index = open_index(many, directory, EMBEDDER.dim, EMBEDDER.name)
+    assert (index.count, index.is_filling, index.generation) == (12, True, many.generation())
+    assert not directory.exists()
+    add(many, "pear tree")
+    many.delete_document(many.list_documents()[1].id)  # one that is in
+    many.delete_document(many.list_documents()[-2].id)  # and one that is to come
+    index.catch_up(many)
+    assert index.count == 12
+    assert index.search(EMBEDDER.embed_query("pear tree"), 1)[1] == pytest.approx(1, abs=1e-5)
+    index.close()
+    index.save(directory)
+    assert not directory.exists()  # half of an index is never kept
+    monkeypatch.setattr(retrieval.index, "_BREATH_S", 0.001)
+    index = open_index(many, directory, EMBEDDER.dim, EMBEDDER.name)
+    for i in range(10):
+        many.delete_document(many.list_documents()[0].id)
+        add(many, f"plum {i}")
+        index.catch_up(many)
+    index.settle()
+    assert not index.is_filling
+    index = FaissIndex.load(directory, EMBEDDER.dim, EMBEDDER.name)
+    index.catch_up(many)
+    assert index.count == many.count_chunks() == 41
+    open_and_check(many, directory)
+
+
+def test_an_index_begun_anew_while_it_is_filled_is_not_filled_twice(many, directory, monkeypatch):
+    index = open_index(many, directory, EMBEDDER.dim, EMBEDDER.name)
+    monkeypatch.setattr(retrieval.index, "_BREATH_S", 0.0)
+    monkeypatch.setattr(many, "knows_generation", lambda generation: generation == 0)
+    add(many, "pear tree")
+    index.catch_up(many)
+    index.settle()
+    assert index.count == many.count_chunks() == 44
 
 
 def test_a_failed_catch_up_is_made_good_by_the_next(store):

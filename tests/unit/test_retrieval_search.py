@@ -225,6 +225,20 @@ def test_a_question_in_other_words_is_not_led_astray_by_one_common_word(store, r
     assert texts(found)[0] == "halt motor stop engine"
 
 
+def test_words_of_few_chunks_say_little(store, retriever, monkeypatch):
+    """While the word index is filled, what it does not hold yet is not to stand behind what it does."""
+    add(store, "the green machine")
+    add(store, "green green machine")
+    monkeypatch.setattr(WordIndex, "share", 0.1)
+    found = retriever.search("green green machine", ["default"], SearchParams(mode="hybrid"))
+    partial = [hit.scores["fused"] for hit in found]
+    monkeypatch.undo()
+    found = retriever.search("green green machine", ["default"], SearchParams(mode="hybrid"))
+    dense = [hit.scores["dense"] / found[0].scores["dense"] for hit in found]
+    lexical = [hit.scores["lexical"] / found[0].scores["lexical"] for hit in found]
+    assert partial == pytest.approx([0.92 * d + 0.08 * w for d, w in zip(dense, lexical, strict=True)])
+
+
 class Backwards:
     """A reranker that likes the shortest passage best."""
 

@@ -31,7 +31,7 @@ def texts(words: WordIndex, store: DocumentStore, text: str) -> list[str]:
 
 
 def assert_holds_all(words: WordIndex, store: DocumentStore) -> None:
-    stored = sorted(row for row, *_ in store.chunk_texts(0, store.generation()))
+    stored = sorted(row for _, batch in store.chunk_texts((0, 0), store.generation()) for row, *_ in batch)
     assert sorted(row for row, _ in words.search(["txt"], 10_000)) == stored  # each file name ends so
     assert (words.count, words.generation) == (len(stored), store.generation())
 
@@ -68,11 +68,94 @@ def test_closed_it_holds_all_and_lets_others_write(store, tmp_path):
     assert texts(again, store, "plum") == ["blue plum"]
 
 
+@pytest.fixture
+def many(store, monkeypatch) -> DocumentStore:
+    """41 documents of one chunk each, of which an index takes ten at once; the thread for the others stands still."""
+    for number, size in (("_AT_ONCE", 10), ("_PIECE", 4), ("_COMMIT_CHUNKS", 8), ("_BREATH_S", 60.0)):
+        monkeypatch.setattr(retrieval.words, number, size)
+    monkeypatch.setattr(DocumentStore.chunk_texts, "__defaults__", (3,))
+    for i in range(41):
+        add(store, f"apple {i}")
+    return store
+
+
+def test_a_new_index_over_many_chunks_is_filled_behind_the_searches(many, tmp_path, monkeypatch):
+    words = open_words(many, tmp_path / "words")
+    assert (words.count, words.missing, words.generation) == (12, 29, many.generation())
+    assert words.share == pytest.approx(12 / 41)
+    assert len(texts(words, many, "apple")) == 12
+    add(many, "apple pie")
+    many.delete_document(many.list_documents()[0].id)  # one that is in
+    many.delete_document(many.list_documents()[-2].id)  # and one that is to come
+    words.catch_up(many)
+    assert texts(words, many, "pie") == ["apple pie"] and len(texts(words, many, "apple")) == 12
+    words.close(many)
+    words = open_words(many, tmp_path / "words")  # goes on where the other one was
+    assert words.count == 12 and words.missing
+    words.close(many)
+    monkeypatch.setattr(retrieval.words, "_BREATH_S", 0.0)
+    words = open_words(many, tmp_path / "words")
+    words.settle()
+    assert words.missing == 0 and words.share == 1
+    assert_holds_all(words, many)
+    del words
+    again = WordIndex(tmp_path / "words")
+    assert not again.catch_up(many)
+    assert_holds_all(again, many)
+
+
+def test_what_changes_while_it_is_filled_comes_in_between(many, monkeypatch):
+    monkeypatch.setattr(retrieval.words, "_BREATH_S", 0.001)
+    words = WordIndex()
+    words.catch_up(many)
+    for i in range(20):
+        many.delete_document(many.list_documents()[i % 7].id)
+        assert add(many, f"pear {i}\n\napple pear {i}").chunks == 2
+        words.catch_up(many)
+        assert len(texts(words, many, "pear")) == 2 * (i + 1)
+    words.settle()
+    assert not words.missing
+    assert_holds_all(words, many)
+
+
+def test_an_index_of_another_history_is_made_anew_behind_the_searches(many, tmp_path, monkeypatch):
+    words = open_words(many, tmp_path / "words")
+    monkeypatch.setattr(many, "knows_generation", lambda generation: generation == 0)
+    add(many, "apple pie")
+    words.catch_up(many)
+    assert (words.count, words.missing) == (12, 30)
+    monkeypatch.undo()
+    words.close(many)
+    words = open_words(many, tmp_path / "words")
+    words.settle()
+    assert_holds_all(words, many)
+
+
+def test_filling_that_fails_goes_on(many, tmp_path, monkeypatch):
+    monkeypatch.setattr(retrieval.words, "_BREATH_S", 0.0)
+    monkeypatch.setattr(retrieval.words, "_RETRY_S", 0.0)
+    said: list[str] = []
+    monkeypatch.setattr(retrieval.words._LOG, "exception", said.append)  # a record kept would keep the writer
+    added, failures = retrieval.words._add_chunks, iter([False, False, False, True, False, True])
+
+    def add_chunks(writer, chunks):
+        added(writer, chunks)
+        if len(chunks) == 4 and next(failures, False):
+            raise OSError("no room")
+
+    monkeypatch.setattr(retrieval.words, "_add_chunks", add_chunks)
+    words = open_words(many, tmp_path / "words")
+    words.settle()
+    assert len(said) == 2
+    assert_holds_all(words, many)
+
+
 def test_a_filter_is_applied_inside_the_search(store):
     for i in range(60):
         add(store, "apple " * (i + 1))
     add(store, "an apple beside many other words")
-    rows = {row: document_row for row, document_row, *_ in store.chunk_texts(0, store.generation())}
+    batches = store.chunk_texts((0, 0), store.generation())
+    rows = {row: document_row for _, batch in batches for row, document_row, *_ in batch}
     words = WordIndex()
     words.catch_up(store)
     everywhere = dict(words.search(["apple"], 100))

@@ -1,0 +1,31 @@
+"""What /readyz looks at: whether a question would be answered now."""
+
+from collections.abc import Callable
+
+from model.engine_thread import EngineThread
+from retrieval.index import FaissIndex
+from retrieval.store import DocumentStore
+from retrieval.words import WordIndex
+
+
+def make_checks(
+    store: DocumentStore, index: FaissIndex, words: WordIndex, engine: EngineThread
+) -> dict[str, Callable[[], str]]:
+    """Beginning with "ok" where answers are given, even if something is still on its way."""
+
+    def check_database() -> str:
+        store.generation()
+        return "ok"
+
+    def check_index() -> str:
+        missing = store.count_chunks() - index.count
+        if index.is_filling:
+            return f"ok so far, being made: {missing} chunks to come"
+        return "behind the database" if missing else "ok"
+
+    return {
+        "model": lambda: "ok" if engine.is_alive else "the engine has stopped",
+        "database": check_database,
+        "index": check_index,
+        "words": lambda: f"ok so far, being made: about {words.missing} chunks to come" if words.missing else "ok",
+    }
