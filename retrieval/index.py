@@ -17,13 +17,15 @@ from typing import Protocol
 import faiss
 import numpy as np
 
-from .ivf import build_ivf, imbalance
+from .ivf import Within, build_ivf, imbalance, list_numbers, select
 
 _LOG = logging.getLogger(__name__)
 _MANIFEST = "index.json"
 _LAYOUT = 2
 _FLAT_MAX = 200_000
-_EXACT_ROWS = 4096  # so few allowed rows are compared one by one
+_EXACT_ROWS = 4096  # so few allowed rows are compared one by one,
+_BLOCK_ROWS = 1024  # as many at once as caches hold
+_KEPT_SELECTIONS = 16
 _AT_ONCE = 50_000  # vectors that whoever asks waits for, about a second; more are a thread's,
 _BREATH_S = 0.002  # which lets others come in between
 _GROWTH = 2.0  # an inverted file is trained anew when it has grown so much,
@@ -61,7 +63,7 @@ class VectorIndex(Protocol):
     ) -> tuple[np.ndarray, np.ndarray]:
         """(rows int64, scores float32) of at most `limit` chunks, best first; vector (dim,) float32.
 
-        `allowed`: sorted chunk rows (int64), applied inside the search; None = all.
+        `allowed`: sorted chunk rows (int64), applied inside the search; None = all. May be kept: don't change it.
         """
 
     def save(self, directory: Path) -> None:
@@ -86,7 +88,7 @@ class FaissIndex:
 
     The inverted file is trained in the background while searches go on, when there are too many vectors for exact
     search and when they have drifted since; it takes over only if it finds 97% of what exact search does. Searches
-    within given rows are always exact.
+    within at most 4,096 given rows are exact, within more as good as those without.
     """
 
     def __init__(self, dim: int, embedder_name: str, flat_max: int = _FLAT_MAX) -> None:
@@ -102,6 +104,8 @@ class FaissIndex:
         self._embedder_name = embedder_name
         self._generation = 0
         self._index = _empty_index(dim)
+        self._lists: np.ndarray | None = None  # of rows in the inverted file, and selections made with it
+        self._prepared: dict[int, tuple[np.ndarray, Within]] = {}
         self._lock = threading.Lock()  # around each use of self._index: FAISS may not be read while written
         self._writer = threading.Lock()  # one catch-up at a time
         self._saver = threading.Lock()  # one save at a time
@@ -228,6 +232,7 @@ class FaissIndex:
                     _change(built.index, *self._changes(source, upto, self._generation))
                     with self._lock:
                         self._index, self._trained = built.index, built.trained
+                        self._forget_prepared()
                         self._balance = imbalance(built.index)
                     numbers = (built.trained, built.index.nlist, built.index.nprobe, built.recall)
                     _LOG.info("vector index: %d vectors in %d lists, %d probed, recall@10 %.3f", *numbers)
@@ -246,6 +251,7 @@ class FaissIndex:
         changes = self._changes(source, after, upto)
         with self._lock:
             self._generation = 0  # should the rest fail, the next call rebuilds
+            self._forget_prepared()
             _change(self._index, *changes)
             self._generation = upto
 
@@ -260,20 +266,34 @@ class FaissIndex:
         query = self._checked(vector[None])
         if allowed is not None and not len(allowed):
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
-        selector = None if allowed is None else _select(allowed)
         with self._lock:
             number = min(limit, max(1, self._index.ntotal))
-            if self._trained == 0:
-                params = None if selector is None else faiss.SearchParameters(sel=selector)
-            elif selector is None:
-                params = None
-            elif len(allowed) <= _EXACT_ROWS and (read := _read_rows(self._index, allowed)) is not None:
-                return _rank(allowed, read @ query[0], limit)
+            if allowed is None:
+                scores, rows = self._index.search(query, number)
+            elif self._trained == 0:
+                params = faiss.SearchParameters(sel=select(allowed))
+                scores, rows = self._index.search(query, number, params=params)
+            elif len(allowed) <= _EXACT_ROWS and (read := _score_rows(self._index, query[0], allowed)) is not None:
+                return _rank(allowed, read, limit)
             else:
-                params = faiss.SearchParametersIVF(sel=selector, nprobe=self._index.nlist)
-            scores, rows = self._index.search(query, number, params=params)
-        found = rows[0] >= 0
-        return rows[0][found], scores[0][found]
+                scores, rows = self._prepare(self._index, allowed).search(self._index, query, number)
+        scores, rows = scores.reshape(-1), rows.reshape(-1)
+        return rows[rows >= 0], scores[rows >= 0]
+
+    def _forget_prepared(self) -> None:
+        self._lists = None
+        self._prepared.clear()
+
+    def _prepare(self, index: faiss.IndexIVFFlat, allowed: np.ndarray) -> Within:
+        """The caller holds `_lock`."""
+        if self._lists is None:
+            self._lists = list_numbers(index)
+        known = self._prepared.pop(id(allowed), None)
+        within = known[1] if known else Within(index, allowed, self._lists)
+        self._prepared[id(allowed)] = (allowed, within)  # which keeps the id from being another's
+        while len(self._prepared) > _KEPT_SELECTIONS:
+            del self._prepared[next(iter(self._prepared))]
+        return within
 
     def save(self, directory: Path) -> None:
         """Write it so that a crash at any moment leaves the old files or the new ones; not while it is being filled."""
@@ -345,18 +365,16 @@ def _change(index: faiss.Index, removed: np.ndarray, added: list[tuple[np.ndarra
         index.add_with_ids(vectors, rows)
 
 
-def _select(allowed: np.ndarray) -> faiss.IDSelectorBitmap:
-    bits = np.zeros(int(allowed[-1]) + 1, dtype=bool)
-    bits[allowed] = True
-    return faiss.IDSelectorBitmap(np.packbits(bits, bitorder="little"))
-
-
-def _read_rows(index: faiss.IndexIVFFlat, rows: np.ndarray) -> np.ndarray | None:
-    """(len(rows), dim) vectors; None when one of them is gone."""
+def _score_rows(index: faiss.IndexIVFFlat, query: np.ndarray, rows: np.ndarray) -> np.ndarray | None:
+    """(len(rows),) inner products; None when one of the rows is gone."""
+    scores = np.empty(len(rows), dtype=np.float32)
     try:
-        return index.reconstruct_batch(rows)
+        for start in range(0, len(rows), _BLOCK_ROWS):
+            block = slice(start, start + _BLOCK_ROWS)
+            scores[block] = index.reconstruct_batch(rows[block]) @ query
     except RuntimeError:
         return None
+    return scores
 
 
 def _rank(rows: np.ndarray, scores: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:

@@ -19,6 +19,7 @@ _TRAINING_ROUNDS = 8
 _QUERIES = 256
 _NEAREST = 10
 _MOST_PROBED = 0.5  # of the lists: beyond that it is no faster than exact search
+_MOST_READ = 8  # times as many rows within others as without
 _BLENDED = 3  # stored vectors that a made question lies between,
 _NOISE = 1.0  # and the length of what is added to it: real questions lie apart from all passages
 
@@ -80,6 +81,57 @@ def _make_queries(sample: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+class Within:
+    """Rows that searches of one inverted file may see, prepared for many of them."""
+
+    def __init__(self, index: faiss.IndexIVFFlat, allowed: np.ndarray, lists: np.ndarray) -> None:
+        """`allowed`: sorted rows (int64); `lists`: `list_numbers` of the index as it is."""
+        self.selector = select(allowed)
+        inside = lists[allowed[: np.searchsorted(allowed, len(lists))]]
+        self._counts = np.bincount(inside[inside >= 0], minlength=index.nlist)
+        self._share = self._counts.sum() / max(1, index.ntotal)
+
+    def search(self, index: faiss.IndexIVFFlat, query: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        """(scores, rows), padded with row -1; query (1, dim).
+
+        Of the lists that hold any of the rows so many that a filter that thins all lists alike leaves as many rows to
+        compare as there are without one; up to eight times as many where the rows lie together, perhaps far from the
+        question.
+        """
+        scores, rows = np.empty(limit, dtype=np.float32), np.full(limit, -1, dtype=np.int64)
+        near, order = index.quantizer.search(query, index.nlist)
+        holding = self._counts[order[0]] > 0
+        order, near = np.ascontiguousarray(order[0][holding]), np.ascontiguousarray(near[0][holding])
+        read = np.cumsum(self._counts[order])
+        usual = index.nprobe * index.ntotal / index.nlist
+        least, most = np.searchsorted(read, (usual, _MOST_READ * usual)) + 1
+        probed = min(len(order), most, max(least, math.ceil(index.nprobe / max(self._share, 1e-9))))
+        if probed:
+            params = faiss.SearchParametersIVF(sel=self.selector, nprobe=int(probed))
+            pointers = [faiss.swig_ptr(array) for array in (query, order, near, scores, rows)]
+            index.search_preassigned_c(1, pointers[0], limit, *pointers[1:], False, params)
+        return scores, rows
+
+
+def select(rows: np.ndarray) -> faiss.IDSelectorBitmap:
+    """Of sorted rows."""
+    bits = np.zeros(int(rows[-1]) + 1, dtype=bool)
+    bits[rows] = True
+    return faiss.IDSelectorBitmap(np.packbits(bits, bitorder="little"))
+
+
+def list_numbers(index: faiss.IndexIVFFlat) -> np.ndarray:
+    """Row -> the list that it is in (int32), -1 where there is no such row."""
+    rows = [
+        faiss.rev_swig_ptr(index.invlists.get_ids(number), size) if (size := index.invlists.list_size(number)) else []
+        for number in range(index.nlist)
+    ]
+    found = np.full(max((int(max(part)) for part in rows if len(part)), default=-1) + 1, -1, dtype=np.int32)
+    for number, part in enumerate(rows):
+        found[part] = number
+    return found
 
 
 class _Nearest:

@@ -117,6 +117,37 @@ def test_within_given_rows_it_is_exact(index, source, compared_singly, monkeypat
     assert index.search(clustered(1, 7)[0], 5, gone)[0].tolist() == [3]
 
 
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.7])
+@pytest.mark.parametrize("together", [False, True])
+def test_within_many_rows_it_is_as_good_as_without_a_filter(index, source, share, together, monkeypatch):
+    """Also where they lie together and questions elsewhere; what is removed and added counts at once."""
+    monkeypatch.setattr(index_module, "_EXACT_ROWS", 0)
+    alive = source.alive()
+    near = sorted(alive, key=lambda row: -float(alive[row] @ alive[7])) if together else list(alive)
+    allowed = np.array(sorted(near[:: 1 if together else 2][: int(share * len(near))]), dtype=np.int64)
+    for change in (None, {9000: clustered(1, 60)[0]}):
+        if change:
+            source.change(change, [int(allowed[0])])
+            index.catch_up(source)
+            allowed = np.append(allowed, 9000)
+        shares = []
+        for query in clustered(40, 61):
+            rows, scores = index.search(query, 10, allowed)
+            assert set(rows.tolist()) <= set(allowed.tolist()) & source.alive().keys()
+            assert scores.tolist() == sorted(scores.tolist(), reverse=True)
+            shares.append(len(set(rows.tolist()) & set(nearest(source, query, 10, allowed))) / 10)
+        assert np.mean(shares) >= LEAST_RECALL - 0.02
+    assert index.search(clustered(1, 60)[0], 1, allowed)[0].tolist() == [9000]
+
+
+def test_a_selection_is_not_taken_for_another(index, monkeypatch):
+    monkeypatch.setattr(index_module, "_EXACT_ROWS", 0)
+    for number in range(40):
+        allowed = np.arange(1 + 70 * number, 71 + 70 * number, dtype=np.int64)
+        found = index.search(clustered(1, number)[0], 70, allowed)[0].tolist()
+        assert found and set(found) <= set(allowed.tolist())
+
+
 def test_saved_and_loaded_it_goes_on(index, source, tmp_path):
     index.save(tmp_path)
     loaded = FaissIndex.load(tmp_path, DIM, "e")
