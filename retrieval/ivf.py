@@ -19,7 +19,8 @@ _TRAINING_ROUNDS = 8
 _QUERIES = 256
 _NEAREST = 10
 _MOST_PROBED = 0.5  # of the lists: beyond that it is no faster than exact search
-_MOST_READ = 8  # times as many rows within others as without
+_MORE_PROBED = 15  # times as many lists, within given rows, beside what their share asks for,
+_MOST_READ = 8  # and of times as many rows, than without
 _BLENDED = 3  # stored vectors that a made question lies between,
 _NOISE = 1.0  # and the length of what is added to it: real questions lie apart from all passages
 
@@ -97,8 +98,8 @@ class Within:
         """(scores, rows), padded with row -1; query (1, dim).
 
         Of the lists that hold any of the rows so many that a filter that thins all lists alike leaves as many rows to
-        compare as there are without one; up to eight times as many where the rows lie together, perhaps far from the
-        question.
+        compare as there are without one, and some more, at most as many again: the rows may lie together, far from the
+        question. Then up to eight times as many rows are compared.
         """
         scores, rows = np.empty(limit, dtype=np.float32), np.full(limit, -1, dtype=np.int64)
         near, order = index.quantizer.search(query, index.nlist)
@@ -107,7 +108,8 @@ class Within:
         read = np.cumsum(self._counts[order])
         usual = index.nprobe * index.ntotal / index.nlist
         least, most = np.searchsorted(read, (usual, _MOST_READ * usual)) + 1
-        probed = min(len(order), most, max(least, math.ceil(index.nprobe / max(self._share, 1e-9))))
+        alike = index.nprobe / max(self._share, 1e-9)
+        probed = min(len(order), most, max(least, math.ceil(alike + min(alike, _MORE_PROBED * index.nprobe))))
         if probed:
             params = faiss.SearchParametersIVF(sel=self.selector, nprobe=int(probed))
             pointers = [faiss.swig_ptr(array) for array in (query, order, near, scores, rows)]
