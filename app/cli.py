@@ -330,9 +330,7 @@ def convert(
     """Write a Hugging Face checkpoint in another number format."""
     from model import convert_checkpoint
 
-    with render.progress_bar() as progress:
-        task = progress.add_task("tensors", total=None)
-        show = lambda done, total: progress.update(task, completed=done, total=total)
+    with render.progress("tensors") as show:
         convert_checkpoint(source, target, to, show, rotate=rotate)
 
 
@@ -349,6 +347,25 @@ def doctor(url: Url = None, key: Key = None, data_dir: DataDirectory = None, as_
         render.show_table(("", "check", "finding"), rows)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
+
+
+@app.command()
+def reembed(
+    path: Annotated[
+        Path | None, typer.Argument(metavar="[EMBEDDER]", help="Directory of the new one; default: the one that ships.")
+    ] = None,
+    data_dir: DataDirectory = None,
+) -> None:
+    """Make the vectors of another embedder, also while the service runs, which goes on with its own.
+
+    May be interrupted: the same command again goes on. The new ones are used from the next start with that embedder.
+    """
+    from app.embedding import reembed_all
+
+    with render.progress("chunks") as show:
+        name = reembed_all(_settings(None, None, data_dir).data_dir, path, show)
+    setting = f"with JAMBA_RAG_RETRIEVAL__EMBEDDER_PATH={path.resolve()}" if path else "without an embedder's path"
+    render.err.print(f"all chunks have vectors of {name}; start the service anew {setting} to use them", markup=False)
 
 
 @app.command()

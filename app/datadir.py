@@ -40,9 +40,14 @@ class DataDir:
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
 
+    @staticmethod
+    def database_in(path: Path) -> Path:
+        """Of a data directory that somebody else may have open."""
+        return path / "rag.sqlite3"
+
     @property
     def database(self) -> Path:
-        return self.path / "rag.sqlite3"
+        return self.database_in(self.path)
 
     @property
     def files(self) -> Path:

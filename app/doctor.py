@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from app.client import CommandFailed, connect
 from app.datadir import DataDir, DataDirInUse
+from app.embedding import open_embedder
 from app.main import check_checkpoint, choose_device, open_reranker
 from app.settings import Settings, hide_password
 from ingest.parse import ocr
@@ -25,7 +26,6 @@ from model import JambaConfig
 from model.kernels.cpu_build import load_library
 from model.redis_store import RedisStateStore, StateServerFault
 from model.tokenizer import Tokenizer
-from retrieval.embedder import MiniLMEmbedder
 from retrieval.index import FaissIndex, IndexDamaged
 from retrieval.store import DocumentStore
 from retrieval.types import Document
@@ -194,7 +194,7 @@ def _check_parsers(settings: Settings) -> str:
 
 
 def _check_embedder(settings: Settings) -> str:
-    embedder = MiniLMEmbedder()
+    embedder = open_embedder(settings.retrieval.embedder_path)
     return f"{embedder.name}, {len(embedder.embed_query('test'))} numbers a passage"
 
 
@@ -281,7 +281,7 @@ def _examine_data(settings: Settings) -> list[Finding]:
         findings.append(_run("database", lambda: _check_database(store)))
         findings.append(_run("ingestion", lambda: _check_ingestion(store)))
         findings.append(_run("originals", lambda: _check_originals(store, settings.data_dir)))
-        findings.append(_run("index", lambda: _check_index(store, settings.data_dir)))
+        findings.append(_run("index", lambda: _check_index(store, settings)))
         findings.append(_run("words", lambda: _check_words(store, settings.data_dir / "words")))
     return findings
 
@@ -335,10 +335,14 @@ def _all(store: DocumentStore) -> Iterator[Document]:
         after = page[-1].id
 
 
-def _check_index(store: DocumentStore, data_dir: Path) -> str:
-    embedder = MiniLMEmbedder()
+def _check_index(store: DocumentStore, settings: Settings) -> str:
+    embedder, directory = open_embedder(settings.retrieval.embedder_path), settings.data_dir / "faiss"
+    if not store.adopts(embedder.name, embedder.dim):
+        store.require_embedder(embedder.name, embedder.dim)
+    elif missing := store.count_to_embed(embedder.name, embedder.dim):
+        return f"{missing} chunks have no vector of {embedder.name} yet: `jamba-rag reembed` goes on"
     try:
-        index = FaissIndex.load(data_dir / "faiss", embedder.dim, embedder.name)
+        index = FaissIndex.load(directory, embedder.dim, embedder.name)
     except IndexDamaged as error:
         return f"to be rebuilt at the next start ({error})"
     behind = index.catch_up(store)
@@ -347,7 +351,7 @@ def _check_index(store: DocumentStore, data_dir: Path) -> str:
         return "to be rebuilt at the next start (it is of another history than the database)"
     if index.count != store.count_chunks():
         raise CommandFailed(
-            f"the index has {index.count} chunks, the database {store.count_chunks()}; delete {data_dir / 'faiss'}"
+            f"the index has {index.count} chunks, the database {store.count_chunks()}; delete {directory}"
         )
     return f"{index.count} chunks" + (", brought up to date" if behind else "")
 

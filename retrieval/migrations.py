@@ -7,6 +7,8 @@ the one that is still on its way. Row ids of chunks are never reused: FAISS know
 
 import sqlite3
 
+NEXT_VECTORS = """CREATE TABLE next_vectors (
+    chunk_row INTEGER PRIMARY KEY REFERENCES chunks(row) ON DELETE CASCADE, vector BLOB NOT NULL)"""
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
@@ -63,6 +65,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ("INSERT INTO chunk_words(chunk_words, rank) VALUES ('rank', 'bm25(1.0, 1.0)')",),
     # Words are found in an index beside the database now, made from chunks: words.py.
     ("DROP TABLE chunk_words",),
+    # Another embedder's vectors while they are made: store_embedder.py.
+    (NEXT_VECTORS,),
 )
 _APPLICATION_ID = 0x4A524147  # "JRAG", in the file's header: another program's database is not ours to change
 

@@ -21,8 +21,8 @@ from . import store_jobs as jobs
 from . import store_search as searching
 from .database import Database, StorageFull, StoreUnusable
 from .store_access import IdempotencyConflict
-from .store_content import EmbedderMismatch
 from .store_documents import CollectionExists, CollectionNotFound, DocumentNotFound, DocumentNotReady, DuplicateDocument
+from .store_embedder import EmbedderMismatch
 from .store_feed import IndexFeed
 from .store_jobs import LeaseLost
 from .store_search import Selection

@@ -12,14 +12,10 @@ from dataclasses import asdict, astuple
 
 import numpy as np
 
+from .store_embedder import remember_embedder
 from .types import Chunk, ChunkText, DocumentError, Heading, IndexChange, Page, ParsedDocument, Position
 
 _KEPT_GENERATIONS = 10_000
-_EMBEDDER = "embedder"
-
-
-class EmbedderMismatch(RuntimeError):
-    """The database holds vectors of another embedder; they cannot be compared."""
 
 
 def check_chunks(parsed: ParsedDocument, chunks: Sequence[Chunk], vectors: np.ndarray) -> None:
@@ -48,7 +44,7 @@ def replace_content(
 ) -> IndexChange:
     """Make the newest version the one that answers, with this content; drop the other one."""
     if len(chunks):
-        _remember_embedder(c, embedder_name, vectors.shape[1])
+        remember_embedder(c, embedder_name, vectors.shape[1])
     removed = _remove_rows(c, [document_row])
     generation = _next_generation(c, removed, now)
     c.execute(
@@ -175,22 +171,6 @@ def read_texts(c: sqlite3.Connection, position: Position, upto: int, batch: int)
 def count_chunks(c: sqlite3.Connection) -> int:
     (count,) = c.execute("SELECT count(*) FROM chunks").fetchone()  # of vectors it would read them all
     return count
-
-
-def _remember_embedder(c: sqlite3.Connection, name: str, dim: int) -> None:
-    require_embedder(c, name, dim)
-    values = (_EMBEDDER, json.dumps([name, dim]))
-    c.execute("INSERT OR REPLACE INTO settings(name, value) VALUES (?, ?)", values)
-
-
-def require_embedder(c: sqlite3.Connection, name: str, dim: int) -> None:
-    row = c.execute("SELECT value FROM settings WHERE name = ?", (_EMBEDDER,)).fetchone()
-    known_name, known_dim = (name, dim) if row is None else json.loads(row["value"])
-    if (known_name, known_dim) != (name, dim) and c.execute("SELECT 1 FROM vectors LIMIT 1").fetchone():
-        raise EmbedderMismatch(
-            f"the vectors stored were made by {known_name} ({known_dim} numbers each), not by {name} ({dim}); "
-            f"go back to {known_name}, or ingest the documents into a new data directory"
-        )
 
 
 def check(c: sqlite3.Connection) -> list[str]:

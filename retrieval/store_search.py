@@ -44,6 +44,17 @@ def get_chunks(c: sqlite3.Connection, document_id: str) -> list[Chunk]:
     return [_chunk(row, document_id) for row in rows]
 
 
+def chunks_behind(c: sqlite3.Connection, row: int, number: int) -> list[tuple[int, str | None, Chunk]]:
+    """(row, title of its document, chunk) of the next ones."""
+    rows = c.execute(
+        """SELECT c.*, d.id AS document_id, v.title FROM chunks c JOIN documents d ON d.row = c.document_row
+        JOIN versions v ON v.document_row = d.row AND v.version = d.current_version
+        WHERE c.row > ? ORDER BY c.row LIMIT ?""",
+        (row, number),
+    )
+    return [(row["row"], row["title"], _chunk(row, row["document_id"])) for row in rows]
+
+
 def chunk_at(c: sqlite3.Connection, document_id: str, char_start: int, char_end: int) -> Chunk | None:
     document_row, _ = get_current(c, document_id)
     row = c.execute(

@@ -164,7 +164,9 @@ def test_a_setting_that_does_not_exist_is_wrong_usage(run, monkeypatch):
     assert code == 2 and "JAMBA_RAG_MODEL__PATH" in err
 
 
-@pytest.mark.parametrize("command", ["serve", "ingest", "ask", "search", "convert", "doctor", "backup", "restore"])
+@pytest.mark.parametrize(
+    "command", ["serve", "ingest", "ask", "search", "convert", "doctor", "reembed", "backup", "restore"]
+)
 def test_every_command_has_help(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0 and "Usage" in out

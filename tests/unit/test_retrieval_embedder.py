@@ -1,15 +1,20 @@
 """Embedders: one contract for every implementation; MiniLM against sentence-transformers, without a network."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from retrieval_kit import HashEmbedder
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel
 
-from retrieval.embedder import Embedder, EmbedderUnavailable, MiniLMEmbedder
+from retrieval.embedder import BertEmbedder, Embedder, EmbedderUnavailable, MiniLMEmbedder
 
 LONG = "The turbine must be inspected every 500 hours. " * 60
 TEXTS = ["short", "", "  ", "東京都", "nul \0 x", LONG, "a b c d e f g", "🎉" * 40, LONG[:300]]
@@ -40,6 +45,64 @@ def test_equals_sentence_transformers(minilm):
     reference = sentence_transformers.SentenceTransformer(str(minilm._dir), device="cpu")
     np.testing.assert_allclose(minilm.embed_passages(TEXTS), reference.encode(TEXTS), atol=1e-5)
     assert reference.max_seq_length == minilm.max_tokens
+
+
+def write_bert(path: Path, minilm: MiniLMEmbedder, first_token: bool, prompts: dict[str, str] | None = None) -> Path:
+    """A tiny BERT with random weights, as sentence-transformers stores one."""
+    (path / "1_Pooling").mkdir(parents=True)
+    for name in ("tokenizer.json", "sentence_bert_config.json"):
+        shutil.copy(minilm._dir / name, path)
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+    torch.manual_seed(0)
+    BertModel(config, add_pooling_layer=False).save_pretrained(path)
+    kinds = ("Transformer", "Pooling", "Normalize")
+    modules = [{"type": f"sentence_transformers.models.{kind}"} for kind in kinds]
+    pooling = {
+        "pooling_mode_cls_token": first_token,
+        "pooling_mode_mean_tokens": not first_token,
+    }
+    (path / "modules.json").write_text(json.dumps(modules))
+    (path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    (path / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts or {}}))
+    return path
+
+
+@pytest.mark.parametrize("first_token", [True, False])
+def test_a_bert_in_a_directory(minilm, tmp_path, first_token):
+    path = write_bert(tmp_path / "tiny", minilm, first_token, {"query": "ask: ", "document": "text: "})
+    embedder = BertEmbedder(path, dtype=torch.float32)
+    tokens = minilm._truncating.encode("text: short words").ids
+    with torch.inference_mode():
+        states = BertModel.from_pretrained(path, add_pooling_layer=False).eval()(torch.tensor([tokens]))[0][0]
+    expected = torch.nn.functional.normalize(states[0] if first_token else states.mean(0), dim=0).numpy()
+    (vector,) = embedder.embed_passages(["short words"])
+    np.testing.assert_allclose(vector, expected, atol=1e-5)
+    plain = BertEmbedder(write_bert(tmp_path / "plain", minilm, first_token), dtype=torch.float32)
+    np.testing.assert_allclose(plain.embed_query("ask: short"), embedder.embed_query("short"), atol=1e-6)
+    assert embedder.dim == 32 and embedder.name.startswith("tiny-") and embedder.name[5:] == plain.name[6:]
+    weights = load_file(path / "model.safetensors")
+    weights["embeddings.word_embeddings.weight"][7, 7] += 1
+    save_file(weights, path / "model.safetensors")
+    assert BertEmbedder(path).name != embedder.name
+
+
+def test_what_is_no_such_bert_is_refused(minilm, tmp_path):
+    with pytest.raises(EmbedderUnavailable, match=r"no model\.safetensors"):
+        BertEmbedder(tmp_path)
+    path = write_bert(tmp_path / "tiny", minilm, False)
+    for name, content, message in (
+        ("config.json", '{"model_type": "mpnet", "hidden_size": 32}', "what can be used is a BERT"),
+        ("modules.json", '[{"type": "sentence_transformers.models.Dense"}]', "Dense"),
+        ("1_Pooling/config.json", '{"pooling_mode_max_tokens": true}', "pooling_mode_max_tokens"),
+        ("1_Pooling/config.json", "{", "1_Pooling"),
+        ("modules.json", None, "is missing"),
+    ):
+        kept = (path / name).read_bytes()
+        (path / name).write_text(content) if content else (path / name).unlink()
+        with pytest.raises(EmbedderUnavailable, match=message):
+            BertEmbedder(path)
+        (path / name).write_bytes(kept)
+    BertEmbedder(path)
 
 
 def test_bfloat16_is_near(minilm):
