@@ -21,7 +21,8 @@ from app.embedding import open_embedder
 from app.main import check_checkpoint, choose_device, open_reranker
 from app.settings import Settings, hide_password
 from ingest.parse import ocr
-from ingest.parse.child import ParseLimits, parse_in_child
+from ingest.parse.cage import parse_in_child
+from ingest.parse.child import ParseLimits
 from model import JambaConfig
 from model.kernels.cpu_build import load_library
 from model.redis_store import RedisStateStore, StateServerFault

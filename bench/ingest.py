@@ -32,7 +32,7 @@ from bench.retrieval_sets import manual_paths
 from bench.runs import BenchRun, time_interleaved
 from ingest.files import FileStore
 from ingest.jobs import IngestWorker
-from ingest.parse.child import parse_in_child
+from ingest.parse.cage import parse_in_child
 from ingest.pipeline import text_to_embed
 from ingest.sniff import SNIFF_BYTES, sniff_media_type
 from retrieval.embedder import MiniLMEmbedder
@@ -231,7 +231,7 @@ SMALL = {
 
 
 def measure_small(run: BenchRun, number: int) -> None:
-    """Processor time is what counts on cores that the embedder has use for; the clock is that of this machine's load."""
+    """Processor time counts: the embedder has use for the cores. The clock is a matter of the load."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "small"
         for media_type, text in SMALL.items():

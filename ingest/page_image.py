@@ -1,4 +1,4 @@
-"""A page of a PDF as a picture with one passage marked, drawn in a limited child process (parse/child.py).
+"""A page of a PDF as a picture with one passage marked, drawn in a limited child process (parse/cage.py).
 
 This is the service's half and knows no PDF library; page_render.py is the child's. A passage is found on its page by
 its letters and digits alone: white space, hyphens and ligatures differ between the stored text and the page.
@@ -6,10 +6,11 @@ its letters and digits alone: white space, hyphens and ligatures differ between 
 
 import base64
 import unicodedata
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from ingest.parse.child import ParseLimits, run_in_child
+from ingest.parse.cage import run_in_child
+from ingest.parse.child import ParseLimits
 
 _LIMITS = ParseLimits(wall_s=30.0, cpu_s=20, output_bytes=24 * 1024**2)
 _MAX_KEY_CHARS = 8000  # it travels as an argument, which Linux bounds at 128 KiB
@@ -32,7 +33,7 @@ def render_page(
     key = letters(page_text[start:end])[:_MAX_KEY_CHARS]
     before = letters(page_text[:start]).count(key) if key else 0
     arguments = [str(path.resolve()), str(page), key, str(before)]
-    limits = replace(_LIMITS, memory_bytes=memory_bytes)
+    limits = _LIMITS._replace(memory_bytes=memory_bytes)
     result = run_in_child("ingest.page_render", arguments, limits)
     return PageImage(base64.b64decode(result["png"]), tuple((x, y, w, h) for x, y, w, h in result["boxes"]))
 

@@ -28,7 +28,7 @@ Rows = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 def main(path: str, number: str, key: str, before: str, raw_limits: str) -> None:
     """Draw page `number` and mark the occurrence of `key` (page_image.letters) that `before` others precede."""
-    limits = ParseLimits(**json.loads(raw_limits))
+    limits = ParseLimits(*json.loads(raw_limits))
     answer_parent(limits, lambda: _draw(path, int(number), key, int(before)))
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from ingest.chunk import ChunkLimits, chunk_document
 from ingest.files import FileStore
 from ingest.parse import ParseError
-from ingest.parse.child import ParseLimits, parse_in_child
+from ingest.parse.cage import parse_in_child
+from ingest.parse.child import ParseLimits
 from retrieval.embedder import Embedder
 from retrieval.store import DocumentStore
 from retrieval.types import Chunk, Document, ParsedDocument, Stage

@@ -4,19 +4,17 @@ Offsets are positions in the text, counted in characters (code points), end excl
 where the format has none.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
+class Page(NamedTuple):
     page: int
     label: str | None
     char_start: int
     char_end: int
 
 
-@dataclass(frozen=True, slots=True)
-class Heading:
+class Heading(NamedTuple):
     """`level` 1 is the outermost; its section runs from `char_start` to the next heading of the same or outer level."""
 
     level: int
@@ -24,8 +22,7 @@ class Heading:
     char_start: int
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedDocument:
+class ParsedDocument(NamedTuple):
     """`unread`: what of the original is not in the text and why, in words for its owner; None = nothing."""
 
     text: str

@@ -8,7 +8,7 @@ database restored from a backup never gives a number that its lost future gave b
 import json
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 
 import numpy as np
 
@@ -80,7 +80,7 @@ def _dump_unread(parsed: ParsedDocument) -> str | None:
 
 
 def _dump(items: Sequence[Page] | Sequence[Heading]) -> str:
-    return json.dumps([astuple(item) for item in items], ensure_ascii=False)
+    return json.dumps(items, ensure_ascii=False)
 
 
 def _insert_chunk(c: sqlite3.Connection, document_row: int, generation: int, chunk: Chunk, source: str) -> int:

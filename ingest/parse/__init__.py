@@ -1,4 +1,4 @@
-"""Bytes -> ParsedDocument, a file a format. `parse_in_child` (child.py) is how a service calls it: with limits.
+"""Bytes -> ParsedDocument, a file a format. `parse_in_child` (cage.py) is how a service calls it: with limits.
 
 A parser imports its library inside its own module, so that a child process loads only the one it needs.
 """

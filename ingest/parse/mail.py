@@ -6,7 +6,6 @@ Attachments that are documents are parsed as if they had been uploaded; pictures
 import email
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from email import policy
 from email.message import EmailMessage
 
@@ -51,7 +50,7 @@ def _parse_messages(messages: list[bytes], media_type: str, members: Members) ->
         for data in messages:
             _write_message(writer, email.message_from_bytes(data, policy=policy.default), 1, members)
         parsed = writer.finish(media_type)
-        return replace(parsed, unread=members.unread())
+        return parsed._replace(unread=members.unread())
     except (ParseError, MemoryError):
         raise
     except Exception as error:  # the email package and its codecs fail in many ways on bad input

@@ -1,20 +1,12 @@
 """A parsed document as JSON and back: what passes between the processes that parse."""
 
-import dataclasses
 from typing import Any
 
 from retrieval.parsed import Heading, Page, ParsedDocument
 
 
 def to_json(parsed: ParsedDocument) -> dict[str, Any]:
-    return {
-        "text": parsed.text,
-        "pages": [dataclasses.astuple(page) for page in parsed.pages],
-        "headings": [dataclasses.astuple(heading) for heading in parsed.headings],
-        "title": parsed.title,
-        "media_type": parsed.media_type,
-        "unread": parsed.unread,
-    }
+    return parsed._asdict()  # of which pages and headings become lists
 
 
 def from_json(data: dict[str, Any]) -> ParsedDocument:

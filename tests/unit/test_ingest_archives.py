@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ingest.parse import ParseError, parse_bytes
-from ingest.parse.child import ParseLimits, parse_in_child
+from ingest.parse.cage import parse_in_child
+from ingest.parse.child import ParseLimits
 from ingest.parse.unpack import MAX_FILES, Budget, read_members
 from ingest.sniff import BZIP2, GZIP, SNIFF_BYTES, TAR, XZ, ZIP, sniff_media_type
 from retrieval.types import ParsedDocument

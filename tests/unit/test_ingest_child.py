@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from ingest.parse import ParseError, parse_file
-from ingest.parse.child import ParseLimits, parse_in_child, run_in_child
+from ingest.parse.cage import parse_in_child, run_in_child
+from ingest.parse.child import ParseLimits
 
 SAMPLES = Path(__file__).parents[2] / "samples" / "documents"
 HANDBOOK = SAMPLES / "fr12-handbook.pdf"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ingest.parse import ParseError, parse_file
-from ingest.parse.child import parse_in_child
+from ingest.parse.cage import parse_in_child
 from ingest.parse.json_values import MEDIA_TYPE as JSON
 from ingest.parse.json_values import parse_json
 from ingest.parse.mail import parse_mail, parse_mailbox

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ingest.parse import ParseError, parse_file
-from ingest.parse.child import parse_in_child
+from ingest.parse.cage import parse_in_child
 from ingest.parse.epub import MEDIA_TYPE as EPUB
 from ingest.parse.odt import MEDIA_TYPE as ODT
 from ingest.parse.pptx import MEDIA_TYPE as PPTX

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ingest.parse import ParseError
-from ingest.parse.child import parse_in_child
+from ingest.parse.cage import parse_in_child
 from ingest.parse.rtf import MEDIA_TYPE as RTF
 from ingest.parse.rtf import parse_rtf
 from ingest.sniff import sniff_media_type

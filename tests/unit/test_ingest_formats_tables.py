@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ingest.parse import ParseError, parse_file
-from ingest.parse.child import parse_in_child
+from ingest.parse.cage import parse_in_child
 from ingest.parse.delimited import CSV, TSV, parse_delimited
 from ingest.parse.xlsx import MEDIA_TYPE as XLSX
 from ingest.sniff import sniff_media_type

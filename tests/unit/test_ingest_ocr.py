@@ -6,7 +6,7 @@ import pypdfium2 as pdfium
 import pytest
 
 from ingest.parse import ParseError, ocr, parse_file
-from ingest.parse.child import parse_in_child
+from ingest.parse.cage import parse_in_child
 from retrieval.types import ParsedDocument
 
 HANDBOOK = Path(__file__).parents[2] / "samples" / "documents" / "fr12-handbook.pdf"
