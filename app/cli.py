@@ -15,7 +15,8 @@ import typer
 from typer.completion import get_completion_script
 
 from app import render
-from app.settings import Settings, SettingsError, load_settings
+from app.cli_options import Collection, DataDirectory, Json, Key, Limit, Url, choose_settings
+from app.settings import SettingsError
 from retrieval.types import OnConflict, Status
 
 app = typer.Typer(
@@ -29,19 +30,6 @@ keys = typer.Typer(help="Create, list and revoke API keys.", no_args_is_help=Tru
 app.add_typer(documents, name="documents")
 app.add_typer(keys, name="keys")
 
-Url = Annotated[
-    str | None, typer.Option("--url", help="Talk to a running service. (Or: JAMBA_RAG_URL in the environment.)")
-]
-Key = Annotated[str | None, typer.Option("--key", help="API key for --url. (Or: JAMBA_RAG_KEY in the environment.)")]
-DataDirectory = Annotated[
-    Path | None,
-    typer.Option("--data-dir", help="Work in process on this directory. (Or: JAMBA_RAG_DATA_DIR in the environment.)"),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Collection = Annotated[str, typer.Option("--collection", "-c", help="Collection to work on.")]
-
-Limit = Annotated[int | None, typer.Option(min=0, help="Limit of this key; 0: none. Default: the service's.")]
-
 
 @app.callback()
 def options(
@@ -51,14 +39,6 @@ def options(
     if show_version:
         sys.stdout.write(f"jamba-rag {version('jamba-rag')}\n")
         raise typer.Exit
-
-
-def _settings(url: str | None, key: str | None, data_dir: Path | None, **groups: Any) -> Settings:
-    given: dict[str, Any] = {"url": url, "key": key, "data_dir": data_dir}
-    given = {name: value for name, value in given.items() if value is not None}
-    if data_dir is not None and url is None:
-        given["url"] = None  # a data dir on the command line is stronger than a URL in the environment
-    return load_settings(**given, **groups)
 
 
 def _print_json(value: Any) -> None:
@@ -78,7 +58,7 @@ def serve(
     from app.main import create_app
 
     server = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
-    settings = _settings(None, None, data_dir, **({"server": server} if server else {}))
+    settings = choose_settings(None, None, data_dir, **({"server": server} if server else {}))
     configure_logging(settings.log.level, settings.log.format)
     config = uvicorn.Config(
         create_app(settings),
@@ -120,7 +100,7 @@ def ingest(
     files = expand_paths(paths)
     fields = {"collection": collection, "on_conflict": on_conflict, **({"metadata": metadata} if metadata else {})}
     try:
-        with connect(_settings(url, key, data_dir), answering=False) as service:
+        with connect(choose_settings(url, key, data_dir), answering=False) as service:
             result = ingest_files(service, files, fields)
     except KeyboardInterrupt:
         render.err.print("interrupted; nothing that was sent is lost: the same command goes on from here")
@@ -157,7 +137,7 @@ def ask(
     from app.client import connect
 
     body: dict[str, Any] = {"question": question, "mode": mode, "collections": collection or None}
-    with connect(_settings(url, key, data_dir)) as service:
+    with connect(choose_settings(url, key, data_dir)) as service:
         if as_json:
             _print_json(service.request("POST", "/v1/answers", json=body))
         elif stream or (stream is None and sys.stdout.isatty()):
@@ -193,7 +173,7 @@ def search(
     from app.client import connect
 
     body = {"query": query, "collections": collection or None, "max_num_results": limit, "mode": mode, "rerank": rerank}
-    with connect(_settings(url, key, data_dir), answering=False) as service:
+    with connect(choose_settings(url, key, data_dir), answering=False) as service:
         found = service.request("POST", "/v1/search", json=body)
     _print_json(found) if as_json else render.show_hits(found["data"])
 
@@ -213,7 +193,7 @@ def list_documents(
     found: list[dict[str, Any]] = []
     params: dict[str, Any] = {"limit": 1000}
     params |= {name: value for name, value in (("collection", collection), ("status", status)) if value is not None}
-    with connect(_settings(url, key, data_dir), answering=False) as service:
+    with connect(choose_settings(url, key, data_dir), answering=False) as service:
         while True:
             page = service.request("GET", "/v1/documents", params=params)
             found += page["data"]
@@ -230,7 +210,7 @@ def show_document(
     """Everything known about one document."""
     from app.client import connect
 
-    with connect(_settings(url, key, data_dir), answering=False) as service:
+    with connect(choose_settings(url, key, data_dir), answering=False) as service:
         document = service.request("GET", f"/v1/documents/{quote(document_id, safe='')}")
     _print_json(document) if as_json else render.show_document(document)
 
@@ -245,7 +225,7 @@ def delete_documents(
     """Remove documents from everything."""
     from app.client import connect
 
-    with connect(_settings(url, key, data_dir), answering=False) as service:
+    with connect(choose_settings(url, key, data_dir), answering=False) as service:
         for document_id in document_ids:
             service.request("DELETE", f"/v1/documents/{quote(document_id, safe='')}")
 
@@ -262,7 +242,7 @@ def retry_documents(
     from app.client import connect
     from app.ingesting import wait_for
 
-    with connect(_settings(url, key, data_dir), answering=False) as service:
+    with connect(choose_settings(url, key, data_dir), answering=False) as service:
         paths = [f"/v1/documents/{quote(document_id, safe='')}/retry" for document_id in document_ids]
         queued = [service.request("POST", path) for path in paths]
         done = wait_for(service, queued)
@@ -295,7 +275,7 @@ def create_key(
         "documents_per_collection": documents_per_collection,
     }
     body = {"name": name, "role": role, "collections": collection or None, "limits": limits}
-    with connect(_settings(url, key, data_dir), answering=False) as service:
+    with connect(choose_settings(url, key, data_dir), answering=False) as service:
         made = service.request("POST", "/v1/keys", json=body)
     _print_json(made) if as_json else sys.stdout.write(made["key"] + "\n")
 
@@ -305,7 +285,7 @@ def list_keys(url: Url = None, key: Key = None, data_dir: DataDirectory = None, 
     """All keys, without the keys themselves."""
     from app.client import connect
 
-    with connect(_settings(url, key, data_dir), answering=False) as service:
+    with connect(choose_settings(url, key, data_dir), answering=False) as service:
         found = service.request("GET", "/v1/keys")
     headers = ("id", "name", "role", "collections", "revoked_at")
     _print_json(found) if as_json else render.show_table(headers, ([k[h] for h in headers] for k in found["data"]))
@@ -316,7 +296,7 @@ def revoke_key(key_id: str, url: Url = None, key: Key = None, data_dir: DataDire
     """End a key at once."""
     from app.client import connect
 
-    with connect(_settings(url, key, data_dir), answering=False) as service:
+    with connect(choose_settings(url, key, data_dir), answering=False) as service:
         service.request("DELETE", f"/v1/keys/{quote(key_id, safe='')}")
 
 
@@ -339,7 +319,7 @@ def doctor(url: Url = None, key: Key = None, data_dir: DataDirectory = None, as_
     """Check device, kernels, checkpoint, Redis, and the index against the database. Exit 1 on a fault."""
     from app.doctor import examine
 
-    findings = examine(_settings(url, key, data_dir))
+    findings = examine(choose_settings(url, key, data_dir))
     if as_json:
         _print_json({"ok": all(finding.ok for finding in findings), "checks": [vars(f) for f in findings]})
     else:
@@ -363,7 +343,7 @@ def reembed(
     from app.embedding import reembed_all
 
     with render.progress("chunks") as show:
-        name = reembed_all(_settings(None, None, data_dir).data_dir, path, show)
+        name = reembed_all(choose_settings(None, None, data_dir).data_dir, path, show)
     setting = f"with JAMBA_RAG_RETRIEVAL__EMBEDDER_PATH={path.resolve()}" if path else "without an embedder's path"
     render.err.print(f"all chunks have vectors of {name}; start the service anew {setting} to use them", markup=False)
 
@@ -373,7 +353,7 @@ def backup(file: Annotated[Path, typer.Argument(metavar="FILE")], data_dir: Data
     """Write database and originals into one file, also while the service runs."""
     from app.backup import write_backup
 
-    count = write_backup(_settings(None, None, data_dir).data_dir, file)
+    count = write_backup(choose_settings(None, None, data_dir).data_dir, file)
     render.err.print(f"{file}: database and {count} originals", markup=False)
 
 
@@ -384,7 +364,7 @@ def restore(
     """Unpack a backup into an empty data directory."""
     from app.backup import restore_backup
 
-    count = restore_backup(file, _settings(None, None, data_dir).data_dir)
+    count = restore_backup(file, choose_settings(None, None, data_dir).data_dir)
     render.err.print(f"restored database and {count} originals", markup=False)
 
 

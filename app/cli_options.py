@@ -1,0 +1,29 @@
+"""Options that commands of cli.py share, and the settings that follow from them."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from app.settings import Settings, load_settings
+
+Url = Annotated[
+    str | None, typer.Option("--url", help="Talk to a running service. (Or: JAMBA_RAG_URL in the environment.)")
+]
+Key = Annotated[str | None, typer.Option("--key", help="API key for --url. (Or: JAMBA_RAG_KEY in the environment.)")]
+DataDirectory = Annotated[
+    Path | None,
+    typer.Option("--data-dir", help="Work in process on this directory. (Or: JAMBA_RAG_DATA_DIR in the environment.)"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Collection = Annotated[str, typer.Option("--collection", "-c", help="Collection to work on.")]
+Limit = Annotated[int | None, typer.Option(min=0, help="Limit of this key; 0: none. Default: the service's.")]
+
+
+def choose_settings(url: str | None, key: str | None, data_dir: Path | None, **groups: Any) -> Settings:
+    """What the environment says, unless the command line says otherwise. Raises SettingsError."""
+    given: dict[str, Any] = {"url": url, "key": key, "data_dir": data_dir}
+    given = {name: value for name, value in given.items() if value is not None}
+    if data_dir is not None and url is None:
+        given["url"] = None  # a data dir on the command line is stronger than a URL in the environment
+    return load_settings(**given, **groups)
