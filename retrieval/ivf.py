@@ -126,12 +126,11 @@ def select(rows: np.ndarray) -> faiss.IDSelectorBitmap:
 
 def list_numbers(index: faiss.IndexIVFFlat) -> np.ndarray:
     """Row -> the list that it is in (int32), -1 where there is no such row."""
-    rows = [
-        faiss.rev_swig_ptr(index.invlists.get_ids(number), size) if (size := index.invlists.list_size(number)) else []
-        for number in range(index.nlist)
-    ]
-    found = np.full(max((int(max(part)) for part in rows if len(part)), default=-1) + 1, -1, dtype=np.int32)
-    for number, part in enumerate(rows):
+    sizes = [index.invlists.list_size(number) for number in range(index.nlist)]
+    filled = [number for number, size in enumerate(sizes) if size]
+    rows = [faiss.rev_swig_ptr(index.invlists.get_ids(number), sizes[number]) for number in filled]
+    found = np.full(max((int(part.max()) for part in rows), default=-1) + 1, -1, dtype=np.int32)
+    for number, part in zip(filled, rows, strict=True):
         found[part] = number
     return found
 
