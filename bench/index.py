@@ -5,7 +5,7 @@ search over all of them, in numpy, says which ten are the nearest. `--manuals` t
 left behind and the questions of its set instead: fewer, but real.
     python -m bench.index [--vectors 1000000] [--questions 200]
     python -m bench.index --manuals
-    python -m bench.index --filtered --questions 20   # the inverted file only, within a share of the vectors
+    python -m bench.index --filtered --questions 60 [--plot docs/images/filters.png]   # within a share of the vectors
 """
 
 import argparse
@@ -13,8 +13,9 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -79,13 +80,16 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--manuals", action="store_true")
     parser.add_argument("--filtered", action="store_true")
+    parser.add_argument("--plot", type=Path, help="picture of --filtered")
     arguments = parser.parse_args()
     run = BenchRun("index", argv=sys.argv)
     read = read_manuals() if arguments.manuals else make_vectors(arguments.vectors, arguments.questions)
     source, questions = ArraySource(read[0]), read[1]
     if arguments.filtered:
         bench_filtered(run, source, questions)
-        run.finish()
+        path = run.finish()
+        if arguments.plot:
+            plot_filtered(run.rows, arguments.plot, path.name)
         return
     nearest = [np.argpartition(-(source.all @ question), 10)[:10] + 1 for question in questions]
     for flat_max in (len(source.all), len(source.all) // 2):  # exact, then an inverted file
@@ -172,6 +176,28 @@ def add_filtered(
         cpu_p50_ms=1e3 * float(np.median(cpu_s)),
         recall_10=float(np.mean(shares)),
     )
+
+
+def plot_filtered(rows: Sequence[Mapping[str, Any]], path: Path, source: str) -> None:
+    """Time and recall by how many rows the filter leaves."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for which, colour in (("at random", "#1f4e9c"), ("together", "#d98c5f")):
+        own = [row for row in rows if row["rows"] == which]
+        allowed = [row["allowed"] for row in own]
+        left.plot(allowed, [row["cpu_p50_ms"] for row in own], "o-", color=colour, label=which)
+        right.plot(allowed, [row["recall_10"] for row in own], "o-", color=colour)
+    left.axhline(5, color="#b0b0b0", linestyle=":")
+    right.axhline(0.97, color="#b0b0b0", linestyle=":")
+    left.set(ylabel="p50, ms of a core", ylim=(0, None))
+    right.set(ylabel="recall@10", ylim=(0.9, 1.005))
+    for axis in (left, right):
+        axis.set(xscale="log", xlabel="rows that the filter leaves")
+        axis.spines[["top", "right"]].set_visible(False)
+    left.legend(title="rows", frameon=False)
+    figure.suptitle(f"Search within a filter, {rows[0]['vectors']:,} vectors; dotted: the goals", fontsize=11)
+    figure.savefig(path, dpi=150, metadata={"Description": source})
 
 
 if __name__ == "__main__":
