@@ -123,7 +123,7 @@ ERRORS: dict[type[Exception], ErrorKind] = {
 }
 _INTERNAL = ErrorKind(500, "internal_error", "Something went wrong in the service")
 _RETRY_AFTER_S = 2
-_OPENAI_PATHS = ("/v1/chat/", "/v1/models")
+_OPENAI_PATHS = ("/v1/chat/", "/v1/models", "/v1/completions", "/v1/embeddings", "/v1/responses")
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 

@@ -97,6 +97,11 @@ def test_errors_are_those_the_package_knows(url, chat, settings):
         stranger.models.list()
 
 
+def test_calls_that_are_not_there_say_which(chat):
+    with pytest.raises(openai.NotFoundError, match="POST /v1/embeddings"):
+        chat.embeddings.create(model="jamba-rag/default", input="text")
+
+
 @pytest.mark.anyio
 async def test_the_asynchronous_client_streams(url, chat, settings):
     whole = chat.chat.completions.create(model="jamba-rag/default", messages=QUESTION)
