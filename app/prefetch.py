@@ -86,11 +86,12 @@ class Prefetch:
             await self._stream.aclose()
 
     def forget(self, document_ids: Collection[str]) -> None:
-        """These documents are gone: end a prefetch that reads one of them. From any thread."""
+        """These documents are gone: end a prefetch that reads one of them, keep no token of one. From any thread."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._end, frozenset(document_ids))
 
     def _end(self, document_ids: frozenset[str]) -> None:
+        self._read = {name: read for name, read in self._read.items() if not document_ids & read.request.tags}
         if self._stream is not None and document_ids & self._reads:
             self._ending = asyncio.ensure_future(self._stream.aclose())  # kept, or it might be collected before it ran
 
@@ -111,6 +112,8 @@ class Prefetch:
             outcome = await self._read_one(reading)
             service.metrics.prefetches.labels(outcome).inc()
             if outcome == "interrupted":
+                return False
+            if reading.documents != await anyio.to_thread.run_sync(self._list_documents, collection.name):
                 return False
             self._read[collection.name] = reading
             log.info("read collection %s ahead (%s): %d tokens", collection.name, outcome, reading.end)

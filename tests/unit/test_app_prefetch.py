@@ -80,6 +80,15 @@ async def test_a_change_makes_it_read_again_and_a_deletion_leaves_nothing(client
     await until(lambda: is_ready(client))
 
 
+async def test_no_token_of_a_deleted_document_is_kept(client):
+    await client.upload("garden.md", GARDEN)
+    await until(lambda: is_ready(client))
+    prefetch = client.app.state.service.prefetch
+    assert list(prefetch._read) == ["default"]
+    await client.delete("/v1/collections/default")
+    assert prefetch._read == {}
+
+
 async def test_what_does_not_fit_is_not_read(client):
     await client.upload("long.md", "\n\n".join(f"Line {number} of a long list." for number in range(600)))
     await until(lambda: handled(client))
