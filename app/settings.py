@@ -107,7 +107,9 @@ class CacheSettings(_Group):
 class RedisSettings(_Group):
     url: SecretStr | None = _setting(None, "Redis or Valkey that keeps prefix states over restarts; unset: none.")
     key_prefix: str = _setting("jamba-rag:", "First part of every key written to Redis.")
-    timeout_s: float = _setting(0.25, "Longest wait for Redis; then it is done without.", "seconds", gt=0)
+    timeout_s: float = _setting(
+        0.08, "Longest wait for each reply of Redis; then it is done without, for 5 s.", "seconds", gt=0
+    )
     ttl_s: int = _setting(7 * 86_400, "Time after which an unused prefix state leaves Redis.", "seconds", ge=1)
 
 

@@ -86,7 +86,7 @@ class RedisStateStore:
         key_prefix: str = "jamba-rag:",
         ttl_s: int = 7 * 24 * 3600,
         part_bytes: int = 32 << 20,
-        timeout_s: float = 0.25,
+        timeout_s: float = 0.08,
         retry_after_s: float = 5.0,
         connections: int = 2,
         clock: Callable[[], float] = time.monotonic,
