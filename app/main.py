@@ -360,7 +360,7 @@ def _state_stores(settings: Settings, device: torch.device | None, stack: ExitSt
         kinds = {"none": MemoryStateStore, "cpu": DeviceStateStore, "cuda": PinnedStateStore}
         stores.append(kinds["none" if device is None else device.type](settings.cache.host_max_bytes))
     if settings.redis.url is not None:
-        redis = _open_redis(settings.redis, settings.redis.url.get_secret_value())
+        redis = _open_redis(settings.redis, settings.redis.url.get_secret_value(), settings.data_dir)
         stack.callback(redis.close)
         if stores:  # behind tensors, which are written behind as they are encoded
             stores.append(redis)
@@ -370,10 +370,11 @@ def _state_stores(settings: Settings, device: torch.device | None, stack: ExitSt
     return stores
 
 
-def _open_redis(settings: RedisSettings, url: str) -> RedisStateStore:
+def _open_redis(settings: RedisSettings, url: str, data_dir: Path) -> RedisStateStore:
     """Raises SettingsError for a url that is none; a server that cannot be used is only said in the log."""
     try:
-        store = RedisStateStore(url, settings.key_prefix, settings.ttl_s, timeout_s=settings.timeout_s)
+        owed = data_dir / "owed-deletes.json"
+        store = RedisStateStore(url, settings.key_prefix, settings.ttl_s, timeout_s=settings.timeout_s, owed_file=owed)
     except ValueError as error:
         raise SettingsError(f"JAMBA_RAG_REDIS__URL is {error}") from None
     store.open()

@@ -15,12 +15,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import redis
 from redis.cluster import RedisCluster
 from redis.exceptions import RedisClusterException
 
+from model.owed_deletes import OwedDeletes
 from model.redis_bulk import get_bulk, open_client, set_bulk
 from model.redis_url import explain, read_url
 from model.state_store import Buffer, StateItem
@@ -75,7 +77,8 @@ class RedisStateStore:
 
     Whether it is a cluster is asked of the server. `timeout_s` bounds connecting and each read or write of the socket;
     `retry_after_s` is how long the server is left alone after a failure; `connections` may move values at a time.
-    `clock` is for tests. Raises ValueError for a url that is none.
+    `owed_file` keeps deletes by tag that the server was not there for until it is, over restarts too. `clock` is for
+    tests. Raises ValueError for a url that is none.
     """
 
     tier, keeps_tensors = "redis", False
@@ -89,6 +92,7 @@ class RedisStateStore:
         timeout_s: float = 0.08,
         retry_after_s: float = 5.0,
         connections: int = 2,
+        owed_file: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         read_url(url)
@@ -101,8 +105,7 @@ class RedisStateStore:
         self._server = CircuitBreaker(retry_after_s, clock)
         self._room = CircuitBreaker(retry_after_s, clock)  # open while the server takes no writes
         self._refusal = ""
-        self._owed_keys: set[str] = set()  # deletes that a missing server still has to carry out
-        self._owed_tags: set[str] = set()
+        self._owed = OwedDeletes(owed_file)
         self._counts = dict.fromkeys(("errors", "skipped", "dropped", "read_bytes", "written_bytes"), 0)
         self._lock = threading.Lock()
 
@@ -121,7 +124,7 @@ class RedisStateStore:
                 raise StateServerFault(f"it takes no writes: {self._refusal}")
             if not (self._exist([item.key])[0] and self._read([item.key])[0] == item.value):
                 raise StateServerFault("it does not give back what was written to it")
-            self._owed_tags.add("probe")
+            self._owed.add(tags=["probe"])
             self._pay_deletes()
             return _memory(self._client)
         except _FAILURES as error:
@@ -138,19 +141,17 @@ class RedisStateStore:
         self._count("dropped", len(items) - written)
 
     def delete(self, keys: Collection[str] = (), tags: Collection[str] = ()) -> None:
-        """A server that is away gets the delete before it is asked for anything else.
+        """A server that is away gets the delete before it is asked for anything else, also by a later process.
 
         A server that evicts may have lost an index: there, deleting by tag drops everything under the key prefix.
         """
-        with self._lock:
-            self._owed_keys |= set(keys)
-            self._owed_tags |= set(tags)
+        self._owed.add(keys, tags)
         self._ask(lambda: None, None, even_if_open=True)
+        self._owed.note()
 
     def stats(self) -> dict[str, int]:
         with self._lock:
-            owed = len(self._owed_keys) + len(self._owed_tags)
-            return {**self._counts, "owed_deletes": owed, "open": int(self._server.is_open)}
+            return {**self._counts, "owed_deletes": len(self._owed), "open": int(self._server.is_open)}
 
     def close(self) -> None:
         self._movers.shutdown()
@@ -309,8 +310,7 @@ class RedisStateStore:
             yield part, view[i * step : (i + 1) * step]
 
     def _pay_deletes(self) -> None:
-        with self._lock:
-            keys, tags = set(self._owed_keys), set(self._owed_tags)
+        keys, tags = self._owed.pending()
         if tags and _evicting(self._client):
             self._unlink(self._client.scan_iter(match=_glob_escape(self._prefix) + "*", count=_NAME_BATCH))
         else:
@@ -323,9 +323,7 @@ class RedisStateStore:
             manifest = self._client.getrange(name, 0, _MANIFEST_BYTES)
             parts = _part_names(name, _parse_manifest(manifest)[0]) if manifest.startswith(_MANIFEST) else ()
             self._unlink([name, *parts])
-        with self._lock:
-            self._owed_keys -= keys
-            self._owed_tags -= tags
+        self._owed.settle(keys, tags)
 
     def _unlink(self, names: Collection[str] | Iterator[str]) -> None:
         for batch in _batched(names, _NAME_BATCH):

