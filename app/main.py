@@ -314,7 +314,7 @@ def _choose_format(path: Path, tokenizer: Tokenizer, nonce: str, max_context_tok
 
 def _plan_settings(settings: Settings, device: torch.device) -> PlanSettings:
     """A GPU needs long segments to read its weights seldom enough, and every snapshot ends one."""
-    segment, distance, sparse = (512, 2048, 16) if device.type == "cpu" else (16_384, 8192, 2)
+    segment, distance, sparse = (512, 512, 16) if device.type == "cpu" else (16_384, 2048, 2)
     cache = settings.cache
     segment = settings.model.segment_tokens or segment
     distance = distance if cache.snapshot_tokens is None else cache.snapshot_tokens

@@ -89,7 +89,7 @@ class CacheSettings(_Group):
     block_tokens: int = _setting(256, "Length of a stored run of KV.", "tokens", ge=1)
     snapshot_tokens: int | None = _setting(
         None,
-        "Ends of documents nearer than this share a snapshot of the state; unset: 2048 on a CPU, 8192 on a GPU.",
+        "Ends of documents nearer than this share a snapshot of the state; unset: 512 on a CPU, 2048 on a GPU.",
         "tokens",
         ge=0,
     )
