@@ -1,8 +1,8 @@
 """The policies that bench/prefix_traces.py compares: ours as it runs, and simulations of what others do.
 
-Ours is the service's own PrefixCache over a MemoryStateStore with states 128 times smaller than those of the 52B model;
-the headers of the values are counted too, under 1% of a block. The others are simulated from their descriptions, token
-positions and bytes only. All of them get a prompt, say how many of its tokens they had, and keep what they keep.
+Ours is the service's own PrefixCache over its store of tensors, with states that are smaller than a model's. The others
+are simulated from their descriptions, token positions and bytes only. All of them get a prompt, say how many of its
+tokens they had, and keep what they keep.
 `bound_hit_rate` is what none of them can exceed.
 """
 
@@ -18,17 +18,27 @@ from typing import NamedTuple, Protocol, Self
 import numpy as np
 import torch
 
+from model.device_store import DeviceStateStore
 from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings
 from model.state import HybridState, StateLayout
 from model.state_eviction import Entry, EvictionPolicy
-from model.state_store import MemoryStateStore
 
 KV_BYTES = 16_384  # a token, all attention layers of the 52B model in bfloat16
 SNAPSHOT_BYTES = 512 * 31_360  # conv and SSM of its 28 Mamba layers
 BLOCK_TOKENS = 256
-_SCALE = 128
-_TINY = StateLayout(1, 28, 1, 32, 64, 16, 4, torch.bfloat16, torch.bfloat16)  # 128 bytes of KV a token, 122.5 KiB else
+
+
+class Sizes(NamedTuple):
+    """Of a model's states: `layout` is like it, `scale` times smaller."""
+
+    layout: StateLayout
+    scale: int
+
+
+LARGE = Sizes(StateLayout(1, 28, 1, 32, 64, 16, 4, torch.bfloat16, torch.bfloat16), 128)  # the 52B: snapshot 980 tokens
+SHIPPED = Sizes(StateLayout(1, 10, 1, 32, 64, 16, 4, torch.bfloat16, torch.bfloat16), 24)  # in bfloat16: 350 tokens
+NEAR = PlanSettings(block_tokens=BLOCK_TOKENS, min_snapshot_distance=512)
 
 
 class Prompt(NamedTuple):
@@ -56,12 +66,17 @@ class OurCache:
     """
 
     def __init__(
-        self, max_bytes: int, policy: EvictionPolicy, min_snapshot_distance: int = 512, prefetch_turns: bool = False
+        self,
+        max_bytes: int,
+        policy: EvictionPolicy,
+        settings: PlanSettings = NEAR,
+        prefetch_turns: bool = False,
+        sizes: Sizes = LARGE,
     ) -> None:
-        self._store = MemoryStateStore(max_bytes // _SCALE, policy)
-        settings = PlanSettings(block_tokens=BLOCK_TOKENS, min_snapshot_distance=min_snapshot_distance)
+        self._scale = sizes.scale
+        self._store = DeviceStateStore(max_bytes // sizes.scale, policy=policy)
         self._cache = PrefixCache([self._store], b"bench", settings)
-        self._state = HybridState(_TINY)
+        self._state = HybridState(sizes.layout)
         self._prefetch_turns, self.prefetched_tokens = prefetch_turns, 0
 
     def ask(self, prompt: Prompt) -> int:
@@ -72,7 +87,11 @@ class OurCache:
         return cached
 
     def used_bytes(self) -> int:
-        return self._store.stats()["bytes"] * _SCALE
+        return self._store.stats()["bytes"] * self._scale
+
+    @property
+    def snapshots_saved(self) -> int:
+        return self._cache.stats()[0].saved
 
     def _pass(self, token_ids: np.ndarray, boundaries: Sequence[int], counted: bool = True) -> int:
         """Look a prompt up, keep what its plan wants kept; returns the tokens that were there."""

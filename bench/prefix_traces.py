@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 
 from bench.prefix_policies import (
+    NEAR,
     BlockGrid,
     CachePolicy,
     LeastRecentlyUsed,
@@ -35,6 +37,7 @@ from model.state_eviction import LeastValuable
 GB = 10**9
 BUDGETS_GB = (2, 4, 8, 16, 32)
 PLOT = Path(__file__).parent.parent / "docs" / "images" / "prefix-traces.png"
+FAR = replace(NEAR, min_snapshot_distance=2048)
 _GRIDS = (1, 4, 32)  # blocks of 256 tokens between snapshots
 _ALPHAS = (0.0, 0.5, 1.0, 2.0)
 
@@ -120,7 +123,7 @@ TRACES: dict[str, Callable[[int], list[Prompt]]] = {
 POLICIES: dict[str, list[tuple[str, Callable[[int], CachePolicy]]]] = {
     "ours": [("", lambda size: OurCache(size, LeastValuable()))],
     "ours, turns prefetched": [("", lambda size: OurCache(size, LeastValuable(), prefetch_turns=True))],
-    "ours, boundaries 2048 apart": [("", lambda size: OurCache(size, LeastValuable(), 2048))],
+    "ours, boundaries 2048 apart": [("", lambda size: OurCache(size, LeastValuable(), FAR))],
     "ours, LRU": [("", lambda size: OurCache(size, LeastRecentlyUsed()))],
     **{f"grid {blocks * 256}": [("", lambda size, blocks=blocks: BlockGrid(size, blocks))] for blocks in _GRIDS},
     "Marconi": [(f"alpha {alpha}", lambda size, alpha=alpha: Marconi(size, alpha)) for alpha in _ALPHAS],
@@ -172,6 +175,7 @@ def replay(trace: Sequence[Prompt], policy: CachePolicy) -> dict[str, float]:
         "questions_hit": float(np.count_nonzero(cached)) / len(trace),
         "prefetched": getattr(policy, "prefetched_tokens", 0) / tokens,
         "used_gb": policy.used_bytes() / GB,
+        "snapshots_a_question": getattr(policy, "snapshots_saved", 0) / len(trace),
     }
 
 
