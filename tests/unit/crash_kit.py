@@ -3,8 +3,8 @@
 Run as a program: `crash_kit.py DIR kill|full|time|fill [START STOP STEP]`. It imports all once and forks: one child
 works until it meets its end, the next takes over what is left and checks it. `kill`: the child kills itself before its
 n-th SQL statement, file opened for writing, rename or removal. `full`: no file of it can grow over n bytes.
-`time`: the child uploads and deletes until it is killed, n milliseconds after it began. `fill`: the same while
-both indexes are made anew behind it.
+`time`: the child uploads and deletes until it is killed, n milliseconds after it began. `fill`: n milliseconds after
+it has opened two lost indexes, which are made anew behind it.
 Prints a JSON line for each n; ends early when a child came through.
 """
 
@@ -137,15 +137,33 @@ def kill_after(milliseconds: int) -> None:
     signal.setitimer(signal.ITIMER_REAL, milliseconds / 1000)
 
 
-def work_for_ever(folder: Path) -> None:
+def work_for_ever(place: Place) -> None:
     """Upload, ingest, and delete every second document; the word index follows at once."""
-    place, number = Place(folder, 1e9 + 1000), 0
+    number = 0
     while number := number + 1:
         document_id = place.create(f"words {number}\n\nmore words {number}")
         place.ingest_all()
         if number % 2:
             place.store.delete_document(document_id)
             place.words.catch_up(place.store)
+
+
+def live(mode: str, fatal: int, folder: Path, ids: dict[str, str], say: Callable[[str], None]) -> None:
+    """Do a mode's work until what `fatal` says."""
+    match mode:
+        case "kill":
+            Steps(fatal)
+            work(folder, ids, say)
+        case "full":
+            limit_files(fatal)
+            work(folder, ids, say)
+        case "time":
+            kill_after(fatal)
+            work_for_ever(Place(folder, 1e9 + 1000))
+        case "fill":
+            place = Place(folder, 1e9 + 1000)
+            kill_after(fatal)
+            work_for_ever(place)
 
 
 def lose_indexes(folder: Path) -> None:
@@ -160,7 +178,7 @@ def lose_indexes(folder: Path) -> None:
     for module in (retrieval.words, retrieval.index):
         module._AT_ONCE, module._BREATH_S = 10, 0.03
     retrieval.words._PIECE, retrieval.words._COMMIT_CHUNKS = 2, 6
-    DocumentStore.vectors.__defaults__ = (4,)
+    DocumentStore.vectors.__defaults__ = DocumentStore.chunk_texts.__defaults__ = (4,)
 
 
 def open_or_none(directory: Path) -> WordIndex | None:
@@ -236,15 +254,13 @@ def main(directory: str, mode: str, first: str = "1", last: str = "1000", step: 
     status, lines = in_child(lambda say: say(json.dumps(prepare(start))))
     assert status == 0, lines
     ids = json.loads(lines[0])
-    arrange = {"kill": Steps, "full": limit_files, "time": kill_after, "fill": kill_after}[mode]
-    do = (lambda at, ids, say: work_for_ever(at)) if mode in ("time", "fill") else work
     if mode == "fill":
         lose_indexes(start)
     for fatal in range(int(first), int(last), int(step)):
         folder = Path(directory) / "now"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(start, folder)
-        status, said = in_child(lambda say, n=fatal, at=folder: (arrange(n), do(at, ids, say)))
+        status, said = in_child(lambda say, n=fatal, at=folder: live(mode, n, at, ids, say))
         checked, trouble = in_child(lambda say, at=folder, done=said: check(at, ids, done, say))
         print(json.dumps({"step": fatal, "status": status, "said": said, "checked": checked, "trouble": trouble}))
         if status == 0:
