@@ -13,13 +13,17 @@ from app.settings import AnswerSettings
 @dataclass(frozen=True)
 class Advice:
     """`auto_evidence_tokens` None: whole documents as far as the context reaches. `recent_evidence_tokens` None: twice
-    `rag_evidence_tokens`. `none_margin` in nats. `quote_beginnings`: of so many the likeliest quote is taken."""
+    `rag_evidence_tokens`. `none_margin` in nats. `quote_beginnings`: of so many the likeliest quote is taken.
+    `read_apart`: each passage of `rag` evidence is read alone, and the likeliest one is answered from.
+    `missing_words_nats`: added to none's margin when no word of the question was read, a share of it for a share."""
 
     auto_evidence_tokens: int | None = None
     rag_evidence_tokens: int = 4096
     none_margin: float = 0.0
     recent_evidence_tokens: int | None = None
     quote_beginnings: int = 1
+    read_apart: bool = False
+    missing_words_nats: float = 0.0
 
 
 def take_advice(checkpoint: Path, settings: AnswerSettings) -> Advice:

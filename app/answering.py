@@ -40,7 +40,7 @@ class AnswerReader(Protocol):
 
     After `finish`: `text` is the answer, `quoted` its quotes, `rejected` counts quotes that no passage holds and that
     were therefore left out of the text, `said_none` tells that the model refused, `unchecked_text` is what it said
-    instead without one quote that some passage holds. `none_margin` is log P(none) - log P(quote) where it decided.
+    instead without one quote that some passage holds. `none_margin`: see reading.py, where it decided.
     """
 
     quoted: list[Quoted]

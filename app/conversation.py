@@ -12,6 +12,8 @@ from typing import Literal
 _FEW_WORDS = 4
 _MAX_ADDED_WORDS = 32
 _MAX_READ_CHARS = 10_000
+_STEM_CHARS = 5  # of one word's forms most begin alike so far
+_PIECE = re.compile(r"[^\W_]+")
 _WORD = re.compile(r"[^\W_]+(?:[-.'’_][^\W_]+)*")
 _PRONOUNS = frozenset(_WORD.findall("he him his she her hers it its they them their theirs this that these those"))
 _FUNCTION_WORDS = _PRONOUNS | frozenset(
@@ -52,6 +54,16 @@ def standalone_query(question: str, turns: Sequence[Turn]) -> str:
         return question
     known = {word.lower() for word in own}
     return " ".join([question, *(word for word in before if word.lower() not in known)])
+
+
+def missing_words(question: str, texts: Iterable[str]) -> float:
+    """Share of the question's content words that stand in none of the texts in any form; 0 if it has none."""
+    wanted = {stem for word in _content_words(question) for stem in _stems(word)}
+    return len(wanted - {stem for text in texts for stem in _stems(text)}) / max(1, len(wanted))
+
+
+def _stems(text: str) -> Iterable[str]:
+    return (piece.lower()[:_STEM_CHARS] for piece in _PIECE.findall(text))
 
 
 def _words(text: str) -> list[str]:

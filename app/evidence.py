@@ -146,7 +146,7 @@ class EvidenceFinder:
             mode,
             query.document_ids,
             query.filters,
-            self._recent,
+            None if self._advice.read_apart else self._recent,
             self._recent_budget(query, budget_tokens),
         )
 

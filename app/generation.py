@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 from uuid import uuid4
 
@@ -21,13 +21,14 @@ from app.evidence import Found, Query, describe_scores
 from app.likeliest import generate_likeliest
 from app.prompting import prompt_salt
 from app.quotes import QuoteLimits
+from app.reading import none_margin, split_passages
 from app.schemas import Tier
 from app.sse import Event
 from model.engine import EngineRequest, StepOutput
 from model.sampling import SamplingParams
 from retrieval.location import locate
 from retrieval.store import DocumentNotFound, DocumentNotReady
-from retrieval.types import Hit
+from retrieval.types import Evidence, Hit
 
 if TYPE_CHECKING:
     from app.service import RagService
@@ -53,20 +54,22 @@ class _Measures:
     cached_tokens: int = 0
     output_tokens: int = 0
     tier: Tier = "none"
-    prefix_tokens: int = 0
 
     def add_search(self, found: Found) -> None:
         self.retrieval_ms += found.retrieval_ms
         self.pack_ms += found.pack_ms
 
     def add_start(self, prompt_tokens: int, output: StepOutput, queue_ms: float) -> None:
-        """The first output of a generation: what its prompt cost, and how long it waited for its turn."""
+        """The first output behind a prompt: what the prompt cost, and how long it waited for its turn."""
         self.input_tokens += prompt_tokens
         self.cached_tokens += output.cached_tokens
-        self.prefix_tokens, self.tier = output.cached_tokens, cast(Tier, output.tier)
+        if output.cached_tokens:
+            self.tier = cast(Tier, output.tier)
         self.state_load_ms += output.timings.state_load_ms
         self.prefill_ms += output.timings.prefill_ms
         self.queue_ms += queue_ms
+
+    def add_first_token(self) -> None:
         if self.first_token is None:
             self.first_token = time.perf_counter()
             self.ttft_ms = 1000 * (self.first_token - self.started)
@@ -94,6 +97,7 @@ class RunningAnswer:
         self._measures = _Measures()
         self._citations: list[schemas.Citation] = []
         self._truncated = False
+        self._counted = False  # whether what is generated next is from a prompt that was counted
         self._epoch = 0  # of the prefix cache, before the documents were chosen
 
     def abort(self, reason: Exception) -> None:
@@ -139,14 +143,16 @@ class RunningAnswer:
             found = self._found or await self.prepare()
             yield Event("answer.created", {"id": self.id, "object": "answer", "model": self._service.model_name})
             yield Event("answer.sources", {"sources": [h.model_dump() for h in show_hits(found.hits)]})
-            writer = self._service.format.read_answer(found.evidence)
-            async for event in self._attempt(found, writer):
+            reading = await self._choose(found.evidence)
+            writer = self._service.format.read_answer(reading)
+            async for event in self._attempt(reading, writer):
                 yield event
             if not writer.quoted and found.may_widen:
                 found = await self.prepare(widened=True)
                 yield Event("answer.sources", {"sources": [h.model_dump() for h in show_hits(found.hits)]})
-                writer = self._service.format.read_answer(found.evidence)
-                async for event in self._attempt(found, writer):
+                reading = await self._choose(found.evidence)
+                writer = self._service.format.read_answer(reading)
+                async for event in self._attempt(reading, writer):
                     yield event
             if not writer.text:
                 yield Event("answer.text.delta", {"text": self._text_of(writer)})
@@ -157,14 +163,39 @@ class RunningAnswer:
             self._service.meter.charge_tokens(self._query.principal, self._measures.computed_tokens)
             self._service.end_answer(self)
 
-    async def _attempt(self, found: Found, writer: AnswerReader) -> AsyncIterator[Event]:
+    async def _choose(self, evidence: Evidence) -> Evidence:
+        """All of the evidence, or, where passages are read apart, the one that most likely holds the answer."""
+        self._counted, apart = False, self._service.advice.read_apart and evidence.mode == "rag"
+        if not apart or not self._service.format.decision_ids or len(evidence.passages) < 2:
+            return evidence
+        weighed = [(await self._weigh(reading), reading) for reading in split_passages(evidence)]
+        self._counted = True
+        return min(weighed, key=lambda one: one[0])[1]
+
+    async def _weigh(self, reading: Evidence) -> float:
+        """The `none_margin` of this reading."""
+        request = await self._request(reading)
+        request, submitted = replace(request, sampling=SamplingParams(max_new_tokens=1)), time.perf_counter()
+        async with aclosing(self._service.engine.generate(request)) as outputs:
+            async for output in outputs:
+                self._check_alive()
+                _check_finish(output)
+                self._measures.add_start(len(request.token_ids), output, self._trace_start(submitted, output))
+                return await self._margin(reading, output)
+        raise GenerationFailed("the engine ended without reading a passage")
+
+    async def _margin(self, reading: Evidence, first: StepOutput) -> float:
+        nats = self._service.advice.missing_words_nats
+        return await anyio.to_thread.run_sync(none_margin, self._query.question, reading, first.watch_logprobs, nats)
+
+    async def _attempt(self, reading: Evidence, writer: AnswerReader) -> AsyncIterator[Event]:
         """Answer from this evidence; once more without the way out if the model refused below the threshold."""
-        if not found.evidence.passages:
+        if not reading.passages:
             return
-        async for event in self._generate(found, writer, allow_none=True):
+        async for event in self._generate(reading, writer, allow_none=True):
             yield event
         if writer.said_none and not self._refuses(writer):
-            async for event in self._generate(found, writer, allow_none=False):
+            async for event in self._generate(reading, writer, allow_none=False):
                 yield event
 
     def _text_of(self, writer: AnswerReader) -> str:
@@ -174,16 +205,10 @@ class RunningAnswer:
     def _refuses(self, writer: AnswerReader) -> bool:
         return writer.none_margin > self._service.advice.none_margin
 
-    async def _generate(self, found: Found, writer: AnswerReader, allow_none: bool) -> AsyncIterator[Event]:
-        self._check_alive()
-        self._truncated = False
+    async def _request(self, reading: Evidence) -> EngineRequest:
         service, query = self._service, self._query
-        prompt = await anyio.to_thread.run_sync(
-            service.format.build_prompt, query.question, found.evidence, query.turns
-        )
-        limits = QuoteLimits(service.settings.max_quote_tokens, service.settings.max_quotes, allow_none)
-        constraint = await anyio.to_thread.run_sync(service.format.constrain, found.evidence, limits)
-        request = EngineRequest(
+        prompt = await anyio.to_thread.run_sync(service.format.build_prompt, query.question, reading, query.turns)
+        return EngineRequest(
             token_ids=prompt.token_ids,
             boundaries=prompt.boundaries,
             sampling=SamplingParams(
@@ -193,27 +218,35 @@ class RunningAnswer:
                 stop=service.format.stop_texts,
                 stop_token_ids=service.format.stop_ids,
             ),
-            salt=prompt_salt(service.salt, found.evidence),
-            tags=self.document_ids,
+            salt=prompt_salt(service.salt, reading),
+            tags=frozenset(prompt.document_starts),
             tag_starts=prompt.document_starts,
             epoch=self._epoch,
-            constraint=constraint,
             watch_tokens=service.format.decision_ids,
-            counted=allow_none,  # the second time it is the same prompt
         )
-        first, submitted = True, time.perf_counter()
+
+    async def _generate(self, reading: Evidence, writer: AnswerReader, allow_none: bool) -> AsyncIterator[Event]:
+        self._check_alive()
+        self._truncated = False
+        service, counted = self._service, not self._counted
+        self._counted = True  # a second generation from the same prompt costs nothing worth telling
+        limits = QuoteLimits(service.settings.max_quote_tokens, service.settings.max_quotes, allow_none)
+        constraint = await anyio.to_thread.run_sync(service.format.constrain, reading, limits)
+        request = replace(await self._request(reading), constraint=constraint, counted=counted)
+        first, submitted = allow_none, time.perf_counter()
         quote_id = service.format.decision_ids[0] if service.format.decision_ids else -1
         generated = generate_likeliest(service.engine, request, quote_id, service.advice.quote_beginnings)
         async with aclosing(generated) as outputs:
             async for output in outputs:
                 self._check_alive()
-                if first and allow_none:  # a second generation from the same prompt costs nothing worth telling
+                if first:
                     first = False
-                    self._measures.add_start(len(prompt.token_ids), output, self._trace_start(submitted, output))
-                    service.finder.remember(found.evidence)
+                    self._measures.add_first_token()
+                    if counted:
+                        self._measures.add_start(len(request.token_ids), output, self._trace_start(submitted, output))
+                    service.finder.remember(reading)
                     if output.watch_logprobs:
-                        quote, none = output.watch_logprobs
-                        writer.none_margin = none - quote
+                        writer.none_margin = await self._margin(reading, output)
                         if self._refuses(writer):
                             writer.said_none = True
                             return
@@ -237,8 +270,7 @@ class RunningAnswer:
     def _note(self, output: StepOutput) -> None:
         self._measures.output_tokens += output.token_id is not None
         self._truncated = output.finish_reason == "length"
-        if output.finish_reason in ("error", "abort"):
-            raise GenerationFailed(f"the generation ended with {output.finish_reason!r}: {output.error or 'no reason'}")
+        _check_finish(output)
 
     async def _show(self, parts: Iterable[AnswerPart]) -> AsyncIterator[Event]:
         for part in await anyio.to_thread.run_sync(list, parts):  # finding a quote in long documents takes its time
@@ -290,7 +322,7 @@ class RunningAnswer:
                 output_tokens=measures.output_tokens,
             ),
             timings=measures.timings(),
-            cache=schemas.CacheUse(tier=measures.tier, prefix_tokens=measures.prefix_tokens),
+            cache=schemas.CacheUse(tier=measures.tier, prefix_tokens=measures.cached_tokens),
             model=self._service.model_name,
             truncated=self._truncated,
         )
@@ -299,6 +331,11 @@ class RunningAnswer:
             now = time.perf_counter()
             self._service.tracing.stage("decode", measures.first_token, now, output_tokens=measures.output_tokens)
         return answer
+
+
+def _check_finish(output: StepOutput) -> None:
+    if output.finish_reason in ("error", "abort"):
+        raise GenerationFailed(f"the generation ended with {output.finish_reason!r}: {output.error or 'no reason'}")
 
 
 def show_hits(hits: Iterable[Hit]) -> list[schemas.Hit]:

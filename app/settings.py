@@ -166,6 +166,14 @@ class AnswerSettings(_Group):
         ge=-50,
         le=50,
     )
+    missing_words_nats: float | None = _setting(
+        None,
+        "Added to that difference for a question none of whose words stand in what was read, a share of it for a share "
+        "of them; unset: as the checkpoint advises, else 0.",
+        "nats",
+        ge=0,
+        le=50,
+    )
     quote_beginnings: int | None = _setting(
         None,
         "Make the quotes that begin with each of so many likely tokens and take the likeliest; 1: only the greedy one; "
@@ -173,6 +181,11 @@ class AnswerSettings(_Group):
         "quotes",
         ge=1,
         le=32,
+    )
+    read_apart: bool | None = _setting(
+        None,
+        "Read each passage of `rag` evidence alone and answer from the one that most likely holds the answer; unset: "
+        "as the checkpoint advises, else all together. Not for checkpoints that write freely.",
     )
     prefetch_after_s: float = _setting(
         2.0,

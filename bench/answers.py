@@ -3,6 +3,8 @@
 Questions come as JSON lines: {set, passages: [[title, text], ...], question, answer or null, gold or null}; `gold` is
 the number of the passage that holds the answer. Every question is answered once without the way out of `<|none|>`, and
 the margin log P(none) − log P(quote) of its first step is kept: so one run gives the scores at every threshold.
+With `--apart` each passage is read alone and the one with the least margin answered from, as `read_apart` does;
+`--missing-words` is the service's `missing_words_nats`.
 Run: `python -m bench.answers QUESTIONS.jsonl --threshold 0`.
 """
 
@@ -17,15 +19,17 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from app.advice import Advice
 from app.answering import AnswerWriter
 from app.likeliest import generate_likeliest
 from app.prompting import QuoteFormat
 from app.quotes import QuoteLimits, TokenBytes
+from app.reading import none_margin, split_passages
 from bench.runs import BenchRun
 from model import load_model
 from model.engine import EngineRequest, JambaEngine, StepOutput
@@ -68,17 +72,17 @@ def token_f1(said: str, gold: str) -> float:
 
 
 class Reader:
-    """One checkpoint, asked about given passages; `beginnings`: see app/likeliest.py."""
+    """One checkpoint, asked about given passages; `advice` says how, as far as that makes a difference here."""
 
     def __init__(
-        self, checkpoint: Path, dtype: torch.dtype, quantize: str | None, max_quotes: int, beginnings: int
+        self, checkpoint: Path, dtype: torch.dtype, quantize: str | None, max_quotes: int, advice: Advice
     ) -> None:
         model = load_model(checkpoint, dtype=dtype, quantize=quantize)
         self.tokenizer = Tokenizer.load(checkpoint)
         self.format = QuoteFormat(self.tokenizer, TokenBytes.read(checkpoint), 65_536)
         cache = PrefixCache([MemoryStateStore(1 << 28)], b"bench", PlanSettings())
         self.engine = EngineThread(JambaEngine(model, self.tokenizer, cache, max_context_tokens=65_536))
-        self.beginnings = beginnings
+        self.advice = advice
         self.limits = QuoteLimits(max_quotes=max_quotes, allow_none=False)
 
     def ask(self, question: str, passages: Sequence[tuple[str, str]]) -> tuple[AnswerWriter, float, int]:
@@ -88,27 +92,46 @@ class Reader:
             for i, (title, text) in enumerate(passages, start=1)
         )
         evidence = Evidence(spans, "rag", 0)
-        prompt = self.format.build_prompt(question, evidence)
-        quote, none = self.format.decision_ids
-        request = EngineRequest(
-            prompt.token_ids,
-            prompt.boundaries,
-            SamplingParams(max_new_tokens=256, stop_token_ids=self.format.stop_ids),
-            constraint=self.format.constrain(evidence, self.limits),
-            watch_tokens=(none, quote),
-        )
-        writer = AnswerWriter(self.tokenizer, self.format.answer_tokens(evidence), spans)
-
-        async def generate() -> list[StepOutput]:
-            return [output async for output in generate_likeliest(self.engine, request, quote, self.beginnings)]
-
-        outputs = asyncio.run(generate())
-        margin = outputs[0].watch_logprobs[0] - outputs[0].watch_logprobs[1]
+        readings = split_passages(evidence) if self.advice.read_apart else [evidence]
+        requests = [self._request(question, reading) for reading in readings]
+        prompt_tokens = sum(len(request.token_ids) for request in requests)
+        best = 0
+        if len(readings) > 1:
+            weighed = [self._generate(_one_token(request), 1)[0] for request in requests]
+            margins = [self._margin(question, *those) for those in zip(readings, weighed, strict=True)]
+            best = margins.index(min(margins))
+        reading = readings[best]
+        writer = AnswerWriter(self.tokenizer, self.format.answer_tokens(reading), reading.passages)
+        outputs = self._generate(requests[best], self.advice.quote_beginnings)
         for output in outputs:
             if output.token_id is not None:
                 list(writer.push(output.token_id))
         list(writer.finish())
-        return writer, margin, len(prompt.token_ids)
+        return writer, self._margin(question, reading, outputs[0]), prompt_tokens
+
+    def _request(self, question: str, reading: Evidence) -> EngineRequest:
+        prompt = self.format.build_prompt(question, reading)
+        return EngineRequest(
+            prompt.token_ids,
+            prompt.boundaries,
+            SamplingParams(max_new_tokens=256, stop_token_ids=self.format.stop_ids),
+            constraint=self.format.constrain(reading, self.limits),
+            watch_tokens=self.format.decision_ids,
+        )
+
+    def _generate(self, request: EngineRequest, beginnings: int) -> list[StepOutput]:
+        async def generate() -> list[StepOutput]:
+            quote = self.format.decision_ids[0]
+            return [output async for output in generate_likeliest(self.engine, request, quote, beginnings)]
+
+        return asyncio.run(generate())
+
+    def _margin(self, question: str, reading: Evidence, first: StepOutput) -> float:
+        return none_margin(question, reading, first.watch_logprobs, self.advice.missing_words_nats)
+
+
+def _one_token(request: EngineRequest) -> EngineRequest:
+    return replace(request, sampling=SamplingParams(max_new_tokens=1))
 
 
 def judge(reader: Reader, item: dict) -> Outcome:
@@ -161,9 +184,12 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="at most so many questions a set")
     parser.add_argument("--max-quotes", type=int, default=1)
     parser.add_argument("--beginnings", type=int, default=1, help="quotes tried, of which the likeliest is taken")
+    parser.add_argument("--apart", action="store_true", help="read each passage alone")
+    parser.add_argument("--missing-words", type=float, default=0.0, help="nats for a question of unread words")
     parser.add_argument("--outcomes", type=Path, help="write every answer there, as JSON lines")
     args = parser.parse_args()
-    reader = Reader(args.model, getattr(torch, args.dtype), args.quantize, args.max_quotes, args.beginnings)
+    advice = Advice(quote_beginnings=args.beginnings, read_apart=args.apart, missing_words_nats=args.missing_words)
+    reader = Reader(args.model, getattr(torch, args.dtype), args.quantize, args.max_quotes, advice)
     items, counts, outcomes = [], Counter(), []
     for item in map(json.loads, args.questions.read_text().splitlines()):
         counts[item["set"]] += 1

@@ -166,12 +166,15 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=SHIPPED_CHECKPOINT)
     parser.add_argument("--budgets", type=int, nargs="+", default=[300])
     parser.add_argument("--limit", type=int, help="so many questions, drawn at random")
+    parser.add_argument("--read-apart", action=argparse.BooleanOptionalAction, help="instead of what is advised")
+    parser.add_argument("--none-margin", type=float, help="instead of what is advised")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     run = BenchRun("stages", argv=sys.argv)
     questions = [json.loads(line) for line in QUESTIONS.read_text().splitlines()]
     with tempfile.TemporaryDirectory() as scratch:
         groups = {"model": {"path": args.model}, "redis": {"url": None}, "log": {"level": "warning"}}
+        groups["answers"] = {"read_apart": args.read_apart, "none_margin": args.none_margin}
         settings = load_settings(env_file=None, data_dir=args.data_dir or Path(scratch) / "data", **groups)
         folder = Path(scratch) / "documents"
         folder.mkdir()

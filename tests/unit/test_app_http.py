@@ -315,6 +315,43 @@ async def test_another_question_goes_on_where_evidence_is_shared_and_a_deletion_
         assert ids["cod"] not in {citation["document_id"] for citation in third["citations"]}
 
 
+async def test_passages_read_apart_are_weighed_alone_and_the_likeliest_is_answered_from(tiny_checkpoint, tmp_path):
+    settings = make_settings(
+        tiny_checkpoint, tmp_path / "data", answers={"read_apart": True, "rag_evidence_tokens": 900}
+    )
+    async with running_service(settings) as client:
+        animals = ("owl", "fox", "elk", "bee", "eel", "cod")
+        uploads = {a: f"# {a}\n\nThe {a} sleeps in hole {n}, far from here.\n" * 2 for n, a in enumerate(animals)}
+        ids = [(await client.upload(f"{animal}.md", text))["id"] for animal, text in uploads.items()]
+        question = {"question": "Where do owl and fox and elk and bee and eel and cod sleep?", "mode": "rag"}
+        service, margins, prompts = client.app.state.service, {}, []
+        generate = service.engine.generate
+
+        async def watch(request):
+            prompts.append(len(request.token_ids))
+            first = True
+            async for output in generate(request):
+                if first:
+                    (document_id,), (quote, none) = request.tags, output.watch_logprobs
+                    margins[document_id], first = none - quote, False
+                yield output
+
+        service.engine.generate = watch
+        answer = await client.ask(**question)
+        service.engine.generate = generate
+        assert set(margins) == set(ids) and len(prompts) == len(ids) + 1
+        assert {c["document_id"] for c in answer["citations"]} == {min(margins, key=margins.get)}
+        assert answer["usage"]["input_tokens"] == sum(prompts[:-1])
+        assert answer["timings"]["ttft_ms"] > answer["timings"]["prefill_ms"] > 0
+        again = await client.ask(**question)
+        assert again["citations"] == answer["citations"] and again["text"] == answer["text"]
+        assert again["cache"]["prefix_tokens"] > answer["cache"]["prefix_tokens"]
+        events = read_events((await client.post("/v1/answers", json=question | {"stream": True})).text)
+        assert "".join(data["text"] for kind, data in events if kind == "answer.text.delta") == answer["text"]
+        together = await client.ask(**question, document_ids=ids[:1])
+        assert {c["document_id"] for c in together["citations"]} == {ids[0]}
+
+
 async def test_health_metrics_and_config(client, lighthouse, monkeypatch):
     bare = {"Authorization": ""}
     assert (await client.get("/healthz", headers=bare)).json()["status"] == "alive"
