@@ -64,7 +64,7 @@ class IngestWorker:
         self._stopping = threading.Event()
         self._wake = threading.Condition()
         self._leases: set[_Lease] = set()
-        limits_of_threads = [None] * threads + [small_bytes] * (small_bytes > 0)
+        limits_of_threads = [None] * threads + ([small_bytes] if threads and small_bytes else [])
         self._threads = [
             threading.Thread(target=self._work, args=(max_bytes,), name=f"ingest-{i}", daemon=True)
             for i, max_bytes in enumerate(limits_of_threads)

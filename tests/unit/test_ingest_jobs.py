@@ -193,6 +193,12 @@ def test_a_small_file_does_not_wait_for_large_ones(place, start, gated):
         place.wait(whale.id, "ready")
 
 
+def test_without_threads_nothing_is_ingested(place, start):
+    document = place.upload(TEXT.encode())
+    worker = start(threads=0, small_bytes=1000)
+    assert worker._threads == [] and place.store.get_document(document.id).status == "queued"
+
+
 def test_the_document_of_a_dead_worker_is_taken_over_when_its_lease_has_run_out(place, start):
     document = place.upload(TEXT.encode())
     assert place.store.lease_next("dead", 60).id == document.id
