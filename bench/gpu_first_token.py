@@ -61,7 +61,7 @@ def add_first_token_row(
 
 def ask_engine(bench: Bench, state: HybridState) -> tuple[list[float], str]:
     """Milliseconds to the first token behind a prefix whose state the cache keeps on the device, and that tier."""
-    store = DeviceStateStore(state_bytes(state.layout, state.num_tokens) + (1 << 26), bench.device)
+    store = DeviceStateStore(kept_bytes(bench, state), bench.device)
     with engine_behind(bench, state, [store]) as ask:
         return [ask(store.tier) for _ in range(6)][1:], store.tier
 
@@ -97,6 +97,12 @@ def engine_behind(bench: Bench, state: HybridState, stores: list[StateStore]) ->
         cache.close()
 
 
+def kept_bytes(bench: Bench, state: HybridState) -> int:
+    """Of the state and of the snapshots before it, with some room."""
+    snapshots = state.num_tokens // bench.sizes.segments[0] + 2
+    return state_bytes(state.layout, state.num_tokens) + snapshots * state_bytes(state.layout, 256)
+
+
 def save_in_segments(cache: PrefixCache, prefix: list[int], state: HybridState, segment: int) -> None:
     """As a prefill does, which the slower stores keep up with."""
     ends = [*range(segment, len(prefix), segment), len(prefix)]
@@ -116,7 +122,7 @@ def bench_tiers(bench: Bench, run: BenchRun) -> None:
 
     for context in bench.sizes.first_token:
         state = filled_state(bench.model, context, room=bench.sizes.new_tokens)
-        nbytes = state_bytes(state.layout, context) + (1 << 26)
+        nbytes = kept_bytes(bench, state)
         with ExitStack() as stack:
             path = f"{stack.enter_context(TemporaryDirectory())}/socket"
             process = ValkeyServer(unix_socket_path=path)

@@ -46,7 +46,7 @@ class StateBudget:
 def measure_state_bytes(model: Jamba, segment_tokens: int) -> int | None:
     """What a GPU has left for states: its free memory less what a prefill segment needs, which is run once for that.
 
-    None on other devices. The run also builds the kernels, so that no request waits for them.
+    None on other devices. Also run is what builds the other kernels, so that no request waits for them.
     """
     device = model.embed_tokens.weight.device
     if device.type != "cuda":
@@ -59,6 +59,8 @@ def measure_state_bytes(model: Jamba, segment_tokens: int) -> int | None:
     model.forward_packed(tokens, [segment_tokens], [state]).sum().item()
     workspace = torch.cuda.max_memory_allocated(device) - before
     del state, tokens
+    for t in (1, 8, 16, 32, 64):  # a decode step, and short pieces in all shapes that linear.cu has
+        model.forward_packed(torch.zeros(t, dtype=torch.int64), [t], [model.new_state()])
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     return max(0, free - int(_SLACK * workspace) - _SPARE_BYTES)
