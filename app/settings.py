@@ -219,7 +219,9 @@ class LogSettings(_Group):
 
 class TelemetrySettings(_Group):
     otlp_endpoint: str | None = _setting(
-        None, "Base URL of an OpenTelemetry collector (OTLP over HTTP) that gets traces; unset: none."
+        None,
+        "Base URL of an OpenTelemetry collector (OTLP over HTTP) that gets traces; unset: none.",
+        pattern="^https?://.",
     )
 
 

@@ -51,6 +51,12 @@ def test_a_wrong_value_names_the_setting_and_hides_the_value(monkeypatch):
     assert "hunter2" not in str(caught.value)
 
 
+def test_a_collector_without_a_scheme_is_refused_at_the_start(monkeypatch):
+    monkeypatch.setenv("JAMBA_RAG_TELEMETRY__OTLP_ENDPOINT", "collector:4318")
+    with pytest.raises(SettingsError, match="JAMBA_RAG_TELEMETRY__OTLP_ENDPOINT.*https"):
+        load_settings(env_file=None)
+
+
 def test_no_keys_only_on_a_loopback_host():
     assert not load_settings(env_file=None, auth={"enabled": False}).auth.enabled
     with pytest.raises(SettingsError, match=r"listen on one of 127\.0\.0\.1"):
