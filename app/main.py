@@ -139,7 +139,7 @@ _PROBLEM = {"schema": Problem.model_json_schema()}
 @asynccontextmanager
 async def _run(parts: _Parts) -> AsyncIterator[None]:
     with parts.closing:
-        await anyio.to_thread.run_sync(parts.service.finish_deletions)
+        await anyio.to_thread.run_sync(parts.service.recover)
         parts.worker.start()
         parts.embedder.warm_up()
         prefetching = asyncio.create_task(parts.service.prefetch.run(parts.prefetch_after_s))

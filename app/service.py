@@ -178,7 +178,7 @@ class RagService:
     def delete_document(self, document: Document) -> None:
         """Remove a document from everything; when this returns no search, answer or cached state holds any of it.
 
-        Blocks. A crash in between is completed by `finish_deletions`.
+        Blocks. A crash in between is completed by `recover`.
         """
         self.store.hide_document(document.id)
         self._forget([document.id])
@@ -192,7 +192,7 @@ class RagService:
         self._forget([document.id for document in documents])
         self._drop_files_of(documents)
 
-    def finish_deletions(self) -> None:
+    def recover(self) -> None:
         """Complete what a crash interrupted, free what it was ingesting, remove unneeded originals. Blocks.
 
         Once, before any worker starts: the data dir is ours alone, so every lease in it is of a dead process.
