@@ -53,7 +53,7 @@ def test_a_wrong_value_names_the_setting_and_hides_the_value(monkeypatch):
 
 def test_a_collector_without_a_scheme_is_refused_at_the_start(monkeypatch):
     monkeypatch.setenv("JAMBA_RAG_TELEMETRY__OTLP_ENDPOINT", "collector:4318")
-    with pytest.raises(SettingsError, match="JAMBA_RAG_TELEMETRY__OTLP_ENDPOINT.*https"):
+    with pytest.raises(SettingsError, match=r"JAMBA_RAG_TELEMETRY__OTLP_ENDPOINT.*https"):
         load_settings(env_file=None)
 
 
