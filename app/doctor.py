@@ -140,7 +140,7 @@ def _check_checkpoint(settings: Settings) -> str:
     config = JambaConfig.from_json(path / "config.json")
     tokenizer = Tokenizer.load(path)
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    return f"{path}: {config.num_hidden_layers} layers, {tokenizer.vocab_size} tokens, {size / 2**20:.0f} MiB"
+    return f"{path}: {config.num_hidden_layers} layers, a vocabulary of {tokenizer.vocab_size}, {size / 2**20:.0f} MiB"
 
 
 def _check_shards(path: Path) -> None:
@@ -245,6 +245,10 @@ def _check_writable(settings: Settings) -> str:
         path for path in (place, *place.glob("rag.sqlite3*"), place / "files") if path.exists() and not _may_write(path)
     ]
     if wrong:
+        if os.statvfs(wrong[0]).f_flag & os.ST_RDONLY:
+            raise CommandFailed(
+                f"{wrong[0]} is on a read-only file system; mount it writable or choose another data dir"
+            )
         owner = wrong[0].stat().st_uid
         raise CommandFailed(f"{wrong[0]} belongs to user {owner} and user {os.geteuid()} may not write it; chown it")
     return f"{place} can be written"

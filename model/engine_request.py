@@ -18,7 +18,7 @@ class ContextTooLong(ValueError):
         super().__init__(
             f"prompt of {prompt_tokens} tokens plus {max_new_tokens} new tokens is "
             f"{prompt_tokens + max_new_tokens - limit} over the limit of {limit}; "
-            "send less evidence or lower max_new_tokens"
+            "send less evidence or allow fewer new tokens"
         )
 
 

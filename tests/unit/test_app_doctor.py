@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import redis
@@ -118,6 +119,12 @@ def test_a_data_directory_of_another_user(settings):
         with as_nobody():
             found = {finding.name: finding for finding in map(run_writable, [moved])}["data dir"]
     assert not found.ok and "chown" in found.detail
+
+
+def test_a_read_only_disk_is_not_put_down_to_its_owner(settings, monkeypatch):
+    monkeypatch.setattr(doctor, "_may_write", lambda path: False)
+    monkeypatch.setattr(doctor.os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_RDONLY))
+    assert "read-only file system" in run_writable(settings).detail
 
 
 def run_writable(settings: Settings) -> doctor.Finding:
