@@ -6,6 +6,7 @@ Which implementation stands behind `Embedder`, `VectorIndex`, `StateStore` and `
 import asyncio
 import json
 import logging
+import os
 import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager, suppress
@@ -356,9 +357,13 @@ def _read_context_length(path: Path) -> int:
 def _state_stores(settings: Settings, device: torch.device | None, stack: ExitStack) -> list[StateStore]:
     """Tiers of prefix states below the memory of a GPU, the fastest first."""
     stores: list[StateStore] = []
-    if settings.cache.host_max_bytes:
+    kind = "none" if device is None else device.type
+    if (host_bytes := settings.cache.host_max_bytes) is None:
+        memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        host_bytes = memory_bytes // 4 if kind == "cuda" else 1 << 30
+    if host_bytes:
         kinds = {"none": MemoryStateStore, "cpu": DeviceStateStore, "cuda": PinnedStateStore}
-        stores.append(kinds["none" if device is None else device.type](settings.cache.host_max_bytes))
+        stores.append(kinds[kind](host_bytes))
     if settings.redis.url is not None:
         redis = _open_redis(settings.redis, settings.redis.url.get_secret_value(), settings.data_dir)
         stack.callback(redis.close)

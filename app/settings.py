@@ -85,7 +85,13 @@ class CacheSettings(_Group):
         "bytes",
         ge=0,
     )
-    host_max_bytes: int = _setting(1 << 30, "Main memory for prefix states in this process.", "bytes", ge=0)
+    host_max_bytes: int | None = _setting(
+        None,
+        "Main memory for prefix states in this process; unset: 1 GiB, beside a GPU a quarter of what the machine has; "
+        "0: none.",
+        "bytes",
+        ge=0,
+    )
     block_tokens: int = _setting(256, "Length of a stored run of KV.", "tokens", ge=1)
     snapshot_tokens: int | None = _setting(
         None,
