@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,14 +87,16 @@ def load_beir(folder: Path, split: str = "test") -> QuestionSet:
     return QuestionSet(folder.name, documents, questions, by_document=True)
 
 
-def load_manuals(folder: Path = FOLDER) -> QuestionSet:
+def load_manuals(folder: Path = FOLDER, packages: Collection[str] = ()) -> QuestionSet:
     """Parse the fetched manuals as an upload is and find each question's gold words in them, wherever they stand.
 
-    Raises ValueError when the manuals are not there, or a question's words are not in them.
+    With `packages`, only those of these. Raises ValueError when one is missing, or a question's words are not in it.
     """
-    documents = dict(_parse_manuals(folder))
+    documents = dict(_parse_manuals(folder, packages))
     questions = []
     for row in _read_lines(DATA / "questions.jsonl"):
+        if packages and row["source"] not in packages:
+            continue
         pattern = words_pattern(row["gold"])
         spans = [
             (Span(name, match.start(), match.end()), 1)
@@ -127,8 +129,10 @@ def manual_paths(folder: Path = FOLDER) -> Iterator[tuple[str, Path]]:
             yield f"{package['name']}/{path.relative_to(root)}", path
 
 
-def _parse_manuals(folder: Path) -> Iterator[tuple[str, ParsedDocument]]:
+def _parse_manuals(folder: Path, packages: Collection[str]) -> Iterator[tuple[str, ParsedDocument]]:
     for name, path in manual_paths(folder):
+        if packages and name.partition("/")[0] not in packages:
+            continue
         with path.open("rb") as file:
             head = file.read(SNIFF_BYTES)
         try:
