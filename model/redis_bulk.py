@@ -167,6 +167,7 @@ def open_client(url: str, timeout_s: float, cluster: bool = False) -> redis.Redi
     common: dict[str, Any] = {
         "connection_class": type(f"Bulk{base.__name__}", (_BulkConnection, base), {}),
         "protocol": 2,
+        "driver_info": None,  # saying who connects would take two round trips
         "socket_timeout": timeout_s,
         "socket_connect_timeout": timeout_s,
     }
