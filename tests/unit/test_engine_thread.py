@@ -217,3 +217,33 @@ def test_an_event_loop_that_ends_leaves_no_request_behind(engine):
     asyncio.run(main())
     asyncio.run(threads[0].close(drain_s=20))
     assert engine.working_steps < 3000
+
+
+def test_between_requests_the_engine_prepares_until_nothing_is_left(engine):
+    """A request that comes meanwhile waits for a piece of it at most; what fails is left to the requests."""
+    pieces, go_on = [], threading.Semaphore(2)
+
+    def prepare(max_batch):
+        for i in range(4):
+            go_on.acquire()
+            pieces.append(i)
+            yield
+        raise RuntimeError("no memory for a graph")
+
+    engine._preparing = prepare(8)
+
+    async def scenario(thread):
+        while len(pieces) < 2:
+            await asyncio.sleep(0.01)
+        answer = asyncio.create_task(collect(thread.generate(request())))
+        await asyncio.sleep(0.05)
+        go_on.release()
+        assert (await answer).end.finish_reason == "length"
+        assert pieces == [0, 1, 2]
+        go_on.release(2)
+        while len(pieces) < 4:
+            await asyncio.sleep(0.01)
+        assert (await collect(thread.generate(request()))).end.finish_reason == "length"
+        assert not engine.prepare()
+
+    run(engine, scenario)
