@@ -102,11 +102,11 @@ async def handled(client: ServiceClient) -> bool:
 
 
 async def read_endlessly(client: ServiceClient) -> asyncio.Task:
-    """A prefetch of the collection, under way, that would go on for hundreds of tokens."""
+    """A prefetch of the collection, under way, that would go on for as long as the context lasts."""
     prefetch = client.app.state.service.prefetch
     await until(lambda: handled(client))
     reading = prefetch._read["default"]
-    request = replace(reading.request, sampling=SamplingParams(max_new_tokens=600))
+    request = replace(reading.request, sampling=SamplingParams(max_new_tokens=1800, ignore_eos=True))
     ahead = asyncio.create_task(prefetch._read_one(replace(reading, request=request, end=1 << 30)))
     await until(lambda: running(client.app.state.service))
     return ahead
