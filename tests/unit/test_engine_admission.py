@@ -269,7 +269,7 @@ def test_an_error_between_the_layers_of_a_segment_ends_only_its_request(model, m
 
     engine = make_engine(cache=PrefixCache((), b"", LONG))
     answers = {engine.add(request(10, max_new_tokens=20)): Answer(), engine.add(request(700, 4)): Answer()}
-    hook = model.layers[4].register_forward_pre_hook(run_out)
+    hook = model.layers[3].mamba.register_forward_pre_hook(run_out)
     try:
         while engine.has_work():
             for output in engine.step():
