@@ -136,7 +136,7 @@ async def measure(
                 outcomes.append((one, await ask(service, one, budget)))
                 if number % 20 == 0:
                     print(f"{budget} tokens: {number} of {len(asked)} questions", file=sys.stderr)
-            run.add(**summarize(outcomes, budget))
+            run.add(**summarize(outcomes, budget), read_apart=service.advice.read_apart)
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -147,7 +147,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 1.2 + 0.6 * len(rows)), layout="constrained")
-    names, left = [f"{row['budget_tokens']} tokens" for row in rows], [0.0] * len(rows)
+    names = [f"{row['budget_tokens']} tokens{', apart' if row['read_apart'] else ''}" for row in rows]
+    left = [0.0] * len(rows)
     for stage, colour in zip(STAGES, ("#7f7f7f", "#c7a76c", "#8c6bb1", "#d6604d", "#4393c3"), strict=True):
         widths = [row[f"{stage} %"] for row in rows]
         bars = axis.barh(names, widths, left=left, color=colour, label=stage)

@@ -164,7 +164,7 @@ class World:
 
     def request(self) -> EngineRequest:
         if self.asked and self.rng.random() < 0.4:
-            return self.rng.choice(self.asked)
+            return replace(self.rng.choice(self.asked), epoch=self.cache.epoch)  # a restart counts from 0 again
         names = sorted(self.rng.sample(sorted(self.texts), min(len(self.texts), self.rng.randint(0, 4))))
         ids, boundaries, starts = doc_prompt(TOKENIZER, [self.texts[name] for name in names], self.rng.choice("abcde"))
         starts = {name: starts[self.texts[name]] for name in names}
