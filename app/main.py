@@ -305,6 +305,14 @@ def gpu_cache_bytes(settings: Settings, free_bytes: int, layout: StateLayout, ma
     return max(0, min(free_bytes // 2, free_bytes - (settings.model.state_max_bytes or longest.nbytes)))
 
 
+def main_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """What the machine has, or what a container is let have of it."""
+    machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):  # no such file, or "max"
+        return min(machine_bytes, int((cgroup / "memory.max").read_text()))
+    return machine_bytes
+
+
 def _choose_format(path: Path, tokenizer: Tokenizer, nonce: str, max_context_tokens: int) -> AnswerFormat:
     """Quotes held to the evidence token by token where the tokenizer has the marks for it, else quotes in text."""
     if speaks_chat_format(tokenizer):
@@ -359,8 +367,7 @@ def _state_stores(settings: Settings, device: torch.device | None, stack: ExitSt
     stores: list[StateStore] = []
     kind = "none" if device is None else device.type
     if (host_bytes := settings.cache.host_max_bytes) is None:
-        memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        host_bytes = memory_bytes // 4 if kind == "cuda" else 1 << 30
+        host_bytes = main_memory_bytes() // 4 if kind == "cuda" else 1 << 30
     if host_bytes:
         kinds = {"none": MemoryStateStore, "cpu": DeviceStateStore, "cuda": PinnedStateStore}
         stores.append(kinds[kind](host_bytes))

@@ -1,8 +1,8 @@
-"""How the service shares a GPU's memory between prefix states and answers."""
+"""How a GPU's memory is shared between prefix states and answers, and how much main memory there is."""
 
 import torch
 
-from app.main import gpu_cache_bytes
+from app.main import gpu_cache_bytes, main_memory_bytes
 from app.settings import load_settings
 from model.state import HybridState, StateLayout
 
@@ -18,3 +18,11 @@ def test_by_default_states_leave_a_gpu_room_for_one_answer_in_full():
     assert gpu_cache_bytes(chosen, 1000, layout, 1000) == 5
     chosen = load_settings(env_file=None, model={"state_max_bytes": 700})
     assert gpu_cache_bytes(chosen, 1000, layout, 1000) == 300
+
+
+def test_main_memory_is_what_a_container_may_have(tmp_path):
+    machine = main_memory_bytes(tmp_path)
+    assert machine > 1 << 28
+    for text, expected in (("max\n", machine), (f"{1 << 27}\n", 1 << 27), (f"{machine * 2}\n", machine)):
+        (tmp_path / "memory.max").write_text(text)
+        assert main_memory_bytes(tmp_path) == expected
