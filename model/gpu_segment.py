@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model.batch import Batch, Group
-from model.kernels.gpu_linear import MAX_TOKENS
+from model.kernels.gpu_linear import MAX_TOKENS, token_tiles
 from model.state import HybridState
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class GpuSegments:
             self._k, self._v = (room(c.num_key_value_heads, c.head_dim) for _ in range(2))
             self._logits = torch.empty(1, c.vocab_size, dtype=layout.kv_dtype, device=device)
         self._graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}  # of each length
-        self._launched: set[int] = set()  # powers of two from a length on: its kernels are compiled and loaded
+        self._launched: set[int] = set()  # numbers of tiles whose kernels are compiled and loaded
         self._pool: tuple[int, int] | None = None
         self._usable = True
 
@@ -70,14 +70,14 @@ class GpuSegments:
                 self._launch(i, t)
             else:
                 graphs[i].replay()
-        self._launched.add(_shape(t))
+        self._launched.add(token_tiles(t))
         state.conv.copy_(self._conv), state.ssm.copy_(self._ssm)
         state.num_tokens += t
         return self._logits.clone()
 
     def _graphs_of(self, t: int) -> list[torch.cuda.CUDAGraph] | None:
         """Those of this length; none before its kernels have run once."""
-        if t not in self._graphs and _shape(t) in self._launched:
+        if t not in self._graphs and token_tiles(t) in self._launched:
             try:
                 self._graphs[t] = [self._capture(i, t) for i in range(len(self._stretches))]
             except RuntimeError:
@@ -113,11 +113,6 @@ class GpuSegments:
         projected = layer.self_attn.project(layer.input_layernorm(x))
         for to, of in zip((self._q, self._k, self._v), projected, strict=True):
             to[:t].copy_(of)
-
-
-def _shape(t: int) -> int:
-    """Lengths of one shape run the same kernels: linear.cu takes tokens in 1, 2, 4 or 8 tiles of 8."""
-    return 1 << (-(-t // 8) - 1).bit_length()
 
 
 def _cut(layers: Sequence[JambaLayer]) -> list[list[JambaLayer]]:

@@ -215,7 +215,7 @@ class Jamba(nn.Module):
     def prepare(self, max_batch: int) -> Iterator[None]:
         """Capture the graphs of decode steps up to this batch and of short segments, one between two yields.
 
-        A call that comes before its graph is captured makes it, and takes three times as long. Nothing on a CPU.
+        A call that comes before its graph is captured takes the time to capture it too. Nothing on a CPU.
         """
         if self._gpu_decoder(1) is None:
             return

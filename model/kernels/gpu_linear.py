@@ -230,7 +230,7 @@ def route_ref(normed: Tensor, router: Tensor, top_k: int) -> tuple[Tensor, Tenso
 def _launch(
     tilings: dict[int, Tiling], m: int, n: int, k: int, device: torch.device, can_split: bool = False
 ) -> _Launch:
-    tiles = _token_tiles(m)
+    tiles = token_tiles(m)
     tiling, sms = tilings[tiles], gpu.sm_count(device)
     if tilings is SINGLE and n < 16 * sms:
         tiling = FEW_ROWS.get(tiles, tiling)
@@ -245,7 +245,7 @@ def _launch_experts(tilings: dict[int, Tiling], chosen: Tensor, num_experts: int
             f"chosen must be int32 of at most {MAX_ASSIGNMENTS} for at most {MAX_EXPERTS} experts, "
             f"got {chosen.dtype} {tuple(chosen.shape)} for {num_experts}"
         )
-    tiles = min(_token_tiles(m), EXPERT_TILES)
+    tiles = min(token_tiles(m), EXPERT_TILES)
     launch = _make(tilings[tiles], tilings is PAIRED, tiles, n, k, gpu.sm_count(device), 1)
     most = min(num_experts + m * top_k // (8 * tiles), m * top_k)
     return launch._replace(slots=min(launch.slots, launch.tiles * most))
@@ -286,8 +286,8 @@ def _split(tiling: Tiling, token_tiles: int, n: int, k: int, sms: int) -> int:
     return split
 
 
-def _token_tiles(m: int) -> int:
-    """1, 2, 4 or 8 tiles of 8."""
+def token_tiles(m: int) -> int:
+    """How many tiles of 8 the kernels take m tokens in: 1, 2, 4 or 8. Those of one number run the same kernels."""
     return 1 << (-(-m // 8) - 1).bit_length()
 
 
