@@ -19,8 +19,8 @@ from model.config import JambaConfig
 from model.jamba import Jamba
 from model.train.forward import forward_hidden
 from model.train.lookups import Language
-from model.train.losses import weighted_cross_entropy
-from model.train.trainer import Cluster, Log, MasterAdamW, cosine
+from model.train.losses import vocabulary_loss
+from model.train.trainer import Cluster, Log, MasterOptimizer, cosine
 
 LAYERS = 8
 ATTENTION = {"mamba": (LAYERS + 1, LAYERS), "1:7": (8, 4), "1:3": (4, 2), "attention": (1, 0)}  # period, offset
@@ -77,18 +77,16 @@ def loss_of(model: Jamba, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]
     """The loss to descend, and the answers' mean share of it in nats a token, detached."""
     hidden, _ = forward_hidden(model, ids[:, :-1])
     targets, weights = ids[:, 1:].flatten(), weights[:, 1:].flatten()
-    loss = weighted_cross_entropy(hidden, model.lm_head.weight, targets, weights) / weights.sum()
-    with torch.no_grad():
-        said = weights == 1
-        answers = weighted_cross_entropy(hidden[said], model.lm_head.weight, targets[said], weights[said]) / said.sum()
-    return loss, answers
+    none = torch.zeros_like(weights)
+    loss, _, ce = vocabulary_loss(hidden, model.lm_head.weight, None, None, targets, none, weights)
+    return loss / weights.sum(), ce[weights == 1].mean()
 
 
 def train(mixture: str, args: argparse.Namespace, stop_at: int | None = None) -> None:
     """Train one mixture over `args.tokens` tokens, from where an earlier call saved last; `stop_at` a step, early."""
     language, cluster = Language(), Cluster()
     model = build(mixture, len(language.words))
-    optimizer = MasterAdamW(model, lambda name: 1.0, weight_decay=0.05, dtype=torch.float32)
+    optimizer = MasterOptimizer(model, lambda name: 1.0, weight_decay=0.05, dtype=torch.float32)
     saved = saved_masters(args.out, mixture)
     log = Log(saved.with_suffix(".jsonl"), cluster)
     step = optimizer.load_resumable(saved) if saved.exists() else 0

@@ -19,7 +19,7 @@ from model.batch import Batch
 from model.jamba import Jamba
 from model.train.data import TextRows
 from model.train.surgery import build_student, build_teacher
-from model.train.trainer import Cluster, Log, MasterAdamW
+from model.train.trainer import Cluster, Log, MasterOptimizer
 
 
 def align_step(teacher: Jamba, student: Jamba, token_ids: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def main() -> None:
     for layer in student.layers:
         if not layer.is_attention:
             layer.mamba.requires_grad_(True)
-    optimizer = MasterAdamW(student, lambda name: 1.0, weight_decay=0.0)
+    optimizer = MasterOptimizer(student, lambda name: 1.0, weight_decay=0.0)
     log, rows, rng = Log(args.out / "align.jsonl", cluster), TextRows(args.tokens), random.Random(cluster.rank)
     start, step, share = time.monotonic(), 0, 0.0
     while share < 1.0:

@@ -25,13 +25,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from model.jamba import Jamba
 from model.tokenizer import Tokenizer
 from model.train import evaluate
-from model.train.data import ANSWER, QUESTION, TEXT, QaRows, TextRows, copies, findings, load_pairs
+from model.train.data import ANSWER, TEXT, QaRows, TextRows, copies, findings, load_pairs
 from model.train.export import fake_quantize
 from model.train.forward import accelerate, forward_hidden, set_rope
-from model.train.losses import attention_to, distillation, weighted_cross_entropy, weighted_distillation
+from model.train.losses import attention_to, relative_error, vocabulary_loss
 from model.train.surgery import build_student, build_teacher
 from model.train.tokens import read_texts
-from model.train.trainer import Cluster, Log, MasterAdamW, load_into, worker_random
+from model.train.trainer import Cluster, Log, MasterOptimizer, load_into, worker_random
 from model.weights import load_model
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384)
@@ -40,6 +40,7 @@ LATE_SHARES = (0.14, 0.28, 0.22, 0.14, 0.12, 0.1)  # from --long-from on: needle
 TAPS = (5, 11, 17, 23, 29)
 FINDING, COPYING = 12, 20  # attention layers; the second came to copy by itself
 QUERIES = {FINDING: 1024, COPYING: 2048}  # a step, at most
+TEACHER_TOKENS = 8192  # what the Transformer has seen
 
 
 class Steps(IterableDataset):
@@ -71,25 +72,25 @@ class Steps(IterableDataset):
             step += worker.num_workers
 
 
-def relative_error(x: Tensor, target: Tensor) -> Tensor:
-    """Mean over tokens of log(1 + ‖x − target‖² / ‖target‖²).
-
-    A few tokens have activations a thousand times the others': relative, and logarithmic, so that none rules the mean.
-    """
-    target = target.float()
-    return ((x.float() - target).square().sum(-1) / target.square().sum(-1)).log1p().mean()
-
-
 def text_loss(student: Jamba, teacher: Jamba, rows: Tensor, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """rows (b, t + 1) -> loss, and (KL, cross entropy, hidden states' error) detached."""
     taps = TAPS if args.hidden > 0 else ()
     hidden, own = forward_hidden(student, rows[:, :-1], taps)
     with torch.no_grad():
         other, theirs = forward_hidden(teacher, rows[:, :-1], taps)
-    kl, ce = distillation(hidden, student.lm_head.weight, other, teacher.lm_head.weight, rows[:, 1:].flatten())
-    gaps = [relative_error(own[i], theirs[i]) for i in taps]
+    each = torch.full((len(hidden),), 1 / len(hidden), device=rows.device)
+    loss, kl, ce = vocabulary_loss(
+        hidden,
+        student.lm_head.weight,
+        other,
+        teacher.lm_head.weight,
+        rows[:, 1:].flatten(),
+        args.kl * each,
+        args.ce * each,
+    )
+    gaps = [relative_error(own[i], theirs[i], each) for i in taps]
     gap = torch.stack(gaps).mean() if gaps else torch.zeros((), device=rows.device)
-    return args.kl * kl + args.ce * ce + args.hidden * gap, torch.stack([kl, ce, gap]).detach()
+    return loss + args.hidden * gap, torch.stack([kl.mean(), ce.mean(), gap.detach()])
 
 
 def question_loss(
@@ -101,17 +102,16 @@ def question_loss(
     looks: Sequence[Tensor] = (),
     looks_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """rows, kinds (b, t + 1) -> loss, and (answers' cross entropy or mixture, hidden states' error, −log of the
+    """rows, kinds (b, t + 1) -> loss, and (answers' loss, hidden states' error, KL of the other tokens, −log of the
     attention where it should be: to find, to copy) detached.
 
-    Answers count for one, by their kinds; a tenth of the other tokens for `args.text_weight`. With a tuned teacher all
-    follow its distribution too, the answers mixed with the truth, and its hidden states at questions and answers.
-    `looks` are queries (b, m, 4) of the finding and of the copying layer.
+    Answers count for one, by their kinds, the other tokens together for `args.text_weight`. With a tuned teacher all
+    follow its distribution, the answers mixed with the truth, and its hidden states; without one the other tokens
+    are text to predict. `looks` are queries (b, m, 4) of the finding and of the copying layer.
     """
     taps = TAPS if tuned is not None and args.hidden > 0 else ()
     inputs = (FINDING - 1, COPYING - 1) if looks else ()
     hidden, kept = forward_hidden(student, rows[:, :-1], tuple({*taps, *inputs}))
-    own = [kept[i] for i in taps]
     looked = torch.zeros(2, device=rows.device)
     if looks:
         layers = (student.layers[FINDING], student.layers[COPYING])
@@ -121,25 +121,34 @@ def question_loss(
         ])  # fmt: skip
     places, targets = kinds[:, 1:].flatten(), rows[:, 1:].flatten()
     answers = places * (places >= ANSWER)
-    sampled = ((places >= TEXT) & (places < ANSWER)).float() * (torch.rand_like(places) < 0.1)
-    weights = answers / answers.sum().clamp(min=1) + args.text_weight * sampled / sampled.sum().clamp(min=1)
-    chosen = weights.nonzero().squeeze(1)
-    head, gap = student.lm_head.weight, torch.zeros((), device=rows.device)
+    answers = answers / answers.sum().clamp(min=1)
+    others = ((places >= TEXT) & (places < ANSWER)).float()
+    others = others / others.sum().clamp(min=1)
+    hard = args.hard if tuned is not None else 1.0
+    kl_weights, ce_weights = (1 - hard) * answers + args.text_weight * others, hard * answers
+    other = None
     if tuned is None:
-        loss = weighted_cross_entropy(hidden[chosen], head, targets[chosen], weights[chosen])
-        return loss + looks_weight * looked.sum(), torch.stack([loss.detach(), gap, *looked.detach()])
-    with torch.no_grad():
-        other, theirs = forward_hidden(tuned, rows[:, :-1], taps)
-    theirs = [theirs[i] for i in taps]
-    hard = (answers[chosen] > 0) * args.hard
-    loss = weighted_distillation(
-        hidden[chosen], head, other[chosen], tuned.lm_head.weight, targets[chosen], weights[chosen], hard
+        ce_weights = kl_weights + ce_weights
+    else:
+        with torch.no_grad():
+            other, theirs = forward_hidden(tuned, rows[:, :-1], taps)
+    loss, kl, ce = vocabulary_loss(
+        hidden,
+        student.lm_head.weight,
+        other,
+        None if tuned is None else tuned.lm_head.weight,
+        targets,
+        kl_weights,
+        ce_weights,
     )
+    said = ((1 - hard) * answers * kl + hard * answers * ce).sum()
+    gap = torch.zeros((), device=rows.device)
     if taps:
-        near = ((kinds[:, :-1].flatten() >= QUESTION) | (sampled > 0)).nonzero().squeeze(1)
-        gap = torch.stack([relative_error(a[near], b[near]) for a, b in zip(own, theirs, strict=True)]).mean()
+        near = (kinds[:, :-1].flatten() >= TEXT).float()
+        near = near / near.sum().clamp(min=1)
+        gap = torch.stack([relative_error(kept[i], theirs[i], near) for i in taps]).mean()
     whole = loss + args.hidden * gap + looks_weight * looked.sum()
-    return whole, torch.stack([loss.detach(), gap.detach(), *looked.detach()])
+    return whole, torch.stack([said, gap.detach(), (others * kl).sum(), *looked.detach()])
 
 
 def rate_of(name: str) -> float:
@@ -170,6 +179,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quant-from", type=float, default=0.85)
     parser.add_argument("--long-from", type=float, default=1.0, help="share from which rows reach 16K; 1: never")
     parser.add_argument("--rate", type=float, default=8e-4)
+    parser.add_argument("--muon", action=argparse.BooleanOptionalAction, default=True, help="else AdamW for all")
     parser.add_argument("--kl", type=float, default=1.0)
     parser.add_argument("--ce", type=float, default=0.1)
     parser.add_argument("--hidden", type=float, default=0.3)
@@ -177,8 +187,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--looks", type=float, default=0.1, help="weight of where attention should look")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=12)
-    parser.add_argument("--compile", action="store_true", help="compile norms and gates")
-    parser.add_argument("--text-weight", type=float, default=0.1, help="of documents and questions, to the answers' 1")
+    parser.add_argument("--text-weight", type=float, default=0.5, help="of documents and questions, to the answers' 1")
     parser.add_argument(
         "--hard", type=float, default=0.5, help="share of the truth, beside the tuned teacher, in answers"
     )
@@ -230,10 +239,9 @@ class Run:
             self.student.load_state_dict(load_model(args.checkpoint, dtype=torch.float32).state_dict())
         for path in args.weights:
             load_into(self.student, path)
-        self.optimizer = MasterAdamW(self.student, rate_of)
+        self.optimizer = MasterOptimizer(self.student, rate_of, muon=args.muon)
         self.student.collect_router_stats = True
-        if args.compile:
-            accelerate(self.student)
+        accelerate(self.student)
         self.items = evaluate.load_items(args.items, self.tokenizer, args.eval_items)
         self.tuned, self.start, self.tokens, self.seconds = None, None, 0, args.seconds
         self.losses: list[Tensor] = []
@@ -262,7 +270,8 @@ class Run:
             (loss + self.student.load_balancing_loss(args.aux)).backward()
             self.tokens += text.numel() * self.cluster.size
         weight = looks_weight(args, share)
-        loss, answers = question_loss(self.student, self.tuned, rows, kinds, args, looks if weight > 0 else (), weight)
+        teacher = self.tuned if rows.shape[1] <= TEACHER_TOKENS + 1 else None
+        loss, answers = question_loss(self.student, teacher, rows, kinds, args, looks if weight > 0 else (), weight)
         (loss + self.student.load_balancing_loss(args.aux)).backward()
         self.tokens += rows.numel() * self.cluster.size
         self.cluster.mean_gradients([p for p in self.optimizer.parameters if p.grad is not None])
@@ -277,11 +286,11 @@ class Run:
         recent, self.losses = torch.stack(self.losses).tolist(), []
         texts, use = [row for row in recent if row[0] > 0], self.student.expert_utilisation()
         kl, ce, gap = (sum(row[i] for row in texts) / max(1, len(texts)) for i in range(3))
-        answer, near, find, copy = (sum(row[i] for row in recent) / len(recent) for i in range(3, 7))
+        answer, near, beside, find, copy = (sum(row[i] for row in recent) / len(recent) for i in range(3, 8))
         waited, self.waited = self.waited, 0.0
         self.log.write(stage="distill", step=step, share=share, tokens=self.tokens,
                        tok_per_s=self.tokens / max(self.elapsed(), 1e-9), kl=kl, ce=ce, hidden=gap, answer=answer,
-                       hidden_qa=near, find=find, copy=copy, waited=waited, norm=norm.item(),
+                       hidden_qa=near, kl_qa=beside, find=find, copy=copy, waited=waited, norm=norm.item(),
                        tuned=int(self.tuned is not None),
                        expert_min=use.min().item(), expert_max=use.max().item())  # fmt: skip
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,15 +34,23 @@ def storage_of(name: str) -> str:
     return "int8" if stem.endswith(INT8_PARTS) else "float"
 
 
-def fake_quantize(name: str, weight: Tensor) -> Tensor:
-    """What the shipped format gives back for `weight`, float32."""
-    kind = storage_of(name)
-    if kind == "int4":
-        return unpack_int4(*pack_int4(weight.flatten(0, -2))).view_as(weight)
-    if kind == "int8":
-        q, scale = quantize_rows(weight)
-        return q * scale[..., None]
-    return weight
+def fake_quantize(names: Sequence[str], weights: Sequence[Tensor]) -> list[Tensor]:
+    """What the shipped format gives back for `weights`, float32. Rows of one length are rounded together."""
+    given, rows = list(weights), defaultdict(list)
+    for i, (name, weight) in enumerate(zip(names, weights, strict=True)):
+        if (kind := storage_of(name)) != "float":
+            rows[kind, weight.shape[-1]].append(i)
+    for (kind, _), members in rows.items():
+        together = torch.cat([weights[i].flatten(0, -2) for i in members])
+        if kind == "int4":
+            rounded = unpack_int4(*pack_int4(together))
+        else:
+            q, scale = quantize_rows(together)
+            rounded = q * scale[:, None]
+        parts = rounded.split([weights[i].shape[:-1].numel() for i in members])
+        for i, part in zip(members, parts, strict=True):
+            given[i] = part.view_as(weights[i])
+    return given
 
 
 def export_checkpoint(masters: dict[str, Tensor], folder: Path) -> None:

@@ -1,12 +1,13 @@
 """The forward of training: hidden states at chosen layers, positions made on the device, and faster token-wise parts.
 
-`accelerate` swaps what costs many small kernels in PyTorch: norms and gates are compiled, and the experts' sorting has
-a backward that gathers instead of adding up. Results and gradients stay the same up to rounding.
+`accelerate` swaps what costs many small kernels in PyTorch: norms and gates are fused, gates and ups are one product,
+and the experts' sorting has a backward that gathers instead of adding up. Results and gradients stay the same up to
+rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +22,11 @@ from model.jamba import Jamba
 from model.kernels.rms_norm import RMSNorm
 from model.kernels.silu_mul import silu_mul
 from model.moe import MLP, MoE, RouterStats
+
+try:
+    from model.train import fused
+except ImportError:  # a PyTorch without Triton
+    fused = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,44 +55,37 @@ def set_rope(model: Jamba, scale: float) -> None:
             module.rope_scale, module.rope_theta = scale, model.config.rope_theta if scale > 0 else None
 
 
-def accelerate(model: Jamba, backend: str = "inductor") -> None:
-    """Swap the forward of norms, MLPs and experts in place; what fails to compile runs as it is.
-
-    Compiled code is for steps, whose shapes repeat: without gradients, as when scoring, the plain one runs.
-    """
-    torch._dynamo.config.suppress_errors = True
-    norm = torch.compile(_norm, dynamic=False, backend=backend)
-    gate = torch.compile(_gate, dynamic=True, backend=backend)
+def accelerate(model: Jamba) -> None:
+    """Swap the forward of norms, MLPs and experts in place. Without gradients the model's own kernels run."""
     for module in model.modules():
         if isinstance(module, RMSNorm):
-            module.forward = partial(_run_norm, norm, module)
+            module.forward = partial(_norm, module)
         elif isinstance(module, MLP):
-            module.forward = partial(_run_mlp, gate, module)
+            module.forward = partial(_mlp, module)
         elif isinstance(module, MoE) and module.top_k == 1:
-            module.forward = partial(_run_experts, gate, module)
+            module.forward = partial(_experts, module)
 
 
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()).to(x.dtype)
+def _norm(module: RMSNorm, x: Tensor) -> Tensor:
+    if fused is None or not x.is_cuda or not torch.is_grad_enabled():
+        return RMSNorm.forward(module, x)
+    return fused.rms_norm(x.flatten(0, -2), module.weight, module.eps).view(x.shape)
 
 
-def _gate(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
+def _gated(gate_up: Tensor) -> Tensor:
+    """(T, 2f) -> (T, f)"""
+    if fused is None or not gate_up.is_cuda or not torch.is_grad_enabled():
+        return silu_mul(*gate_up.chunk(2, dim=-1))
+    return fused.gated(gate_up)
 
 
-def _run_norm(norm: Callable[..., Tensor], module: RMSNorm, x: Tensor) -> Tensor:
-    return norm(x, module.weight, module.eps) if torch.is_grad_enabled() else RMSNorm.forward(module, x)
+def _mlp(mlp: MLP, x: Tensor) -> Tensor:
+    gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+    return mlp.down_proj(_gated(F.linear(x, gate_up)))
 
 
-def _run_mlp(gate: Callable[..., Tensor], mlp: MLP, x: Tensor) -> Tensor:
-    gate = gate if torch.is_grad_enabled() else silu_mul
-    return mlp.down_proj(gate(mlp.gate_proj(x), mlp.up_proj(x)))
-
-
-def _run_experts(gate: Callable[..., Tensor], moe: MoE, x: Tensor) -> Tensor:
+def _experts(moe: MoE, x: Tensor) -> Tensor:
     """`MoE.forward` with one expert a token. (T, d) -> (T, d)"""
-    gate = gate if torch.is_grad_enabled() else silu_mul
     probabilities = moe.router(x).softmax(dim=-1, dtype=torch.float32)
     weights, chosen = probabilities.max(dim=-1)
     order = chosen.argsort(stable=True)
@@ -98,8 +97,7 @@ def _run_experts(gate: Callable[..., Tensor], moe: MoE, x: Tensor) -> Tensor:
     gate_ups, downs = moe.experts.gate_up_proj.unbind(), moe.experts.down_proj.unbind()
     for own, gate_up, down in zip(rows.split(counts.tolist()), gate_ups, downs, strict=True):
         if len(own):
-            first, second = F.linear(own, gate_up).chunk(2, dim=-1)
-            parts.append(F.linear(gate(first, second), down))
+            parts.append(F.linear(_gated(F.linear(own, gate_up)), down))
     return weights[:, None].to(x.dtype) * Permute.apply(torch.cat(parts), inverse, order)
 
 

@@ -9,47 +9,66 @@ from torch.utils.checkpoint import checkpoint
 
 from model.jamba import JambaLayer
 
+try:
+    from model.train import fused
+except ImportError:  # a PyTorch without Triton
+    fused = None
+
 CHUNK_TOKENS = 8192
 
 
-def weighted_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Sum of weights·(−log p(target)): hidden (N, d), head (v, d), targets (N,), weights (N,) -> scalar float32."""
+def vocabulary_loss(
+    hidden: Tensor,
+    head: Tensor,
+    other: Tensor | None,
+    other_head: Tensor | None,
+    targets: Tensor,
+    kl_weights: Tensor,
+    ce_weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ kl_weights·KL(other ‖ hidden) + ce_weights·(−log p(target)), and both parts of each token, detached.
 
-    def chunk_loss(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-        return (F.cross_entropy(F.linear(x, head).float(), target, reduction="none") * weight).sum()
+    hidden, other (N, d) before their heads (v, d); targets, weights (N,) -> scalar, (N,), (N,), float32. Without a
+    teacher (`other` None) the divergence is 0.
+    """
+    if fused is not None and hidden.is_cuda:
+        return fused.vocabulary_loss(hidden, head, other, other_head, targets, kl_weights, ce_weights, CHUNK_TOKENS)
+    return vocabulary_loss_ref(hidden, head, other, other_head, targets, kl_weights, ce_weights)
 
-    pieces = zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), weights.split(CHUNK_TOKENS), strict=True)
-    return torch.stack([checkpoint(chunk_loss, *piece, use_reentrant=False) for piece in pieces]).sum()
 
+def vocabulary_loss_ref(
+    hidden: Tensor,
+    head: Tensor,
+    other: Tensor | None,
+    other_head: Tensor | None,
+    targets: Tensor,
+    kl_weights: Tensor,
+    ce_weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition."""
 
-def distillation(hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor, targets: Tensor) -> Tensor:
-    """Means over tokens of KL(teacher ‖ student) and of cross entropy: hidden, teacher (N, d) -> (2,) float32."""
-
-    def chunk_loss(x: Tensor, other: Tensor, target: Tensor) -> Tensor:
+    def chunk_loss(x: Tensor, y: Tensor, target: Tensor) -> Tensor:
         log_q = F.linear(x, head).float().log_softmax(-1)
+        ce = F.nll_loss(log_q, target, reduction="none")
+        if other is None:
+            return torch.stack([torch.zeros_like(ce), ce])
         with torch.no_grad():
-            log_p = F.linear(other, teacher_head).float().log_softmax(-1)
-        kl = (log_p.exp() * (log_p - log_q)).sum()
-        return torch.stack([kl, F.nll_loss(log_q, target, reduction="sum")])
+            log_p = F.linear(y, other_head).float().log_softmax(-1)
+        return torch.stack([(log_p.exp() * (log_p - log_q)).sum(-1), ce])
 
-    pieces = zip(hidden.split(CHUNK_TOKENS), teacher.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
-    return torch.stack([checkpoint(chunk_loss, *piece, use_reentrant=False) for piece in pieces]).sum(0) / len(targets)
+    pieces = zip(*(x.split(CHUNK_TOKENS) for x in (hidden, hidden if other is None else other, targets)), strict=True)
+    parts = [checkpoint(chunk_loss, *piece, use_reentrant=False) for piece in pieces]
+    kl, ce = torch.cat(parts, dim=1)
+    return (kl_weights * kl + ce_weights * ce).sum(), kl.detach(), ce.detach()
 
 
-def weighted_distillation(
-    hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor, targets: Tensor, weights: Tensor, hard: Tensor
-) -> Tensor:
-    """Sum of weights·(hard·(−log p(target)) + (1 − hard)·KL(teacher ‖ student)), (N,) or (N, d) -> scalar float32."""
+def relative_error(x: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Σ weights·log(1 + ‖x − target‖² / ‖target‖²) over tokens: x, target (N, d), weights (N,) -> scalar float32.
 
-    def chunk_loss(x: Tensor, other: Tensor, target: Tensor, weight: Tensor, share: Tensor) -> Tensor:
-        log_q = F.linear(x, head).float().log_softmax(-1)
-        with torch.no_grad():
-            log_p = F.linear(other, teacher_head).float().log_softmax(-1)
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-        return (weight * (share * F.nll_loss(log_q, target, reduction="none") + (1 - share) * kl)).sum()
-
-    pieces = zip(*(x.split(CHUNK_TOKENS) for x in (hidden, teacher, targets, weights, hard)), strict=True)
-    return torch.stack([checkpoint(chunk_loss, *piece, use_reentrant=False) for piece in pieces]).sum()
+    A few tokens have activations a thousand times the others': relative, and logarithmic, so that none rules the sum.
+    """
+    target = target.float()
+    return (((x.float() - target).square().sum(-1) / target.square().sum(-1)).log1p() * weights).sum()
 
 
 def attention_to(layer: JambaLayer, x: Tensor, queries: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from model.train.muon import Muon
+
+FakeQuantize = Callable[[Sequence[str], Sequence[Tensor]], list[Tensor]]
 MEAN, SQUARE = "adam.mean/", "adam.square/"
 KEEP_FLOAT32 = ("A_log", ".D", "dt_proj.bias")
 
@@ -63,8 +66,11 @@ class Cluster:
             dist.destroy_process_group()
 
 
-class MasterAdamW:
-    """AdamW on float32 masters of a model's parameters; the parameters themselves follow in their own dtype."""
+class MasterOptimizer:
+    """AdamW on float32 masters of a model's parameters; the parameters themselves follow in their own dtype.
+
+    With `muon` that moves the matrices between hidden states, and AdamW the rest.
+    """
 
     def __init__(
         self,
@@ -72,6 +78,7 @@ class MasterAdamW:
         rate_of: Callable[[str], float],
         weight_decay: float = 0.05,
         dtype: torch.dtype = torch.bfloat16,
+        muon: bool = False,
     ) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
@@ -80,36 +87,34 @@ class MasterAdamW:
             p.data = p.data.to(torch.float32 if name.endswith(KEEP_FLOAT32) else dtype)
         for master in self.masters:
             master.grad = torch.zeros_like(master)
-        groups = [
-            {
-                "params": [master],
-                "lr": 0.0,
-                "factor": rate_of(name),
-                "weight_decay": weight_decay if p.ndim > 1 else 0.0,
-            }
-            for name, p, master in zip(self.names, self.parameters, self.masters, strict=True)
-        ]
-        self.optimizer = torch.optim.AdamW(_merge(groups), betas=(0.9, 0.95), eps=1e-8, fused=True)
+        groups: dict[int, list[dict]] = {0: [], 1: [], 2: []}
+        for name, p, master in zip(self.names, self.parameters, self.masters, strict=True):
+            parts = matrices_in(name) if muon else 0
+            decay = weight_decay if p.ndim > 1 else 0.0
+            groups[parts].append({"params": [master], "lr": 0.0, "factor": rate_of(name), "weight_decay": decay})
+        self.optimizers = [torch.optim.AdamW(_merge(groups[0]), betas=(0.9, 0.95), eps=1e-8, fused=True)]
+        for parts in (1, 2):
+            if groups[parts]:
+                self.optimizers.append(Muon([group | {"parts": parts} for group in _merge(groups[parts])]))
 
-    def step(self, rate: float, clip: float = 1.0, fake_quant: Callable[[str, Tensor], Tensor] | None = None) -> Tensor:
+    def step(self, rate: float, clip: float = 1.0, fake_quant: FakeQuantize | None = None) -> Tensor:
         """Apply the parameters' gradients at learning rate `rate`, clear them; returns the gradients' norm."""
         grads = [master.grad for master in self.masters]
         given = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         torch._foreach_copy_(grads, given)
         norm = torch.stack(torch._foreach_norm(grads)).norm()
         torch._foreach_mul_(grads, (clip / (norm + 1e-6)).clamp(max=1.0))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["factor"]
+            optimizer.step()
         self.publish(fake_quant)
         return norm
 
     @torch.no_grad()
-    def publish(self, fake_quant: Callable[[str, Tensor], Tensor] | None = None) -> None:
+    def publish(self, fake_quant: FakeQuantize | None = None) -> None:
         """Copy the masters into the parameters, through the shipped format where `fake_quant` is given."""
-        source = self.masters
-        if fake_quant is not None:
-            source = [fake_quant(name, master) for name, master in zip(self.names, self.masters, strict=True)]
+        source = self.masters if fake_quant is None else fake_quant(self.names, self.masters)
         torch._foreach_copy_([p.data for p in self.parameters], source)
         for p in self.parameters:
             p.grad = None
@@ -130,10 +135,10 @@ class MasterAdamW:
         self.publish()
 
     def save_resumable(self, path: Path, step: int) -> None:
-        """Masters in float32 with AdamW's moments: going on from them is as if nothing had happened."""
+        """Masters in float32 with AdamW's moments: going on from them is as if nothing had happened. Not with Muon."""
         tensors = {}
         for name, master in zip(self.names, self.masters, strict=True):
-            kept = self.optimizer.state[master]
+            kept = self.optimizers[0].state[master]
             tensors |= {name: master, f"{MEAN}{name}": kept["exp_avg"], f"{SQUARE}{name}": kept["exp_avg_sq"]}
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path.with_suffix(".part"), metadata={"step": str(step)})
@@ -147,9 +152,17 @@ class MasterAdamW:
                 master.copy_(file.get_tensor(name))
                 mean, square = (file.get_tensor(prefix + name).to(master) for prefix in (MEAN, SQUARE))
                 count = torch.tensor(float(step), device=master.device)
-                self.optimizer.state[master] = {"step": count, "exp_avg": mean, "exp_avg_sq": square}
+                self.optimizers[0].state[master] = {"step": count, "exp_avg": mean, "exp_avg_sq": square}
         self.publish()
         return step
+
+
+def matrices_in(name: str) -> int:
+    """Of how many matrices between hidden states a parameter consists, one below the other; 0: it is something else."""
+    stem = name.removesuffix(".weight")
+    if stem.endswith(("in_proj", "gate_up_proj")):
+        return 2
+    return int(stem.endswith(("out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")))
 
 
 def _merge(groups: list[dict]) -> list[dict]:
@@ -166,7 +179,7 @@ def cosine(peak: float, step: int, share: float, warmup: int) -> float:
 
 
 def load_into(model: nn.Module, path: Path) -> None:
-    """Load what `MasterAdamW.save` or `save_resumable` wrote into a model, by name; other parameters stay."""
+    """Load what `MasterOptimizer.save` or `save_resumable` wrote into a model, by name; other parameters stay."""
     parameters = dict(model.named_parameters())
     for name, tensor in load_file(path).items():
         if not name.startswith((MEAN, SQUARE)):

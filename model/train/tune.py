@@ -21,7 +21,7 @@ from model.train import evaluate
 from model.train.distill import Steps, question_loss
 from model.train.forward import accelerate
 from model.train.surgery import build_teacher
-from model.train.trainer import Cluster, Log, MasterAdamW
+from model.train.trainer import Cluster, Log, MasterOptimizer
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -35,7 +35,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--final-items", type=int, default=120, help="questions a set, at the end")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--compile", action="store_true", help="compile norms and gates")
     return parser.parse_args()
 
 
@@ -44,9 +43,8 @@ def main() -> None:
     args.hidden, args.text_tokens, args.long_from = 0.0, 0, 1.0
     log, tokenizer = Log(args.out / "tune.jsonl", cluster), Tokenizer.load(args.tokenizer)
     model: Jamba = build_teacher(args.gguf).to(cluster.device)
-    optimizer = MasterAdamW(model, lambda name: 1.0, weight_decay=0.01)
-    if args.compile:
-        accelerate(model)
+    optimizer = MasterOptimizer(model, lambda name: 1.0, weight_decay=0.01)
+    accelerate(model)
     steps = Steps(args, cluster)
     loader = DataLoader(steps, batch_size=None, num_workers=args.workers, prefetch_factor=4, pin_memory=True)
     start, tokens, losses = None, 0, []

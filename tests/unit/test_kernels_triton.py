@@ -6,8 +6,11 @@ import torch
 pytest.importorskip("triton")
 from model.kernels.causal_conv import causal_conv_ref, causal_conv_torch
 from model.kernels.causal_conv_triton import causal_conv_triton
+from model.kernels.rms_norm import rms_norm_ref
 from model.kernels.selective_scan import selective_scan_ref
 from model.kernels.selective_scan_triton import selective_scan_triton
+from model.kernels.silu_mul import silu_mul_ref
+from model.train import fused, losses
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -84,3 +87,52 @@ def test_a_tensor_that_is_not_contiguous_is_named():
     inputs["B"] = inputs["B"].transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(ValueError, match="B must be contiguous"):
         selective_scan_triton(**inputs, state=None)
+
+
+@pytest.mark.parametrize(("rows", "d"), [(37, 33), (5, 16), (2100, 36), (1, 576)])
+def test_fused_norm_and_its_gradients_equal_the_definition(monkeypatch, rows, d):
+    monkeypatch.setattr(fused, "PROGRAMS", 3)
+    torch.manual_seed(rows)
+    wide = torch.randn(rows, 2 * d, device=DEVICE, requires_grad=True)
+    weight = torch.randn(d, device=DEVICE, requires_grad=True)
+    grad = torch.randn(rows, 2 * d, device=DEVICE)[:, :d]  # rows apart, as a slice's gradient may be
+    x = wide[:, d:]
+    out = fused.rms_norm(x, weight, 1e-5)
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    expected = rms_norm_ref(*exact, 1e-5)
+    expected.backward(grad.double())
+    out.backward(grad)
+    assert relative(out, expected) < 1e-6
+    assert relative(wide.grad[:, d:], exact[0].grad) < 1e-5
+    assert relative(weight.grad, exact[1].grad) < 1e-5
+
+
+@pytest.mark.parametrize(("rows", "f"), [(7, 33), (3, 600), (1, 1)])
+def test_fused_gate_and_its_gradient_equal_the_definition(rows, f):
+    torch.manual_seed(f)
+    gate_up, grad = torch.randn(rows, 2 * f, device=DEVICE, requires_grad=True), torch.randn(rows, f, device=DEVICE)
+    exact = gate_up.detach().double().requires_grad_()
+    expected = silu_mul_ref(*exact.chunk(2, dim=-1))
+    expected.backward(grad.double())
+    out = fused.gated(gate_up)
+    out.backward(grad)
+    assert relative(out, expected) < 1e-6
+    assert relative(gate_up.grad, exact.grad) < 1e-5
+
+
+@pytest.mark.parametrize("taught", [True, False])
+@pytest.mark.parametrize(("n", "v"), [(11, 37), (3, 5000), (1, 64)])
+def test_fused_loss_over_the_vocabulary_equals_the_definition(taught, n, v):
+    torch.manual_seed(n)
+    hidden, head, other, other_head = (torch.randn(*s, device=DEVICE) for s in ((n, 8), (v, 8), (n, 8), (v, 8)))
+    targets = torch.randint(v, (n,), device=DEVICE)
+    weights = [torch.rand(n, device=DEVICE), torch.rand(n, device=DEVICE)]
+    given, results = (hidden, head), []
+    for dtype, loss in ((torch.float32, fused.vocabulary_loss), (torch.float64, losses.vocabulary_loss_ref)):
+        own = [t.detach().to(dtype).requires_grad_() for t in given]
+        taught_by = [t.to(dtype) for t in (other, other_head)] if taught else [None, None]
+        total, kl, ce = loss(*own, *taught_by, targets, *(w.to(dtype) for w in weights))
+        (3 * total).backward()
+        results.append([total.detach(), *([kl] if taught else []), ce, *(t.grad for t in own)])
+    for ours, expected in zip(*results, strict=True):
+        assert relative(ours, expected) < 1e-5

@@ -191,7 +191,10 @@ def test_int4_layout_is_as_documented() -> None:
     unpacked = unpack_int4(packed, scales)
     assert unpacked[2, 130] == low[2, 65] * scales[2, 2].float()
     assert unpacked[2, 131] == high[2, 65] * scales[2, 2].float()
-    assert ((unpacked - weight).abs() <= 0.51 * scales.float().repeat_interleave(64, dim=1)).all()
+    steps = weight / scales.float().repeat_interleave(64, dim=1)
+    held = (unpacked / scales.float().repeat_interleave(64, dim=1)).round()
+    assert ((held - steps.clamp(max=7)).abs() <= 0.51).all()
+    assert (steps.unflatten(1, (-1, 64)).amin(-1).round() == -8).all()
 
 
 @pytest.mark.parametrize("to", ["fp32", "bf16"])

@@ -34,8 +34,9 @@ from model.train.data import (
     findings,
 )
 from model.train.export import fake_quantize, storage_of
+from model.train.muon import Muon
 from model.train.tokenizer_cut import SPECIAL_TOKENS
-from model.train.trainer import MasterAdamW
+from model.train.trainer import MasterOptimizer
 from tests.numeric import assert_close
 
 
@@ -93,29 +94,51 @@ def test_chunked_losses_equal_the_plain_ones(monkeypatch):
     torch.manual_seed(0)
     hidden, head = torch.randn(20, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
     other, other_head = torch.randn(20, 8), torch.randn(11, 8)
-    targets, weights = torch.randint(11, (20,)), torch.rand(20)
-    plain = (F.cross_entropy(hidden @ head.T, targets, reduction="none") * weights).sum()
-    chunked = losses.weighted_cross_entropy(hidden, head, targets, weights)
+    targets, kl_weights, ce_weights = torch.randint(11, (20,)), torch.rand(20), torch.rand(20)
+    log_p, log_q = (other @ other_head.T).log_softmax(-1), (hidden @ head.T).log_softmax(-1)
+    kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    ce = F.nll_loss(log_q, targets, reduction="none")
+    plain = (kl_weights * kl + ce_weights * ce).sum()
+    chunked, *parts = losses.vocabulary_loss(hidden, head, other, other_head, targets, kl_weights, ce_weights)
     assert_close("loss", chunked, plain, ratio=1e-6)
+    assert_close("KL", parts[0], kl, ratio=1e-5)
+    assert_close("cross entropy", parts[1], ce, ratio=1e-5)
     for ours, expected in zip(*(torch.autograd.grad(x, [hidden, head]) for x in (chunked, plain)), strict=True):
         assert_close("gradient", ours, expected, ratio=1e-5)
-    log_p, log_q = (other @ other_head.T).log_softmax(-1), (hidden @ head.T).log_softmax(-1)
-    kl, ce = losses.distillation(hidden, head, other, other_head, targets)
-    assert_close("KL", kl, F.kl_div(log_q, log_p, log_target=True, reduction="batchmean"), ratio=1e-5)
-    assert_close("cross entropy", ce, F.nll_loss(log_q, targets), ratio=1e-5)
+    alone, _, _ = losses.vocabulary_loss(hidden, head, None, None, targets, kl_weights, ce_weights)
+    assert_close("without a teacher", alone, (ce_weights * ce).sum(), ratio=1e-6)
 
 
-def test_an_optimizer_step_moves_the_weights_and_they_follow_as_the_shipped_format_holds_them():
+@pytest.mark.parametrize("muon", [False, True])
+def test_an_optimizer_step_moves_the_weights_and_they_follow_as_the_shipped_format_holds_them(muon):
     torch.manual_seed(0)
     whole_groups = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}  # int4 has groups of 64
     model = Jamba(small(**whole_groups, attn_layer_period=2, num_experts=2))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = MasterAdamW(model, lambda name: 1.0)
+    optimizer = MasterOptimizer(model, lambda name: 1.0, muon=muon)
     model(torch.randint(64, (2, 9))).float().logsumexp(-1).mean().backward()
     optimizer.step(1e-2, fake_quant=fake_quantize)
     for name, parameter, master in zip(optimizer.names, optimizer.parameters, optimizer.masters, strict=True):
         assert "layernorm" in name or not torch.equal(parameter.float(), before[name]), name
-        assert torch.equal(parameter, fake_quantize(name, master).to(parameter.dtype)), name
+        assert torch.equal(parameter, fake_quantize([name], [master])[0].to(parameter.dtype)), name
+
+
+def test_muon_moves_every_matrix_by_the_orthogonal_one_nearest_to_its_gradient():
+    torch.manual_seed(0)
+    parameters = [torch.randn(shape) for shape in ((6, 40), (40, 6), (3, 12, 40), (80, 20))]
+    before = [p.clone() for p in parameters]
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    groups = [{"params": parameters[:2]}, {"params": parameters[2:], "parts": 2}]
+    Muon(groups, lr=0.1, weight_decay=0.5).step()
+    for p, old, parts in zip(parameters, before, (1, 1, 2, 2), strict=True):
+        updates = ((0.95 * old - p) / 0.1).view(-1, p.shape[-2] // parts, p.shape[-1])
+        for update, grad in zip(updates, p.grad.view(updates.shape), strict=True):
+            u, _, vh = torch.linalg.svd(grad, full_matrices=False)
+            sizes = torch.linalg.svdvals(update) / (0.2 * max(grad.shape) ** 0.5)
+            assert 0.65 < sizes.min() < sizes.max() < 1.25
+            cosine = torch.cosine_similarity(update.flatten(), (u @ vh).flatten(), dim=0)
+            assert cosine > 0.95
 
 
 AVERAGE = """
@@ -146,14 +169,15 @@ def test_two_processes_of_torchrun_average_their_gradients(tmp_path):
     ("name", "kind", "row", "levels"),
     [
         ("layers.0.self_attn.o_proj.weight", "int8", 320, 127),
-        ("layers.1.mamba.in_proj.weight", "int4", 64, 7),
-        ("layers.1.feed_forward.experts.down_proj", "int4", 64, 7),
+        ("layers.1.mamba.in_proj.weight", "int4", 64, 8),
+        ("layers.1.feed_forward.experts.down_proj", "int4", 64, 8),
     ],
 )
 def test_what_the_shipped_format_rounds_is_whole_steps_of_its_largest(name, kind, row, levels):
     torch.manual_seed(0)
     assert storage_of(name) == kind
-    rows = fake_quantize(name, torch.randn(2, 9, 320) if "experts" in name else torch.randn(9, 320)).view(-1, row)
+    weight = torch.randn(2, 9, 320) if "experts" in name else torch.randn(9, 320)
+    rows = fake_quantize([name], [weight])[0].view(-1, row)
     steps = rows / rows.abs().amax(-1, keepdim=True) * levels
     assert_close("steps", steps, steps.round(), ratio=1e-5)
 

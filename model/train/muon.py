@@ -1,0 +1,62 @@
+"""Muon: momentum whose matrices are made orthogonal before they are applied.
+
+Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks"; the size of an update as in "Muon is
+Scalable for LLM Training" (arXiv 2502.16982), so that AdamW's learning rates hold.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+UPDATE_RMS = 0.2  # what AdamW's updates have, about
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """matrices (m, r, c), r <= c -> U·Vᵀ of each one's singular value decomposition, about, in bfloat16.
+
+    Singular values end between 0.7 and 1.2.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.bfloat16()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """For parameters of two dimensions or three, of which the last two are a matrix.
+
+    A group's `parts` says of how many matrices, one below the other, each of these consists.
+    """
+
+    def __init__(self, params: Iterable, lr: float = 1e-3, weight_decay: float = 0.0, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "parts": 1})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        wide = defaultdict(list)  # matrices of one shape together: few, large products
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(state["momentum"], group["momentum"])  # Nesterov's
+                matrices = update.view(-1, p.shape[-2] // group["parts"], p.shape[-1])
+                matrices = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+                wide[matrices.shape[1:]].append((p, group, matrices))
+        for (_, columns), members in wide.items():
+            updates = orthogonalize(torch.cat([matrices.bfloat16() for *_, matrices in members]))
+            updates = updates.split([len(matrices) for *_, matrices in members])
+            for (p, group, _), update in zip(members, updates, strict=True):
+                rows = p.shape[-2] // group["parts"]
+                update = update if update.shape[1] == rows else update.mT
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.reshape(p.shape), alpha=-group["lr"] * UPDATE_RMS * columns**0.5)
