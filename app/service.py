@@ -160,6 +160,11 @@ class RagService:
             raise DocumentNotFound(f"there is no document {document_id[:80]!r}")
         return document
 
+    def check_visible(self, document_id: str, principal: Principal) -> None:
+        """As `visible_document`, but a document deleted in the last day will do."""
+        if not principal.may_see(self.store.collection_of(document_id)):
+            raise DocumentNotFound(f"there is no document {document_id[:80]!r}")
+
     def visible_collection(self, name: str, principal: Principal) -> str:
         """`name` if it exists and the key may see it, else CollectionNotFound. Blocks."""
         if not principal.may_see(name):

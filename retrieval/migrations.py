@@ -67,6 +67,13 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ("DROP TABLE chunk_words",),
     # Another embedder's vectors while they are made: store_embedder.py.
     (NEXT_VECTORS,),
+    # Where in the list a document stood that is gone: a client may go on from there. store_documents.py
+    (
+        """CREATE TABLE deleted_documents (
+            id_digest BLOB PRIMARY KEY, row INTEGER NOT NULL, collection TEXT NOT NULL, deleted_at REAL NOT NULL)
+            WITHOUT ROWID""",
+        "CREATE INDEX deleted_documents_by_time ON deleted_documents(deleted_at)",
+    ),
 )
 _APPLICATION_ID = 0x4A524147  # "JRAG", in the file's header: another program's database is not ours to change
 

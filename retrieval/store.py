@@ -157,9 +157,17 @@ class DocumentStore(IndexFeed):
         limit: int = 100,
         after: str | None = None,
     ) -> list[Document]:
-        """Newest versions, oldest document first, at most `limit`, those after the document id `after`."""
+        """Newest versions, oldest document first, at most `limit`, those after the document id `after`.
+
+        That one may be gone, for a day. Raises CollectionNotFound, DocumentNotFound.
+        """
         with self._db.read() as c:
             return documents.list_documents(c, collections, status, limit, after)
+
+    def collection_of(self, document_id: str) -> str:
+        """Where a document is, or was before it was deleted in the last day. Raises DocumentNotFound."""
+        with self._db.read() as c:
+            return documents.find_place(c, document_id)[1]
 
     def ready_documents(
         self, collections: Sequence[str], document_ids: Sequence[str] | None = None, filters: Filters | None = None

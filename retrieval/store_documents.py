@@ -8,6 +8,7 @@ import re
 import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from uuid import uuid4
 
 from . import store_content as content
@@ -86,7 +87,7 @@ def delete_collection(c: sqlite3.Connection, name: str, now: float) -> IndexChan
     (collection_row,) = collection_rows(c, [name])
     rows = [row for (row,) in c.execute("SELECT row FROM documents WHERE collection_row = ?", (collection_row,))]
     change = content.remove_content(c, rows, now)
-    c.execute("DELETE FROM documents WHERE collection_row = ?", (collection_row,))
+    _delete_rows(c, rows, now)
     if name != DEFAULT_COLLECTION:
         c.execute("DELETE FROM collections WHERE row = ?", (collection_row,))
     return change
@@ -99,6 +100,8 @@ def collection_rows(c: sqlite3.Connection, names: Sequence[str]) -> list[int]:
         raise CollectionNotFound(f"there is no collection {missing[0][:80]!r}")
     return [known[name] for name in names]
 
+
+_PLACES_KEPT_S = 86_400.0  # a client that lists documents may go on for so long from one that is gone
 
 _DOCUMENT = """
     SELECT d.row AS document_row, d.id, k.name AS collection, d.deleting, d.created_at, v.*
@@ -221,11 +224,40 @@ def list_documents(
         where.append("CASE WHEN d.deleting THEN 'deleting' ELSE v.status END = ?")
         values.append(status)
     if after is not None:
-        get_document(c, after)
-        where.append("d.row > (SELECT row FROM documents WHERE id = ?)")
-        values.append(after)
+        where.append("d.row > ?")
+        values.append(find_place(c, after)[0])
     rows = c.execute(f"{_NEWEST} WHERE {' AND '.join(where)} ORDER BY d.row LIMIT ?", (*values, limit))
     return [document_from_row(row) for row in rows]
+
+
+def find_place(c: sqlite3.Connection, document_id: str) -> tuple[int, str]:
+    """(row, collection) of a document, also of one deleted in the last day. Raises DocumentNotFound."""
+    place = c.execute(
+        """SELECT d.row, k.name FROM documents d JOIN collections k ON k.row = d.collection_row WHERE d.id = ?
+        UNION ALL SELECT row, collection FROM deleted_documents WHERE id_digest = ?""",
+        (document_id, _digest(document_id)),
+    ).fetchone()
+    if place is None:
+        raise DocumentNotFound(f"there is no document {document_id[:80]!r}")
+    return tuple(place)
+
+
+def _delete_rows(c: sqlite3.Connection, rows: Sequence[int], now: float) -> None:
+    gone = json.dumps(rows)
+    c.execute("DELETE FROM deleted_documents WHERE deleted_at < ?", (now - _PLACES_KEPT_S,))
+    places = c.execute(
+        """SELECT d.id, d.row, k.name FROM documents d JOIN collections k ON k.row = d.collection_row
+        WHERE d.row IN (SELECT value FROM json_each(?))""",
+        (gone,),
+    ).fetchall()
+    c.executemany(
+        "INSERT INTO deleted_documents VALUES (?, ?, ?, ?)", [(_digest(place[0]), *place[1:], now) for place in places]
+    )
+    c.execute("DELETE FROM documents WHERE row IN (SELECT value FROM json_each(?))", (gone,))
+
+
+def _digest(document_id: str) -> bytes:
+    return sha256(document_id.encode(errors="surrogatepass")).digest()
 
 
 def ready_documents(
@@ -281,7 +313,7 @@ def delete_document(c: sqlite3.Connection, document_id: str, now: float) -> Inde
     get_document(c, document_id)
     (row,) = c.execute("SELECT row FROM documents WHERE id = ?", (document_id,)).fetchone()
     change = content.remove_content(c, [row], now)
-    c.execute("DELETE FROM documents WHERE row = ?", (row,))
+    _delete_rows(c, [row], now)
     return change
 
 

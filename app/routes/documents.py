@@ -63,10 +63,10 @@ def list_documents(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: str | None = None,
 ) -> schemas.DocumentPage:
-    """A page of documents, oldest first; `after` is the last id of the page before."""
+    """A page of documents, oldest first; `after` is the last id of the page before, which may be deleted by now."""
     names = service.visible_collections(None if collection is None else [collection], principal)
     if after is not None:
-        service.visible_document(after, principal)
+        service.check_visible(after, principal)
     found = service.store.list_documents(names, status, limit + 1, after)
     data = [schemas.Document.model_validate(document) for document in found[:limit]]
     return schemas.DocumentPage(data=data, has_more=len(found) > limit)

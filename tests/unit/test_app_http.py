@@ -115,6 +115,21 @@ async def test_listing_is_paged_and_filtered(client, lighthouse, garden):
     assert {lighthouse["id"], garden["id"]} <= set(ids)
 
 
+async def test_a_listing_goes_on_when_the_last_document_of_a_page_was_deleted(client):
+    await client.post("/v1/collections", json={"name": "walked"})
+    await client.post("/v1/collections", json={"name": "other"})
+    files = [("file", (f"{number}.txt", f"number {number}".encode())) for number in range(4)]
+    sent = (await client.post("/v1/documents", files=files, data={"collection": "walked"})).json()["data"]
+    first = (await client.get("/v1/documents", params={"collection": "walked", "limit": 2})).json()["data"]
+    assert (await client.delete(f"/v1/documents/{first[1]['id']}")).status_code == 204
+    after = {"after": first[1]["id"]}
+    rest = (await client.get("/v1/documents", params={"collection": "walked"} | after)).json()
+    assert [document["id"] for document in rest["data"]] == [document["id"] for document in sent[2:]]
+    made = (await client.post("/v1/keys", json={"name": "b", "role": "reader", "collections": ["other"]})).json()
+    foreign = await client.get("/v1/documents", params=after, headers={"Authorization": f"Bearer {made['key']}"})
+    assert (foreign.status_code, foreign.json()["code"]) == (404, "document_not_found")
+
+
 async def test_collections_come_and_go(client):
     made = await client.post("/v1/collections", json={"name": "birds"})
     assert made.status_code == 201 and made.json()["fits_context"]

@@ -233,6 +233,25 @@ def test_listing_in_pages(store):
         store.list_documents(after="doc_unknown")
 
 
+def test_a_listing_goes_on_from_a_deleted_document_for_a_day(tmp_path):
+    now = 1000.0
+    store = DocumentStore(tmp_path / "rag.sqlite3", clock=lambda: now)
+    store.create_collection("birds")
+    ids = [queue(store, f"text {i}", collection="birds").id for i in range(4)]
+    store.delete_document(ids[1])
+    assert [document.id for document in store.list_documents(limit=2, after=ids[1])] == ids[2:]
+    store.delete_collection("birds")
+    last = queue(store, "later").id
+    assert [document.id for document in store.list_documents(after=ids[3])] == [last]
+    assert store.collection_of(ids[0]) == "birds"
+    now += 2 * 86_400
+    store.delete_document(last)
+    with pytest.raises(DocumentNotFound):
+        store.list_documents(after=ids[1])
+    assert store.list_documents(after=last) == []
+    store.close()
+
+
 def test_metadata_filters(store):
     add(store, "one", lang="en", year=2020, tags=["a", "b"], draft=False)
     add(store, "two", lang="de", year=2021, tags=["b"], draft=True)
