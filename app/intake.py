@@ -90,7 +90,7 @@ async def _receive_part(
         save = service.files.save_stream
         sha256, nbytes = await read_in_thread(
             part,
-            lambda pieces: save(_charge(pieces, service, principal), limits.max_file_bytes),
+            lambda pieces: save(_charge(pieces, service, principal), limits.max_file_bytes, hold=True),
             limits.max_file_bytes,
         )
         form.files.append(ReceivedFile(part.filename, sha256, nbytes))
@@ -107,7 +107,7 @@ def _charge(pieces: Iterator[bytes], service: RagService, principal: Principal) 
 
 async def _drop(service: RagService, form: UploadForm) -> None:
     with anyio.CancelScope(shield=True):
-        await anyio.to_thread.run_sync(service.drop_unused, form.digests())
+        await anyio.to_thread.run_sync(service.release_files, form.digests())
 
 
 def read_options(form: UploadForm, principal: Principal, service: RagService) -> UploadOptions:

@@ -104,7 +104,7 @@ class RagService:
     ) -> tuple[Document, bool]:
         """Queue a stored upload for ingestion; returns it and whether it is new work.
 
-        From here on the document survives anything. What is refused is the caller's to drop. Blocks. Raises
+        From here on the document survives anything. The caller holds its file. Blocks. Raises
         CollectionFull when there are `max_documents` already and this is none of them; 0: any number.
         """
         with self._files_lock:
@@ -128,11 +128,8 @@ class RagService:
     def _inspect(self, received: ReceivedFile) -> tuple[str, str]:
         """(name as shown, media type). Raises InvalidRequest, EmptyFile, UnsupportedMediaType."""
         filename = check_filename(received.filename)
-        try:
-            with self.files.open(received.sha256) as file:
-                return filename, sniff_media_type(file.read(SNIFF_BYTES), filename)
-        except FileNotFoundError as error:  # the same bytes came in another request too, and were refused there
-            raise InvalidRequest(f"{filename!r} was deleted while it was being uploaded; send it again") from error
+        with self.files.open(received.sha256) as file:
+            return filename, sniff_media_type(file.read(SNIFF_BYTES), filename)
 
     def _check_room(self, collection: str, max_documents: int, sha256: str) -> None:
         counts = self.store.get_collection(collection)
@@ -144,8 +141,14 @@ class RagService:
                 f"collection {collection!r} holds {max_documents} documents, which is this key's limit; delete some"
             )
 
-    def drop_unused(self, digests: Iterable[str]) -> None:
-        """Remove originals that no document needs. Blocks."""
+    def release_files(self, digests: Iterable[str]) -> None:
+        """Those held while they were received: keep what a document needs by now. Blocks."""
+        digests = list(digests)
+        for sha256 in digests:
+            self.files.release(sha256)
+        self._drop_unused(digests)
+
+    def _drop_unused(self, digests: Iterable[str]) -> None:
         with self._files_lock:
             for sha256 in digests:
                 if not self.store.file_in_use(sha256):
@@ -229,10 +232,10 @@ class RagService:
         if any(document.version > 1 for document in documents):  # older versions have originals of their own
             self._drop_unused_files()
         else:
-            self.drop_unused(document.sha256 for document in documents)
+            self._drop_unused(document.sha256 for document in documents)
 
     def _drop_unused_files(self) -> None:
-        self.drop_unused(path.name for path in self.files.directory.iterdir() if len(path.name) == 64)
+        self._drop_unused(path.name for path in self.files.directory.iterdir() if len(path.name) == 64)
 
     def _pages(self, collections: Sequence[str] | None, status: str | None) -> Iterable[Document]:
         after = None

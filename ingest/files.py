@@ -9,7 +9,9 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -41,11 +43,14 @@ class FileStore:
         self.directory.mkdir(parents=True, exist_ok=True)
         for leftover in self.directory.glob(f"{_TEMP_PREFIX}*"):
             leftover.unlink(missing_ok=True)
+        self._lock = threading.Lock()
+        self._held: Counter[str] = Counter()
 
-    def save_stream(self, pieces: Iterable[bytes], max_bytes: int) -> tuple[str, int]:
+    def save_stream(self, pieces: Iterable[bytes], max_bytes: int, hold: bool = False) -> tuple[str, int]:
         """Store the bytes of `pieces` durably and return (sha256, number of bytes).
 
-        Memory is one piece. Raises FileTooLarge as soon as the limit is passed, StorageFull when the disk is.
+        With `hold`, `delete` does nothing to them before `release`. Memory is one piece. Raises FileTooLarge as soon
+        as the limit is passed, StorageFull when the disk is.
         """
         try:
             handle, name = tempfile.mkstemp(prefix=_TEMP_PREFIX, dir=self.directory)
@@ -56,7 +61,10 @@ class FileStore:
                     file.flush()
                     os.fsync(file.fileno())
                 self.require_room()
-                temporary.rename(self.path(digest))
+                with self._lock:
+                    temporary.rename(self.path(digest))
+                    if hold:
+                        self._held[digest] += 1
                 self._sync_directory()
             except BaseException:
                 temporary.unlink(missing_ok=True)
@@ -93,8 +101,17 @@ class FileStore:
         return self.path(sha256).open("rb")
 
     def delete(self, sha256: str) -> None:
-        """Remove the original; fine when it is gone already."""
-        self.path(sha256).unlink(missing_ok=True)
+        """Remove the original unless somebody holds it; fine when it is gone already."""
+        with self._lock:
+            if sha256 not in self._held:
+                self.path(sha256).unlink(missing_ok=True)
+
+    def release(self, sha256: str) -> None:
+        """End one hold of `save_stream`."""
+        with self._lock:
+            self._held[sha256] -= 1
+            if self._held[sha256] <= 0:
+                del self._held[sha256]
 
     def _sync_directory(self) -> None:
         handle = os.open(self.directory, os.O_RDONLY)

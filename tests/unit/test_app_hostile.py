@@ -174,3 +174,26 @@ async def test_events_of_a_document_are_numbered_and_typed(client):
     assert {block["event"] for block in blocks[:-1]} <= {"document.progress"}
     assert blocks[-1]["event"] == "document.ready" and json.loads(blocks[-1]["data"])["status"] == "ready"
     await client.delete(path)
+
+
+async def test_files_being_received_outlive_what_removes_unused_originals(client):
+    """A replaced document removes originals that nobody needs: not those of a form that is still arriving."""
+    files = client.app.state.service.files
+    old = await client.upload("old.txt", "The old words.")
+    before = set(files.directory.iterdir())
+
+    async def slow_form():
+        yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="slow.txt"\r\n\r\nslow words\r\n--b\r\n'
+        while all("-" in path.name for path in set(files.directory.iterdir()) - before):
+            await asyncio.sleep(0.01)
+        newer = {"file": ("old.txt", b"The newer words.")}
+        assert (await client.put(f"/v1/documents/{old['id']}", files=newer)).status_code == 202
+        assert (await client.settle(old["id"]))["version"] == 2
+        yield b'Content-Disposition: form-data; name="file"; filename="last.txt"\r\n\r\nlast words\r\n--b--\r\n'
+
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    reply = await client.post("/v1/documents", content=slow_form(), headers=headers)
+    assert (reply.status_code, reply.json()["errors"]) == (202, [])
+    for document in reply.json()["data"]:
+        assert (await client.settle(document["id"]))["status"] == "ready"
+    assert len(set(files.directory.iterdir()) - before) == 3  # the old words have gone

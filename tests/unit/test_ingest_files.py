@@ -97,3 +97,14 @@ def test_a_name_of_ten_thousand_characters_is_cut_and_keeps_its_suffix():
     assert len(name) == MAX_FILENAME_CHARS
     assert name.endswith("n.pdf")
     assert len(clean_filename("n" * 10_000)) == MAX_FILENAME_CHARS
+
+
+def test_a_held_file_stays_until_every_hold_has_ended(files):
+    digest, _ = files.save_stream([b"x"], 10, hold=True)
+    files.save_stream([b"x"], 10, hold=True)
+    files.release(digest)
+    files.delete(digest)
+    assert files.path(digest).exists()
+    files.release(digest)
+    files.delete(digest)
+    assert not files.path(digest).exists()
