@@ -1,6 +1,7 @@
 """HTML: the main text with its headings, lists and tables; no scripts, styles, navigation or hidden parts.
 
-Works on the event stream of the tree, never recursively, so nesting costs nothing.
+Works on the event stream of the tree, never recursively. libxml2 reads 2,048 elements within each other; what stands
+behind a place nested more deeply is not read, which is said.
 """
 
 import re
@@ -20,6 +21,7 @@ _DROPPED = frozenset(
     {"head", "script", "style", "noscript", "template", "nav", "aside", "form", "button", "select", "textarea", "svg"}
     | {"math", "canvas", "video", "audio", "iframe", "object", "embed"}
 )
+_TOO_DEEP = "the page nests more than 2,048 elements within each other"
 _OUTSIDE_MAIN = frozenset({"header", "footer"})
 _DROPPED_ROLES = frozenset({"navigation", "banner", "contentinfo", "search", "complementary"})
 _BLOCKS = frozenset(
@@ -36,15 +38,21 @@ def parse_html(data: bytes) -> ParsedDocument:
     markup = _XML_DECLARATION.sub("", read_text(data, declared[1].decode("ascii") if declared else None), count=1)
     if not markup.strip():
         raise ParseError("empty_document", "the page holds no text; check that the right file was sent")
+    parser = lxml.html.HTMLParser(remove_comments=True, remove_pis=True, huge_tree=True)
     try:
-        tree = lxml.html.document_fromstring(markup, parser=lxml.html.HTMLParser(remove_comments=True, remove_pis=True))
+        tree = lxml.html.document_fromstring(markup, parser=parser)
     except etree.ParserError as error:
         raise ParseError("broken_html", f"the page cannot be read as HTML: {error}") from error
     title = " ".join((tree.findtext(".//title") or "").split())
     root = _main_part(tree)
     writer = BlockWriter()
     _write_text(root, writer, drop_outside=root.tag == "body")
-    return writer.finish("text/html", title=title or None)
+    parsed = writer.finish("text/html", title=title or None)
+    if parser.error_log.filter_types([etree.ErrorTypes.ERR_RESOURCE_LIMIT]):
+        if not parsed.text.strip():
+            raise ParseError("nested_too_deeply", f"{_TOO_DEEP}; save it as plain text or PDF and send that")
+        return parsed._replace(unread=f"{_TOO_DEEP}: what follows there is not read")
+    return parsed
 
 
 def _main_part(tree: lxml.html.HtmlElement) -> lxml.html.HtmlElement:

@@ -154,10 +154,19 @@ def test_html_in_a_declared_legacy_encoding():
     assert parse_html(page).text == "Příliš žluťoučký kůň"
 
 
-def test_html_nested_very_deeply_is_read():
-    depth = 20_000
-    parsed = parse_html(b"<p>start</p>" + b"<div>" * depth + b"x" + b"</div>" * depth)
-    assert parsed.text.startswith("start")
+def test_html_nested_deeply_is_read():
+    depth = 2000
+    parsed = parse_html(b"<p>start</p>" + b"<div>" * depth + b"x" + b"</div>" * depth + b"<p>end</p>")
+    assert (parsed.text, parsed.unread) == ("start\n\nx\n\nend", None)
+
+
+def test_html_nested_too_deeply_says_so():
+    deep = b"<div>" * 20_000 + b"x" + b"</div>" * 20_000
+    parsed = parse_html(b"<p>start</p>" + deep)
+    assert parsed.text == "start" and "2,048 elements" in parsed.unread
+    with pytest.raises(ParseError, match="2,048 elements") as error:
+        parse_html(deep)
+    assert error.value.code == "nested_too_deeply"
 
 
 def write_docx(path: Path) -> None:
