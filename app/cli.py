@@ -42,7 +42,8 @@ def options(
 
 
 def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=None if not sys.stdout.isatty() else 2) + "\n")
+    plain = (sys.stdout.encoding or "").lower() not in {"utf-8", "utf8"}  # JSON has escapes of its own
+    sys.stdout.write(json.dumps(value, ensure_ascii=plain, indent=None if not sys.stdout.isatty() else 2) + "\n")
 
 
 @app.command()
@@ -383,6 +384,7 @@ def _fail(message: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
+    render.accept_any_text()
     try:
         app(arguments)
     except SettingsError as error:

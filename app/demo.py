@@ -66,6 +66,7 @@ def _say(text: str) -> None:
 
 
 def main() -> None:
+    render.accept_any_text()
     try:
         run_demo(ROOT / "samples" / "documents", DATA_DIR)
     except (ValueError, RuntimeError, OSError) as error:

@@ -36,7 +36,7 @@ from app.readiness import make_checks
 from app.routes import answers, collections, documents, keys, openai, search, system
 from app.schemas import Problem
 from app.service import RagService
-from app.settings import ModelSettings, RedisSettings, Settings, SettingsError
+from app.settings import MIN_EVIDENCE_TOKENS, ModelSettings, RedisSettings, Settings, SettingsError
 from app.text_format import TextFormat
 from app.tracing import Tracing
 from app.unloaded_engine import UnloadedEngine
@@ -261,6 +261,7 @@ def build_model(settings: Settings, stack: ExitStack, answering: bool, nonce: st
     stores = _state_stores(settings, device, stack)
     if device is None:
         prompt_format = _choose_format(path, tokenizer, nonce, max_context_tokens)
+        check_room(prompt_format, settings)
         return LoadedModel(UnloadedEngine(), PrefixCache(stores), tokenizer, prompt_format, path.resolve().name)
     if settings.model.threads:
         torch.set_num_threads(settings.model.threads)
@@ -290,10 +291,30 @@ def build_model(settings: Settings, stack: ExitStack, answering: bool, nonce: st
         draft_tokens=settings.model.draft_tokens,
     )
     stack.callback(engine.close)
-    if not engine.max_context_tokens:
+    if not engine.max_context_tokens and not settings.model.state_max_bytes:
         raise SettingsError(f"{device} has no memory left for a question beside the weights of {path}")
     prompt_format = _choose_format(path, tokenizer, nonce, engine.max_context_tokens)
+    check_room(prompt_format, settings)
     return LoadedModel(engine, cache, tokenizer, prompt_format, path.resolve().name, engine.drafts)
+
+
+def check_room(prompt_format: AnswerFormat, settings: Settings) -> None:
+    """Raises SettingsError when not even a short question about a short passage could be answered."""
+    room, output = prompt_format.max_context_tokens, settings.answers.max_output_tokens
+    needed = prompt_format.count_prompt("?") + MIN_EVIDENCE_TOKENS + output
+    if room >= needed:
+        return
+    given, state = settings.model.max_context_tokens, settings.model.state_max_bytes
+    if given and given == room:
+        cause = f"JAMBA_RAG_MODEL__MAX_CONTEXT_TOKENS={given} is"
+    elif state:
+        cause = f"JAMBA_RAG_MODEL__STATE_MAX_BYTES={state} holds {room} tokens, which is"
+    else:
+        cause = f"the model takes {room} tokens here, which is"
+    raise SettingsError(
+        f"{cause} too little to answer a question: instructions, {MIN_EVIDENCE_TOKENS} tokens of documents and an "
+        f"answer of JAMBA_RAG_ANSWERS__MAX_OUTPUT_TOKENS={output} need {needed}; raise it or let answers be shorter"
+    )
 
 
 def gpu_cache_bytes(settings: Settings, free_bytes: int, layout: StateLayout, max_context_tokens: int) -> int:

@@ -78,9 +78,13 @@ class AnswerFormat(Protocol):
         """Drop everything kept, as when a document was deleted."""
         ...
 
+    def count_prompt(self, question: str, turns: Sequence[Turn] = ()) -> int:
+        """Tokens of a prompt without documents."""
+        return len(self.build_prompt(question, _NO_EVIDENCE, turns).token_ids)
+
     def room_for_evidence(self, question: str, max_output_tokens: int, turns: Sequence[Turn] = ()) -> int:
         """Tokens that the documents of a prompt may take. Raises ContextTooLong when the question leaves none."""
-        prompt_tokens = len(self.build_prompt(question, _NO_EVIDENCE, turns).token_ids)
+        prompt_tokens = self.count_prompt(question, turns)
         room = self.max_context_tokens - prompt_tokens - max_output_tokens
         if room < 0:
             raise ContextTooLong(prompt_tokens, max_output_tokens, self.max_context_tokens)

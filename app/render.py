@@ -25,6 +25,13 @@ _NEAREST = 3  # passages shown where there is no answer
 _CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069]")
 
 
+def accept_any_text() -> None:
+    """From now on stdout and stderr write what their encoding lacks as an escape, `\\u2248` for instance."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def tame(text: str) -> str:
     """The text without what could steer a terminal: documents are data."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "JAMBA_RAG_"
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
+MIN_EVIDENCE_TOKENS = 64  # less holds no passage
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parent.parent / "model" / "checkpoints" / "jamba-small"
 
 
@@ -123,7 +124,13 @@ class IngestSettings(_Group):
     max_file_bytes: int = _setting(1 << 30, "Largest file accepted.", "bytes", ge=1)
     max_files_per_request: int = _setting(1000, "Most files in one upload request.", "files", ge=1)
     chunk_tokens: int = _setting(256, "Length a chunk is cut to.", "tokens of the embedder", ge=16)
-    workers: int = _setting(2, "Documents ingested at once.", "threads", ge=0)
+    workers: int = _setting(
+        2,
+        "Documents ingested at once; one more thread takes small files alone, unless this is 0: then nothing is "
+        "ingested.",
+        "threads",
+        ge=0,
+    )
     lease_s: float = _setting(30.0, "Time after which a job of a dead worker is taken over.", "seconds", gt=0)
     parse_timeout_s: float = _setting(300.0, "Longest time to parse one file.", "seconds", gt=0)
     parse_max_bytes: int = _setting(2 << 30, "Memory limit of the process that parses one file.", "bytes", ge=1 << 28)
@@ -150,17 +157,20 @@ class AnswerSettings(_Group):
         None,
         "Most evidence that `auto` takes whole, and that it widens to; unset: as the checkpoint advises, else all.",
         "tokens",
-        ge=64,
+        ge=MIN_EVIDENCE_TOKENS,
     )
     rag_evidence_tokens: int | None = _setting(
-        None, "Most evidence that `rag` packs at first; unset: as the checkpoint advises, else 4096.", "tokens", ge=64
+        None,
+        "Most evidence that `rag` packs at first; unset: as the checkpoint advises, else 4096.",
+        "tokens",
+        ge=MIN_EVIDENCE_TOKENS,
     )
     recent_evidence_tokens: int | None = _setting(
         None,
         "Most evidence of `rag` that begins with what was read lately; unset: as the checkpoint advises, else twice "
         "what it packs at first.",
         "tokens",
-        ge=64,
+        ge=MIN_EVIDENCE_TOKENS,
     )
     max_output_tokens: int = _setting(256, "Most tokens of an answer, unless a request says its own.", "tokens", ge=1)
     max_quote_tokens: int = _setting(96, "Longest quote the model may make.", "tokens", ge=1)
@@ -337,6 +347,11 @@ def _check_together(settings: Settings) -> None:
         )
     if settings.retrieval.dense_weight + settings.retrieval.lexical_weight == 0:
         raise SettingsError("JAMBA_RAG_RETRIEVAL__DENSE_WEIGHT and __LEXICAL_WEIGHT are both 0: one must be above it")
+    if 0 < settings.answers.max_evidence_tokens < MIN_EVIDENCE_TOKENS:
+        raise SettingsError(
+            f"JAMBA_RAG_ANSWERS__MAX_EVIDENCE_TOKENS={settings.answers.max_evidence_tokens} holds no passage: it must "
+            f"be 0, which takes what the context leaves, or at least {MIN_EVIDENCE_TOKENS}"
+        )
 
 
 def public_settings(settings: Settings) -> dict[str, Any]:

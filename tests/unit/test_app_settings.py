@@ -1,7 +1,12 @@
 """Settings: where they come from, what is refused and how that is said, and what is shown of them."""
 
-import pytest
+import re
+from contextlib import nullcontext
 
+import pytest
+from app_kit import make_settings
+
+from app.main import create_app
 from app.settings import SettingsError, describe_settings, hide_password, load_settings, public_settings
 from retrieval.search import FusionWeights
 
@@ -61,6 +66,35 @@ def test_no_keys_only_on_a_loopback_host():
     assert not load_settings(env_file=None, auth={"enabled": False}).auth.enabled
     with pytest.raises(SettingsError, match=r"listen on one of 127\.0\.0\.1"):
         load_settings(env_file=None, auth={"enabled": False}, server={"host": "0.0.0.0"})
+
+
+def test_evidence_too_small_for_a_passage_is_refused():
+    assert load_settings(env_file=None, answers={"max_evidence_tokens": 64}).answers.max_evidence_tokens == 64
+    with pytest.raises(SettingsError, match=r"MAX_EVIDENCE_TOKENS=63 .* at least 64"):
+        load_settings(env_file=None, answers={"max_evidence_tokens": 63})
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"max_context_tokens": 10}, r"JAMBA_RAG_MODEL__MAX_CONTEXT_TOKENS=10 is too little .* need \d+"),
+        ({"state_max_bytes": 10}, r"JAMBA_RAG_MODEL__STATE_MAX_BYTES=10 holds 0 tokens, which is too little"),
+    ],
+)
+def test_a_context_that_holds_no_question_is_refused_at_the_start(tiny_checkpoint, tmp_path, model, message):
+    settings = make_settings(tiny_checkpoint, tmp_path / "data", model=model)
+    with pytest.raises(SettingsError, match=message):
+        create_app(settings)
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_the_context_that_is_named_as_needed_is_enough(tiny_checkpoint, tmp_path, short):
+    with pytest.raises(SettingsError) as refused:
+        create_app(make_settings(tiny_checkpoint, tmp_path / "data", model={"max_context_tokens": 1}), answering=False)
+    needed = int(re.search(r"need (\d+)", str(refused.value))[1])
+    settings = make_settings(tiny_checkpoint, tmp_path / "data", model={"max_context_tokens": needed - short})
+    with pytest.raises(SettingsError) if short else nullcontext():
+        create_app(settings, answering=False)
 
 
 def test_search_weighs_its_halves_as_measured():

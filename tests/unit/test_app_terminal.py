@@ -1,6 +1,7 @@
 """What the command line says where nothing of a service is needed: help, version, wrong addresses, narrow terminals."""
 
 import io
+import json
 import socket
 import threading
 
@@ -52,6 +53,26 @@ def test_the_version_is_told(run):
 def test_help_names_the_variables_of_the_environment(run):
     _, out, _ = run("ask", "--help")
     assert all(f"JAMBA_RAG_{name}" in out for name in ("URL", "KEY", "DATA_DIR"))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_the_encoding_of_the_output_lacks_is_written_as_an_escape(monkeypatch, tmp_path, encoding):
+    name = "≈ café 😀.txt"
+    store = DocumentStore(tmp_path / "rag.sqlite3")
+    store.create_document("default", name, "text/plain", 4, "0" * 64)
+    store.close()
+
+    def listed(*arguments: str) -> str:
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr("sys.stdout", stdout)
+        with pytest.raises(SystemExit) as ended:
+            main(["documents", "list", "--data-dir", str(tmp_path), *arguments])
+        assert not ended.value.code
+        stdout.flush()
+        return stdout.buffer.getvalue().decode(encoding)
+
+    assert "\\u2248 caf" in listed()
+    assert json.loads(listed("--json"))["data"][0]["filename"] == name
 
 
 def test_a_narrow_terminal_shows_names_of_documents_whole(monkeypatch):
