@@ -84,7 +84,7 @@ export async function listDocuments(collection) {
   }
 }
 
-function send(file, collection, onProgress) {
+function send(file, collection, onProgress, signal) {
   const form = new FormData();
   form.append("collection", collection);
   form.append("file", file, file.name);
@@ -94,6 +94,8 @@ function send(file, collection, onProgress) {
   upload.upload.addEventListener("progress", (event) => event.lengthComputable && onProgress(event.loaded / event.total));
   return new Promise((resolve, reject) => {
     upload.addEventListener("error", () => reject(new Error("The connection broke before the file was sent.")));
+    upload.addEventListener("abort", () => reject(signal.reason));
+    signal.addEventListener("abort", () => upload.abort());
     upload.addEventListener("load", () => {
       if (upload.status < 300) resolve(JSON.parse(upload.responseText));
       else reject(problemOf(upload.status, upload.responseText, upload.getResponseHeader("Retry-After")));
@@ -102,11 +104,13 @@ function send(file, collection, onProgress) {
   });
 }
 
-/** Uploads one file and returns its Document; waits and tries again while the server says that it is busy. */
-export async function uploadFile(file, collection, onProgress) {
+/** Uploads one file and returns its Document; waits and tries again while the server says that it is busy. Rejects with
+ * the signal's reason once it is aborted. */
+export async function uploadFile(file, collection, onProgress, signal) {
   for (let waits = 0; ; waits += 1) {
+    signal.throwIfAborted();
     try {
-      const { data, errors } = await send(file, collection, onProgress);
+      const { data, errors } = await send(file, collection, onProgress, signal);
       if (errors.length) throw new Problem(422, errors[0]);
       return data[0];
     } catch (error) {

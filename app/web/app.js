@@ -14,6 +14,7 @@ const questions = new AskPanel({
   onCite: ({ document_id: id, filename, location, cited_text: quote = "" }, opener) =>
     source.open({ id, filename, location, quote }, opener),
   getCollection: () => documents.collection,
+  isReading: () => documents.isReading,
 });
 
 function showSignIn(message = "") {

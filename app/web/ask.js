@@ -9,6 +9,7 @@ const KEPT_TURNS = 20;
 const SENT_TURNS = 6; // earlier ones that go along with a follow-up
 const NEAREST = 3;
 const NOT_FOUND = "This is not in your documents.";
+const STILL_READING = "Some documents of this collection are still being read: ask again when they are ready.";
 const UNSUPPORTED = "Dotted words have no quote in their sentence: nobody checked them.";
 const CLOSING_MARKS = "”’»\"";
 const AROUND = 120; // characters shown before and after a quote
@@ -85,7 +86,7 @@ class Turn {
     this.body.replaceChildren(h("p", { class: "not-found" }, NOT_FOUND));
     const entries = this.sources.slice(0, NEAREST).map((source) => this.passage(source, [h("span", { class: "quote" }, source.text)], "≈"));
     const nearest = entries.length > 0 && h("p", { class: "hint" }, "The nearest passages, in case the question was meant differently:");
-    this.footer.replaceChildren(...(nearest ? [nearest, h("ol", { class: "passages", "aria-label": "Nearest passages" }, ...entries)] : []));
+    this.footer.replaceChildren(...(this.answeredEarly ? [h("p", { class: "hint" }, STILL_READING)] : []), ...(nearest ? [nearest, h("ol", { class: "passages", "aria-label": "Nearest passages" }, ...entries)] : []));
     announce(NOT_FOUND);
   }
 
@@ -98,7 +99,8 @@ class Turn {
     const before = sliceText(source.text, 0, start).split(/\n{2,}/).at(-1);
     const after = sliceText(source.text, end).split(/\n{2,}/)[0];
     const [first, last] = [sliceText(before, -AROUND), sliceText(after, 0, AROUND)];
-    return [first === before ? first : `…${first}`, words, last === after ? last : `${last}…`];
+    const beginning = first === before ? first : `… ${first.replace(/^\S+\s+/, "")}`; // whole words only
+    return [beginning, words, last === after ? last : `${last.replace(/\s+\S+$/, "")} …`];
   }
 
   passage(place, words, mark) {
@@ -138,8 +140,8 @@ class Turn {
 }
 
 export class AskPanel {
-  constructor({ onCite, getCollection }) {
-    Object.assign(this, { onCite, getCollection, turns: [], running: null });
+  constructor({ onCite, getCollection, isReading }) {
+    Object.assign(this, { onCite, getCollection, isReading, turns: [], running: null });
     this.field = byId("question");
     this.button = byId("ask-button");
     byId("ask-form").addEventListener("submit", (event) => {
@@ -204,6 +206,7 @@ export class AskPanel {
     if (!question || this.running) return;
     const messages = this.messages(question, collection);
     const turn = this.append(new Turn(this, { question, collection }));
+    turn.answeredEarly = collection === this.getCollection() && this.isReading();
     this.save();
     this.field.value = "";
     this.running = new AbortController();

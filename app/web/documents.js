@@ -20,14 +20,14 @@ const STAGES = {
 /** One line of the list: a file on its way to the server, then its Document. Updated in place, so the focus stays. */
 class Entry {
   constructor(panel, { file = null, document = null }) {
-    Object.assign(this, { panel, file, document, sent: 0, problem: null });
+    Object.assign(this, { panel, file, document, sent: 0, problem: null, cancelling: new AbortController() });
     this.name = h("span", { class: "name" });
     this.open = h("button", { type: "button", class: "name link", onclick: () => panel.onOpen(this.document), hidden: true });
     this.state = h("span", { class: "state" });
     this.note = h("span", { class: "note", hidden: true });
     this.progress = h("progress", { max: 1, hidden: true });
     this.retry = h("button", { type: "button", onclick: () => panel.retry(this), hidden: true }, "Retry");
-    this.remove = h("button", { type: "button", onclick: () => panel.remove(this) }, "Delete");
+    this.remove = h("button", { type: "button", onclick: () => panel.remove(this) });
     const actions = h("span", { class: "actions" }, this.retry, this.remove);
     this.element = h("li", {}, this.name, this.open, actions, this.state, this.note, this.progress);
     this.show();
@@ -81,15 +81,15 @@ class Entry {
     if (share === null) this.progress.removeAttribute("value");
     else this.progress.value = share;
     this.retry.hidden = !this.failure;
-    this.remove.hidden = !this.document && !this.problem;
     this.retry.setAttribute("aria-label", `Retry ${this.filename}`);
-    this.remove.setAttribute("aria-label", `Delete ${this.filename}`);
+    this.remove.textContent = this.document || this.problem ? "Delete" : "Cancel";
+    this.remove.setAttribute("aria-label", `${this.remove.textContent} ${this.filename}`);
   }
 }
 
 export class DocumentsPanel {
   constructor({ onOpen, onDeleted }) {
-    Object.assign(this, { onOpen, onDeleted, collections: [], entries: [], waiting: [], sending: 0, polling: false });
+    Object.assign(this, { onOpen, onDeleted, collections: [], entries: [], uploads: [], waiting: [], sending: 0, polling: false });
     this.select = byId("collection");
     this.list = byId("document-list");
     this.select.addEventListener("change", () => this.guard(() => this.load()));
@@ -105,10 +105,16 @@ export class DocumentsPanel {
     }
     byId("new-collection-form").addEventListener("keydown", ({ key }) => key === "Escape" && this.toggleForm(false));
     this.acceptDrops(byId("workspace"));
+    addEventListener("beforeunload", (event) => this.uploads.some((entry) => !entry.problem) && event.preventDefault());
   }
 
   get collection() {
     return this.select.value;
+  }
+
+  /** Whether documents of the collection are still on their way. */
+  get isReading() {
+    return this.entries.some((entry) => !entry.failure && (entry.active || !entry.document));
   }
 
   /** Runs an action and shows what went wrong instead of losing it. */
@@ -165,7 +171,7 @@ export class DocumentsPanel {
     const known = this.collections.some(({ name }) => name === collection);
     const documents = known ? await api.listDocuments(collection) : [];
     if (collection !== this.collection) return;
-    const uploads = this.entries.filter((entry) => !entry.document && entry.collection === collection);
+    const uploads = this.uploads.filter((entry) => entry.collection === collection);
     documents.sort((a, b) => b.created_at - a.created_at);
     this.entries = [...uploads, ...documents.map((document) => new Entry(this, { document }))];
     this.showList();
@@ -186,6 +192,7 @@ export class DocumentsPanel {
   add(files) {
     const entries = files.map((file) => Object.assign(new Entry(this, { file }), { collection: this.collection }));
     this.entries.unshift(...entries);
+    this.uploads.unshift(...entries);
     this.waiting.push(...entries);
     this.showList();
     if (entries.length) announce(`${counted(entries.length, "file")} added`);
@@ -204,10 +211,12 @@ export class DocumentsPanel {
 
   async upload(entry) {
     try {
-      const document = await api.uploadFile(entry.file, entry.collection, (sent) => {
+      const showSent = (sent) => {
         entry.sent = sent;
         entry.show();
-      });
+      };
+      const document = await api.uploadFile(entry.file, entry.collection, showSent, entry.cancelling.signal);
+      this.uploads = this.uploads.filter((other) => other !== entry);
       const twin = this.entries.find((other) => other !== entry && other.document?.id === document.id);
       if (twin) this.forget(entry, `${entry.filename} is already here as ${document.filename}`);
       else entry.document = document;
@@ -254,7 +263,7 @@ export class DocumentsPanel {
       entry.show();
       return this.sendNext();
     }
-    await this.guard(async () => {
+    await this.guardGone(entry, async () => {
       const answer = await api.retryDocument(document.id);
       entry.document = answer?.id ? answer : await api.getDocument(document.id);
       entry.show();
@@ -262,10 +271,26 @@ export class DocumentsPanel {
     });
   }
 
-  async remove(entry) {
-    if (!entry.document) return this.forget(entry, `${entry.filename} dropped`);
-    if (!(await confirmed(`Delete ${entry.filename}? Its text, its passages and everything remembered from it go too.`, "Delete"))) return;
+  /** As `guard`; a document that was deleted elsewhere leaves the list. */
+  async guardGone(entry, action) {
     await this.guard(async () => {
+      try {
+        await action();
+      } catch (problem) {
+        if (problem.status !== 404) throw problem;
+        this.forget(entry, `${entry.filename} is gone`);
+      }
+    });
+  }
+
+  async remove(entry) {
+    if (!entry.document) {
+      this.waiting = this.waiting.filter((other) => other !== entry);
+      entry.cancelling.abort();
+      return this.forget(entry, `${entry.filename} dropped`);
+    }
+    if (!(await confirmed(`Delete ${entry.filename}? Its text, its passages and everything remembered from it go too.`, "Delete"))) return;
+    await this.guardGone(entry, async () => {
       await api.deleteDocument(entry.document.id);
       this.forget(entry, `${entry.filename} deleted`);
       this.onDeleted(entry.document.id);
@@ -276,6 +301,7 @@ export class DocumentsPanel {
   forget(entry, message) {
     if (entry.element.contains(document.activeElement)) byId("documents-title").focus();
     this.entries = this.entries.filter((other) => other !== entry);
+    this.uploads = this.uploads.filter((other) => other !== entry);
     entry.element.remove();
     this.showHints();
     announce(message);

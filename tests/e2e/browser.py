@@ -89,6 +89,17 @@ class Page:
             self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
             self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
+    @contextmanager
+    def slow_uploads(self) -> Iterator[None]:
+        """20 KB a second leave the browser."""
+        network = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": 20_000}
+        self.driver.execute_cdp_cmd("Network.enable", {})
+        self.driver.execute_cdp_cmd("Network.emulateNetworkConditions", network)
+        try:
+            yield
+        finally:
+            self.driver.execute_cdp_cmd("Network.emulateNetworkConditions", network | {"uploadThroughput": -1})
+
     def barriers(self) -> list[str]:
         """What axe finds wrong with the page as it is now."""
         found = Axe().run(self.driver)["violations"]

@@ -10,6 +10,8 @@ import pytest
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.select import Select
 
 from tests.e2e.browser import CHROMEDRIVER, CHROMIUM, Page, run_chromium, tab_through
 from tests.e2e.service import RunningService
@@ -21,7 +23,7 @@ pytestmark = [
     ),
 ]
 
-WIDTHS = (1440, 1000, 360)
+WIDTHS = (1440, 1000, 768, 320)
 PDF = Path(__file__).resolve().parents[2] / "samples" / "documents" / "fr12-handbook.pdf"
 HANDBOOK = """# Lighthouse handbook
 
@@ -210,6 +212,16 @@ def test_says_when_documents_hold_no_answer(page):
     assert turn.find_element(By.CSS_SELECTOR, ".not-found").text == "This is not in your documents."
 
 
+def test_says_when_documents_that_may_hold_the_answer_are_still_on_their_way(page, tmp_path):
+    large = tmp_path / "not-yet-here.txt"
+    large.write_text("word " * 200_000)
+    with page.slow_uploads():
+        page.find("#files").send_keys(str(large))
+        page.wait(lambda: page.line(large.name))
+        assert "still being read" in page.ask("Who owns the moon?").text
+        page.find(f"button[aria-label='Cancel {large.name}']").click()
+
+
 def test_failed_document_says_why_and_can_go(page, tmp_path):
     broken = tmp_path / "broken.pdf"
     broken.write_bytes(b"%PDF-1.7\nthis is no PDF at all\n" * 20)
@@ -266,6 +278,42 @@ def test_refused_file_says_why(page, tmp_path):
     assert "upload" not in (page.add(program).find_element(By.CSS_SELECTOR, ".state").text or "upload")
 
 
+def test_an_upload_can_be_cancelled(page, tmp_path, handbook):
+    large = tmp_path / "large.txt"
+    large.write_text("word " * 400_000)
+    with page.slow_uploads():
+        page.find("#files").send_keys(str(large))
+        page.wait(lambda: page.line(large.name) and "Sending" in page.line(large.name).text)
+        page.find(f"button[aria-label='Cancel {large.name}']").click()
+        page.wait(lambda: page.line(large.name) is None)
+    assert page.add(handbook).get_attribute("data-status") == "ready"
+    with page.service.client() as client:
+        assert large.name not in client.get("/v1/documents").text
+
+
+def test_a_document_deleted_elsewhere_leaves_the_list(page, handbook):
+    page.add(handbook)
+    with page.service.client() as client:
+        collection = page.find("#collection").get_property("value")
+        (document,) = client.get("/v1/documents", params={"collection": collection}).json()["data"]
+        client.delete(f"/v1/documents/{document['id']}").raise_for_status()
+    page.find(f"button[aria-label='Delete {handbook.name}']").click()
+    page.find("#confirm-yes").click()
+    page.wait(lambda: page.line(handbook.name) is None)
+    assert not page.find_all("#documents-error")
+
+
+def test_an_upload_that_failed_is_still_there_after_a_look_at_another_collection(page, tmp_path):
+    program = tmp_path / "program.bin"
+    program.write_bytes(bytes(range(256)) * 40)
+    page.add(program)
+    mine = page.find("#collection").get_property("value")
+    Select(page.find("#collection")).select_by_value("default")
+    page.wait(lambda: page.line(program.name) is None)
+    Select(page.find("#collection")).select_by_value(mine)
+    page.wait(lambda: page.line(program.name) and page.status(program.name) == "failed")
+
+
 def test_nothing_of_a_document_runs_or_is_fetched(page, tmp_path):
     notes = tmp_path / "notes.md"
     notes.write_text(ORDERS)
@@ -312,12 +360,19 @@ def test_wrong_key_is_refused(driver, service):
     assert not page.find_all("#workspace")
 
 
+def bottom_of(control: WebElement) -> float:
+    return control.rect["y"] + control.rect["height"]
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_fits_the_screen(page, handbook, width):
     page.add(handbook)
     page.ask("When is the lamp trimmed?")
     with page.screen(width):
         assert page.driver.execute_script("return document.documentElement.scrollWidth") <= width
+        for row in (".bar", ".ask-form .row"):
+            controls = page.find_all(f"{row} button, {row} select")
+            assert max(control.rect["y"] for control in controls) < min(bottom_of(control) for control in controls)
         controls = page.find_all("button, select, textarea")
         assert [control.text for control in controls if control.rect["x"] + control.rect["width"] > width] == []
 
