@@ -34,8 +34,8 @@ class DataDir:
             owner = os.read(self._lock, 32).decode(errors="replace").strip() or "unknown"
             os.close(self._lock)
             raise DataDirInUse(
-                f"{path} is in use by process {owner}; talk to that service with --url, or stop it, or take another "
-                "--data-dir"
+                f"{path} is in use by process {owner}; talk to that service with --url and --key, or stop it, or "
+                "take another --data-dir"
             ) from None
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)

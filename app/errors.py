@@ -206,7 +206,10 @@ def _describe_field(field: dict[str, Any]) -> str:
     place = ".".join(name for name in names if "[" not in name)  # brackets: which type of a union was tried
     if field["type"] == "json_invalid":
         return f"the body is not JSON: {field.get('ctx', {}).get('error', field['msg'])} at character {place}"
-    return f"{place or 'body'}: {field['msg'].removeprefix('Value error, ')}"
+    message = field["msg"].removeprefix("Value error, ")
+    if isinstance(field["input"], str):
+        message = message.replace(" items after validation", " characters")
+    return f"{place or 'body'}: {message}"
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

@@ -137,13 +137,13 @@ class IngestWorker:
                 self._store.release_lease(document.id, self.worker_id, version=document.version)
                 return
             code, message, retryable, page = _describe(error)
+            self._store.fail_document(
+                *(document.id, code, message, retryable, page), version=document.version, worker_id=self.worker_id
+            )
             _LOG.log(
                 logging.ERROR if code == "internal_error" else logging.WARNING,
                 *("document %s version %d failed: %s: %s", document.id, document.version, code, message),
                 exc_info=error if code == "internal_error" else None,
-            )
-            self._store.fail_document(
-                *(document.id, code, message, retryable, page), version=document.version, worker_id=self.worker_id
             )
         except LeaseLost as lost:
             _LOG.info("dropped: %s", lost)

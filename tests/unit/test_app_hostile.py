@@ -47,6 +47,11 @@ async def test_a_question_of_any_length_is_too_long_for_the_context(client):
     assert_problem(reply, 413, "context_too_long")
 
 
+async def test_text_that_is_too_long_is_counted_in_characters(client):
+    detail = assert_problem(await client.post("/v1/search", json={"query": "a" * 40_000}), 422, "invalid_request")
+    assert detail["detail"] == "query: Value should have at most 32768 characters, not 40000"
+
+
 async def test_no_detail_shows_how_a_field_is_checked(client):
     body = {"model": "jamba-rag/default", "messages": [{"role": "user", "content": 7}]}
     detail = assert_problem(await client.post("/v1/chat/completions", json=body), 422, "invalid_request")["detail"]

@@ -252,6 +252,18 @@ def test_a_deleted_document_stays_deleted(place, start, gated):
     assert place.store.count_chunks() == 1
 
 
+def test_a_document_that_is_deleted_while_it_is_read_has_not_failed(place, start, gated, caplog):
+    document = place.upload(b"Soon gone.")
+    gated.error = RuntimeError("its file is gone")
+    caplog.set_level("INFO")
+    start(gated)
+    assert gated.entered.wait(30)
+    place.store.delete_document(document.id)
+    gated.open.set()
+    wait_for(lambda: "dropped" in caplog.text)
+    assert "failed" not in caplog.text
+
+
 def test_errors_of_our_own_are_tried_again_a_bounded_number_of_times(place, start, gated):
     document = place.upload(TEXT.encode())
     gated.error = RuntimeError("out of luck")
