@@ -107,5 +107,7 @@ def open_service(url: str, key: str | None) -> Iterator[Service]:
 
 
 def sign_in(key: str | None) -> dict[str, str]:
-    """The headers that carry a key."""
+    """The headers that carry a key. Raises CommandFailed for what cannot be one."""
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise CommandFailed("the key holds a character that keys do not have; copy it once more")
     return {} if key is None else {"Authorization": f"Bearer {key}"}

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from app.advice import take_advice
 from app.audit import AuditLog
 from app.auth import Authenticator
+from app.context_room import check_room
 from app.datadir import DataDir
 from app.embedding import open_embedder, take_over
 from app.errors import install_error_handlers
@@ -36,7 +37,7 @@ from app.readiness import make_checks
 from app.routes import answers, collections, documents, keys, openai, search, system
 from app.schemas import Problem
 from app.service import RagService
-from app.settings import MIN_EVIDENCE_TOKENS, ModelSettings, RedisSettings, Settings, SettingsError
+from app.settings import ModelSettings, RedisSettings, Settings, SettingsError
 from app.text_format import TextFormat
 from app.tracing import Tracing
 from app.unloaded_engine import UnloadedEngine
@@ -286,7 +287,8 @@ def build_model(settings: Settings, stack: ExitStack, answering: bool, nonce: st
         cache,
         max_context_tokens=max_context_tokens,
         max_batch=settings.model.max_batch,
-        max_waiting=settings.answers.max_pending,
+        # An answer that was admitted is not turned away: it and its other beginnings find a place, and the prefetch.
+        max_waiting=settings.answers.max_pending * take_advice(path, settings.answers).quote_beginnings + 1,
         state_max_bytes=state_max_bytes,
         draft_tokens=settings.model.draft_tokens,
     )
@@ -296,25 +298,6 @@ def build_model(settings: Settings, stack: ExitStack, answering: bool, nonce: st
     prompt_format = _choose_format(path, tokenizer, nonce, engine.max_context_tokens)
     check_room(prompt_format, settings)
     return LoadedModel(engine, cache, tokenizer, prompt_format, path.resolve().name, engine.drafts)
-
-
-def check_room(prompt_format: AnswerFormat, settings: Settings) -> None:
-    """Raises SettingsError when not even a short question about a short passage could be answered."""
-    room, output = prompt_format.max_context_tokens, settings.answers.max_output_tokens
-    needed = prompt_format.count_prompt("?") + MIN_EVIDENCE_TOKENS + output
-    if room >= needed:
-        return
-    given, state = settings.model.max_context_tokens, settings.model.state_max_bytes
-    if given and given == room:
-        cause = f"JAMBA_RAG_MODEL__MAX_CONTEXT_TOKENS={given} is"
-    elif state:
-        cause = f"JAMBA_RAG_MODEL__STATE_MAX_BYTES={state} holds {room} tokens, which is"
-    else:
-        cause = f"the model takes {room} tokens here, which is"
-    raise SettingsError(
-        f"{cause} too little to answer a question: instructions, {MIN_EVIDENCE_TOKENS} tokens of documents and an "
-        f"answer of JAMBA_RAG_ANSWERS__MAX_OUTPUT_TOKENS={output} need {needed}; raise it or let answers be shorter"
-    )
 
 
 def gpu_cache_bytes(settings: Settings, free_bytes: int, layout: StateLayout, max_context_tokens: int) -> int:

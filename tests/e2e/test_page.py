@@ -1,20 +1,15 @@
 """The page in a real Chromium against a real service: add a document, ask, follow a citation to the words."""
 
 import json
-import secrets
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.select import Select
 
-from tests.e2e.browser import CHROMEDRIVER, CHROMIUM, Page, run_chromium, tab_through
-from tests.e2e.service import RunningService
+from tests.e2e.browser import CHROMEDRIVER, CHROMIUM, Page, tab_through
 
 pytestmark = [
     pytest.mark.e2e,
@@ -25,14 +20,6 @@ pytestmark = [
 
 WIDTHS = (1440, 1000, 768, 320)
 PDF = Path(__file__).resolve().parents[2] / "samples" / "documents" / "fr12-handbook.pdf"
-HANDBOOK = """# Lighthouse handbook
-
-## Lamps
-The lamp is trimmed twice a night, at ten and at two. 🌊 After a storm the keeper checks the wick.
-
-## Boats
-The supply boat comes on the first Monday of the month.
-"""
 KEEP_REQUESTS = """
 window.sent = [];
 const send = window.fetch;
@@ -46,31 +33,6 @@ ORDERS = """# Notes
 <img src="https://example.invalid/x" onerror="document.title='taken over'">
 [remote](https://example.invalid) ![picture](https://example.invalid/y.png)
 """
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
-    with run_chromium(tmp_path_factory.mktemp("chromium")) as driver:
-        yield driver
-
-
-@pytest.fixture
-def page(driver: Chrome, service: RunningService) -> Page:
-    """Signed in, in an empty collection of its own."""
-    page = Page(driver, service)
-    driver.get(service.url)
-    driver.execute_script("sessionStorage.clear()")
-    page.sign_in(service.key)
-    page.wait(lambda: page.find_all("#workspace"))
-    page.make_collection(f"c-{secrets.token_hex(4)}")
-    return page
-
-
-@pytest.fixture
-def handbook(tmp_path: Path) -> Path:
-    path = tmp_path / "handbook.md"
-    path.write_text(HANDBOOK)
-    return path
 
 
 def test_citation_leads_to_its_words(page, handbook):
@@ -90,7 +52,7 @@ def test_citation_shows_its_quote_among_the_words_around_it(page, handbook):
     turn = page.ask("When is the lamp trimmed?")
     quote, excerpt = (turn.find_element(By.CSS_SELECTOR, f".passage .{name}").text for name in ("quote", "excerpt"))
     assert quote in excerpt and len(excerpt) > len(quote)
-    assert " ".join(excerpt.strip("…").split()) in " ".join(HANDBOOK.split())
+    assert " ".join(excerpt.strip("…").split()) in " ".join(handbook.read_text().split())
 
 
 def test_sentences_without_a_quote_are_marked(page):
@@ -212,16 +174,6 @@ def test_says_when_documents_hold_no_answer(page):
     assert turn.find_element(By.CSS_SELECTOR, ".not-found").text == "This is not in your documents."
 
 
-def test_says_when_documents_that_may_hold_the_answer_are_still_on_their_way(page, tmp_path):
-    large = tmp_path / "not-yet-here.txt"
-    large.write_text("word " * 200_000)
-    with page.slow_uploads():
-        page.find("#files").send_keys(str(large))
-        page.wait(lambda: page.line(large.name))
-        assert "still being read" in page.ask("Who owns the moon?").text
-        page.find(f"button[aria-label='Cancel {large.name}']").click()
-
-
 def test_failed_document_says_why_and_can_go(page, tmp_path):
     broken = tmp_path / "broken.pdf"
     broken.write_bytes(b"%PDF-1.7\nthis is no PDF at all\n" * 20)
@@ -276,42 +228,6 @@ def test_refused_file_says_why(page, tmp_path):
     program = tmp_path / "program.bin"
     program.write_bytes(bytes(range(256)) * 40)
     assert "upload" not in (page.add(program).find_element(By.CSS_SELECTOR, ".state").text or "upload")
-
-
-def test_an_upload_can_be_cancelled(page, tmp_path, handbook):
-    large = tmp_path / "large.txt"
-    large.write_text("word " * 400_000)
-    with page.slow_uploads():
-        page.find("#files").send_keys(str(large))
-        page.wait(lambda: page.line(large.name) and "Sending" in page.line(large.name).text)
-        page.find(f"button[aria-label='Cancel {large.name}']").click()
-        page.wait(lambda: page.line(large.name) is None)
-    assert page.add(handbook).get_attribute("data-status") == "ready"
-    with page.service.client() as client:
-        assert large.name not in client.get("/v1/documents").text
-
-
-def test_a_document_deleted_elsewhere_leaves_the_list(page, handbook):
-    page.add(handbook)
-    with page.service.client() as client:
-        collection = page.find("#collection").get_property("value")
-        (document,) = client.get("/v1/documents", params={"collection": collection}).json()["data"]
-        client.delete(f"/v1/documents/{document['id']}").raise_for_status()
-    page.find(f"button[aria-label='Delete {handbook.name}']").click()
-    page.find("#confirm-yes").click()
-    page.wait(lambda: page.line(handbook.name) is None)
-    assert not page.find_all("#documents-error")
-
-
-def test_an_upload_that_failed_is_still_there_after_a_look_at_another_collection(page, tmp_path):
-    program = tmp_path / "program.bin"
-    program.write_bytes(bytes(range(256)) * 40)
-    page.add(program)
-    mine = page.find("#collection").get_property("value")
-    Select(page.find("#collection")).select_by_value("default")
-    page.wait(lambda: page.line(program.name) is None)
-    Select(page.find("#collection")).select_by_value(mine)
-    page.wait(lambda: page.line(program.name) and page.status(program.name) == "failed")
 
 
 def test_nothing_of_a_document_runs_or_is_fetched(page, tmp_path):

@@ -1,7 +1,11 @@
 """Bad input: each gets its problem+json, nothing is half stored, the service goes on."""
 
+import asyncio
+
 import pytest
 from app_kit import CONTEXT_TOKENS, LIGHTHOUSE, make_settings, running_service
+
+from model.engine import EngineOverloaded, JambaEngine
 
 pytestmark = pytest.mark.anyio
 
@@ -239,6 +243,26 @@ async def test_too_many_answers_are_429_with_the_time_to_wait(tiny_checkpoint, t
         assert int(reply.headers["retry-after"]) > 0
         await waiting.collect()
         assert (await client.ask("Who?"))["text"]
+
+
+async def test_the_engine_has_room_for_all_that_admitted_answers_try(tiny_checkpoint, tmp_path, monkeypatch):
+    refused, begun, add = [], [], JambaEngine.add
+
+    def watched(engine, request):
+        begun.append(request)
+        try:
+            return add(engine, request)
+        except EngineOverloaded as error:
+            refused.append(error)
+            raise
+
+    monkeypatch.setattr(JambaEngine, "add", watched)
+    answers = {"max_pending": 2, "quote_beginnings": 8}
+    settings = make_settings(tiny_checkpoint, tmp_path / "data", model={"max_batch": 1}, answers=answers)
+    async with running_service(settings) as client:
+        await client.upload("a.md", LIGHTHOUSE)
+        await asyncio.gather(client.ask("Who?"), client.ask("When?"))
+    assert (len(begun), refused) == (16, [])
 
 
 async def test_after_all_this_the_service_goes_on(client):

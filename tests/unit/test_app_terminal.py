@@ -2,7 +2,10 @@
 
 import io
 import json
+import shlex
 import socket
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -38,6 +41,17 @@ def test_a_server_that_is_another_one_is_told_as_such(run):
         threading.Thread(target=reply, daemon=True).start()
         code, _, err = run("documents", "list", "--url", f"http://127.0.0.1:{other.getsockname()[1]}")
     assert code == 1 and "is no Jamba RAG" in err
+
+
+def test_a_key_that_cannot_be_one_is_told_as_such(run):
+    code, _, err = run("documents", "list", "--url", "http://127.0.0.1:1", "--key", "ключ")
+    assert code == 1 and "copy it once more" in err
+
+
+def test_a_closed_stdout_is_no_fault(tmp_path):
+    arguments = ["-c", "from app.cli import main; main()", "documents", "list", "--data-dir", str(tmp_path)]
+    command = shlex.join([sys.executable, *arguments]) + " >&-"
+    assert subprocess.run(command, shell=True, capture_output=True).returncode == 0
 
 
 def test_a_backup_into_a_folder_that_is_not_there_names_it(run, tmp_path):
