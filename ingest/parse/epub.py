@@ -26,6 +26,7 @@ def parse_epub(source: Source, *, report: Report) -> ParsedDocument:
         names = _contents(package, items, opf)
         texts: list[str] = []
         headings: list[Heading] = []
+        unread: list[str] = []
         length = 0
         for number, chapter in enumerate(chapters, 1):
             parsed = _read_chapter(package, chapter, names.get(chapter))
@@ -34,9 +35,12 @@ def parse_epub(source: Source, *, report: Report) -> ParsedDocument:
                 headings += (Heading(item.level, item.title, item.char_start + length) for item in parsed.headings)
                 texts.append(parsed.text)
                 length += len(parsed.text)
+                unread += [f"in {names.get(chapter) or chapter}: {parsed.unread}"] if parsed.unread else []
             report(number, len(chapters))
         title = " ".join((root.findtext(f".//{_TITLE}") or "").split())
-        return ParsedDocument(_GAP.join(texts), (), tuple(headings), title or None, MEDIA_TYPE)
+        return ParsedDocument(
+            _GAP.join(texts), (), tuple(headings), title or None, MEDIA_TYPE, "; ".join(unread) or None
+        )
 
 
 def _package_document(package: Package) -> str:
@@ -71,7 +75,7 @@ def _read_chapter(package: Package, member: str, name: str | None) -> ParsedDocu
     if parsed.headings or not name:
         return parsed
     text = parsed.text if parsed.text.startswith(name) else f"{name}{_GAP}{parsed.text}"
-    return ParsedDocument(text, (), (Heading(1, name, 0),), None, MEDIA_TYPE)
+    return ParsedDocument(text, (), (Heading(1, name, 0),), None, MEDIA_TYPE, parsed.unread)
 
 
 def _contents(package: Package, items: dict[str, etree._Element], opf: str) -> dict[str, str]:

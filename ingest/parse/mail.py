@@ -70,7 +70,7 @@ def _write_message(writer: BlockWriter, message: EmailMessage, depth: int, membe
     writer.end_block()
     body = message.get_body(preferencelist=("plain", "html"))
     if body is not None:
-        _write_text(writer, body)
+        _write_text(writer, body, members)
     for number, part in enumerate(_attachments(message, body)):
         if number == _MAX_PARTS:
             raise ParseError("too_many_pages", f"the message has over {_MAX_PARTS} attachments; upload them separately")
@@ -113,16 +113,19 @@ def _write_attachment(writer: BlockWriter, part: EmailMessage, depth: int, membe
     writer.add(f"Attachment: {name or 'text'}")
     writer.end_heading(depth)
     if part.get_content_maintype() == "text":
-        _write_text(writer, part)
+        _write_text(writer, part, members)
     elif part.get_content_maintype() != "image" and (data := part.get_payload(decode=True)):
         members.write(writer, name, data, depth, is_titled=True)
 
 
-def _write_text(writer: BlockWriter, part: EmailMessage) -> None:
+def _write_text(writer: BlockWriter, part: EmailMessage, members: Members) -> None:
     data = part.get_payload(decode=True) or b""
     try:
         if part.get_content_type() == "text/html":
-            text = parse_html(data).text
+            parsed = parse_html(data)
+            text = parsed.text
+            if parsed.unread:
+                members.skip("the text of a message", parsed.unread)
         else:
             text = read_text(data, part.get_content_charset())
     except ParseError as error:

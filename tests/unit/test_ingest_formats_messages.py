@@ -101,7 +101,16 @@ def test_mail_has_headers_text_and_attachments(tmp_path):
 def test_mail_with_only_html_is_read_as_html():
     mail = make_mail()
     mail.set_content("<p>one</p><script>no</script><p>two</p>", subtype="html")
-    assert parse_mail(mail.as_bytes()).text.endswith("+0200\n\none\n\ntwo")
+    parsed = parse_mail(mail.as_bytes())
+    assert parsed.text.endswith("+0200\n\none\n\ntwo") and parsed.unread is None
+
+
+def test_mail_with_html_that_is_nested_too_deeply_says_what_is_missing():
+    mail = make_mail()
+    mail.set_content("<p>one</p>" + "<div>" * 20_000 + "two", subtype="html")
+    parsed = parse_mail(mail.as_bytes())
+    assert parsed.text.endswith("+0200\n\none")
+    assert "the text of a message (the page nests more than 2,048 elements" in parsed.unread
 
 
 @pytest.mark.parametrize(

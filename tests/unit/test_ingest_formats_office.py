@@ -167,6 +167,14 @@ def test_epub_chapters_come_in_reading_order_with_their_names(tmp_path):
     assert (parsed.title, parsed.media_type) == ("A Book", EPUB)
 
 
+def test_an_epub_says_which_chapter_is_nested_too_deeply(tmp_path):
+    chapters = {"a.xhtml": chapter("<p>all of it</p>"), "b.xhtml": chapter("<p>start</p>" + "<div>" * 20_000 + "end")}
+    write_epub(tmp_path / "x", chapters, list(chapters))
+    parsed = parse_file(tmp_path / "x", EPUB)
+    assert parsed.text.endswith("start")
+    assert parsed.unread.startswith("in OEBPS/b.xhtml: the page nests more than 2,048 elements")
+
+
 def test_a_protected_epub_says_so(tmp_path):
     encryption = '<encryption><CipherData><CipherReference URI="OEBPS/a.xhtml"/></CipherData></encryption>'
     extra = {"META-INF/encryption.xml": encryption}
