@@ -86,7 +86,7 @@ def train(mixture: str, args: argparse.Namespace, stop_at: int | None = None) ->
     """Train one mixture over `args.tokens` tokens, from where an earlier call saved last; `stop_at` a step, early."""
     language, cluster = Language(), Cluster()
     model = build(mixture, len(language.words))
-    optimizer = MasterOptimizer(model, lambda name: 1.0, weight_decay=0.05, dtype=torch.float32)
+    optimizer = MasterOptimizer(model, lambda name: 1.0, weight_decay=0.05, dtype=torch.float32, muon=True)
     saved = saved_masters(args.out, mixture)
     log = Log(saved.with_suffix(".jsonl"), cluster)
     step = optimizer.load_resumable(saved) if saved.exists() else 0

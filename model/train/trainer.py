@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from model.train.muon import Muon
 
 FakeQuantize = Callable[[Sequence[str], Sequence[Tensor]], list[Tensor]]
-MEAN, SQUARE = "adam.mean/", "adam.square/"
+MOMENTS = "optimizer/"  # of a master, in a file of `save_resumable`: optimizer/exp_avg/layers.0…
 KEEP_FLOAT32 = ("A_log", ".D", "dt_proj.bias")
 
 
@@ -87,15 +87,20 @@ class MasterOptimizer:
             p.data = p.data.to(torch.float32 if name.endswith(KEEP_FLOAT32) else dtype)
         for master in self.masters:
             master.grad = torch.zeros_like(master)
-        groups: dict[int, list[dict]] = {0: [], 1: [], 2: []}
+        groups: tuple[list[dict], list[dict]] = ([], [])
         for name, p, master in zip(self.names, self.parameters, self.masters, strict=True):
             parts = matrices_in(name) if muon else 0
-            decay = weight_decay if p.ndim > 1 else 0.0
-            groups[parts].append({"params": [master], "lr": 0.0, "factor": rate_of(name), "weight_decay": decay})
+            group = {
+                "params": [master],
+                "lr": 0.0,
+                "factor": rate_of(name),
+                "weight_decay": weight_decay * (p.ndim > 1),
+            }
+            groups[parts > 0].append(group | ({"parts": parts} if parts else {}))
+        self.owners = {name: int(muon and matrices_in(name) > 0) for name in self.names}
         self.optimizers = [torch.optim.AdamW(_merge(groups[0]), betas=(0.9, 0.95), eps=1e-8, fused=True)]
-        for parts in (1, 2):
-            if groups[parts]:
-                self.optimizers.append(Muon([group | {"parts": parts} for group in _merge(groups[parts])]))
+        if groups[1]:
+            self.optimizers.append(Muon(_merge(groups[1])))
 
     def step(self, rate: float, clip: float = 1.0, fake_quant: FakeQuantize | None = None) -> Tensor:
         """Apply the parameters' gradients at learning rate `rate`, clear them; returns the gradients' norm."""
@@ -135,26 +140,35 @@ class MasterOptimizer:
         self.publish()
 
     def save_resumable(self, path: Path, step: int) -> None:
-        """Masters in float32 with AdamW's moments: going on from them is as if nothing had happened. Not with Muon."""
-        tensors = {}
-        for name, master in zip(self.names, self.masters, strict=True):
-            kept = self.optimizers[0].state[master]
-            tensors |= {name: master, f"{MEAN}{name}": kept["exp_avg"], f"{SQUARE}{name}": kept["exp_avg_sq"]}
+        """Masters in float32 with the optimizers' moments: going on from them is as if nothing had happened."""
+        tensors = dict(zip(self.names, self.masters, strict=True))
+        for name, master in list(tensors.items()):
+            kept = self._optimizer_of(name).state[master]
+            tensors |= {f"{MOMENTS}{key}/{name}": value for key, value in kept.items() if key != "step"}
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path.with_suffix(".part"), metadata={"step": str(step)})
         path.with_suffix(".part").rename(path)
 
     def load_resumable(self, path: Path) -> int:
         """Take up what `save_resumable` wrote; returns its step."""
+        masters = dict(zip(self.names, self.masters, strict=True))
         with safe_open(path, "pt") as file:
             step = int(file.metadata()["step"])
-            for name, master in zip(self.names, self.masters, strict=True):
-                master.copy_(file.get_tensor(name))
-                mean, square = (file.get_tensor(prefix + name).to(master) for prefix in (MEAN, SQUARE))
-                count = torch.tensor(float(step), device=master.device)
-                self.optimizers[0].state[master] = {"step": count, "exp_avg": mean, "exp_avg_sq": square}
+            for entry in file.keys():  # noqa: SIM118 - a file, not a mapping
+                name = entry.removeprefix(MOMENTS).partition("/")[2] if entry.startswith(MOMENTS) else entry
+                master, tensor = masters[name], file.get_tensor(entry).to(masters[name])
+                if entry == name:
+                    master.copy_(tensor)
+                    continue
+                state = self._optimizer_of(name).state[master]
+                state[entry.removeprefix(MOMENTS).partition("/")[0]] = tensor
+                if isinstance(self._optimizer_of(name), torch.optim.AdamW):
+                    state["step"] = torch.tensor(float(step), device=master.device)
         self.publish()
         return step
+
+    def _optimizer_of(self, name: str) -> torch.optim.Optimizer:
+        return self.optimizers[self.owners[name]]
 
 
 def matrices_in(name: str) -> int:
@@ -168,7 +182,8 @@ def matrices_in(name: str) -> int:
 def _merge(groups: list[dict]) -> list[dict]:
     merged: dict[tuple, dict] = {}
     for group in groups:
-        same = merged.setdefault((group["factor"], group["weight_decay"]), {**group, "params": []})
+        key = group["factor"], group["weight_decay"], group.get("parts")
+        same = merged.setdefault(key, {**group, "params": []})
         same["params"] += group["params"]
     return list(merged.values())
 
@@ -182,7 +197,7 @@ def load_into(model: nn.Module, path: Path) -> None:
     """Load what `MasterOptimizer.save` or `save_resumable` wrote into a model, by name; other parameters stay."""
     parameters = dict(model.named_parameters())
     for name, tensor in load_file(path).items():
-        if not name.startswith((MEAN, SQUARE)):
+        if not name.startswith(MOMENTS):
             parameters[name].data.copy_(tensor)
 
 
