@@ -1,15 +1,15 @@
 """Second stage, end to end: the hybrid keeps the teacher's language and learns the task.
 
-Every step sees running text (KL to the teacher, hidden states, cross entropy) and contexts with questions: cross
-entropy on the answers, and where one attention layer should look to find, another to copy. Rotary positions fade out
-over the first `--rope-until` of the time; the last `--quant-from` trains at the weights the shipped format will hold.
+A step sees running text (KL to the teacher, hidden states, cross entropy) and contexts with questions: the tuned
+teacher at every token, beside it the truth at answers, and where one attention layer should look to find, another to
+copy. Rotary positions fade out over the first `--rope-until` of the schedule; from `--quant-from` on it trains at the
+weights that the shipped format will hold.
 Run: `torchrun --nproc-per-node N -m model.train.distill --help`.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import multiprocessing
 import random
 import time
@@ -31,7 +31,7 @@ from model.train.forward import accelerate, forward_hidden, set_rope
 from model.train.losses import attention_to, relative_error, vocabulary_loss
 from model.train.surgery import build_student, build_teacher
 from model.train.tokens import read_texts
-from model.train.trainer import Cluster, Log, MasterOptimizer, load_into, worker_random
+from model.train.trainer import Cluster, Log, MasterOptimizer, cosine, load_into, worker_random
 from model.weights import load_model
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384)
@@ -200,11 +200,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def schedule_rate(args: argparse.Namespace, step: int, share: float) -> float:
-    """Warm-up, then a cosine over the whole schedule to 3% of the peak."""
-    return args.rate * min(1.0, (step + 1) / 60) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
-
-
 def main() -> None:
     args, cluster = parse_arguments(), Cluster()
     run = Run(args, cluster)
@@ -276,7 +271,7 @@ class Run:
         self.tokens += rows.numel() * self.cluster.size
         self.cluster.mean_gradients([p for p in self.optimizer.parameters if p.grad is not None])
         quantize = fake_quantize if share >= args.quant_from else None
-        norm = self.optimizer.step(schedule_rate(args, step, share), fake_quant=quantize)
+        norm = self.optimizer.step(cosine(args.rate, step, share, warmup=60), fake_quant=quantize)
         self.losses.append(torch.cat([parts, answers]))
         if step % 20 == 0:
             self.report(step, share, norm)

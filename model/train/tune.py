@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from model.train import evaluate
 from model.train.distill import Steps, question_loss
 from model.train.forward import accelerate
 from model.train.surgery import build_teacher
-from model.train.trainer import Cluster, Log, MasterOptimizer
+from model.train.trainer import Cluster, Log, MasterOptimizer, cosine
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -58,7 +57,7 @@ def main() -> None:
         loss, parts = question_loss(model, None, rows, kinds, args)
         loss.backward()
         cluster.mean_gradients([p for p in optimizer.parameters if p.grad is not None])
-        rate = args.rate * min(1.0, (step + 1) / 50) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * share)))
+        rate = cosine(args.rate, step, share, warmup=50)
         norm = optimizer.step(rate)
         losses.append(parts[0])
         tokens += rows.numel() * cluster.size
