@@ -91,6 +91,15 @@ def test_ingest_ask_search_list_delete_in_process(run, corpus, tmp_path):
     assert [d["id"] for d in json.loads(out)["data"]] == [ingested["data"][1]["id"]]
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own answer to SIGINT, which a shell's background jobs ignore and their children inherit."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_during_ingest_loses_nothing_and_the_same_command_goes_on(run, tmp_path):
     folder, data, number = tmp_path / "many", tmp_path / "data", 60  # enough to be still at it when the signal comes
     folder.mkdir()
