@@ -91,15 +91,6 @@ def test_ingest_ask_search_list_delete_in_process(run, corpus, tmp_path):
     assert [d["id"] for d in json.loads(out)["data"]] == [ingested["data"][1]["id"]]
 
 
-@pytest.fixture
-def interruptible():
-    """Python's own answer to SIGINT, which a shell's background jobs ignore and their children inherit."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_during_ingest_loses_nothing_and_the_same_command_goes_on(run, tmp_path):
     folder, data, number = tmp_path / "many", tmp_path / "data", 60  # enough to be still at it when the signal comes
     folder.mkdir()
@@ -112,6 +103,7 @@ def test_ctrl_c_during_ingest_loses_nothing_and_the_same_command_goes_on(run, tm
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell inherit that it is ignored
     threading.Thread(target=interrupt_on_the_way).start()
     code, _, err = run("ingest", folder, "--data-dir", data)
     assert code == 130 and "the same command goes on" in err
