@@ -39,9 +39,15 @@ TINY = {
 }
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _quiet_and_single_threaded() -> None:
+@pytest.fixture(autouse=True)
+def _single_threaded() -> None:
+    """Sums in one order in every test, whatever number of threads an earlier one in this process left behind."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> None:
+    torch.set_num_threads(1)  # checkpoints of a session are made before a test's own fixtures
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
