@@ -114,8 +114,10 @@ class Retriever:
             dense = self._search_dense(query, selection, limit, also=list(lexical))
         score = self._fuse(query, dense, lexical) if params.mode == "hybrid" else dense or lexical
         ranked = sorted(score, key=lambda row: (-score[row], row))[: 2 * wanted]
-        found = self._store.load_hits(ranked)  # a row may have gone since it was found
-        hits = [_scored(found[row], row, score, dense, lexical, params) for row in ranked if row in found][:wanted]
+        found = self._store.load_hits(ranked)
+        # a row may have gone since it was found; and where all could be seen, another collection's may have come
+        seen = [row for row in ranked if row in found and found[row].collection in collections]
+        hits = [_scored(found[row], row, score, dense, lexical, params) for row in seen[:wanted]]
         return (rerank(reranker, query, hits) if reranker else hits)[: params.max_num_results]
 
     def _fuse(self, query: str, dense: Scores, lexical: Scores) -> Scores:

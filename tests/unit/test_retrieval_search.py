@@ -81,6 +81,19 @@ def test_hit_says_where_it_stands(store, retriever):
     assert locate(content.pages, content.headings, 18, 29) == Location(18, 29, 2, 2, ("Title",))
 
 
+@pytest.mark.parametrize("mode", ["hybrid", "dense", "lexical"])
+def test_what_another_collection_gets_during_a_search_is_not_found(store, retriever, mode, monkeypatch):
+    add(store, "red apple")
+
+    def select_then_add(*arguments):  # `other` is empty when it is looked at what may be seen
+        selection = DocumentStore.select_chunks(store, *arguments)
+        add(store, "secret apple", "other")
+        return selection
+
+    monkeypatch.setattr(store, "select_chunks", select_then_add)
+    assert texts(retriever.search("apple", ["default"], SearchParams(mode=mode))) == ["red apple"]
+
+
 @pytest.mark.parametrize(
     ("mode", "names"), [("hybrid", {"dense", "lexical", "fused"}), ("dense", {"dense"}), ("lexical", {"lexical"})]
 )
