@@ -16,7 +16,7 @@ import anyio.to_thread
 
 from app import schemas
 from app.answering import CUT_OFF_TEXT, NOT_FOUND_TEXT, AnswerPart, AnswerReader, Quoted, TextPiece
-from app.errors import describe_error
+from app.errors import DocumentDeleted, describe_error
 from app.evidence import Found, Query, describe_scores
 from app.likeliest import generate_likeliest
 from app.prompting import prompt_salt
@@ -98,22 +98,25 @@ class RunningAnswer:
         self._citations: list[schemas.Citation] = []
         self._truncated = False
         self._counted = False  # whether what is generated next is from a prompt that was counted
-        self._epoch = 0  # of the prefix cache, before the documents were chosen
+        self._epoch = 0  # of the prefix cache, before the documents were chosen,
+        self._gone: set[str] = set()  # and what was deleted since
 
-    def abort(self, reason: Exception) -> None:
-        """End the answer with this error; nothing more of it is shown."""
-        self._failure = reason
+    def lose(self, document_ids: frozenset[str]) -> None:
+        """These documents are gone: an answer that reads one of them ends with an error. From any thread."""
+        self._gone.update(document_ids)
+        if document_ids & self.document_ids:
+            self._failure = DocumentDeleted("a document that the answer was made from is gone; ask again")
 
     async def prepare(self, widened: bool = False) -> Found:
-        """Search and pack; done again when a document was deleted meanwhile. Raises what `EvidenceFinder.find` does."""
+        """Search and pack; anew when something found was deleted meanwhile. Raises what `EvidenceFinder.find` does."""
         while True:
-            deletions, self._epoch = self._service.deletions, self._service.cache.epoch
-            self._found = await anyio.to_thread.run_sync(self._service.finder.find, self._query, widened)
-            self.document_ids = self._found.document_ids
-            self._measures.add_search(self._found)
-            self._trace_search(self._found)
-            if deletions == self._service.deletions:
-                return self._found
+            self._gone, self.document_ids, self._epoch = set(), frozenset(), self._service.cache.epoch
+            found = await anyio.to_thread.run_sync(self._service.finder.find, self._query, widened)
+            self._found, self.document_ids = found, found.document_ids
+            self._measures.add_search(found)
+            self._trace_search(found)
+            if self._gone.isdisjoint(found.document_ids.union(hit.document_id for hit in found.hits)):
+                return found
 
     def _trace_search(self, found: Found) -> None:
         now, stage = time.perf_counter(), self._service.tracing.stage

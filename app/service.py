@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from app.advice import Advice
 from app.auth import Principal
 from app.conversation import Turn
-from app.errors import DocumentDeleted, InvalidRequest, Overloaded, QuestionTooLong
+from app.errors import InvalidRequest, Overloaded, QuestionTooLong
 from app.evidence import EvidenceFinder, Query
 from app.generation import RunningAnswer
 from app.limits import CollectionFull, Meter
@@ -89,7 +89,6 @@ class RagService:
         self._running_lock = threading.Lock()
         self.replies_lock = threading.Lock()  # one request at a time per store of Idempotency-Keys
         self._running: weakref.WeakSet[RunningAnswer] = weakref.WeakSet()
-        self.deletions = 0
         self.prefetch = Prefetch(self)
 
     # Uploads
@@ -217,13 +216,11 @@ class RagService:
 
     def _forget(self, document_ids: Sequence[str]) -> None:
         """Take content that the store no longer has out of the index, running answers and cached states."""
-        gone = set(document_ids)
-        self.deletions += 1
+        gone = frozenset(document_ids)
         self.index.catch_up(self.store)
         with self._running_lock:
             for answer in self._running:
-                if gone & answer.document_ids:
-                    answer.abort(DocumentDeleted("a document that the answer was made from is gone; ask again"))
+                answer.lose(gone)
         self.prefetch.forget(gone)
         self.format.forget()
         self.cache.invalidate(gone)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import pytest
-from app_kit import LIGHTHOUSE, make_settings, running_service, serving
+from app_kit import GARDEN, LIGHTHOUSE, make_settings, running_service, serving
 
 from app.sse import KEEPALIVE, Event, format_events, send_with_keepalive
 from app.uploads import BadUpload, read_field, read_in_thread, read_parts
@@ -68,6 +68,28 @@ async def test_deleting_a_document_ends_the_answers_that_read_it(tiny_checkpoint
         rest = [event async for event in events]
         assert [event.type for event in rest] == ["answer.error"] and rest[0].data["code"] == "document_deleted"
         assert service.cache.stats()[1]["host"]["items"] == 0
+
+
+@pytest.mark.parametrize(("among_all", "searches"), [(True, 4), (False, 1)])
+async def test_a_question_searches_anew_only_when_what_it_found_was_deleted(
+    tiny_checkpoint, tmp_path, monkeypatch, among_all, searches
+):
+    async with running_service(make_settings(tiny_checkpoint, tmp_path / "data")) as client:
+        kept = await client.upload("a.md", LIGHTHOUSE)
+        others = [await client.upload(f"{i}.md", f"{GARDEN}{i}") for i in range(3)]
+        service, found = client.app.state.service, []
+        find = service.finder.find
+
+        def find_and_delete(*arguments):
+            found.append(find(*arguments))
+            if others:
+                service.delete_document(service.store.get_document(others.pop()["id"]))
+            return found[-1]
+
+        monkeypatch.setattr(service.finder, "find", find_and_delete)
+        answer = await client.ask("Who is the keeper?", **({} if among_all else {"document_ids": [kept["id"]]}))
+        assert {source["document_id"] for source in answer["sources"]} == {kept["id"]}
+        assert len(found) == searches
 
 
 async def one_by_one(*events: Event, pause_s: float = 0.0) -> AsyncIterator[Event]:
