@@ -12,12 +12,13 @@ from retrieval.types import Chunk, Document, IndexChange, ParsedDocument, Stage
 
 
 class ObservedStore(DocumentStore):
-    """Calls `on_replaced(document id)` when a new version has taken the place of an old one, `on_stage(stage, seconds)`
-    when a version leaves a stage (`queued` among them), and `on_ingested(outcome)` when one is ready or has failed."""
+    """Calls `on_replaced(document id, originals let go)` when a new version has taken the place of an old one,
+    `on_stage(stage, seconds)` when a version leaves a stage (`queued` among them), and `on_ingested(outcome)` when one
+    is ready or has failed."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.on_replaced: Callable[[str], None] = lambda document_id: None
+        self.on_replaced: Callable[[str, Sequence[str]], None] = lambda document_id, originals: None
         self.on_stage: Callable[[str, float], None] = lambda stage, seconds: None
         self.on_ingested: Callable[[str], None] = lambda outcome: None
         self._stages: dict[tuple[str, int], tuple[str, float]] = {}  # (document, version) -> stage and when it began
@@ -60,7 +61,7 @@ class ObservedStore(DocumentStore):
         self._enter(document_id, version, None)
         self.on_ingested("ready")
         if change.removed:
-            self.on_replaced(document_id)
+            self.on_replaced(document_id, change.originals)
         return change
 
     def fail_document(

@@ -120,9 +120,12 @@ class RagService:
         """Queue new bytes for a document, as `submit_document`; the old ones answer until these are ready."""
         with self._files_lock:
             filename, media_type = self._inspect(received)
-            return self.store.replace_document(
+            before = self.store.get_document(document.id).sha256
+            submitted = self.store.replace_document(
                 document.id, filename, media_type, received.nbytes, received.sha256, metadata
             )
+        self._drop_unused([before])  # of a version that was still on its way
+        return submitted
 
     def _inspect(self, received: ReceivedFile) -> tuple[str, str]:
         """(name as shown, media type). Raises InvalidRequest, EmptyFile, UnsupportedMediaType."""
@@ -189,15 +192,14 @@ class RagService:
         """
         self.store.hide_document(document.id)
         self._forget([document.id])
-        self.store.delete_document(document.id)
-        self._drop_files_of([document])
+        self._drop_unused(self.store.delete_document(document.id).originals)
 
     def delete_collection(self, name: str) -> None:
         """Remove a collection with all its documents, as `delete_document` does each. Blocks."""
-        documents = list(self._pages([name], None))
-        self.store.delete_collection(name)
-        self._forget([document.id for document in documents])
-        self._drop_files_of(documents)
+        documents = [document.id for document in self._pages([name], None)]
+        change = self.store.delete_collection(name)
+        self._forget(documents)
+        self._drop_unused(change.originals)
 
     def recover(self) -> None:
         """Complete what a crash interrupted, free what it was ingesting, remove unneeded originals. Blocks.
@@ -207,12 +209,12 @@ class RagService:
         self.store.end_leases()
         for document in list(self._pages(None, "deleting")):
             self.delete_document(document)
-        self._drop_unused_files()
+        self._drop_unused(path.name for path in self.files.directory.iterdir() if len(path.name) == 64)
 
-    def on_replaced(self, document_id: str) -> None:
+    def on_replaced(self, document_id: str, originals: Sequence[str]) -> None:
         """A new version answers from now on: nothing made from the old one may be left. Blocks."""
         self._forget([document_id])
-        self._drop_unused_files()
+        self._drop_unused(originals)
 
     def _forget(self, document_ids: Sequence[str]) -> None:
         """Take content that the store no longer has out of the index, running answers and cached states."""
@@ -224,15 +226,6 @@ class RagService:
         self.prefetch.forget(gone)
         self.format.forget()
         self.cache.invalidate(gone)
-
-    def _drop_files_of(self, documents: Sequence[Document]) -> None:
-        if any(document.version > 1 for document in documents):  # older versions have originals of their own
-            self._drop_unused_files()
-        else:
-            self._drop_unused(document.sha256 for document in documents)
-
-    def _drop_unused_files(self) -> None:
-        self._drop_unused(path.name for path in self.files.directory.iterdir() if len(path.name) == 64)
 
     def _pages(self, collections: Sequence[str] | None, status: str | None) -> Iterable[Document]:
         after = None

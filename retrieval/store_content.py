@@ -47,11 +47,11 @@ def replace_content(
         remember_embedder(c, embedder_name, vectors.shape[1])
     removed = _remove_rows(c, [document_row])
     generation = _next_generation(c, removed, now)
-    c.execute(
+    replaced = c.execute(
         """DELETE FROM versions WHERE document_row = ?
-        AND version != (SELECT newest_version FROM documents WHERE row = ?)""",
+        AND version != (SELECT newest_version FROM documents WHERE row = ?) RETURNING sha256""",
         (document_row, document_row),
-    )
+    ).fetchall()
     c.execute("UPDATE documents SET current_version = newest_version WHERE row = ?", (document_row,))
     (filename,) = c.execute(
         """UPDATE versions SET status = 'ready', done = ?, total = ?, unit = 'chunks', error = ?, title = ?,
@@ -72,7 +72,7 @@ def replace_content(
         "INSERT INTO vectors(chunk_row, vector) VALUES (?, ?)",
         [(row, vector.astype("<f4").tobytes()) for row, vector in zip(added, vectors, strict=True)],
     )
-    return IndexChange(generation, tuple(added), tuple(removed))
+    return IndexChange(generation, tuple(added), tuple(removed), tuple(sha256 for (sha256,) in replaced))
 
 
 def _dump_unread(parsed: ParsedDocument) -> str | None:

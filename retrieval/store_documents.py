@@ -86,8 +86,7 @@ def get_collection(c: sqlite3.Connection, name: str) -> Collection:
 def delete_collection(c: sqlite3.Connection, name: str, now: float) -> IndexChange:
     (collection_row,) = collection_rows(c, [name])
     rows = [row for (row,) in c.execute("SELECT row FROM documents WHERE collection_row = ?", (collection_row,))]
-    change = content.remove_content(c, rows, now)
-    _delete_rows(c, rows, now)
+    change = _delete_rows(c, rows, now)
     if name != DEFAULT_COLLECTION:
         c.execute("DELETE FROM collections WHERE row = ?", (collection_row,))
     return change
@@ -242,8 +241,10 @@ def find_place(c: sqlite3.Connection, document_id: str) -> tuple[int, str]:
     return tuple(place)
 
 
-def _delete_rows(c: sqlite3.Connection, rows: Sequence[int], now: float) -> None:
-    gone = json.dumps(rows)
+def _delete_rows(c: sqlite3.Connection, rows: Sequence[int], now: float) -> IndexChange:
+    change, gone = content.remove_content(c, rows, now), json.dumps(rows)
+    originals = "SELECT DISTINCT sha256 FROM versions WHERE document_row IN (SELECT value FROM json_each(?))"
+    change = replace(change, originals=tuple(sha256 for (sha256,) in c.execute(originals, (gone,))))
     c.execute("DELETE FROM deleted_documents WHERE deleted_at < ?", (now - _PLACES_KEPT_S,))
     places = c.execute(
         """SELECT d.id, d.row, k.name FROM documents d JOIN collections k ON k.row = d.collection_row
@@ -254,6 +255,7 @@ def _delete_rows(c: sqlite3.Connection, rows: Sequence[int], now: float) -> None
         "INSERT INTO deleted_documents VALUES (?, ?, ?, ?)", [(_digest(place[0]), *place[1:], now) for place in places]
     )
     c.execute("DELETE FROM documents WHERE row IN (SELECT value FROM json_each(?))", (gone,))
+    return change
 
 
 def _digest(document_id: str) -> bytes:
@@ -312,9 +314,7 @@ def hide_document(c: sqlite3.Connection, document_id: str, now: float) -> IndexC
 def delete_document(c: sqlite3.Connection, document_id: str, now: float) -> IndexChange:
     get_document(c, document_id)
     (row,) = c.execute("SELECT row FROM documents WHERE id = ?", (document_id,)).fetchone()
-    change = content.remove_content(c, [row], now)
-    _delete_rows(c, [row], now)
-    return change
+    return _delete_rows(c, [row], now)
 
 
 def file_in_use(c: sqlite3.Connection, sha256: str) -> bool:

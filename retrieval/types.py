@@ -198,11 +198,12 @@ ChunkText = tuple[int, int, str, str]  # row, document row, text, file name with
 
 @dataclass(frozen=True, slots=True)
 class IndexChange:
-    """What a write did to the searchable chunks (row ids), as of `generation`."""
+    """What a write did to the searchable chunks (row ids), as of `generation`, and whose originals (SHA-256) it let go."""
 
     generation: int
     added: tuple[int, ...] = ()
     removed: tuple[int, ...] = ()
+    originals: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -181,6 +181,20 @@ async def test_events_of_a_document_are_numbered_and_typed(client):
     await client.delete(path)
 
 
+async def test_originals_go_with_their_versions_one_that_failed_too(client):
+    originals = client.app.state.service.files.directory
+    before = set(originals.iterdir())
+    document = await client.upload("report.pdf", b"%PDF-1.7 first try")
+    path, kept = f"/v1/documents/{document['id']}", []
+    for content in (b"%PDF-1.7 second try", b"Words at last.", b"%PDF-1.7 worse again"):
+        assert (await client.put(path, files={"file": ("report.pdf", content)})).status_code == 202
+        await client.settle(document["id"])
+        kept.append(len(set(originals.iterdir()) - before))
+    assert kept == [1, 1, 2]  # the words answer on
+    assert (await client.delete(path)).status_code == 204
+    assert set(originals.iterdir()) == before
+
+
 async def test_files_being_received_outlive_what_removes_unused_originals(client):
     """A replaced document removes originals that nobody needs: not those of a form that is still arriving."""
     files = client.app.state.service.files

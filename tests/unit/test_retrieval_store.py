@@ -133,7 +133,7 @@ def test_old_version_answers_until_the_new_one_is_ready(store):
     assert store.file_in_use(old.sha256)
 
     change = ingest(store, new, "the new wording")
-    assert (len(change.added), len(change.removed)) == (1, 1)
+    assert (len(change.added), len(change.removed), change.originals) == (1, 1, (old.sha256,))
     assert find_words(store, "wording") == ["the new wording"]
     assert store.get_text(old.id) == "the new wording"
     assert [d.ordinal for d in store.ready_documents(["default"])] == [2, 3]
@@ -186,8 +186,7 @@ def test_deletion_leaves_nothing_behind(store, tmp_path):
     kept = add(store, "this stays here")
     gone = add(store, "zebra quagga\n\nzebra again", name="zebra.txt", owner="zebra")
     change = store.delete_document(gone.id)
-    assert len(change.removed) == 2
-    assert change.added == ()
+    assert (change.added, len(change.removed), change.originals) == ((), 2, (gone.sha256,))
     assert find_words(store, "zebra") == []
     assert find_words(store, "stays") == ["this stays here"]
     for read in (store.get_document, store.get_text, store.get_chunks, store.delete_document):
