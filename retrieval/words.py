@@ -182,7 +182,9 @@ class WordIndex:
         """A writer that is dropped, and what it was given since the last commit with it, unless all goes well."""
         writer, self._writer = self._writer, None
         try:
-            writer = writer or self._index.writer(_HEAP_BYTES, num_threads=1)
+            if writer is None:
+                writer = self._index.writer(_HEAP_BYTES, num_threads=1)
+                writer.garbage_collect_files()  # else one that a crash left may stand where a commit wants to write
             yield writer
             self._writer = writer
         finally:

@@ -232,6 +232,16 @@ def test_what_a_crash_left_half_written_is_no_damage(store, tmp_path, caplog):
     assert "rebuilding" not in caplog.text
 
 
+def test_a_commit_that_a_crash_cut_off_can_be_made_again(store, tmp_path):
+    gone, _ = add(store, "red apple"), add(store, "green apple")
+    open_words(store, tmp_path / "words").close(store)
+    meta = (tmp_path / "words" / "meta.json").read_bytes()
+    store.delete_document(gone.id)
+    open_words(store, tmp_path / "words").close(store)
+    (tmp_path / "words" / "meta.json").write_bytes(meta)  # which is what a commit writes last
+    assert_holds_all(open_words(store, tmp_path / "words"), store)
+
+
 def test_an_index_of_another_history_is_rebuilt(store, tmp_path):
     words = open_words(store, tmp_path / "words")
     store.close()
