@@ -209,6 +209,8 @@ class RagService:
         self.store.end_leases()
         for document in list(self._pages(None, "deleting")):
             self.delete_document(document)
+        if documents := self.store.to_forget():
+            self._forget(documents)
         self._drop_unused(path.name for path in self.files.directory.iterdir() if len(path.name) == 64)
 
     def on_replaced(self, document_id: str, originals: Sequence[str]) -> None:
@@ -226,6 +228,7 @@ class RagService:
         self.prefetch.forget(gone)
         self.format.forget()
         self.cache.invalidate(gone)
+        self.store.forgotten(document_ids)
 
     def _pages(self, collections: Sequence[str] | None, status: str | None) -> Iterable[Document]:
         after = None

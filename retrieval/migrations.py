@@ -74,6 +74,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             WITHOUT ROWID""",
         "CREATE INDEX deleted_documents_by_time ON deleted_documents(deleted_at)",
     ),
+    # Documents whose content went, until all that was made of it elsewhere has gone too: store_content.py
+    ("CREATE TABLE to_forget (document_id TEXT PRIMARY KEY) WITHOUT ROWID",),
 )
 _APPLICATION_ID = 0x4A524147  # "JRAG", in the file's header: another program's database is not ours to change
 

@@ -99,7 +99,7 @@ class DocumentStore(IndexFeed):
             return documents.get_collection(c, name)
 
     def delete_collection(self, name: str) -> IndexChange:
-        """Remove it with all its documents, as `delete_document` does each; `default` stays, empty."""
+        """Remove it with all its documents; `default` stays, empty. `to_forget` names the documents."""
         with self._db.write() as c:
             return documents.delete_collection(c, name, self._clock())
 
@@ -189,9 +189,19 @@ class DocumentStore(IndexFeed):
             return documents.hide_document(c, document_id, self._clock())
 
     def delete_document(self, document_id: str) -> IndexChange:
-        """Remove it from everything; afterwards no read finds any of it."""
+        """Remove it from everything, `to_forget` too; afterwards no read finds any of it."""
         with self._db.write() as c:
             return documents.delete_document(c, document_id, self._clock())
+
+    def to_forget(self) -> list[str]:
+        """Ids of documents whose content was replaced or deleted and that nobody has called `forgotten` yet."""
+        with self._db.read() as c:
+            return content.to_forget(c)
+
+    def forgotten(self, document_ids: Sequence[str]) -> None:
+        """All that was made of what these documents held has gone, wherever it was kept."""
+        with self._db.write() as c:
+            content.forgotten(c, document_ids)
 
     def file_in_use(self, sha256: str) -> bool:
         """Whether any version needs the original with this hash."""

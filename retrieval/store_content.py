@@ -107,8 +107,17 @@ def _remove_rows(c: sqlite3.Connection, document_rows: Sequence[int]) -> list[in
     for document_row in document_rows:
         removed += [row for (row,) in c.execute("SELECT row FROM chunks WHERE document_row = ?", (document_row,))]
         c.execute("DELETE FROM chunks WHERE document_row = ?", (document_row,))
-        c.execute("DELETE FROM contents WHERE document_row = ?", (document_row,))
+        if c.execute("DELETE FROM contents WHERE document_row = ?", (document_row,)).rowcount:
+            c.execute("INSERT OR IGNORE INTO to_forget SELECT id FROM documents WHERE row = ?", (document_row,))
     return removed
+
+
+def to_forget(c: sqlite3.Connection) -> list[str]:
+    return [document_id for (document_id,) in c.execute("SELECT document_id FROM to_forget")]
+
+
+def forgotten(c: sqlite3.Connection, document_ids: Sequence[str]) -> None:
+    c.executemany("DELETE FROM to_forget WHERE document_id = ?", [(document_id,) for document_id in document_ids])
 
 
 def generation(c: sqlite3.Connection) -> int:

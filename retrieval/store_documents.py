@@ -314,7 +314,9 @@ def hide_document(c: sqlite3.Connection, document_id: str, now: float) -> IndexC
 def delete_document(c: sqlite3.Connection, document_id: str, now: float) -> IndexChange:
     get_document(c, document_id)
     (row,) = c.execute("SELECT row FROM documents WHERE id = ?", (document_id,)).fetchone()
-    return _delete_rows(c, [row], now)
+    change = _delete_rows(c, [row], now)
+    content.forgotten(c, [document_id])
+    return change
 
 
 def file_in_use(c: sqlite3.Connection, sha256: str) -> bool:

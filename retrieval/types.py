@@ -198,7 +198,7 @@ ChunkText = tuple[int, int, str, str]  # row, document row, text, file name with
 
 @dataclass(frozen=True, slots=True)
 class IndexChange:
-    """What a write did to the searchable chunks (row ids), as of `generation`, and whose originals (SHA-256) it let go."""
+    """What a write did to the searchable chunks (row ids), as of `generation`, and the originals (SHA-256) let go."""
 
     generation: int
     added: tuple[int, ...] = ()

@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from app_kit import LIGHTHOUSE, make_settings, running_service
+from app_kit import GARDEN, LIGHTHOUSE, make_settings, running_service
 from state_kit import all_keys, running_server
 from tls_kit import Authority, tls_in_front_of
 
@@ -49,6 +49,39 @@ async def test_int8_snapshots_come_back_after_a_restart_and_are_not_read_by_a_se
         assert first["cache"]["tier"] == without["cache"]["tier"] == "none"
         assert again["cache"]["tier"] == "redis" and again["usage"]["cached_input_tokens"] > 0
         assert (again["text"], again["citations"]) == (first["text"], first["citations"])
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("change", ["delete a collection", "replace a document"])
+async def test_states_that_a_crash_left_of_a_document_go_at_the_next_start(
+    tiny_checkpoint, tmp_path, monkeypatch, change
+):
+    with running_server() as server:
+        redis = {"url": server.connection_url, "timeout_s": 5}
+        settings = make_settings(tiny_checkpoint, tmp_path / "data", redis=redis)
+        async with running_service(settings) as client:
+            kept = await client.upload("garden.md", GARDEN)
+            await client.post("/v1/collections", json={"name": "towers"})
+            document = await client.upload("lighthouse.md", LIGHTHOUSE, collection="towers")
+            for collection in ("default", "towers"):
+                await client.ask("When was it built?", collections=[collection])
+            service = client.app.state.service
+            assert service.cache.flush(10)
+            monkeypatch.setattr(service.cache, "invalidate", crash)
+            if change == "delete a collection":
+                assert (await client.delete("/v1/collections/towers")).status_code == 500
+            else:
+                await client.put(f"/v1/documents/{document['id']}", files={"file": ("lighthouse.md", b"It is gone.")})
+                await client.settle(document["id"])
+        gone, stays = (b"jamba-rag:tag:" + one["id"].encode() for one in (document, kept))
+        assert {gone, stays} < set(all_keys(server))
+        async with running_service(settings) as client:
+            assert gone not in all_keys(server) and stays in all_keys(server)
+            assert client.app.state.service.store.to_forget() == []
+
+
+def crash(document_ids) -> None:
+    raise RuntimeError("the process ends here")
 
 
 def test_what_is_no_address_stops_the_start_and_is_not_repeated(tiny_checkpoint, tmp_path):
