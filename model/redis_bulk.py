@@ -29,7 +29,6 @@ _LINES = 1 << 16
 _BULK = 1 << 14  # shorter strings are bytes, as the client's own commands want them
 _MAX_BULK = 512 << 20  # the protocol's own limit
 _REUSED = 8
-_FREE = 2 + 1  # references to a buffer that nobody has: the list's, the loop's and getrefcount's own
 
 
 class BufferPool:
@@ -39,16 +38,20 @@ class BufferPool:
     """
 
     def __init__(self) -> None:
-        self._buffers: deque[np.ndarray] = deque(maxlen=_REUSED)
+        self._buffers: deque[np.ndarray] = deque([np.empty(0, np.uint8)], maxlen=_REUSED)
+        (self._free,) = self._references()  # of one that nobody has: how Python counts differs from version to version
 
     def take(self, nbytes: int) -> memoryview:
         """Writable bytes of any content."""
-        for buffer in self._buffers:
-            if nbytes <= len(buffer) <= 1.25 * nbytes and sys.getrefcount(buffer) == _FREE:
-                return memoryview(buffer)[:nbytes]
+        for place, references in enumerate(self._references()):
+            if references == self._free and nbytes <= len(self._buffers[place]) <= 1.25 * nbytes:
+                return memoryview(self._buffers[place])[:nbytes]
         buffer = np.empty(nbytes, np.uint8)
         self._buffers.append(buffer)
         return memoryview(buffer)
+
+    def _references(self) -> list[int]:
+        return [sys.getrefcount(buffer) for buffer in self._buffers]
 
 
 class BulkParser(BaseParser):
