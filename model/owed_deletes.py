@@ -52,7 +52,10 @@ class OwedDeletes:
                 return
             written = self._path.with_suffix(".new")
             try:
-                written.write_text(json.dumps(sorted(self._tags)))
+                with written.open("w") as file:
+                    file.write(json.dumps(sorted(self._tags)))
+                    file.flush()
+                    os.fsync(file.fileno())
                 os.replace(written, self._path)
             except OSError as error:
                 _log.warning("cannot note in %s which states the state server must still delete: %s", written, error)

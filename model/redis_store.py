@@ -108,10 +108,14 @@ class RedisStateStore:
         self._owed = OwedDeletes(owed_file)
         self._counts = dict.fromkeys(("errors", "skipped", "dropped", "read_bytes", "written_bytes"), 0)
         self._lock = threading.Lock()
+        self._indexing = threading.Lock()  # between the names in an index and their values, and while that is deleted
+        self._opener: threading.Thread | None = None
 
     def open(self) -> None:
         """Connect now and in the background, so that what is wrong stands in the log at the start."""
-        self._movers.submit(self._ask, lambda: self._client, None)
+        work = (lambda: self._client, None)
+        self._opener = threading.Thread(target=self._ask, args=work, name="state-server-open", daemon=True)
+        self._opener.start()
 
     def probe(self) -> list[Mapping[str, Any]]:
         """INFO memory of each server that holds keys, after a value went there and came back by all that is used.
@@ -137,7 +141,11 @@ class RedisStateStore:
         return self._ask(lambda: self._read(keys), [None] * len(keys))
 
     def put_many(self, items: Sequence[StateItem]) -> None:
-        written = self._ask(lambda: self._write(items), 0) if self._room.allows() else 0
+        def write() -> int:
+            with self._indexing:
+                return self._write(items)
+
+        written = self._ask(write, 0) if self._room.allows() else 0
         self._count("dropped", len(items) - written)
 
     def delete(self, keys: Collection[str] = (), tags: Collection[str] = ()) -> None:
@@ -154,6 +162,8 @@ class RedisStateStore:
             return {**self._counts, "owed_deletes": len(self._owed), "open": int(self._server.is_open)}
 
     def close(self) -> None:
+        if self._opener is not None:
+            self._opener.join()
         self._movers.shutdown()
         if self._opened is not None:
             self._opened.close()
@@ -310,7 +320,11 @@ class RedisStateStore:
             yield part, view[i * step : (i + 1) * step]
 
     def _pay_deletes(self) -> None:
-        keys, tags = self._owed.pending()
+        if len(self._owed):
+            with self._indexing:
+                self._delete(*self._owed.pending())
+
+    def _delete(self, keys: Collection[str], tags: Collection[str]) -> None:
         if tags and _evicting(self._client):
             self._unlink(self._client.scan_iter(match=_glob_escape(self._prefix) + "*", count=_NAME_BATCH))
         else:

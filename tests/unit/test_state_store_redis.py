@@ -1,5 +1,7 @@
 """A server that is away, slow, full, locked, or holds what it should not."""
 
+import threading
+
 import pytest
 from state_kit import Clock, all_keys, open_store, running_server, silent_server
 
@@ -56,6 +58,23 @@ def test_keys_expire_and_do_not_mix_with_others(server):
     assert 0 < lives[b"jamba-rag:a"] <= 100 < lives[b"jamba-rag:tag:x"]
     store.close()
     other.close()
+
+
+def test_a_delete_between_a_value_and_its_place_in_the_index_takes_it_too(server, monkeypatch):
+    store = open_store(server)
+    deletion = threading.Thread(target=store.delete, kwargs={"tags": ["x"]})
+    write = store._set
+
+    def write_late(pieces):
+        deletion.start()
+        deletion.join(0.2)  # as long as it takes if nothing keeps it back
+        return write(pieces)
+
+    monkeypatch.setattr(store, "_set", write_late)
+    store.put_many([item("a", b"1", "x")])
+    deletion.join()
+    assert all_keys(server) == []
+    store.close()
 
 
 def test_a_missing_part_or_a_broken_manifest_is_a_miss(server):
