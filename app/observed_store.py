@@ -21,10 +21,10 @@ class ObservedStore(DocumentStore):
         self.on_replaced: Callable[[str, Sequence[str]], None] = lambda document_id, originals: None
         self.on_stage: Callable[[str, float], None] = lambda stage, seconds: None
         self.on_ingested: Callable[[str], None] = lambda outcome: None
-        self._stages: dict[tuple[str, int], tuple[str, float]] = {}  # (document, version) -> stage and when it began
-        self._stages_lock = threading.Lock()
+        self._working = threading.local()  # `stage`: in which the document of this thread is, and since when
 
     def lease_next(self, worker_id: str, lease_s: float, max_bytes: int | None = None) -> Document | None:
+        self._working.stage = None  # of a document that was given up
         document = super().lease_next(worker_id, lease_s, max_bytes)
         if document is not None and document.attempts == document.version == 1:
             self.on_stage("queued", max(0.0, time.time() - document.created_at))
@@ -42,7 +42,7 @@ class ObservedStore(DocumentStore):
         worker_id: str | None = None,
     ) -> None:
         super().set_progress(document_id, stage, done, total, unit, version=version, worker_id=worker_id)
-        self._enter(document_id, version, stage)
+        self._enter(stage)
 
     def replace_chunks(
         self,
@@ -58,7 +58,7 @@ class ObservedStore(DocumentStore):
         change = super().replace_chunks(
             document_id, parsed, chunks, vectors, embedder_name, version=version, worker_id=worker_id
         )
-        self._enter(document_id, version, None)
+        self._enter(None)
         self.on_ingested("ready")
         if change.removed:
             self.on_replaced(document_id, change.originals)
@@ -78,17 +78,16 @@ class ObservedStore(DocumentStore):
         document = super().fail_document(
             document_id, code, message, retryable, page, version=version, worker_id=worker_id
         )
-        self._enter(document_id, version, None)
+        self._enter(None)
         if document.status == "failed":
             self.on_ingested("failed")
         return document
 
-    def _enter(self, document_id: str, version: int, stage: str | None) -> None:
+    def _enter(self, stage: str | None) -> None:
         """`stage` begins, or with None none does; the one before it, if any, has ended."""
-        key, now = (document_id, version), time.perf_counter()
-        with self._stages_lock:
-            before = self._stages.pop(key, None)
-            if stage is not None:
-                self._stages[key] = before if before and before[0] == stage else (stage, now)
-        if before and before[0] != stage:
+        before, now = getattr(self._working, "stage", None), time.perf_counter()
+        if before and before[0] == stage:
+            return
+        self._working.stage = stage and (stage, now)
+        if before:
             self.on_stage(before[0], now - before[1])

@@ -145,8 +145,8 @@ class IngestWorker:
                 *("document %s version %d failed: %s: %s", document.id, document.version, code, message),
                 exc_info=error if code == "internal_error" else None,
             )
-        except LeaseLost as lost:
-            _LOG.info("dropped: %s", lost)
+        except LeaseLost as lost:  # deleted or replaced meanwhile; or ready, and the error came after that
+            _LOG.info("dropped: %s", lost, exc_info=error)
         except Exception:
             _LOG.exception("cannot write the end of document %s; it is taken up again after its lease", document.id)
 

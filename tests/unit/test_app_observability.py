@@ -12,6 +12,7 @@ from app_kit import LIGHTHOUSE, make_settings, running_service, serving
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus_client.parser import text_string_to_metric_families
 
+from app.observed_store import ObservedStore
 from app.settings import SettingsError
 from app.tracing import Tracing
 
@@ -51,6 +52,22 @@ async def test_metrics_say_where_the_time_of_answers_and_documents_went(client):
     assert 0 < stores["host", "bytes"] < stores["host", "max_bytes"]
     assert found["jamba_rag_http_requests_in_flight"] == [({}, 1)]
     assert found["process_resident_memory_bytes"][0][1] > 1e6
+
+
+async def test_the_time_of_a_stage_that_was_given_up_is_not_counted(tmp_path, monkeypatch):
+    store, stages, now = ObservedStore(tmp_path / "rag.sqlite3"), [], iter(range(100))
+    monkeypatch.setattr("app.observed_store.time.perf_counter", lambda: next(now))
+    store.create_document("default", "a.txt", "text/plain", 1, "digest")
+    store.on_stage = lambda stage, seconds: stages.append((stage, seconds))
+    for _ in range(3):
+        document = store.lease_next("worker", 60)
+        store.set_progress(document.id, "parsing", version=1, worker_id="worker")
+        store.release_lease(document.id, "worker", version=1)
+    document = store.lease_next("worker", 60)
+    for stage in ("parsing", "chunking"):
+        store.set_progress(document.id, stage, version=1, worker_id="worker")
+    assert stages[-1] == ("parsing", 1)
+    store.close()
 
 
 async def test_a_document_that_fails_is_counted(client):

@@ -74,9 +74,9 @@ class Place:
         return [chunk.text for chunk in self.store.get_chunks(document_id)]
 
 
-def wait_for(look: Callable[[], T | None]) -> T:
+def wait_for(look: Callable[[], T]) -> T:
     for _ in range(3000):
-        if (found := look()) is not None:
+        if found := look():
             return found
         time.sleep(0.01)
     raise AssertionError("it did not happen within 30 s")
@@ -220,7 +220,7 @@ def test_stop_hands_the_document_back_without_counting_the_attempt(place, start,
     stopping = threading.Thread(target=worker.stop)
     stopping.start()
     assert place.store.get_document(document.id).status == "embedding"
-    wait_for(lambda: worker._stopping.is_set() or None)
+    wait_for(lambda: worker._stopping.is_set())
     gated.open.set()
     stopping.join(30)
     stopped = place.store.get_document(document.id)
@@ -264,6 +264,18 @@ def test_a_document_that_is_deleted_while_it_is_read_has_not_failed(place, start
     assert "failed" not in caplog.text
 
 
+def test_an_error_after_the_document_is_ready_is_told(place, start, gated, caplog, monkeypatch):
+    def fail(source):
+        raise RuntimeError("the index is stuck")
+
+    monkeypatch.setattr(place.index, "catch_up", fail)
+    caplog.set_level("INFO")
+    gated.open.set()
+    start(gated)
+    place.wait(place.upload(TEXT.encode()).id, "ready")
+    wait_for(lambda: "the index is stuck" in caplog.text)
+
+
 def test_errors_of_our_own_are_tried_again_a_bounded_number_of_times(place, start, gated):
     document = place.upload(TEXT.encode())
     gated.error = RuntimeError("out of luck")
@@ -297,7 +309,7 @@ def test_the_heartbeat_keeps_the_lease_of_a_long_job(place, start, gated, tmp_pa
     for _ in range(3):
         place.clock.now += 0.29
         beats = place.store.renewed
-        wait_for(lambda beats=beats: place.store.renewed > beats + 1 or None)
+        wait_for(lambda beats=beats: place.store.renewed > beats + 1)
         assert place.store.lease_next("thief", 60) is None
     gated.open.set()
     assert place.wait(document.id, "ready").attempts == 1
