@@ -161,10 +161,13 @@ class BertEmbedder:
 
         config = BertConfig.from_json_file(self._dir / "config.json")
         config._attn_implementation = "sdpa"
-        model = BertModel(config, add_pooling_layer=False)
+        with torch.device("meta"):  # no random weights first: that takes time and other threads' random numbers
+            model = BertModel(config, add_pooling_layer=False)
         weights = load_file(self._dir / "model.safetensors")
         kept = {name: tensor for name, tensor in weights.items() if not name.startswith(_UNUSED)}
-        model.load_state_dict(kept, strict=True)
+        model.load_state_dict(kept, strict=True, assign=True)
+        model.embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]
+        model.embeddings.token_type_ids = torch.zeros(1, config.max_position_embeddings, dtype=torch.long)
         return model.eval().requires_grad_(False).to(self._device, self.dtype)
 
     @cached_property

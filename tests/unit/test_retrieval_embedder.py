@@ -137,6 +137,13 @@ later.join()
     assert ended.stdout.split("\n") == [str([1] * 8), "3", "3", ""]
 
 
+def test_loading_draws_no_random_numbers():
+    """The generator is one of the process: what another thread draws meanwhile must not change."""
+    embedder, before = MiniLMEmbedder(), torch.get_rng_state()
+    embedder.embed_query("x")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_meaning(minilm):
     question = minilm.embed_query("How do I bake bread?")
     bread, engine = minilm.embed_passages(["Knead the dough and put it in the oven.", "The engine needs oil."])
