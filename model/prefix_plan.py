@@ -1,9 +1,9 @@
 """Where a prompt's prefill is cut, which cuts deserve a snapshot, and the keys of everything that may be kept of it.
 
 Pure functions of the tokens, the boundaries and the settings: the same prompt has the same plan whether or not a state
-is found, so a cached answer and an uncached one are computed in the same steps. A key covers all tokens before its
-position, all cuts between them, those where the state was rounded, the model (fingerprint) and the tenant (salt): equal
-keys mean equal bits.
+is found, so a cached answer and an uncached one are computed in the same steps. A key covers all tokens up to the end of
+the segment that its position is in, all cuts between them, those where the state was rounded, the model (fingerprint)
+and the tenant (salt): equal keys mean equal bits.
 """
 
 from __future__ import annotations
@@ -147,8 +147,9 @@ def _chain_keys(
 ) -> tuple[tuple[str, ...], dict[int, str]]:
     """Keys of the full blocks before the last snapshot, and of the snapshots.
 
-    A block's key covers the cuts inside it and the first one at or behind its end, since a block's bits depend on the
-    segments that computed it, and `rounded` positions up to its last token. A snapshot inside a block continues the
+    A block's key covers the cuts inside it, the first one at or behind its end and all tokens up to there, since its
+    bits depend on the segments that computed it (with experts on all of their tokens: how many one expert gets decides
+    how its product is computed), and `rounded` positions up to its last token. A snapshot inside a block continues the
     chain over its tail.
     """
     end_of_use = max(snapshots, default=0)
@@ -157,7 +158,7 @@ def _chain_keys(
     def link(previous: bytes, start: int, end: int) -> bytes:
         seen_cuts = np.asarray(cuts[bisect_right(cuts, start) : bisect_left(cuts, end) + 1], dtype="<i4")
         seen_rounded = np.asarray(rounded[bisect_left(rounded, start) : bisect_left(rounded, end)], dtype="<i4")
-        data = struct.pack("<I", end - start) + tokens[start:end].tobytes() + seen_cuts.tobytes()
+        data = struct.pack("<I", end - start) + tokens[start : seen_cuts[-1]].tobytes() + seen_cuts.tobytes()
         data += seen_rounded.tobytes()
         return hashlib.blake2b(data, key=previous, digest_size=16).digest()
 

@@ -46,8 +46,8 @@ def test_equal_keys_mean_equal_tokens_computed_in_equal_segments(one, other):
     by_key: dict[str, set] = {}
     for plan, (tokens, _) in zip(plans, (one, other), strict=True):
         for i, key in enumerate(plan.block_keys):
-            end = (i + 1) * 8
-            by_key.setdefault(key, set()).add((tuple(tokens[:end]), segments_until(plan.cuts, end)))
+            segments = segments_until(plan.cuts, (i + 1) * 8)
+            by_key.setdefault(key, set()).add((tuple(tokens[: segments[-1]]), segments))
         for end, key in plan.snapshot_keys.items():
             by_key.setdefault(key, set()).add((tuple(tokens[:end]), segments_until(plan.cuts, end)))
     assert all(len(meanings) == 1 for meanings in by_key.values())
@@ -74,6 +74,18 @@ def test_a_cut_that_is_rounded_at_in_one_prompt_only_parts_them():
         assert one.cuts == other.cuts
         assert one.block_keys[:2] == other.block_keys[:2]
         assert (one.block_keys[2:] == other.block_keys[2:]) is not int8
+
+
+def test_a_block_is_no_other_prompts_whose_segment_goes_on_differently():
+    """Experts compute a token's last bits by how many tokens of its segment they get."""
+    one, other = (plan_prefix(ROOT, [1] * 26 + [last] * 30, [24, 50], SETTINGS) for last in (1, 2))
+    assert one.cuts == other.cuts == (16, 24, 32, 48, 50, 56)
+    assert [a == b for a, b in zip(one.block_keys, other.block_keys, strict=True)] == [True] * 3 + [False] * 3
+    inside = [plan_prefix(ROOT, [1] * 20 + [last] * 30, [50], SETTINGS) for last in (1, 2)]
+    assert {plan.cuts[:2] for plan in inside} == {(16, 32)}
+    assert inside[0].block_keys[1] == inside[1].block_keys[1]  # up to 16
+    one, other = (plan_prefix(ROOT, [1] * 12 + [last] * 30, [40], SETTINGS) for last in (1, 2))
+    assert one.block_keys[0] != other.block_keys[0]  # 8 of the segment's 16 tokens
 
 
 def segments_until(cuts: tuple[int, ...], end: int) -> tuple[int, ...]:
