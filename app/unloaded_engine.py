@@ -1,7 +1,5 @@
 """What stands in the model's place where no question will be asked."""
 
-from collections.abc import Collection
-
 from model.engine_request import EngineRequest, StepOutput
 from model.engine_thread import EngineStopped
 
@@ -23,6 +21,3 @@ class UnloadedEngine:
 
     def prepare(self) -> bool:
         return False
-
-    def invalidate(self, tags: Collection[str]) -> None:
-        pass

@@ -45,11 +45,7 @@ _TEXT_BY_SUFFIX = {
         SOURCE,
     ),
 }
-TEXT_TYPES = frozenset({TEXT, *_TEXT_BY_SUFFIX.values()} - {MARKDOWN})
 PACKED_TYPES = frozenset({ZIP, TAR, GZIP, BZIP2, XZ})
-SUPPORTED_TYPES = frozenset(
-    {PDF, DOCX, XLSX, PPTX, ODT, EPUB, RTF, EML, MBOX, HTML, MARKDOWN} | TEXT_TYPES | PACKED_TYPES
-)
 SUPPORTED = (
     "PDF, DOCX, XLSX, PPTX, ODT, EPUB, RTF, HTML, Markdown, reStructuredText, CSV, TSV, JSON, e-mail (.eml, .mbox), "
     "source code, text in any encoding, and ZIP or TAR archives of these"

@@ -138,9 +138,6 @@ class JambaEngine:
             _log.warning("preparing for later requests failed; they will do it themselves", exc_info=True)
             return False
 
-    def invalidate(self, tags: Collection[str]) -> None:
-        self.prefix_cache.invalidate(tags)
-
     def close(self) -> None:
         """Forget all requests and end the loading thread. The cache stays open."""
         for group in (self._sequences, self._waiting, self._loading, self._prefilling, self._decoding):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -31,7 +31,7 @@ class EngineRequest:
     """`boundaries`: positions where prompts that begin alike may part, ascending or not; states are kept there.
 
     `tags` are the documents that the prompt saw and `tag_starts` where their tokens begin (absent: at 0), for
-    `Engine.invalidate`. `salt` separates tenants. `epoch` is `PrefixCache.epoch` from before the documents were
+    `PrefixCache.invalidate`. `salt` separates tenants. `epoch` is `PrefixCache.epoch` from before the documents were
     chosen. The log-probabilities of `watch_tokens` come with every step. `counted`: whether somebody asked; what the
     service does of its own accord says nothing of how often states are of use, and stays out of the cache's figures.
     """
@@ -78,7 +78,7 @@ class StepOutput:
 
 
 class Engine(Protocol):
-    """Not for several threads at once, except `invalidate`: see engine_thread.py."""
+    """Not for several threads at once: see engine_thread.py."""
 
     def add(self, request: EngineRequest) -> str:
         """Accept a request; returns its id. Raises ContextTooLong, ValueError, EngineOverloaded."""
@@ -98,8 +98,4 @@ class Engine(Protocol):
 
     def prepare(self) -> bool:
         """With no work: do a short piece of what later requests would wait for; False when nothing is left."""
-        ...
-
-    def invalidate(self, tags: Collection[str]) -> None:
-        """Forget every state made from these documents, before it returns. Callable from any thread."""
         ...

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from typing import NamedTuple, Self, TypeVar
 
@@ -126,10 +126,6 @@ class EngineThread:
 
         self._submit(_Command(run, done.set_exception))
         return await asyncio.wrap_future(done)
-
-    async def invalidate(self, tags: Collection[str]) -> None:
-        """Forget every state made from these documents; the engine goes on while a store is slow to do so."""
-        await asyncio.to_thread(self._engine.invalidate, tags)
 
     async def close(self, drain_s: float = 10.0) -> None:
         """Take no more requests, let those under way finish for at most `drain_s`, end the thread.

@@ -31,11 +31,6 @@ class EvidenceTooLarge(ValueError):
     """`full_context` was asked for, and the documents selected do not fit the budget."""
 
 
-def count_texts(count_tokens: Callable[[str], int], per_document: int = 0, per_passage: int = 0) -> TokenCounter:
-    """Return a counter for a prompt that adds fixed numbers of tokens around the texts."""
-    return lambda passages: per_document + sum(per_passage + count_tokens(passage.text) for passage in passages)
-
-
 def pack_evidence(
     store: DocumentStore,
     collections: Sequence[str],

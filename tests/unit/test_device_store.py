@@ -235,7 +235,7 @@ def test_an_invalidation_leaves_nothing_that_saw_the_document(make_engine, neare
     both, other = (doc_request(TOKENIZER, documents, "why?") for documents in (DOCUMENTS[1:4], DOCUMENTS[4:]))
     for one in (both, other):
         run_one(engine, one)
-    engine.invalidate({DOCUMENTS[2]})  # while some may still wait to be encoded
+    engine.prefix_cache.invalidate({DOCUMENTS[2]})  # while some may still wait to be encoded
     assert engine.prefix_cache.flush(timeout_s=20)
     plan = PrefixCache((), b"model", SMALL).plan(both.token_ids, both.boundaries)
     start = both.tag_starts[DOCUMENTS[2]]
@@ -269,7 +269,7 @@ def test_a_slow_store_below_holds_up_no_answer_and_no_invalidated_state_reaches_
     assert gate.entered.wait(20)
     assert run_one(engine, one).end.tier == "gpu"
     assert engine.prefix_cache.stats()[1]["gpu"]["pending_bytes"] > 0
-    forgetting = threading.Thread(target=engine.invalidate, args=(set(DOCUMENTS[:3]),))
+    forgetting = threading.Thread(target=engine.prefix_cache.invalidate, args=(set(DOCUMENTS[:3]),))
     forgetting.start()
     gate.opened.set()
     forgetting.join(20)

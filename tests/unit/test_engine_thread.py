@@ -199,7 +199,7 @@ def test_invalidation_while_answers_run(engine):
         first = await collect(thread.generate(one))
         second = await collect(thread.generate(one))
         assert second.end.cached_tokens == one.boundaries[-1]
-        await thread.invalidate({"one document"})
+        engine.prefix_cache.invalidate({"one document"})
         third = await collect(thread.generate(one))
         assert third.end.cached_tokens == one.tag_starts["one document"]
         assert first.token_ids == second.token_ids == third.token_ids

@@ -261,7 +261,7 @@ def test_invalidation_leaves_nothing_that_saw_the_document(make_engine, memory, 
     other = doc_request(TOKENIZER, DOCUMENTS[4:], "why?")
     for one in (both, other):
         run_one(engine, one)
-    engine.invalidate({DOCUMENTS[2]})
+    engine.prefix_cache.invalidate({DOCUMENTS[2]})
     assert behind.flush(timeout_s=10)
     plan = PrefixCache((), b"model", SMALL).plan(both.token_ids, both.boundaries)
     start = both.tag_starts[DOCUMENTS[2]]
@@ -294,7 +294,7 @@ def test_states_of_a_running_request_are_not_kept_after_an_invalidation(make_eng
     engine.add(one)
     while memory.stats()["items"] < 4:  # somewhere in the middle of the prefill
         engine.step()
-    engine.invalidate({DOCUMENTS[3]})
+    engine.prefix_cache.invalidate({DOCUMENTS[3]})
     while engine.has_work():
         engine.step()
     saw_none = doc_request(TOKENIZER, [], "why?").boundaries[0]
@@ -305,7 +305,7 @@ def test_states_of_a_running_request_are_not_kept_after_an_invalidation(make_eng
 def test_a_prompt_made_before_an_invalidation_keeps_nothing(make_engine, memory):
     engine = make_engine(memory)
     one = replace(doc_request(TOKENIZER, DOCUMENTS[:2], "why?"), epoch=engine.prefix_cache.epoch)
-    engine.invalidate({DOCUMENTS[0]})
+    engine.prefix_cache.invalidate({DOCUMENTS[0]})
     run_one(engine, one)
     assert run_one(engine, one).end.cached_tokens == one.boundaries[0]
     later = replace(one, epoch=None)  # chosen again after the document came back

@@ -192,7 +192,7 @@ class World:
 
     def forget(self, name: str) -> None:
         """When an invalidation returns, no tier that can be reached holds a state that saw the document."""
-        self.warm.invalidate({name})
+        self.cache.invalidate({name})
         for _ in range(2):  # nor does anything arrive that was on its way
             for request in self.asked:
                 self.check_forgotten(name, request)

@@ -10,12 +10,12 @@ from retrieval_kit import HashEmbedder, add, ingest, queue, sha
 
 from retrieval.index import FaissIndex
 from retrieval.location import heading_path, locate
-from retrieval.packing import EvidenceTooLarge, Place, RecentEvidence, count_texts, pack_evidence
+from retrieval.packing import EvidenceTooLarge, Place, RecentEvidence, pack_evidence
 from retrieval.search import Retriever
 from retrieval.store import CollectionNotFound, DocumentStore
 from retrieval.types import Chunk, Heading, Location, Page, ParsedDocument, SearchParams
 
-COUNT = count_texts(lambda text: len(text.split()), per_document=3, per_passage=1)
+COUNT = lambda passages: 3 + sum(1 + len(passage.text.split()) for passage in passages)
 
 
 @pytest.fixture
