@@ -1,9 +1,9 @@
 """Where a prompt's prefill is cut, which cuts deserve a snapshot, and the keys of everything that may be kept of it.
 
 Pure functions of the tokens, the boundaries and the settings: the same prompt has the same plan whether or not a state
-is found, so a cached answer and an uncached one are computed in the same steps. A key covers all tokens up to the end of
-the segment that its position is in, all cuts between them, those where the state was rounded, the model (fingerprint)
-and the tenant (salt): equal keys mean equal bits.
+is found, so a cached answer and an uncached one are computed in the same steps. A key covers all tokens up to the end
+of the segment that its position is in, all cuts between them, those where the state was rounded, the model
+(fingerprint) and the tenant (salt): equal keys mean equal bits.
 """
 
 from __future__ import annotations
