@@ -117,7 +117,7 @@ class RedisSettings(_Group):
     timeout_s: float = _setting(
         0.08, "Longest wait for each reply of Redis; then it is done without, for 5 s.", "seconds", gt=0
     )
-    ttl_s: int = _setting(7 * 86_400, "Time after which an unused prefix state leaves Redis.", "seconds", ge=1)
+    ttl_s: int = _setting(7 * 86_400, "Time after which a prefix state leaves Redis.", "seconds", ge=1)
 
 
 class IngestSettings(_Group):

@@ -35,6 +35,7 @@ _START = (
 _MAX_STDERR_BYTES = 16 * 1024
 _READ_BYTES = 256 * 1024
 _CHECK_EVERY_S = 0.05
+_END_S = 5.0  # for a child that has closed its output to end
 _FULL = 0.75  # of the memory limit: what was seen lags behind, and the allocation that failed is not in it
 
 
@@ -93,7 +94,9 @@ def run_in_child(
                 raise ParseError(**message["error"])
             else:
                 return message["result"]
-        raise _explain_death(child.wait(), seen, limits)
+        raise _explain_death(child.wait(_END_S), seen, limits)
+    except subprocess.TimeoutExpired as error:
+        raise ParseError("parser_crashed", "the parser closed its output without a result and did not end") from error
     except json.JSONDecodeError as error:
         raise ParseError("parser_crashed", "the parser wrote something that is no result; report this file") from error
     finally:

@@ -79,6 +79,12 @@ def test_a_library_that_aborts_for_lack_of_memory_is_told_from_one_that_crashes(
     assert caught.value.code == code
 
 
+def test_a_child_that_closes_its_output_and_stays_is_ended(monkeypatch):
+    monkeypatch.setattr("ingest.parse.cage._END_S", 0.2)
+    with pytest.raises(ParseError, match="did not end"):
+        run_in_child("tests.unit.aborting_child", ["0"], ParseLimits())
+
+
 def test_writing_too_much_ends_the_child(text_file):
     assert code_of(text_file, "text/plain", ParseLimits(output_bytes=1000)) == ("output_too_large", False)
 
