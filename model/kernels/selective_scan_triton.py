@@ -350,6 +350,8 @@ def selective_scan_triton(
     for name, tensor in {"u": u, "delta": delta, "B": B, "C": C, "z": z}.items():
         if tensor is not None and tensor.stride(-1) != 1:
             raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}")
+        if tensor is not None and tensor.shape[1] * tensor.stride(1) >= 1 << 31:  # offsets in a sequence are 32 bits
+            raise ValueError(f"{name} has {tensor.shape[1]} steps {tensor.stride(1)} apart; scan them in several calls")
     if not A.is_contiguous() or (state is not None and not state.is_contiguous()):
         raise ValueError("A and state must be contiguous")
     if state is None:

@@ -89,6 +89,13 @@ def test_a_tensor_that_is_not_contiguous_is_named():
         selective_scan_triton(**inputs, state=None)
 
 
+def test_a_sequence_beyond_what_an_offset_reaches_is_refused():
+    u, B = (torch.empty(1, 1 << 16, width, device="meta") for width in (1 << 15, 16))
+    A = torch.empty(1 << 15, 16, device="meta")
+    with pytest.raises(ValueError, match="u has 65536 steps 32768 apart"):
+        selective_scan_triton(u, u, A, B, B, A[:, 0], u, None)
+
+
 @pytest.mark.parametrize(("rows", "d"), [(37, 33), (5, 16), (2100, 36), (1, 576)])
 def test_fused_norm_and_its_gradients_equal_the_definition(monkeypatch, rows, d):
     monkeypatch.setattr(fused, "PROGRAMS", 3)
