@@ -30,6 +30,9 @@ from model.state import HybridState, StateLayout
 
 
 class JambaLayer(nn.Module):
+    """x + mixer(norm(x)), then x + feed_forward(norm(x)). The mixer is attention in one layer of eight of the published
+    shapes and Mamba in the others; the feed-forward is an MLP or, in every second layer, a mixture of them."""
+
     def __init__(self, config: JambaConfig, layer: int) -> None:
         super().__init__()
         attention_before = sum(map(config.is_attention, range(layer)))
@@ -43,13 +46,18 @@ class JambaLayer(nn.Module):
         self.feed_forward = MoE(config) if config.is_moe(layer) else MLP(config)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        """(T, d) -> (T, d); advances the states of the batch."""
         mixer = self.self_attn if self.is_attention else self.mamba
         x = x + mixer(self.input_layernorm(x), batch)
         return x + self.feed_forward(self.pre_ff_layernorm(x))
 
 
 class Jamba(nn.Module):
-    """`gradient_checkpointing` trades a second forward of each layer for the memory of its activations."""
+    """Embedding, layers, norm, head: `_run` is all of it. What serves has shorter ways through the same layers, which
+    `forward_packed` chooses: a few tokens on a CPU (`_try`), a decode step or a short segment on a GPU.
+
+    `gradient_checkpointing` trades a second forward of each layer for the memory of its activations.
+    """
 
     gradient_checkpointing: bool = False
 

@@ -13,6 +13,8 @@ from model.kernels.silu_mul import silu_mul
 
 
 class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
     def __init__(self, config: JambaConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -20,6 +22,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)"""
         return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
 
 
