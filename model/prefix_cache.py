@@ -24,6 +24,7 @@ from model.state_codec import DamagedValue, decode_value, encode_value
 from model.state_store import Buffer, StateItem, StateStore, WriteBehindStore
 
 _MAX_PENDING_BYTES = 1 << 30  # of tensors that wait to be encoded
+_MAX_INVALIDATED = 1 << 16  # tags that are remembered; of plans made before the oldest of them nothing is kept
 _DECODERS = 4  # threads; what takes time is the checksum, 1 to 2 GB/s each
 _log = logging.getLogger(__name__)
 
@@ -81,7 +82,8 @@ class PrefixCache:
                 self._savers += (self._behind,)
         self._stats = CacheStats()
         self._epoch = 0
-        self._invalidated: dict[str, int] = {}  # tag -> epoch that its invalidation began
+        self._invalidated: dict[str, int] = {}  # tag -> epoch that its invalidation began, the oldest first
+        self._forgotten_epoch = -1  # of those no longer in there, the last
         self._lock = threading.RLock()
 
     @property
@@ -169,7 +171,11 @@ class PrefixCache:
         """Forget every state made from these documents, in all stores, those still being computed included."""
         with self._lock:
             self._epoch += 1
-            self._invalidated.update(dict.fromkeys(tags, self._epoch))
+            for tag in tags:
+                self._invalidated.pop(tag, None)
+                self._invalidated[tag] = self._epoch
+            while len(self._invalidated) > _MAX_INVALIDATED:
+                self._forgotten_epoch = self._invalidated.pop(next(iter(self._invalidated)))
         if self._behind is not None:  # before the stores that it writes
             self._behind.delete(tags=tags)
         for store in self._stores:
@@ -211,7 +217,7 @@ class PrefixCache:
         """Put the items unless one of their documents was invalidated since the plan was made."""
         tags = frozenset().union(*(item.tags for item in items))
         with self._lock:  # an invalidation waits, and then deletes what was put
-            if any(self._invalidated.get(tag, -1) > plan.epoch for tag in tags):
+            if any(self._invalidated.get(tag, self._forgotten_epoch) > plan.epoch for tag in tags):
                 self._stats.refused += 1
                 return False
             for store in stores:

@@ -302,10 +302,14 @@ def test_states_of_a_running_request_are_not_kept_after_an_invalidation(make_eng
     assert engine.prefix_cache.stats()[0].refused > 0
 
 
-def test_a_prompt_made_before_an_invalidation_keeps_nothing(make_engine, memory):
+@pytest.mark.parametrize("later", [0, 10])  # documents invalidated after it, of which 4 are remembered
+def test_a_prompt_made_before_an_invalidation_keeps_nothing(make_engine, memory, monkeypatch, later):
+    monkeypatch.setattr("model.prefix_cache._MAX_INVALIDATED", 4)
     engine = make_engine(memory)
     one = replace(doc_request(TOKENIZER, DOCUMENTS[:2], "why?"), epoch=engine.prefix_cache.epoch)
-    engine.prefix_cache.invalidate({DOCUMENTS[0]})
+    for document in (DOCUMENTS[0], *map(str, range(later))):
+        engine.prefix_cache.invalidate({document})
+    assert len(engine.prefix_cache._invalidated) <= 4
     run_one(engine, one)
     assert run_one(engine, one).end.cached_tokens == one.boundaries[0]
     later = replace(one, epoch=None)  # chosen again after the document came back
