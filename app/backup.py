@@ -7,11 +7,13 @@ of one moment, and the originals that it needs at that moment are all in the bac
 import hashlib
 import io
 import logging
+import lzma
 import os
 import shutil
 import sqlite3
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Collection, Iterator
 from contextlib import closing
 from functools import partial
@@ -117,7 +119,7 @@ def _unpack(source: Path, database: Path, files: FileStore) -> int:
     count = 0
     try:
         with tarfile.open(source) as tar:
-            for member in tar:
+            for member in filter(tarfile.TarInfo.isfile, tar):
                 content = tar.extractfile(member) or io.BytesIO()
                 if member.name == _DATABASE:
                     with database.open("wb") as file:
@@ -127,7 +129,7 @@ def _unpack(source: Path, database: Path, files: FileStore) -> int:
                     if digest != member.name.removeprefix(f"{_FILES}/"):
                         raise BackupFailed(f"{source}: original {member.name} is damaged")
                     count += 1
-    except tarfile.TarError as error:
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:  # the latter where it was packed since
         raise BackupFailed(f"{source} is not a complete backup: {error}") from error
     if not database.exists():
         raise BackupFailed(f"{source} is not a backup: it has no {_DATABASE}")

@@ -1,5 +1,6 @@
 """The command line: in process and against a running service, for people and for programs."""
 
+import gzip
 import itertools
 import json
 import logging
@@ -237,6 +238,7 @@ def test_a_damaged_backup_is_not_restored(run, corpus, tmp_path):
     content = file.read_bytes()
     for name, damaged in {
         "cut": content[: len(content) // 2],
+        "packed and cut": gzip.compress(content)[:2000],
         "text": b"no tar at all",
         "flipped": content.replace(b"The garden holds", b"The garden HOLDS"),
     }.items():
