@@ -104,6 +104,7 @@ class Database:
             self._local.connection = connection
             connection.row_factory = sqlite3.Row
             # FULL: a commit is on the disk before it is reported, so that an accepted upload survives a power cut.
-            for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "cache_size=-65536"):
+            # 8 MiB of pages: each thread has its own, and the system's cache beneath is as fast.
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "cache_size=-8192"):
                 connection.execute(f"PRAGMA {pragma}").fetchall()
         return connection

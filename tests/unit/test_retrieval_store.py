@@ -218,6 +218,12 @@ def test_hiding_takes_it_out_of_reading_at_once(store):
     assert not store.file_in_use(document.sha256)
 
 
+def test_pages_of_the_file_that_a_hundred_threads_keep_are_less_than_a_gigabyte(store):
+    with store.snapshot() as connection:
+        (kib,) = connection.execute("PRAGMA cache_size").fetchone()
+    assert 0 < -kib * 100 < 1 << 20
+
+
 def test_listing_in_pages(store):
     ids = [queue(store, f"text {i}").id for i in range(5)]
     pages, after = [], None
