@@ -63,6 +63,8 @@ def load_pairs(path: Path) -> PairContexts:
 
 def widen_answer(pair: dict) -> dict:
     """A part of a person's name becomes the whole name, a bare number takes its unit along."""
+    if pair["answer"] is None:
+        return pair
     start, text = pair["start"], pair["passage"]
     end = start + len(pair["answer"])
     if pair["question"].startswith(("Who ", "By whom ")):
@@ -158,60 +160,68 @@ class ContextRenderer:
 
 
 class PairContexts:
-    """Contexts from question-answer pairs. Distractors: near passages found by words, others of the same document,
-    of the same package, of anywhere; those that are pairs themselves bring their questions along.
+    """Contexts from question-answer pairs, several on a passage. Distractors: near passages found by words, others of
+    the same document, of the same package, of anywhere; those that are asked about bring their questions along.
 
-    `passages` (id -> title and text) holds the passages that the pairs name as `negatives`.
+    `near` (id -> title and text) holds the passages that the pairs name as `negatives`.
     """
 
-    def __init__(self, pairs: Sequence[dict], passages: Mapping[int, tuple[str, str]]) -> None:
-        self.pairs, self.passages = pairs, passages
+    def __init__(self, pairs: Sequence[dict], near: Mapping[int, tuple[str, str]]) -> None:
+        asked: dict[str, list[dict]] = defaultdict(list)
+        for pair in pairs:
+            asked[pair["passage"]].append(pair)
+        self.asked, self.near = list(asked.values()), near
         self.by_doc: dict[tuple[str, str], list[int]] = defaultdict(list)
         self.by_source: dict[str, list[int]] = defaultdict(list)
-        for i, pair in enumerate(pairs):
-            self.by_doc[pair["source"], pair["doc"]].append(i)
-            self.by_source[pair["source"]].append(i)
+        for i, (first, *_) in enumerate(self.asked):
+            self.by_doc[first["source"], first["doc"]].append(i)
+            self.by_source[first["source"]].append(i)
 
-    def draw(self, rng: random.Random, max_chars: int, num_passages: int | None = None, lost: float = 0.2) -> Context:
-        """A context of about `max_chars`, or of `num_passages`; a share `lost` of its questions loses its passage."""
-        seed = rng.choice(self.pairs)
-        chosen = {seed["passage"]: (self._title(seed, rng), seed)}
-        for title, text, pair in self._distractors(seed, rng):
+    def draw(self, rng: random.Random, max_chars: int, num_passages: int | None = None, lost: float = 0.15) -> Context:
+        """A context of about `max_chars`, or of `num_passages`; a share `lost` of what is asked about is taken away."""
+        seed = rng.choice(self.asked)
+        chosen = {seed[0]["passage"]: (self._title(seed[0], rng), seed)}
+        for title, text, pairs in self._distractors(seed[0], rng):
             if len(chosen) >= (num_passages or 64) or sum(map(len, chosen)) + len(text) > max_chars:
                 break
-            chosen.setdefault(text, (title, pair))
+            chosen.setdefault(text, (title, pairs))
         kept, gone = [], []
-        for text, (title, pair) in chosen.items():
-            take_away = pair is not None and len(chosen) > 1 and rng.random() < lost
-            (gone if take_away else kept).append((title, text, pair))
+        for text, (title, pairs) in chosen.items():
+            take_away = len(pairs) > 0 and len(chosen) > 1 and rng.random() < lost
+            (gone if take_away else kept).append((title, text, pairs))
         if not kept:
             kept.append(gone.pop())
         rng.shuffle(kept)
         if len(chosen) == 1 and rng.random() < lost:  # a lone passage, asked about something near it
-            other = rng.choice(self.by_source[seed["source"]])
-            if self.pairs[other]["passage"] != seed["passage"]:
-                return self._context([(kept[0][0], kept[0][1], None)], [("", "", self.pairs[other])], rng)
+            other = self.asked[rng.choice(self.by_source[seed[0]["source"]])]
+            if other is not seed:
+                gone.append(("", "", other))
         return self._context(kept, gone, rng)
 
-    def _distractors(self, seed: dict, rng: random.Random) -> Iterator[tuple[str, str, dict | None]]:
-        near = [self.passages[i] for i in seed["negatives"] if i in self.passages]
+    def _distractors(self, seed: dict, rng: random.Random) -> Iterator[tuple[str, str, list[dict]]]:
+        near = [self.near[i] for i in seed["negatives"] if i in self.near]
         rng.shuffle(near)
         for title, text in near[: rng.randrange(8)]:
-            yield title[:80], text, None
+            yield title[:80], text, []
         same_doc = list(self.by_doc[seed["source"], seed["doc"]])
         rng.shuffle(same_doc)
         others = same_doc[: rng.randrange(1, 12)]
         for _ in range(200):
             same = rng.random() < 0.6
-            others.append(rng.choice(self.by_source[seed["source"]]) if same else rng.randrange(len(self.pairs)))
+            others.append(rng.choice(self.by_source[seed["source"]]) if same else rng.randrange(len(self.asked)))
         for i in others:
-            yield self._title(self.pairs[i], rng), self.pairs[i]["passage"], self.pairs[i]
+            first = self.asked[i][0]
+            yield self._title(first, rng), first["passage"], self.asked[i]
 
     @staticmethod
     def _context(kept: list[tuple], gone: list[tuple], rng: random.Random) -> Context:
-        questions = [Question(pair["question"], pair["answer"], at, pair["start"])
-                     for at, (_, _, pair) in enumerate(kept) if pair is not None]  # fmt: skip
-        questions += [Question(pair["question"], None, -1, -1) for _, _, pair in gone]
+        questions = []
+        for at, (_, _, pairs) in enumerate(kept):
+            for pair in pairs:
+                where = (pair["answer"], at, pair["start"]) if pair["answer"] is not None else (None, -1, -1)
+                questions.append(Question(pair["question"], *where))
+        for _, _, pairs in gone:
+            questions += [Question(pair["question"], None, -1, -1) for pair in pairs[:2] if pair["answer"] is not None]
         rng.shuffle(questions)
         return Context(tuple((title, text) for title, text, _ in kept), tuple(questions))
 
@@ -251,8 +261,8 @@ class QaRows:
     documents in few tokens, and so many choices to learn from.
     """
 
-    FIRST: ClassVar = {"cloze": 0.3, "templated": 0.2, "statements": 0.3, "pairs": 0.2}
-    LAST: ClassVar = {"cloze": 0.05, "templated": 0.2, "statements": 0.35, "pairs": 0.4}
+    FIRST: ClassVar = {"cloze": 0.12, "templated": 0.18, "statements": 0.25, "pairs": 0.45}
+    LAST: ClassVar = {"cloze": 0.04, "templated": 0.16, "statements": 0.2, "pairs": 0.6}
 
     def __init__(self, tokenizer: Tokenizer, pairs: PairContexts, texts: Sequence[tuple[str, str]]) -> None:
         self.renderer = ContextRenderer(tokenizer, rephrase=True)

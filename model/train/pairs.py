@@ -1,18 +1,20 @@
-"""Cleans the made question-answer pairs, splits them by document, and gives each pair hard negative passages.
+"""Cleans the made question-answer pairs, splits them by document, and gives each passage hard negatives.
 
 `python -m model.train.pairs pairs.jsonl.xz --corpora scratch/corpora --out scratch` writes pairs_train.jsonl and
-pairs_dev.jsonl (source, doc, title, passage, question, answer, start, kind, passage_id, negatives) and
-passages_train.jsonl and passages_dev.jsonl (id, source, doc, title, text), to which passage_id and negatives refer.
+pairs_dev.jsonl (source, doc, title, passage, question, answer (null: none there), start, kind, passage_id, negatives)
+and passages_train.jsonl and passages_dev.jsonl (id, source, doc, title, text), to which passage_id and negatives refer.
 Development documents share no file with training ones; nor do their negatives. Start at `main`.
 """
 
 import argparse
 import json
 import lzma
+import multiprocessing
 import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from model.train.passages import NegativeFinder, cut_passages
 from model.train.sources import EXCLUDED, HELD_OUT, is_dev_document, read_word_lists
 
 Pair = dict[str, Any]
+FEW, ELSEWHERE = 60, 10_000  # passages of a package that are too few to be near, and of all that are taken then
 
 _WORDS = read_word_lists(Path(__file__).parent / "words.txt")
 _FUNCTION_WORDS = frozenset(_WORDS["function_words"])
@@ -39,18 +42,20 @@ _TICKET = re.compile(
 def main(argv: list[str] | None = None) -> None:
     """Clean, split, add negatives; prints what was dropped and why."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pairs", type=Path)
+    parser.add_argument("pairs", type=Path, nargs="+", help="shared ones, and what model.train.asking made")
     parser.add_argument("--corpora", type=Path, required=True, help="output folder of model.train.corpora")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--negatives", type=int, default=12)
+    parser.add_argument("--splits", nargs="+", choices=("dev", "train"), default=("dev", "train"))
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
-    kept, dropped = load_pairs(args.pairs)
+    kept, dropped = load_pairs(*args.pairs)
     print(f"{len(kept)} pairs kept; dropped {dict(dropped)}", flush=True)
-    for split in ("dev", "train"):
+    for split in args.splits:
         chosen = [p for p in kept if is_dev_document(p["source"], p["doc"]) == (split == "dev")]
         passages = _passages(chosen, args.corpora, split, random.Random(args.seed))
-        _add_negatives(chosen, passages, args.negatives)
+        _add_negatives(chosen, passages, args.negatives, args.workers)
         wanted = {i for pair in chosen for i in (pair["passage_id"], *pair["negatives"])}
         passages = [passage for passage in passages if passage["id"] in wanted]
         _write(args.out / f"passages_{split}.jsonl", passages)
@@ -59,15 +64,15 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{split}: {len(chosen)} pairs of {documents} documents, {len(passages)} passages", flush=True)
 
 
-def load_pairs(path: Path) -> tuple[list[Pair], Counter[str]]:
-    """Cleaned pairs of a JSONL(.xz) file and the counts of what was dropped; every answer is its passage's span."""
+def load_pairs(*paths: Path) -> tuple[list[Pair], Counter[str]]:
+    """Cleaned pairs of JSONL(.xz) files and the counts of what was dropped; every answer is its passage's span, or
+    None where the passage does not answer."""
     kept, dropped, asked = [], Counter[str](), set[tuple[str, str]]()
-    with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as lines:
-        for line in lines:
-            pair = json.loads(line)
+    for path in paths:
+        for pair in _read(path):
             if pair["source"] in EXCLUDED or pair["source"] in HELD_OUT:
                 raise ValueError(f"{path} has a pair of {pair['source']}, which must stay out of training")
-            reason = _reason_to_drop(pair) or _mend_answer(pair)
+            reason = _reason_to_drop(pair) or (pair["answer"] is not None and _mend_answer(pair))
             key = (pair["question"].lower(), pair["passage"])
             if not reason and key in asked:
                 reason = "asked twice"
@@ -79,6 +84,11 @@ def load_pairs(path: Path) -> tuple[list[Pair], Counter[str]]:
                 {k: pair[k] for k in ("source", "doc", "title", "passage", "question", "answer", "start", "kind")}
             )
     return kept, dropped
+
+
+def _read(path: Path) -> Iterator[Pair]:
+    with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as lines:
+        yield from map(json.loads, lines)
 
 
 def question_content(question: str) -> set[str]:
@@ -103,9 +113,14 @@ def _reason_to_drop(pair: Pair) -> str:
     shared = content & set(words(pair["passage"]))
     if len(shared) < 0.34 * len(content):
         return "words not in the passage"
-    if set(words(pair["answer"])) and set(words(pair["answer"])) <= set(words(question)):
+    if pair["answer"] is not None and _is_said(pair):
         return "answer in the question"
     return ""
+
+
+def _is_said(pair: Pair) -> bool:
+    answer = set(words(pair["answer"]))
+    return bool(answer) and answer <= set(words(pair["question"]))
 
 
 def _mend_answer(pair: Pair) -> str:
@@ -122,9 +137,7 @@ def _mend_answer(pair: Pair) -> str:
         return "no clean span"
     _, start, end = max(candidates)
     pair["answer"], pair["start"] = pair["passage"][start:end], start
-    if set(words(pair["answer"])) and set(words(pair["answer"])) <= set(words(pair["question"])):
-        return "answer in the question"
-    return ""
+    return "answer in the question" if _is_said(pair) else ""
 
 
 def _locate(passage: str, text: str, near: int) -> tuple[int, int] | None:
@@ -199,31 +212,49 @@ def _corpus(corpora: Path, split: str) -> Iterator[dict[str, str]]:
             yield from map(json.loads, lines)
 
 
-def _add_negatives(pairs: list[Pair], passages: list[dict[str, Any]], count: int) -> None:
-    """Set pair["negatives"]: ids of near passages of the same package (of any, where it has few) without the answer."""
+def _add_negatives(pairs: list[Pair], passages: list[dict[str, Any]], count: int, workers: int) -> None:
+    """Set pair["negatives"]: ids of near passages of the same package (of any, where it has few) without an answer to
+    what is asked about the pair's passage; one list a passage."""
     members: dict[str, list[int]] = defaultdict(list)
     for passage in passages:
         members[passage["source"]].append(passage["id"])
-    everywhere = [p["id"] for p in passages]
-    by_source: dict[str, list[Pair]] = defaultdict(list)
+    everywhere = random.Random(len(passages)).sample(range(len(passages)), min(len(passages), ELSEWHERE))
+    by_source: dict[str, dict[int, list[Pair]]] = defaultdict(lambda: defaultdict(list))
     for pair in pairs:
-        by_source[pair["source"]].append(pair)
+        by_source[pair["source"]][pair["passage_id"]].append(pair)
+    jobs = []
     for source, asked in by_source.items():
-        pool = members[source] if len(members[source]) >= 60 else everywhere
-        finder = NegativeFinder([f"{passages[i]['title']} {passages[i]['text']}" for i in pool])
-        by_question = finder.nearest([p["question"] for p in asked], 3 * count)
-        by_passage = finder.nearest([p["passage"] for p in asked], 3 * count)
-        for pair, first, second in zip(asked, by_question, by_passage, strict=True):
-            near = [i for two in zip(first, second, strict=True) for i in two]
-            allowed = [pool[i] for i in dict.fromkeys(near) if _is_negative(pair, passages[pool[i]]["text"])]
-            pair["negatives"] = allowed[:count]
-        print(f"negatives: {source}, {len(asked)} pairs among {len(pool)} passages", flush=True)
+        pool = members[source] if len(members[source]) >= FEW else everywhere
+        texts = [f"{passages[i]['title']} {passages[i]['text']}" for i in pool]
+        jobs.append((source, pool, texts, list(asked.values()), count))
+    jobs.sort(key=lambda job: -len(job[3]))
+    with multiprocessing.get_context("spawn").Pool(workers) as processes:
+        for source, found in processes.imap_unordered(_find_negatives, jobs):
+            for near, asked in zip(found, by_source[source].values(), strict=True):
+                for pair in asked:
+                    pair["negatives"] = near
+            print(f"negatives: {source}, {len(found)} passages", flush=True)
+
+
+def _find_negatives(job: tuple[str, list[int], list[str], list[list[Pair]], int]) -> tuple[str, list[list[int]]]:
+    source, pool, texts, asked, count = job
+    finder, found = NegativeFinder(texts), []
+    by_question = iter(finder.nearest([p["question"] for pairs in asked for p in pairs], 3 * count))
+    by_passage = finder.nearest([pairs[0]["passage"] for pairs in asked], 3 * count)
+    for pairs, of_passage in zip(asked, by_passage, strict=True):
+        lists = [*islice(by_question, len(pairs)), of_passage]
+        near = dict.fromkeys(i for ranked in zip(*lists, strict=True) for i in ranked)
+        chosen = (i for i in near if all(_is_negative(pair, texts[i]) for pair in pairs))
+        found.append([pool[i] for i in islice(chosen, count)])
+    return source, found
 
 
 def _is_negative(pair: Pair, text: str) -> bool:
     gold, other = set(words(pair["passage"])), set(words(text))
     if len(gold & other) > 0.6 * min(len(gold), len(other)):
         return False
+    if pair["answer"] is None:
+        return True
     answer = pair["answer"].lower()
     asked = question_content(pair["question"])
     return answer not in text.lower() or (len(answer) < 4 and len(asked & other) < 0.5 * len(asked))

@@ -17,14 +17,17 @@ import numpy as np
 import tokenizers
 
 
-def read_texts(folder: Path, part: int = 0, parts: int = 1) -> Iterator[tuple[str, str]]:
-    """(title, text) of every `parts`-th record of the `corpus-*.jsonl.xz` (or unpacked `.jsonl`) of `folder`."""
+def read_records(folder: Path, part: int = 0, parts: int = 1) -> Iterator[dict[str, str]]:
+    """Every `parts`-th {source, doc, title, text} of the `corpus-*.jsonl.xz` (or unpacked `.jsonl`) of `folder`."""
     for path in sorted(folder.glob("corpus-*.jsonl*")):
         with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
-            for i, line in enumerate(file):
-                if i % parts == part:
-                    record = json.loads(line)
-                    yield record.get("title") or "", record["text"]
+            yield from (json.loads(line) for i, line in enumerate(file) if i % parts == part)
+
+
+def read_texts(folder: Path, part: int = 0, parts: int = 1) -> Iterator[tuple[str, str]]:
+    """(title, text) of what `read_records` gives."""
+    for record in read_records(folder, part, parts):
+        yield record.get("title") or "", record["text"]
 
 
 def encode_texts(texts: list[str], tokenizer: tokenizers.Tokenizer) -> np.ndarray:

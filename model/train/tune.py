@@ -20,13 +20,14 @@ from model.train import evaluate
 from model.train.distill import Steps, question_loss
 from model.train.forward import accelerate
 from model.train.surgery import build_teacher
-from model.train.trainer import Cluster, Log, MasterOptimizer, cosine
+from model.train.trainer import Cluster, Log, MasterOptimizer, cosine, load_into
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("gguf", "corpora", "tokenizer", "pairs", "items", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, help="masters of an earlier call to go on from")
     parser.add_argument("--seconds", type=float, default=300, help="wall clock of the stage, its start not counted")
     parser.add_argument("--qa-tokens", type=int, default=32_768, help="a step and process")
     parser.add_argument("--rate", type=float, default=3e-4)
@@ -42,6 +43,8 @@ def main() -> None:
     args.hidden, args.text_tokens, args.long_from = 0.0, 0, 1.0
     log, tokenizer = Log(args.out / "tune.jsonl", cluster), Tokenizer.load(args.tokenizer)
     model: Jamba = build_teacher(args.gguf).to(cluster.device)
+    if args.weights:
+        load_into(model, args.weights)
     optimizer = MasterOptimizer(model, lambda name: 1.0, weight_decay=0.01)
     accelerate(model)
     steps = Steps(args, cluster)
