@@ -120,6 +120,8 @@ def ask(reader: Reader, asked: Sequence[Asked], padded: int) -> Iterator[dict[st
     answers = _say(reader, [[read_for(question) for question, _ in row] for row in questions])
     for a, row, said in zip(asked, questions, answers, strict=True):
         for span, (question, _), (read, sure) in zip(map(Span._make, a.spans), row, said, strict=True):
+            if sure == 0:  # cut off
+                continue
             answer, start = a.passage[span.start : span.end], span.start
             f1 = overlap(read, answer) if read != NONE else 0.0
             if f1 < LEAST_F1:
