@@ -6,6 +6,7 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPBearer
 
 from app.auth import Authenticator, Principal
+from app.errors import InvalidRequest
 from app.service import RagService
 from app.settings import Settings
 from retrieval.types import Role
@@ -37,9 +38,19 @@ class _Require:
         return principal
 
 
+async def known_query(request: Request) -> None:
+    """Refuse query parameters that the route does not have, which it would otherwise ignore. Raises InvalidRequest."""
+    known = [field.alias for field in request.scope["route"].dependant.query_params]
+    if unknown := sorted(set(request.query_params) - set(known)):
+        there = f"takes {', '.join(known)}" if known else "takes none; other values belong in the body"
+        named = ", ".join(repr(name[:80]) for name in unknown[:5])
+        raise InvalidRequest(f"no such query parameter: {named}; {request.method} {request.url.path} {there}")
+
+
 ServiceDep = Annotated[RagService, Depends(_service)]
 SettingsDep = Annotated[Settings, Depends(_settings)]
 AuthenticatorDep = Annotated[Authenticator, Depends(_authenticator)]
 Reader = Annotated[Principal, Depends(_Require("reader"))]
 Writer = Annotated[Principal, Depends(_Require("writer"))]
 Admin = Annotated[Principal, Depends(_Require("admin"))]
+KnownQuery = Depends(known_query)

@@ -8,11 +8,11 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from app import schemas
-from app.deps import Reader, ServiceDep, SettingsDep
+from app.deps import KnownQuery, Reader, ServiceDep, SettingsDep
 from app.generation import RunningAnswer
 from app.sse import STREAMS_TOO, event_response
 
-router = APIRouter(prefix="/v1", tags=["answers"])
+router = APIRouter(prefix="/v1", tags=["answers"], dependencies=[KnownQuery])
 
 
 @router.post("/answers", response_model=schemas.Answer, responses=STREAMS_TOO)

@@ -3,12 +3,12 @@
 from fastapi import APIRouter, Request
 
 from app import schemas
-from app.deps import Reader, ServiceDep, Writer
+from app.deps import KnownQuery, Reader, ServiceDep, Writer
 from app.errors import Forbidden
 from app.service import RagService
 from retrieval.types import Collection
 
-router = APIRouter(prefix="/v1/collections", tags=["collections"])
+router = APIRouter(prefix="/v1/collections", tags=["collections"], dependencies=[KnownQuery])
 
 
 def _show(collection: Collection, service: RagService) -> schemas.Collection:

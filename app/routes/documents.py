@@ -11,14 +11,14 @@ from fastapi.responses import FileResponse
 
 from app import intake, page_images, schemas
 from app.auth import Principal
-from app.deps import Reader, ServiceDep, SettingsDep, Writer
+from app.deps import KnownQuery, Reader, ServiceDep, SettingsDep, Writer
 from app.errors import InvalidRequest, describe_error
 from app.service import RagService
 from app.sse import Event, event_response
 from retrieval.store import DocumentNotFound
 from retrieval.types import Document, Status
 
-router = APIRouter(prefix="/v1/documents", tags=["documents"])
+router = APIRouter(prefix="/v1/documents", tags=["documents"], dependencies=[KnownQuery])
 
 _POLL_S = 0.1
 _FILE_FIELD = {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1}

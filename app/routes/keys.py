@@ -5,12 +5,12 @@ from dataclasses import asdict
 from fastapi import APIRouter, Request
 
 from app import schemas
-from app.deps import Admin, AuthenticatorDep, ServiceDep
+from app.deps import Admin, AuthenticatorDep, KnownQuery, ServiceDep
 from app.errors import KeyNotFound
 from app.service import RagService
 from retrieval.types import ApiKey
 
-router = APIRouter(prefix="/v1/keys", tags=["keys"])
+router = APIRouter(prefix="/v1/keys", tags=["keys"], dependencies=[KnownQuery])
 
 
 def _show(key: ApiKey, service: RagService) -> schemas.Key:

@@ -3,12 +3,12 @@
 from fastapi import APIRouter
 
 from app import schemas
-from app.deps import Reader, ServiceDep
+from app.deps import KnownQuery, Reader, ServiceDep
 from app.errors import InvalidRequest
 from app.generation import show_hits
 from retrieval.types import SearchParams
 
-router = APIRouter(prefix="/v1", tags=["search"])
+router = APIRouter(prefix="/v1", tags=["search"], dependencies=[KnownQuery])
 
 
 @router.post("/search")

@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from app import schemas
 from app.api_page import render_api_page
-from app.deps import Admin, Reader, ServiceDep, SettingsDep
+from app.deps import Admin, KnownQuery, Reader, ServiceDep, SettingsDep
 from app.errors import Forbidden
 from app.settings import public_settings
 
@@ -43,7 +43,7 @@ def metrics(principal: Reader, service: ServiceDep) -> Response:
     return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/v1/config")
+@router.get("/v1/config", dependencies=[KnownQuery])
 def get_config(principal: Admin, settings: SettingsDep) -> dict[str, Any]:
     """Effective settings without secrets."""
     return public_settings(settings)

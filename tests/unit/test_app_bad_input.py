@@ -62,6 +62,27 @@ async def test_a_bad_file_sent_twice_in_one_form_is_refused_twice(client):
     assert {error["code"] for error in body["errors"]} == {"unsupported_media_type"}
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "known"),
+    [
+        ("GET", "/v1/documents?Limit=3&limit=2", "takes collection, status, limit, after"),
+        ("POST", "/v1/documents?collection=default", "takes none; other values belong in the body"),
+        ("GET", "/v1/collections?name=default", "takes none"),
+        ("POST", "/v1/search?limit=3", "takes none"),
+        ("POST", "/v1/answers?stream=true", "takes none"),
+        ("DELETE", "/v1/keys/none?force=1", "takes none"),
+        ("GET", "/v1/config?section=model", "takes none"),
+    ],
+)
+async def test_an_unknown_query_parameter_is_named_with_those_there_are(client, method, path, known):
+    body = assert_problem(await client.request(method, path), 422, "invalid_request")
+    assert repr(path.partition("?")[2].partition("=")[0]) in body["detail"] and known in body["detail"]
+
+
+async def test_clients_of_openai_may_send_query_parameters_that_mean_nothing_here(client):
+    assert (await client.get("/v1/models?api-version=2026-01-01")).status_code == 200
+
+
 @pytest.fixture(scope="module")
 async def limited(client):
     """The module's client; its service takes files of at most 256 KiB."""
