@@ -95,11 +95,19 @@ class EvidenceFinder:
     def read_whole(self, collection: str) -> Evidence | None:
         """All of a collection, as a question with the default settings reads it; None if that reads only parts of it.
         Raises CollectionNotFound."""
-        query = Query("", [collection], None, None, "auto", None, self._settings.max_output_tokens)
         try:
-            return self._pack_as("full_context", query, (), self._auto_budget(query, self._whole_budget(query)))
+            return self._pack_as("full_context", self._plain_query([collection]), (), self.whole_budget("auto"))
         except EvidenceTooLarge:
             return None
+
+    def whole_budget(self, mode: EvidenceMode = "full_context") -> int:
+        """Most tokens that a short question with the default settings reads whole in this mode."""
+        query = self._plain_query(())
+        budget = self._whole_budget(query)
+        return self._auto_budget(query, budget) if mode == "auto" else budget
+
+    def _plain_query(self, collections: Sequence[str]) -> Query:
+        return Query("", collections, None, None, "auto", None, self._settings.max_output_tokens)
 
     def search(self, query: str, collections: Sequence[str], params: SearchParams) -> list[Hit]:
         """The best chunks, best first. Raises CollectionNotFound."""

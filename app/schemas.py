@@ -160,8 +160,9 @@ class CollectionCreate(Request):
 
 
 class Collection(Response):
-    """`fits_context`: whether all of it goes into one prompt, so that every question shares one cached prefix.
-    `state_ready`: whether that prefix was read ahead and is kept, so that the next question starts at once."""
+    """`fits_context`: whether all of it goes into one prompt, as `full_context` asks. `reads_whole`: whether `auto`
+    does that, so that every question shares one cached prefix; else it reads the best passages. `state_ready`: whether
+    that prefix was read ahead and is kept, so that the next question starts at once."""
 
     name: str
     object: Literal["collection"] = "collection"
@@ -171,6 +172,7 @@ class Collection(Response):
     pending: int
     failed: int
     fits_context: bool
+    reads_whole: bool
     state_ready: bool
     created_at: float
 

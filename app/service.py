@@ -89,6 +89,7 @@ class RagService:
         self._running_lock = threading.Lock()
         self.replies_lock = threading.Lock()  # one request at a time per store of Idempotency-Keys
         self._running: weakref.WeakSet[RunningAnswer] = weakref.WeakSet()
+        self._whole: dict[str, tuple[int, bool]] = {}  # by collection: the store's generation, `reads_whole`
         self.prefetch = Prefetch(self)
 
     # Uploads
@@ -286,9 +287,22 @@ class RagService:
 
     def fits_context(self, collection: Collection) -> bool:
         """Whether all of it goes into one prompt, by an estimate on the safe side: `tokens` are the embedder's."""
-        room = self.format.room_for_evidence("", self.settings.max_output_tokens)
         estimate = _MODEL_TOKENS_PER_TOKEN * collection.tokens + _TOKENS_PER_DOCUMENT * collection.documents
-        return estimate <= min(room, self.settings.max_evidence_tokens or room)
+        return estimate <= self.finder.whole_budget()
+
+    def reads_whole(self, collection: Collection) -> bool:
+        """Whether `auto` reads all of it for a short question with the default settings. Blocks."""
+        if collection.tokens > 2 * self.finder.whole_budget("auto"):
+            return False
+        generation = self.store.generation()
+        known = self._whole.get(collection.name)
+        if known is None or known[0] != generation:
+            try:
+                whole = self.finder.read_whole(collection.name) is not None
+            except CollectionNotFound:  # deleted meanwhile
+                return False
+            known = self._whole[collection.name] = generation, whole
+        return known[1]
 
     def check_ready(self) -> dict[str, str]:
         """Each thing that an answer needs -> "ok", perhaps with more behind it, or what is wrong with it. Blocks."""

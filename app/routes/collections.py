@@ -16,6 +16,7 @@ def _show(collection: Collection, service: RagService) -> schemas.Collection:
         {field: getattr(collection, field) for field in collection.__slots__}
         | {
             "fits_context": service.fits_context(collection),
+            "reads_whole": service.reads_whole(collection),
             "state_ready": service.prefetch.is_ready(collection.name),
         }
     )

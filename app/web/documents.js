@@ -87,6 +87,12 @@ class Entry {
   }
 }
 
+/** What a question that reads “what fits best” will read. */
+export function describeReading({ reads_whole: readsWhole, fits_context: fits }) {
+  if (readsWhole) return "each question reads all of it";
+  return `each question reads the best passages${fits ? "" : ": it is too long to be read whole"}`;
+}
+
 export class DocumentsPanel {
   constructor({ onOpen, onDeleted }) {
     Object.assign(this, { onOpen, onDeleted, collections: [], entries: [], uploads: [], waiting: [], sending: 0, polling: false });
@@ -149,12 +155,11 @@ export class DocumentsPanel {
     const facts = this.collections.find((collection) => collection.name === this.collection);
     byId("delete-collection").disabled = !facts;
     if (!facts) return void (byId("collection-facts").textContent = "");
-    const fits = facts.fits_context ? "fits whole into one question" : "too long for one question: the best passages are read";
-    const parts = [counted(facts.documents, "document"), counted(facts.tokens, "token"), facts.documents > 0 && fits];
-    parts.push(facts.state_ready && "read already: the next question starts at once");
+    const parts = [counted(facts.documents, "document"), counted(facts.tokens, "token"), facts.documents > 0 && describeReading(facts)];
+    parts.push(facts.state_ready && "in memory already: the next one starts at once");
     byId("collection-facts").textContent = parts.filter(Boolean).join(" · ");
     clearTimeout(this.factsTimer);
-    if (facts.documents && facts.fits_context && !facts.state_ready && this.factsLooks-- > 0)
+    if (facts.documents && facts.reads_whole && !facts.state_ready && this.factsLooks-- > 0)
       this.factsTimer = setTimeout(() => this.refreshFacts(), FACTS_EVERY_MS);
   }
 

@@ -75,6 +75,15 @@ def test_sentences_without_a_quote_are_marked(page):
     assert page.barriers() == []
 
 
+def test_says_what_a_question_will_read(page, handbook):
+    page.add(handbook)
+    page.wait(lambda: "each question reads all of it" in page.find("#collection-facts").text)
+    facts = "return (await import('/web/documents.js')).describeReading(arguments[0])"
+    describe = lambda whole, fits: page.driver.execute_script(facts, {"reads_whole": whole, "fits_context": fits})
+    assert describe(False, True) == "each question reads the best passages"
+    assert "too long to be read whole" in describe(False, False)
+
+
 def test_empty_collection_asks_for_documents_first(page, handbook):
     with page.screen(360):
         assert page.find("#welcome-empty").is_displayed()

@@ -132,7 +132,7 @@ async def test_a_listing_goes_on_when_the_last_document_of_a_page_was_deleted(cl
 
 async def test_collections_come_and_go(client):
     made = await client.post("/v1/collections", json={"name": "birds"})
-    assert made.status_code == 201 and made.json()["fits_context"]
+    assert made.status_code == 201 and made.json()["fits_context"] and made.json()["reads_whole"]
     assert (await client.post("/v1/collections", json={"name": "birds"})).json()["code"] == "collection_exists"
     document = await client.upload("owl.txt", "The owl hunts at night.", collection="birds")
     counted = (await client.get("/v1/collections/birds")).json()

@@ -174,3 +174,23 @@ async def test_who_may_not_read_the_same_collection_shares_no_state(client):
     assert service.prefetch._read["default"].request.token_ids == service.prefetch._read["other"].request.token_ids
     assert not set(plans[0].block_keys) & set(plans[1].block_keys)
     assert not set(plans[0].snapshot_keys.values()) & set(plans[1].snapshot_keys.values())
+
+
+async def test_a_collection_says_whether_a_question_reads_all_of_it(checkpoint, tmp_path):
+    """Many tokens of the model for few of the embedder: figures, whose share of a text no estimate knows."""
+    limits = {"auto_evidence_tokens": 300, "rag_evidence_tokens": 100}
+    settings = make_settings(checkpoint, tmp_path / "data", answers=limits)
+    async with running_service(settings) as client:
+
+        async def look() -> tuple[bool, bool, bool]:
+            facts = (await client.get("/v1/collections/default")).json()
+            usage = (await client.ask(QUESTION, mode="auto"))["usage"]
+            whole = (await client.ask(QUESTION, mode="full_context"))["usage"]
+            return facts["fits_context"], facts["reads_whole"], usage["input_tokens"] == whole["input_tokens"]
+
+        await client.upload("lighthouse.md", LIGHTHOUSE)
+        assert await look() == (True, True, True)
+        figures = await client.upload("figures.csv", "\n".join(f"{n}{n},{n * n}" for n in range(100, 160)))
+        assert await look() == (True, False, False)
+        await client.delete(f"/v1/documents/{figures['id']}")
+        assert await look() == (True, True, True)
