@@ -40,6 +40,7 @@ from retrieval.store import (
 log = logging.getLogger(__name__)
 
 PROBLEM_TYPE = "application/problem+json"
+_RETRY_AFTER_S = 2  # where nothing better is known
 
 
 class InvalidRequest(ValueError):
@@ -47,7 +48,11 @@ class InvalidRequest(ValueError):
 
 
 class Overloaded(RuntimeError):
-    """As much is running and waiting as this service takes on."""
+    """As much is running and waiting as this service takes on; `retry_after_s` says when there should be room."""
+
+    def __init__(self, message: str, retry_after_s: int = _RETRY_AFTER_S) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
 
 
 class BodyTooLarge(ValueError):
@@ -122,7 +127,6 @@ ERRORS: dict[type[Exception], ErrorKind] = {
     StorageFull: ErrorKind(507, "storage_full", "The disk is full"),
 }
 _INTERNAL = ErrorKind(500, "internal_error", "Something went wrong in the service")
-_RETRY_AFTER_S = 2
 _OPENAI_PATHS = ("/v1/chat/", "/v1/models", "/v1/completions", "/v1/embeddings", "/v1/responses")
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -188,9 +192,7 @@ def error_headers(error: Exception, status: int) -> dict[str, str]:
     """What a client needs to know beside the body: how to sign in, or when to come again."""
     if isinstance(error, Unauthorized):
         return {"WWW-Authenticate": "Bearer"}
-    if isinstance(error, RateLimited):
-        return {"Retry-After": str(error.retry_after_s)}
-    return {"Retry-After": str(_RETRY_AFTER_S)} if status in (429, 503) else {}
+    return {"Retry-After": str(getattr(error, "retry_after_s", _RETRY_AFTER_S))} if status in (429, 503) else {}
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:

@@ -86,11 +86,15 @@ class _Measures:
 
 
 class RunningAnswer:
-    """Use once: `events` or `collect`. `document_ids` are those the model reads."""
+    """Use once: `events` or `collect`. `document_ids` are those the model reads; `completed`: it came to its end.
+
+    `admitted`: when, on the clock of `Pace`.
+    """
 
     def __init__(self, service: RagService, query: Query) -> None:
         self.id = f"ans_{uuid4().hex}"
         self.document_ids: frozenset[str] = frozenset()
+        self.completed, self.admitted = False, 0.0
         self._service, self._query = service, query
         self._found: Found | None = None
         self._failure: Exception | None = None
@@ -160,7 +164,7 @@ class RunningAnswer:
             if not writer.text:
                 yield Event("answer.text.delta", {"text": self._text_of(writer)})
             self._check_alive()
-            answer = self._finish(found, writer)
+            answer, self.completed = self._finish(found, writer), True
             yield Event("answer.completed", answer)
         finally:
             self._service.meter.charge_tokens(self._query.principal, self._measures.computed_tokens)

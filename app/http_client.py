@@ -6,7 +6,7 @@ Start at `open_service`.
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +30,11 @@ class Service:
         self._http.close()
 
     def request(self, method: str, path: str, **options: Any) -> Any:
-        """The JSON of a successful reply, None for an empty one. Raises CommandFailed with the problem's detail.
-
-        A busy service is asked again when it says so (`Retry-After`), for up to `max_wait_s` in all.
-        """
-        waited_s = 0.0
-        while True:
-            try:
-                response = self._http.request(method, path, **options)
-            except httpx.HTTPError as error:
-                raise CommandFailed(f"{self._http.base_url} does not answer: {error}") from error
-            pause_s = _pause_before_retry(response)
-            if pause_s is None or waited_s + pause_s > self._max_wait_s:
-                break
-            time.sleep(pause_s)
-            waited_s += pause_s
-            for part in options.get("files", {}).values():
-                part[1].seek(0)
+        """The JSON of a successful reply, None for an empty one. Raises CommandFailed with the problem's detail."""
+        try:
+            response = self._send(method, path, **options)
+        except httpx.HTTPError as error:
+            raise CommandFailed(f"{self._http.base_url} does not answer: {error}") from error
         _raise_for_problem(response)
         try:
             return response.json() if response.content else None
@@ -62,13 +50,27 @@ class Service:
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         """(type, data) of the events that a call answers with. Raises CommandFailed."""
         try:
-            with self._http.stream("POST", path, json=body, timeout=ANSWER_TIMEOUT_S) as response:
+            with closing(self._send("POST", path, stream=True, json=body, timeout=ANSWER_TIMEOUT_S)) as response:
                 if not response.is_success:
                     response.read()
                     _raise_for_problem(response)
                 yield from _read_events(response.iter_lines())
         except httpx.HTTPError as error:
             raise CommandFailed(f"{self._http.base_url} broke off: {error}") from error
+
+    def _send(self, method: str, path: str, stream: bool = False, **options: Any) -> httpx.Response:
+        """The reply; a busy service is asked again when it says so (`Retry-After`), for up to `max_wait_s` in all."""
+        waited_s = 0.0
+        while True:
+            response = self._http.send(self._http.build_request(method, path, **options), stream=stream)
+            pause_s = _pause_before_retry(response)
+            if pause_s is None or waited_s + pause_s > self._max_wait_s:
+                return response
+            response.close()
+            time.sleep(pause_s)
+            waited_s += pause_s
+            for part in options.get("files", {}).values():
+                part[1].seek(0)
 
 
 def _pause_before_retry(response: httpx.Response) -> float | None:

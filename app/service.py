@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass
 from app.advice import Advice
 from app.auth import Principal
 from app.conversation import Turn
-from app.errors import InvalidRequest, Overloaded, QuestionTooLong
+from app.errors import InvalidRequest, QuestionTooLong
 from app.evidence import EvidenceFinder, Query
 from app.generation import RunningAnswer
 from app.limits import CollectionFull, Meter
 from app.metrics import Gauges, Metrics
+from app.pace import Pace
 from app.prefetch import Prefetch
 from app.prompting import AnswerFormat
 from app.schemas import AnswerRequest
@@ -89,6 +90,7 @@ class RagService:
         self._running_lock = threading.Lock()
         self.replies_lock = threading.Lock()  # one request at a time per store of Idempotency-Keys
         self._running: weakref.WeakSet[RunningAnswer] = weakref.WeakSet()
+        self._pace = Pace(self.settings.max_pending, self.settings.max_wait_s)
         self._whole: dict[str, tuple[int, bool]] = {}  # by collection: the store's generation, `reads_whole`
         self.prefetch = Prefetch(self)
 
@@ -337,8 +339,7 @@ class RagService:
         """
         answer = RunningAnswer(self, query)
         with self._running_lock:
-            if len(self._running) >= self.settings.max_pending:
-                raise Overloaded(f"{self.settings.max_pending} answers are running or waiting, which is the limit")
+            answer.admitted = self._pace.admit(len(self._running))
             self._running.add(answer)
             self.metrics.answers_pending.set(len(self._running))
         try:
@@ -358,6 +359,8 @@ class RagService:
     def end_answer(self, answer: RunningAnswer) -> None:
         """Free the place of an answer that is finished or given up."""
         with self._running_lock:
+            if answer.completed and answer in self._running:
+                self._pace.finish(answer.admitted)
             self._running.discard(answer)
         self.metrics.answers_pending.set(len(self._running))
 

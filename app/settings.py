@@ -210,7 +210,16 @@ class AnswerSettings(_Group):
         "seconds",
         ge=0,
     )
-    max_pending: int = _setting(64, "Answers running or waiting, after which new ones get 429.", "answers", ge=1)
+    max_wait_s: float = _setting(
+        30.0,
+        "A question gets 429 while those before it would keep it waiting longer, by the time that answers took lately; "
+        "0: any.",
+        "seconds",
+        ge=0,
+    )
+    max_pending: int = _setting(
+        64, "Answers running or waiting, after which new ones get 429 however fast they are.", "answers", ge=1
+    )
 
 
 class LimitSettings(_Group):

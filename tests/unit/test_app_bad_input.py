@@ -266,6 +266,20 @@ async def test_too_many_answers_are_429_with_the_time_to_wait(tiny_checkpoint, t
         assert (await client.ask("Who?"))["text"]
 
 
+async def test_questions_that_would_wait_too_long_are_429_until_answers_get_faster(tiny_checkpoint, tmp_path):
+    settings = make_settings(tiny_checkpoint, tmp_path / "data", answers={"max_wait_s": 1e-6})
+    async with running_service(settings) as client:
+        await client.upload("a.md", LIGHTHOUSE)
+        asked = [client.post("/v1/answers", json={"question": "Who?"}) for _ in range(6)]
+        replies = await asyncio.gather(*asked)
+        refused = [reply for reply in replies if reply.status_code == 429]
+        assert len(refused) == 4 and {reply.status_code for reply in replies} == {200, 429}
+        assert assert_problem(refused[0], 429, "overloaded")["detail"].endswith(
+            f"try again in {refused[0].headers['retry-after']} s"
+        )
+        assert (await client.ask("Who?"))["text"]
+
+
 async def test_the_engine_has_room_for_all_that_admitted_answers_try(tiny_checkpoint, tmp_path, monkeypatch):
     refused, begun, add = [], [], JambaEngine.add
 

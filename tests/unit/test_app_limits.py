@@ -11,8 +11,10 @@ from app_kit import GARDEN, LIGHTHOUSE, make_settings, running_service, serving
 
 from app.audit import AuditLog
 from app.auth import LOCAL_ADMIN, Authenticator, Principal, Unauthorized, is_well_formed, new_key
+from app.errors import Overloaded, error_headers
 from app.http_client import CommandFailed, Service, open_service, sign_in
 from app.limits import KeyLimits, Meter, RateLimited
+from app.pace import Pace
 from retrieval.store import DocumentStore
 
 pytestmark = pytest.mark.anyio
@@ -69,6 +71,42 @@ def test_an_answer_over_the_limit_is_paid_back_before_the_next(store):
     assert refused_for(limited.admit_answer, ME) == 60
     clock.now += 60
     limited.admit_answer(ME)
+
+
+def test_as_many_answers_are_taken_on_as_are_finished_in_time():
+    clock = Clock()
+    pace = Pace(max_pending=64, max_wait_s=30, clock=clock)
+
+    def places() -> int:
+        for pending in range(65):
+            try:
+                pace.admit(pending)
+            except Overloaded:
+                return pending
+        raise AssertionError("no limit")
+
+    def answer(seconds: float, beside: float = 0) -> None:
+        admitted = pace.admit(0) - beside
+        clock.now += seconds
+        pace.finish(admitted)
+
+    assert places() == 16  # nothing is known yet
+    for _ in range(16):
+        answer(0.1)
+    assert places() == 64
+    answer(60)  # one question about a whole library: the mean is 3.8 s
+    assert places() == 8
+    for _ in range(16):
+        clock.now += 1000  # nobody asks
+        answer(20)
+    assert places() == 2
+    with pytest.raises(Overloaded, match="takes about 80 s; the limit is 30 s; try again in 50 s") as caught:
+        pace.admit(4)
+    assert error_headers(caught.value, 429) == {"Retry-After": "50"}
+    for _ in range(16):
+        answer(2, beside=100)  # of many at once, each had waited long, and one came after the other
+    assert places() == 16
+    assert Pace(max_pending=99, max_wait_s=0).admit(98)
 
 
 def test_a_days_bytes_survive_a_restart_and_end_at_midnight(store):
@@ -244,3 +282,7 @@ def test_the_command_lines_client_waits_as_long_as_it_is_told_and_gives_up_after
             with pytest.raises(CommandFailed, match="30 requests a minute"):
                 hasty.request("GET", "/v1/collections")
             assert patient.request("GET", "/v1/collections")["data"]
+            with pytest.raises(CommandFailed, match="30 requests a minute"):
+                list(hasty.stream("/v1/answers", {"question": "Who?", "stream": True}))
+            events = [type for type, _ in patient.stream("/v1/answers", {"question": "Who?", "stream": True})]
+            assert events[-1] == "answer.completed"

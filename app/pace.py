@@ -1,0 +1,46 @@
+"""How fast this machine finishes answers, and so how long one more would wait. Start at `Pace.admit`."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+
+from app.errors import Overloaded
+
+_UNMEASURED_S = 2.0  # between two answers, until one has been measured
+_KEPT = 16
+_ALWAYS = 2  # places whatever they take: one slow answer must not shut the others out
+
+
+class Pace:
+    """Takes on as many answers as are finished in `max_wait_s`, 0: in any time, and at most `max_pending`.
+
+    Not thread safe. `clock` gives seconds that never go back.
+    """
+
+    def __init__(self, max_pending: int, max_wait_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._max_pending, self._max_wait_s, self._clock = max_pending, max_wait_s, clock
+        self._gaps: deque[float] = deque(maxlen=_KEPT)  # seconds of work between one finished answer and the next
+        self._last = -math.inf
+
+    def admit(self, pending: int) -> float:
+        """One more beside `pending` others; returns now. Raises Overloaded, which says when there will be room."""
+        gap_s = sum(self._gaps) / len(self._gaps) if self._gaps else _UNMEASURED_S
+        wait_s, limit_s = pending * gap_s, self._max_wait_s
+        if pending >= self._max_pending:
+            raise _refusal(f"{pending} answers are running or waiting, which is the limit", gap_s)
+        if limit_s and pending >= _ALWAYS and wait_s > limit_s:
+            what = f"{pending} answers are running or waiting, which takes about {wait_s:.0f} s"
+            raise _refusal(f"{what}; the limit is {limit_s:g} s", wait_s - limit_s)
+        return self._clock()
+
+    def finish(self, admitted: float) -> None:
+        """An answer that was admitted then was finished, not given up."""
+        now = self._clock()
+        self._gaps.append(now - max(admitted, self._last))
+        self._last = now
+
+
+def _refusal(what: str, wait_s: float) -> Overloaded:
+    again_s = max(1, math.ceil(wait_s))
+    return Overloaded(f"{what}; try again in {again_s} s", again_s)
