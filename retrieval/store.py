@@ -7,7 +7,6 @@ Files and FAISS are not its business: it names chunks by row id and says what ch
 """
 
 import sqlite3
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,6 +18,7 @@ from . import store_content as content
 from . import store_documents as documents
 from . import store_jobs as jobs
 from . import store_search as searching
+from .clock import ForwardClock
 from .database import Database, StorageFull, StoreUnusable
 from .store_access import IdempotencyConflict
 from .store_documents import CollectionExists, CollectionNotFound, DocumentNotFound, DocumentNotReady, DuplicateDocument
@@ -61,14 +61,14 @@ class DocumentStore(IndexFeed):
     """Thread safe; several processes may open one file. Every write is one transaction and safe to repeat.
 
     Methods that name a document or collection raise DocumentNotFound or CollectionNotFound when there is none.
-    `clock` gives Unix seconds. The collection `default` always exists.
+    `clock` gives Unix seconds and never goes back. The collection `default` always exists.
     """
 
-    def __init__(self, path: Path | str, max_attempts: int = 3, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: Path | str, max_attempts: int = 3, clock: Callable[[], float] | None = None) -> None:
         """Open or create. Raises StoreUnusable. `max_attempts` bounds how often one version is ingested."""
         self._db = Database(path)
         self._max_attempts = max_attempts
-        self._clock = clock
+        self._clock = clock or ForwardClock()
 
     def close(self) -> None:
         self._db.close()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule, run_state_machine_as_test
 from retrieval_kit import HashEmbedder, add, ingest, queue, sha
 
+from retrieval.clock import ForwardClock
 from retrieval.index import FaissIndex
 from retrieval.store import DocumentNotFound, DocumentStore, LeaseLost
 from retrieval.words import open_words
@@ -124,6 +125,23 @@ def test_retryable_errors_pause_then_run_out(store, clock):
     assert pauses == [2, 4]
     store.lease_next("w", 60)
     assert store.fail_document(document.id, "timeout", "slow", True, version=1, worker_id="w").status == "failed"
+
+
+def test_a_second_attempt_does_not_wait_for_a_clock_that_was_set_back(tmp_path):
+    wall, steady = Clock(), Clock()
+    store = DocumentStore(tmp_path / "rag.sqlite3", clock=ForwardClock(wall, steady))
+    document = queue(store, "flaky")
+    store.lease_next("w", 60)
+    store.fail_document(document.id, "timeout", "slow", True, version=1, worker_id="w")
+    wall.now -= 3600
+    assert store.lease_next("w", 60) is None
+    wall.now, steady.now = wall.now + 3, steady.now + 3
+    leased = store.lease_next("w", 60)
+    assert leased.id == document.id and leased.updated_at == 1_003
+    wall.now += 7200  # set forward, it is followed
+    store.renew_lease(document.id, "w", 60, version=1)
+    assert store.get_document(document.id).updated_at == wall.now
+    store.close()
 
 
 def test_retry_starts_afresh_and_goes_last(store):
