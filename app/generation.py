@@ -21,7 +21,7 @@ from app.evidence import Found, Query, describe_scores
 from app.likeliest import generate_likeliest
 from app.prompting import prompt_salt
 from app.quotes import QuoteLimits
-from app.reading import none_margin, split_passages
+from app.reading import none_margin, reads_apart, split_passages
 from app.schemas import Tier
 from app.sse import Event
 from model.engine import EngineRequest, StepOutput
@@ -172,12 +172,19 @@ class RunningAnswer:
 
     async def _choose(self, evidence: Evidence) -> Evidence:
         """All of the evidence, or, where passages are read apart, the one that most likely holds the answer."""
-        self._counted, apart = False, self._service.advice.read_apart and evidence.mode == "rag"
-        if not apart or not self._service.format.decision_ids or len(evidence.passages) < 2:
+        service, self._counted = self._service, False
+        if not service.advice.read_apart or evidence.mode != "rag" or not service.format.decision_ids:
+            return evidence
+        if not reads_apart(evidence, await anyio.to_thread.run_sync(self._count_question)):
             return evidence
         weighed = [(await self._weigh(reading), reading) for reading in split_passages(evidence)]
         self._counted = True
         return min(weighed, key=lambda one: one[0])[1]
+
+    def _count_question(self) -> int:
+        """Its tokens behind what every prompt begins and ends with. Blocks."""
+        count = self._service.format.count_prompt
+        return count(self._query.question, self._query.turns) - count("")
 
     async def _weigh(self, reading: Evidence) -> float:
         """The `none_margin` of this reading."""
@@ -230,6 +237,7 @@ class RunningAnswer:
             tag_starts=prompt.document_starts,
             epoch=self._epoch,
             watch_tokens=service.format.decision_ids,
+            turn=self.admitted,  # what it reads next comes before the first passage of later answers
         )
 
     async def _generate(self, reading: Evidence, writer: AnswerReader, allow_none: bool) -> AsyncIterator[Event]:

@@ -19,6 +19,7 @@ from model.engine import EngineRequest, StepOutput
 from model.engine_request import EngineOverloaded
 from model.engine_thread import TokenStream
 
+_LONG_QUESTION_TOKENS = 128  # behind the documents: worth a state of its own, from which the other beginnings go on
 _MAX_GAP = 5.0  # nats behind the likeliest beginning: what lies further back hardly ever wins
 
 
@@ -38,6 +39,9 @@ async def generate_likeliest(
     constraint = request.constraint
     searched = isinstance(constraint, QuoteConstraint) and request.sampling.temperature == 0 and width > 1
     first_ids = constraint.first_ids if searched else ()
+    prompt_tokens = len(request.token_ids)
+    if searched and prompt_tokens - max(request.boundaries, default=0) >= _LONG_QUESTION_TOKENS:
+        request = replace(request, boundaries=(*request.boundaries, prompt_tokens))
     watched = len(request.watch_tokens)
     async with AsyncExitStack() as streams:
         greedy = await streams.enter_async_context(

@@ -10,10 +10,18 @@ from collections.abc import Sequence
 from app.conversation import missing_words
 from retrieval.types import Evidence
 
+_AGAIN_TOKENS = 1024  # of the question; 2 s of two cores
+
 
 def split_passages(evidence: Evidence) -> list[Evidence]:
     """Each passage as if it were all there is to read."""
     return [Evidence((passage,), evidence.mode, 0, (passage.document_id,)) for passage in evidence.passages]
+
+
+def reads_apart(evidence: Evidence, question_tokens: int) -> bool:
+    """Whether there is a choice among passages, and it is not too dear: the question is read again with each."""
+    again = len(evidence.passages) - 1
+    return again > 0 and again * question_tokens <= max(evidence.tokens, _AGAIN_TOKENS)
 
 
 def none_margin(

@@ -6,6 +6,7 @@ Knows when what runs; not how tokens are chosen (sampling.py, generation.py), no
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import logging
 import time
@@ -109,7 +110,7 @@ class JambaEngine:
         lookup = PromptLookup(request.token_ids, generation, self.drafts)
         sequence = _Sequence(next(self._ids), request, plan, generation, lookup, time.perf_counter())
         self._sequences[sequence.request_id] = sequence
-        self._waiting.append(sequence)
+        bisect.insort(self._waiting, sequence, key=lambda one: one.request.turn)
         return sequence.request_id
 
     @torch.inference_mode()
@@ -163,8 +164,8 @@ class JambaEngine:
         return [self._end(sequence, "abort") for sequence in ended]
 
     def _start_waiting(self) -> list[StepOutput]:
-        """Let requests in, oldest first, as far as there is memory; those whose prefix is being computed right now wait
-        for it."""
+        """Let requests in, in their turn, as far as there is memory; those whose prefix is being computed right now
+        wait for it."""
         outputs = []
         for sequence in list(self._waiting):
             under_way = [*self._loading, *self._prefilling, *self._decoding]

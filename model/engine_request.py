@@ -34,6 +34,7 @@ class EngineRequest:
     `PrefixCache.invalidate`. `salt` separates tenants. `epoch` is `PrefixCache.epoch` from before the documents were
     chosen. The log-probabilities of `watch_tokens` come with every step. `counted`: whether somebody asked; what the
     service does of its own accord says nothing of how often states are of use, and stays out of the cache's figures.
+    `turn`: of those that wait, the least goes first, else the oldest; several requests of one purpose share one.
     """
 
     token_ids: tuple[int, ...]
@@ -46,6 +47,7 @@ class EngineRequest:
     epoch: int | None = None
     watch_tokens: tuple[int, ...] = ()
     counted: bool = True
+    turn: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

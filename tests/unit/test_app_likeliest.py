@@ -140,6 +140,21 @@ def test_the_cache_counts_the_question_and_not_its_other_beginnings(make_engine,
     assert (stats.lookups, stats.prompt_tokens, stats.hits) == (1, len(request.token_ids), 0)
 
 
+def test_a_long_question_is_read_once_for_all_beginnings(make_engine, form):
+    engine, request = make_engine(), make_request(form, "How high is it? " * 60)
+    cached, step = {}, engine.step
+
+    def watched() -> list:
+        outputs = step()
+        cached.update({output.request_id: output.cached_tokens for output in outputs})
+        return outputs
+
+    engine.step = watched
+    answer(engine, request, form.decision_ids[0], width=5)
+    first, *others = cached.values()
+    assert first == 0 and others and set(others) == {len(request.token_ids)}
+
+
 def test_quotes_that_the_engine_has_no_room_for_are_left_out(make_engine, form):
     request, quote_id = make_request(form, "How high is it?"), form.decision_ids[0]
     full = make_engine(max_batch=1, max_waiting=1)

@@ -1,10 +1,12 @@
 """How little a reading seems to hold the answer: the model's margin, and the question's words that it lacks."""
 
+from dataclasses import replace
+
 import pytest
-from app_kit import GARDEN, LIGHTHOUSE
+from app_kit import GARDEN, LIGHTHOUSE, make_settings, running_service
 
 from app.conversation import missing_words
-from app.reading import none_margin, split_passages
+from app.reading import none_margin, reads_apart, split_passages
 from retrieval.types import Evidence, Passage
 
 EVIDENCE = Evidence(
@@ -36,6 +38,13 @@ def test_words_count_wherever_they_were_read():
     assert missing_words("lighthouse garden zebra", []) == 1
 
 
+def test_a_question_too_long_to_be_read_with_each_passage_is_read_once():
+    assert reads_apart(EVIDENCE, question_tokens=1024) and not reads_apart(EVIDENCE, question_tokens=1025)
+    many = replace(EVIDENCE, passages=4 * EVIDENCE.passages, tokens=7000)
+    assert reads_apart(many, question_tokens=1000) and not reads_apart(many, question_tokens=1001)
+    assert not reads_apart(replace(EVIDENCE, passages=EVIDENCE.passages[:1]), question_tokens=1)
+
+
 def test_each_passage_alone_has_its_own_margin():
     lighthouse, garden = split_passages(EVIDENCE)
     assert [lighthouse.passages, garden.passages] == [EVIDENCE.passages[:1], EVIDENCE.passages[1:]]
@@ -43,3 +52,15 @@ def test_each_passage_alone_has_its_own_margin():
     for reading, missing in ((lighthouse, 2 / 3), (garden, 2 / 3), (EVIDENCE, 1 / 3)):
         assert none_margin(question, reading, (-0.5, -2.0), 0.0) == -1.5
         assert none_margin(question, reading, (-0.5, -2.0), 3.0) == pytest.approx(-1.5 + 3 * missing)
+
+
+@pytest.mark.anyio
+async def test_a_long_question_is_answered_from_one_prompt(tiny_checkpoint, tmp_path):
+    answers = {"read_apart": True, "rag_evidence_tokens": 900}
+    async with running_service(make_settings(tiny_checkpoint, tmp_path / "data", answers=answers)) as client:
+        for n in range(5):
+            await client.upload(f"{n}.md", f"# {n}\n\nThe owl sleeps in hole {n}, far from here.\n" * 3)
+        for question, prompts in (("owl?", 5), ("Where does the owl sleep? " * 40, 1)):
+            usage = (await client.ask(question, mode="rag"))["usage"]
+            service = client.app.state.service
+            assert usage["input_tokens"] // service.format.count_prompt(question) in range(prompts, 3 * prompts), usage

@@ -207,6 +207,15 @@ class Broken:
         return None if not generated else []
 
 
+def test_who_waits_goes_in_turn_and_else_by_age(make_engine):
+    engine = make_engine(max_batch=1)
+    turns = {engine.add(replace(request(which=which), turn=turn)): which for which, turn in enumerate([2, 2, 1, 3, 0])}
+    ended = []
+    while engine.has_work():
+        ended += [turns[output.request_id] for output in engine.step() if output.finish_reason]
+    assert ended == [4, 2, 0, 1, 3]
+
+
 def test_an_exception_ends_only_its_own_sequence(make_engine):
     requests = [request(which=which) for which in range(3)]
     requests[1] = replace(requests[1], constraint=Broken())
