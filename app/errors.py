@@ -20,7 +20,7 @@ from app.auth import Forbidden, Unauthorized
 from app.limits import CollectionFull, RateLimited
 from app.log import request_id_var
 from app.uploads import BadUpload
-from ingest.files import FileTooLarge
+from ingest.files import FileTooLarge, OriginalMissing
 from ingest.files import StorageFull as FilesFull
 from ingest.parse import ParseError
 from ingest.sniff import EmptyFile, UnsupportedMediaType
@@ -108,6 +108,7 @@ ERRORS: dict[type[Exception], ErrorKind] = {
     DuplicateDocument: ErrorKind(409, "duplicate", "The same file is there already"),
     DocumentDeleted: ErrorKind(409, "document_deleted", "A document of the answer was deleted"),
     IdempotencyConflict: ErrorKind(409, "idempotency_conflict", "The Idempotency-Key was used with another request"),
+    OriginalMissing: ErrorKind(410, "file_missing", "The original is gone"),
     FileTooLarge: ErrorKind(413, "file_too_large", "The file is too large"),
     ContextTooLong: ErrorKind(413, "context_too_long", "The prompt does not fit the model's context"),
     QuestionTooLong: ErrorKind(413, "context_too_long", "The prompt does not fit the model's context"),

@@ -26,7 +26,8 @@ def respond(
 ) -> Response:
     """The picture of page `number` with the characters `span` of the text marked, or a 304. Blocks.
 
-    The version that answers now is shown, as in `/text`. Raises PageNotFound, DocumentNotReady, ParseError, Overloaded.
+    The version that answers now is shown, as in `/text`. Raises PageNotFound, DocumentNotReady, ParseError, Overloaded,
+    OriginalMissing.
     """
     content = service.store.get_content(document.id)
     shown = next(iter(service.store.ready_documents([document.collection], [document.id])), document)
@@ -46,7 +47,7 @@ def respond(
     if not _slots.acquire(timeout=_WAIT_S):
         raise Overloaded(f"{_AT_ONCE} pages are being drawn, which is the limit; try again shortly")
     try:
-        image = render_page(service.files.path(shown.sha256), number, text, start, end, memory_bytes)
+        image = render_page(service.files.find(shown.sha256), number, text, start, end, memory_bytes)
     finally:
         _slots.release()
     return Response(image.png, media_type="image/png", headers={**headers, "Highlight-Boxes": _format_boxes(image)})

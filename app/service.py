@@ -199,9 +199,8 @@ class RagService:
 
     def delete_collection(self, name: str) -> None:
         """Remove a collection with all its documents, as `delete_document` does each. Blocks."""
-        documents = [document.id for document in self._pages([name], None)]
         change = self.store.delete_collection(name)
-        self._forget(documents)
+        self._forget(change.documents)
         self._drop_unused(change.originals)
 
     def recover(self) -> None:
@@ -210,8 +209,9 @@ class RagService:
         Once, before any worker starts: the data dir is ours alone, so every lease in it is of a dead process.
         """
         self.store.end_leases()
-        for document in list(self._pages(None, "deleting")):
-            self.delete_document(document)
+        while deleting := self.store.list_documents(status="deleting"):
+            for document in deleting:
+                self.delete_document(document)
         if documents := self.store.to_forget():
             self._forget(documents)
         self._drop_unused(path.name for path in self.files.directory.iterdir() if len(path.name) == 64)
@@ -232,12 +232,6 @@ class RagService:
         self.format.forget()
         self.cache.invalidate(gone)
         self.store.forgotten(document_ids)
-
-    def _pages(self, collections: Sequence[str] | None, status: str | None) -> Iterable[Document]:
-        after = None
-        while page := self.store.list_documents(collections, status, 500, after):
-            yield from page
-            after = page[-1].id
 
     # Questions
 

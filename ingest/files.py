@@ -31,6 +31,10 @@ class FileTooLarge(ValueError):
     code = "file_too_large"
 
 
+class OriginalMissing(RuntimeError):
+    """The bytes were there once; somebody or something removed them behind the service's back."""
+
+
 class FileStore:
     """Files named by their SHA-256 in one directory; equal bytes are one file.
 
@@ -95,6 +99,13 @@ class FileStore:
         if not _DIGEST.fullmatch(sha256):
             raise ValueError(f"{sha256[:80]!r} is not a SHA-256 in lower-case hex")
         return self.directory / sha256
+
+    def find(self, sha256: str) -> Path:
+        """The place of these bytes. Raises OriginalMissing when they are not there."""
+        path = self.path(sha256)
+        if not path.is_file():
+            raise OriginalMissing("the original is no longer on the disk of the service; upload it again")
+        return path
 
     def open(self, sha256: str) -> BinaryIO:
         """Open the original for reading. Raises FileNotFoundError."""

@@ -99,7 +99,7 @@ class DocumentStore(IndexFeed):
             return documents.get_collection(c, name)
 
     def delete_collection(self, name: str) -> IndexChange:
-        """Remove it with all its documents; `default` stays, empty. `to_forget` names the documents."""
+        """Remove it with all its documents; `default` stays, empty."""
         with self._db.write() as c:
             return documents.delete_collection(c, name, self._clock())
 

@@ -244,7 +244,7 @@ def find_place(c: sqlite3.Connection, document_id: str) -> tuple[int, str]:
 def _delete_rows(c: sqlite3.Connection, rows: Sequence[int], now: float) -> IndexChange:
     change, gone = content.remove_content(c, rows, now), json.dumps(rows)
     originals = "SELECT DISTINCT sha256 FROM versions WHERE document_row IN (SELECT value FROM json_each(?))"
-    change = replace(change, originals=tuple(sha256 for (sha256,) in c.execute(originals, (gone,))))
+    sha256s = tuple(sha256 for (sha256,) in c.execute(originals, (gone,)))
     c.execute("DELETE FROM deleted_documents WHERE deleted_at < ?", (now - _PLACES_KEPT_S,))
     places = c.execute(
         """SELECT d.id, d.row, k.name FROM documents d JOIN collections k ON k.row = d.collection_row
@@ -255,7 +255,7 @@ def _delete_rows(c: sqlite3.Connection, rows: Sequence[int], now: float) -> Inde
         "INSERT INTO deleted_documents VALUES (?, ?, ?, ?)", [(_digest(place[0]), *place[1:], now) for place in places]
     )
     c.execute("DELETE FROM documents WHERE row IN (SELECT value FROM json_each(?))", (gone,))
-    return change
+    return replace(change, originals=sha256s, documents=tuple(place[0] for place in places))
 
 
 def _digest(document_id: str) -> bytes:

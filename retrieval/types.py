@@ -198,12 +198,14 @@ ChunkText = tuple[int, int, str, str]  # row, document row, text, file name with
 
 @dataclass(frozen=True, slots=True)
 class IndexChange:
-    """What a write did to the searchable chunks (row ids), as of `generation`, and the originals (SHA-256) let go."""
+    """What a write did to the searchable chunks (row ids), as of `generation`; the originals (SHA-256) and documents
+    (ids) let go."""
 
     generation: int
     added: tuple[int, ...] = ()
     removed: tuple[int, ...] = ()
     originals: tuple[str, ...] = ()
+    documents: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

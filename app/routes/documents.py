@@ -106,7 +106,7 @@ def get_file(document_id: str, principal: Reader, service: ServiceDep) -> FileRe
     """The original bytes, always as a download."""
     document = service.visible_document(document_id, principal)
     return FileResponse(
-        service.files.path(document.sha256),
+        service.files.find(document.sha256),
         media_type=document.media_type,
         filename=document.filename,
         headers={"Content-Security-Policy": "sandbox; default-src 'none'"},

@@ -16,6 +16,7 @@ import stat
 import subprocess
 import tempfile
 import threading
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 
@@ -92,7 +93,9 @@ def _cpu_features() -> str:
 
 def cache_dir() -> Path:
     """Where only this user writes: ~/.cache, else a directory of the user's own under the temporary one."""
-    candidates = (Path.home() / ".cache/jamba-rag", Path(tempfile.gettempdir()) / f"jamba-rag-{os.getuid()}")
+    candidates = [Path(tempfile.gettempdir()) / f"jamba-rag-{os.getuid()}"]
+    with suppress(RuntimeError):  # a user of a container may have no home
+        candidates.insert(0, Path.home() / ".cache/jamba-rag")
     for directory in candidates:
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)

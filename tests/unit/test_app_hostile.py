@@ -3,6 +3,7 @@
 import asyncio
 import json
 
+import anyio.from_thread
 import pytest
 from app_kit import LIGHTHOUSE
 from test_app_bad_input import assert_problem, upload
@@ -168,6 +169,27 @@ async def test_a_disk_that_is_nearly_full_keeps_room_to_delete(client, monkeypat
     monkeypatch.setattr("ingest.files.shutil.disk_usage", lambda path: usage)
     assert_problem(await upload(client, "late.txt", b"too late"), 507, "storage_full")
     assert (await client.delete(f"/v1/documents/{document['id']}")).status_code == 204
+
+
+async def test_a_document_that_comes_while_its_collection_is_deleted_leaves_no_state(client, monkeypatch):
+    """Ready and answered from in the last moment before its row goes."""
+    await client.post("/v1/collections", json={"name": "doomed"})
+    service, late = client.app.state.service, []
+    delete_rows, invalidate = service.store.delete_collection, service.cache.invalidate
+
+    async def upload_and_ask():
+        late.append((await client.upload("late.md", LIGHTHOUSE, collection="doomed"))["id"])
+        await client.ask("Who built it?", collections=["doomed"])
+
+    def delete_late(name):
+        anyio.from_thread.run(upload_and_ask)
+        return delete_rows(name)
+
+    monkeypatch.setattr(service.store, "delete_collection", delete_late)
+    forgotten = []
+    monkeypatch.setattr(service.cache, "invalidate", lambda ids: (forgotten.extend(ids), invalidate(ids)))
+    assert (await client.delete("/v1/collections/doomed")).status_code == 204
+    assert forgotten == late and service.store.to_forget() == []
 
 
 async def test_events_of_a_document_are_numbered_and_typed(client):

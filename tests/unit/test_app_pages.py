@@ -47,6 +47,18 @@ async def get_words(client, document_id: str, page: int, words: str) -> tuple[in
     return start, start + len(words)
 
 
+async def test_an_original_that_is_missing_is_410_until_it_is_sent_again(client, handbook):
+    content = HANDBOOK.read_bytes()
+    client.app.state.service.files.path(handbook["sha256"]).unlink()
+    paths = [f"/v1/documents/{handbook['id']}/{part}" for part in ("file", "pages/3/image")]
+    for path in paths:
+        reply = await client.get(path)
+        assert (reply.status_code, reply.json()["code"]) == (410, "file_missing")
+    assert (await client.get(f"/v1/documents/{handbook['id']}/text")).status_code == 200
+    assert (await client.post("/v1/documents", files={"file": ("handbook.pdf", content)})).status_code == 200
+    assert [(await client.get(path)).status_code for path in paths] == [200, 200]
+
+
 async def test_a_page_is_a_picture_with_the_quote_marked(client, handbook):
     start, end = await get_words(client, handbook["id"], 3, "Raising the mast")
     path = f"/v1/documents/{handbook['id']}/pages/3/image"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -281,6 +282,18 @@ def test_a_compiler_that_fails_means_not_available(
         assert list(tmp_path.iterdir()) == []
     finally:
         cpu_build._load_library.cache_clear()
+
+
+def test_a_user_without_a_home_builds_in_the_temporary_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr(cpu_build.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert cpu_build.cache_dir() == tmp_path / f"jamba-rag-{os.getuid()}"
 
 
 def test_two_processes_building_at_once_both_get_the_library(tmp_path: Path) -> None:
