@@ -15,7 +15,6 @@ import multiprocessing
 import random
 import re
 import time
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from model.train.lexical import words
-from model.train.passages import cut_passages
+from model.train.made import cut_document, document_random
 from model.train.reader import Reader, load_tokenizer
 from model.train.sources import is_dev_document
 from model.train.spans import Span, choose_spans
@@ -158,10 +157,9 @@ def passages_of(job: tuple[Path, Path, int, int, int, int]) -> list[Asked]:
         source, doc = document["source"], document["doc"]
         if taken[source] * parts >= per_source or is_dev_document(source, doc):
             continue
-        rng = random.Random(zlib.crc32(f"{source}/{doc}".encode()))
-        pieces = list(cut_passages(document["text"], rng))
-        for heading, text in rng.sample(pieces, min(per_document, len(pieces))):
-            title = (heading or document["title"] or doc)[:80]
+        rng = document_random(document)
+        pieces = cut_document(document, rng)
+        for title, text in rng.sample(pieces, min(per_document, len(pieces))):
             spans = choose_spans(text, SPANS, rng)
             ids = tokenizer.encode(passage_turn(title, text), add_special_tokens=False).ids
             if len(spans) == SPANS and len(ids) <= PASSAGE_TOKENS[-1] and is_prose(text):

@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from model.train import corpora, pairs, smollm2, testset
+from model.train import corpora, made, pairs, smollm2, testset
 from model.train.items import write_items
 from model.train.tokenizer_cut import VOCAB_SIZE, cut_tokenizer, write_tokenizer
 
@@ -63,10 +63,13 @@ class Preparation:
         corpora.main(["--out", str(self.out / "corpora"), "--workers", str(self.workers), "--held-out"])
         (self.out / "corpora" / "held_out" / "complete").touch()
 
+    def restore_made(self) -> None:
+        made.restore_file(made.SHIPPED, self.out / "made.jsonl", self.out / "corpora")
+
     def make_pairs(self) -> None:
         (self.out / "pairs").mkdir(exist_ok=True)
         folders = ["--corpora", str(self.out / "corpora"), "--out", str(self.out / "pairs")]
-        pairs.main([str(self.pairs_file), *folders])
+        pairs.main([str(self.pairs_file), str(self.out / "made.jsonl"), *folders, "--workers", str(self.workers)])
 
     def write_hand_questions(self) -> None:
         testset.main(["--corpora", str(self.out / "corpora"), "--out", str(self.out / "hand.jsonl")])
@@ -102,6 +105,7 @@ STEPS: tuple[tuple[str, Callable[[Preparation], None]], ...] = (
     ("teacher/part-1.safetensors", Preparation.repack_teacher),
     ("corpora/held_out/complete", Preparation.collect_held_out),
     ("corpora/manifest.json", Preparation.collect_text),
+    ("made.jsonl", Preparation.restore_made),
     ("pairs/pairs_train.jsonl", Preparation.make_pairs),
     ("hand.jsonl", Preparation.write_hand_questions),
     ("items.jsonl", Preparation.write_items),

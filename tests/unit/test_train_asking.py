@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from model.train import asking
 from model.train.asking import Asked, ask, batches, beginning, is_prose
 from model.train.data import PairContexts
+from model.train.made import cut_document, document_random, restore, strip
 from model.train.pairs import load_pairs
 from model.train.spans import Span, choose_spans, spans
 
@@ -113,3 +114,21 @@ def test_a_passage_asks_all_its_questions_and_lies_near_none_that_answers(tmp_pa
     kept, _ = load_pairs(tmp_path / "made.jsonl")
     context = PairContexts([pair | {"negatives": []} for pair in kept], {}).draw(random.Random(1), 900, lost=0.0)
     assert {(q.text, q.answer) for q in context.questions} == {(r["question"], r["answer"]) for r in rows}
+
+
+def test_made_pairs_get_their_passages_back_from_the_corpora(tmp_path: Path) -> None:
+    texts = ["\n\n".join([f"Part {i}. {PASSAGE}"] * 6) for i in range(4)]
+    documents = [{"source": "s", "doc": f"d{i // 2}", "title": "T", "text": text} for i, text in enumerate(texts)]
+    corpora, made = tmp_path / "corpora", []
+    corpora.mkdir()
+    (corpora / "corpus-00.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
+    for document in documents:
+        for title, text in cut_document(document, document_random(document)):
+            made.append({"source": "s", "doc": document["doc"], "title": title, "passage": text, "question": "Why?",
+                         "answer": "40 seconds", "start": text.index("40"), "kind": "number"})  # fmt: skip
+    rows = strip(made)
+    assert not any("passage" in row for row in rows)
+    back = list(restore(rows, corpora))
+    assert sorted(map(str, (sorted(r.items()) for r in back))) == sorted(map(str, (sorted(r.items()) for r in made)))
+    (corpora / "corpus-00.jsonl").write_text(json.dumps(documents[0]) + "\n")
+    assert 0 < len(list(restore(rows, corpora))) < len(made)
