@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match, Mount
 
 from app.auth import Forbidden, Unauthorized
 from app.limits import CollectionFull, RateLimited
@@ -129,6 +130,7 @@ ERRORS: dict[type[Exception], ErrorKind] = {
 }
 _INTERNAL = ErrorKind(500, "internal_error", "Something went wrong in the service")
 _OPENAI_PATHS = ("/v1/chat/", "/v1/models", "/v1/completions", "/v1/embeddings", "/v1/responses")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -224,7 +226,17 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     phrase = HTTPStatus(error.status_code).phrase
     kind = ErrorKind(error.status_code, phrase.lower().replace(" ", "_"), phrase)
     body = problem_body(kind, f"{request.method} {request.url.path}: {error.detail}")
-    return problem_response(request.url.path, body, dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    if error.status_code == 405 and (allowed := _allowed(request)):
+        headers["Allow"] = allowed
+    return problem_response(request.url.path, body, headers)
+
+
+def _allowed(request: Request) -> str:
+    """The methods that some route takes here: the framework names those of the first one alone. Empty below a mount."""
+    routes = [route for route in request.app.routes if not isinstance(route, Mount)]
+    scopes = {method: {**request.scope, "method": method} for method in METHODS}
+    return ", ".join(m for m, scope in scopes.items() if any(r.matches(scope)[0] is Match.FULL for r in routes))
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:

@@ -120,6 +120,7 @@ def create_app(settings: Settings, answering: bool = True) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},  # app/tracing.py, and nothing global
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would name the host that the request named, without the proxy's TLS
         responses={
             "4XX": {"description": "The request is refused", "content": {"application/problem+json": _PROBLEM}},
             "5XX": {"description": "The service failed", "content": {"application/problem+json": _PROBLEM}},

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.audit import AUDITED, WRITES
 from app.auth import Principal
-from app.errors import BodyTooLarge, Overloaded, describe_error, error_headers, problem_response
+from app.errors import METHODS, BodyTooLarge, Overloaded, describe_error, error_headers, problem_response
 from app.log import request_id_var
 
 log = logging.getLogger("app.access")
@@ -34,7 +34,6 @@ SECURITY_HEADERS = {
 }
 _OPEN_PATHS = re.compile(r"/|/web/.*|/healthz|/readyz|/docs|/openapi\.json|/favicon\.ico")
 _UPLOAD_PATHS = re.compile(r"/v1/documents(/[^/]*)?")
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -100,7 +99,7 @@ class RequestFrame:
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "other")
         metrics = self._owner.state.service.metrics
-        method = scope["method"] if scope["method"] in _METHODS else "other"
+        method = scope["method"] if scope["method"] in METHODS else "other"
         metrics.requests.labels(method, route, str(status)).inc()
         metrics.request_seconds.labels(route).observe(seconds)
         principal = scope.get("state", {}).get("principal")

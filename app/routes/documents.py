@@ -109,7 +109,7 @@ def get_file(document_id: str, principal: Reader, service: ServiceDep) -> FileRe
         service.files.find(document.sha256),
         media_type=document.media_type,
         filename=document.filename,
-        headers={"Content-Security-Policy": "sandbox; default-src 'none'"},
+        headers={"Content-Security-Policy": "sandbox; default-src 'none'", "Cache-Control": "private, no-cache"},
     )
 
 

@@ -80,6 +80,35 @@ async def test_ranges_are_ignored_not_refused_in_plain_text(client):
     await client.delete(f"/v1/documents/{document['id']}")
 
 
+async def test_no_path_leads_to_another_host(client):
+    for path in ("/v1/documents/", "/v1/answers/", "/docs/"):
+        reply = await client.get(path, headers={"Host": "evil.example"})
+        assert_problem(reply, 404, "not_found")
+        assert "location" not in reply.headers
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        ("/v1/documents", "GET, POST"),
+        ("/v1/documents/doc_none", "GET, PUT, DELETE"),
+        ("/healthz", "GET, HEAD"),
+        ("/web/api.js", "GET, HEAD"),
+    ],
+)
+async def test_a_wrong_method_is_told_all_right_ones(client, path, methods):
+    reply = await client.request("PATCH", path)
+    assert_problem(reply, 405, "method_not_allowed")
+    assert reply.headers["allow"] == methods
+
+
+async def test_no_browser_keeps_an_original_without_asking_whether_it_may_be_seen(client):
+    document = await client.upload("private.md", "private words")
+    reply = await client.get(f"/v1/documents/{document['id']}/file")
+    assert reply.headers["cache-control"] == "private, no-cache"
+    await client.delete(f"/v1/documents/{document['id']}")
+
+
 async def test_made_up_methods_are_one_series_of_the_metrics(client):
     for number in range(3):
         assert (await client.request(f"ATTACK{number}", "/healthz")).status_code == 405
