@@ -112,7 +112,7 @@ class Retriever:
             lexical = self._search_lexical(query, selection, limit)
         if params.mode != "lexical":
             dense = self._search_dense(query, selection, limit, also=list(lexical))
-        score = self._fuse(query, dense, lexical) if params.mode == "hybrid" else dense or lexical
+        score = self._fuse(query, selection, dense, lexical) if params.mode == "hybrid" else dense or lexical
         ranked = sorted(score, key=lambda row: (-score[row], row))[: 2 * wanted]
         found = self._store.load_hits(ranked)
         # a row may have gone since it was found; and where all could be seen, another collection's may have come
@@ -120,14 +120,16 @@ class Retriever:
         hits = [_scored(found[row], row, score, dense, lexical, params) for row in seen[:wanted]]
         return (rerank(reranker, query, hits) if reranker else hits)[: params.max_num_results]
 
-    def _fuse(self, query: str, dense: Scores, lexical: Scores) -> Scores:
-        best, expected = max(lexical.values(), default=0.0), self._words.expected_score(query_terms(query))
+    def _fuse(self, query: str, selection: Selection, dense: Scores, lexical: Scores) -> Scores:
+        best = max(lexical.values(), default=0.0)
+        expected = self._words.expected_score(query_terms(query), selection.collection_rows)
         trust = self._words.share * self._weights.trust(best, expected)  # of what has no words yet, none were found
         return fuse_scores(dense, lexical, self._weights, trust)
 
     def _search_lexical(self, query: str, selection: Selection, limit: int) -> Scores:
         self._words.catch_up(self._store)
-        return dict(self._words.search(query_terms(query), limit, selection.document_rows))
+        rows = (selection.collection_rows, selection.document_rows)
+        return dict(self._words.search(query_terms(query), limit, *rows))
 
     def _search_dense(self, query: str, selection: Selection, limit: int, also: Sequence[int]) -> Scores:
         """Cosines of the nearest chunks, and of the rows `also`, so that fusion compares like with like."""

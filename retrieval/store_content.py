@@ -168,8 +168,9 @@ def read_vectors(
 def read_texts(c: sqlite3.Connection, position: Position, upto: int, batch: int) -> tuple[Position, list[ChunkText]]:
     """(next position, the next `batch` chunks)."""
     found = c.execute(
-        """SELECT generation, row, document_row, text, context FROM chunks
-        WHERE (generation, row) > (?, ?) AND generation <= ? ORDER BY generation, row LIMIT ?""",
+        """SELECT c.generation, c.row, d.collection_row, c.document_row, c.text, c.context
+        FROM chunks c JOIN documents d ON d.row = c.document_row
+        WHERE (c.generation, c.row) > (?, ?) AND c.generation <= ? ORDER BY c.generation, c.row LIMIT ?""",
         (*position, upto, batch),
     ).fetchall()
     if not found:

@@ -13,8 +13,12 @@ from .types import Chunk, Filters, Heading, Hit, Page, ParsedDocument
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Selection:
-    """What a search may see. Both None = everything; `chunk_rows` is sorted int64."""
+    """What a search may see. All None = everything; `chunk_rows` is sorted int64, of all that is meant.
 
+    `document_rows` None: all of the collections.
+    """
+
+    collection_rows: tuple[int, ...] | None = None
     document_rows: tuple[int, ...] | None = None
     chunk_rows: np.ndarray | None = None
 
@@ -75,17 +79,17 @@ def _chunk(row: sqlite3.Row, document_id: str) -> Chunk:
 def select_chunks(
     c: sqlite3.Connection, collections: Sequence[str], document_ids: Sequence[str] | None, filters: Filters | None
 ) -> Selection:
-    named = set(collection_rows(c, collections))
-    if document_ids is None and not filters:
-        filled = {row for (row,) in c.execute("SELECT DISTINCT collection_row FROM documents")}
-        if filled <= named:
-            return Selection()
+    named, whole = set(collection_rows(c, collections)), document_ids is None and not filters
+    filled = {row for (row,) in c.execute("SELECT DISTINCT collection_row FROM documents")}
+    if whole and filled <= named:
+        return Selection()
     rows = tuple(row["document_row"] for row in ready_rows(c, collections, document_ids, filters))
     chunks = c.execute(
         "SELECT row FROM chunks WHERE document_row IN (SELECT value FROM json_each(?)) ORDER BY row",
         (json.dumps(rows),),
     ).fetchall()
-    return Selection(rows, np.array([row for (row,) in chunks], dtype=np.int64))
+    among = None if filled <= named else tuple(sorted(named))
+    return Selection(among, None if whole else rows, np.array([row for (row,) in chunks], dtype=np.int64))
 
 
 def load_hits(c: sqlite3.Connection, chunk_rows: Sequence[int]) -> dict[int, Hit]:

@@ -193,7 +193,9 @@ class Evidence:
 
 
 Position = tuple[int, int]  # in the order in which chunks came: (generation, last row taken of it)
-ChunkText = tuple[int, int, str, str]  # row, document row, text, file name with title and headings
+ChunkText = tuple[
+    int, int, int, str, str
+]  # row, rows of its collection and document, text, name with title and headings
 
 
 @dataclass(frozen=True, slots=True)

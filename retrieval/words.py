@@ -245,49 +245,65 @@ class WordIndex:
         return bool(chunks)
 
     def search(
-        self, terms: Sequence[str], limit: int, document_rows: Sequence[int] | None = None
+        self,
+        terms: Sequence[str],
+        limit: int,
+        collection_rows: Sequence[int] | None = None,
+        document_rows: Sequence[int] | None = None,
     ) -> list[tuple[int, float]]:
         """Best (chunk row, BM25 score, higher is better) of the chunks that have any of `lexical.query_terms`.
 
-        `document_rows`: only in these documents; None = all. k1 1.2, b 0.75; lengths are rounded to a byte.
+        `collection_rows`: only in these collections, and words are as rare as they are there: whoever may see no others
+        learns nothing of their words. `document_rows`: only in these documents. None = all. k1 1.2, b 0.75; lengths are
+        rounded to a byte.
         """
-        searcher = self._index.searcher()
-        wanted = [self._term_query(searcher, tokens) for tokens in self._analyze(terms)]
+        searcher, among = self._index.searcher(), self._within("collection", collection_rows)
+        chunks = self._count(searcher, among)
+        wanted = [self._term_query(searcher, tokens, among, chunks) for tokens in self._analyze(terms)]
         if not wanted or limit < 1:
             return []
         query = tantivy.Query.boolean_query([(tantivy.Occur.Should, one) for one in wanted])
-        if document_rows is not None:
-            allowed = tantivy.Query.term_set_query(self._schema, "document", list(document_rows))
-            parts = [(tantivy.Occur.Must, tantivy.Query.const_score_query(allowed, 0.0)), (tantivy.Occur.Must, query)]
-            query = tantivy.Query.boolean_query(parts)
+        query = _all_of(query, among, self._within("document", document_rows))
         hits = searcher.search(query, limit, count=False).hits  # counting would visit every match
         rows = searcher.fast_field_values("row", [address for _, address in hits])
         found = [(int(row), score) for row, (score, _) in zip(rows, hits, strict=True)]
         return sorted(found, key=lambda hit: (-hit[1], hit[0]))
 
-    def expected_score(self, terms: Sequence[str]) -> float:
+    def expected_score(self, terms: Sequence[str], collection_rows: Sequence[int] | None = None) -> float:
         """BM25 of an average chunk that has each of `lexical.query_terms` once: the sum of their idf; 0 without."""
-        searcher = self._index.searcher()
-        return sum(_idf(self._frequency(searcher, tokens), searcher.num_docs) for tokens in self._analyze(terms))
+        searcher, among = self._index.searcher(), self._within("collection", collection_rows)
+        chunks = self._count(searcher, among)
+        return sum(_idf(self._holding(searcher, tokens, among), chunks) for tokens in self._analyze(terms))
 
     def _analyze(self, terms: Sequence[str]) -> list[list[str]]:
         return [tokens for term in terms if (tokens := self._analyzer.analyze(index_text(term)))]
 
-    def _term_query(self, searcher: tantivy.Searcher, tokens: list[str]) -> tantivy.Query:
+    def _term_query(
+        self, searcher: tantivy.Searcher, tokens: list[str], among: tantivy.Query | None, chunks: int
+    ) -> tantivy.Query:
         """Tantivy weighs a term by its `_own_idf`, a phrase by the sum of its words'; this weighs it by `_idf`."""
-        chunks = searcher.num_docs
-        own = sum(_own_idf(searcher.doc_freq("text", token), chunks) for token in tokens)
-        if len(tokens) == 1:
-            query = tantivy.Query.term_query(self._schema, "text", tokens[0])
-        else:
-            query = tantivy.Query.phrase_query(self._schema, "text", tokens)
-        return tantivy.Query.boost_query(query, _idf(self._frequency(searcher, tokens), chunks) / own)
+        own = sum(_own_idf(searcher.doc_freq("text", token), searcher.num_docs) for token in tokens)
+        weight = _idf(self._holding(searcher, tokens, among), chunks)
+        return tantivy.Query.boost_query(self._having(tokens), weight / own)
 
-    def _frequency(self, searcher: tantivy.Searcher, tokens: list[str]) -> int:
+    def _having(self, tokens: list[str]) -> tantivy.Query:
         if len(tokens) == 1:
+            return tantivy.Query.term_query(self._schema, "text", tokens[0])
+        return tantivy.Query.phrase_query(self._schema, "text", tokens)
+
+    def _within(self, field: str, rows: Sequence[int] | None) -> tantivy.Query | None:
+        if rows is None:
+            return None
+        return tantivy.Query.const_score_query(tantivy.Query.term_set_query(self._schema, field, list(rows)), 0.0)
+
+    def _holding(self, searcher: tantivy.Searcher, tokens: list[str], among: tantivy.Query | None) -> int:
+        """How many chunks have the term."""
+        if len(tokens) == 1 and among is None:
             return searcher.doc_freq("text", tokens[0])
-        phrase = tantivy.Query.phrase_query(self._schema, "text", tokens)
-        return searcher.search(phrase, 1, count=True).count
+        return self._count(searcher, _all_of(self._having(tokens), among))
+
+    def _count(self, searcher: tantivy.Searcher, query: tantivy.Query | None) -> int:
+        return searcher.num_docs if query is None else searcher.search(query, 1, count=True).count
 
     def _read_held(self) -> _Held:
         searcher = self._index.searcher()
@@ -333,16 +349,23 @@ def check_files(directory: Path) -> None:
 
 
 def _add_chunks(writer: tantivy.IndexWriter, chunks: Sequence[ChunkText]) -> None:
-    for row, document_row, text, context in chunks:
-        chunk = tantivy.Document(row=row, document=document_row)
+    for row, collection_row, document_row, text, context in chunks:
+        chunk = tantivy.Document(row=row, collection=collection_row, document=document_row)
         chunk.add_text("text", index_text(text))
         chunk.add_text("text", index_text(context))
         writer.add_document(chunk)
 
 
+def _all_of(query: tantivy.Query, *others: tantivy.Query | None) -> tantivy.Query:
+    """What matches the query, with its score, and those of the others that are there."""
+    parts = [other for other in others if other is not None]
+    return tantivy.Query.boolean_query([(tantivy.Occur.Must, one) for one in (*parts, query)]) if parts else query
+
+
 def _make_schema() -> tantivy.Schema:
     builder = tantivy.SchemaBuilder()
     builder.add_integer_field("row", indexed=True, fast=True)
+    builder.add_integer_field("collection", indexed=True)
     builder.add_integer_field("document", indexed=True)
     for field in fields(_Held):
         builder.add_integer_field(field.name, fast=True)

@@ -84,6 +84,6 @@ def find_words(
     words = WordIndex()
     with store.snapshot():
         words.catch_up(store)
-        found = words.search(query_terms(text), limit, store.select_chunks(collections).document_rows)
+        found = words.search(query_terms(text), limit, store.select_chunks(collections).collection_rows)
         hits = store.load_hits([row for row, _ in found])
     return [hits[row].chunk.text for row, _ in found]

@@ -141,6 +141,26 @@ async def test_lists_and_searches_of_a_bound_key_hold_only_its_collections(clien
     assert {source["document_id"] for source in answer["sources"]} == {documents["own"]}
 
 
+async def test_no_score_of_a_bound_key_tells_which_words_others_have(client, keys, documents):
+    """How rare a word is decides the scores and the order of hits."""
+
+    async def find(mode: str) -> list:
+        headers = {"Authorization": f"Bearer {keys['bound reader']}"}
+        reply = await client.post("/v1/search", headers=headers, json={"query": "Moira Campbell 1972", "mode": mode})
+        return [(hit["chunk_id"], hit["score"]) for hit in reply.json()["data"]]
+
+    for number in range(30):
+        await client.upload(f"{number}.md", f"Some words {number} of others", collection="foreign")
+    before = {mode: await find(mode) for mode in ("lexical", "dense", "hybrid")}
+    for number in range(30):
+        await client.upload(f"m{number}.md", f"Moira Campbell since 1972: {number}", collection="foreign")
+    for mode, hits in before.items():
+        assert [hit[0] for hit in await find(mode)] == [hit[0] for hit in hits]
+        assert [hit[1] for hit in await find(mode)] == pytest.approx(
+            [hit[1] for hit in hits], rel=0.1
+        )  # average length
+
+
 async def test_a_bound_key_makes_no_collections_and_reads_no_metrics(client, keys):
     headers = {"Authorization": f"Bearer {keys['bound admin']}"}
     assert (await client.post("/v1/collections", headers=headers, json={"name": "more"})).status_code == 403

@@ -155,14 +155,42 @@ def test_a_filter_is_applied_inside_the_search(store):
         add(store, "apple " * (i + 1))
     add(store, "an apple beside many other words")
     batches = store.chunk_texts((0, 0), store.generation())
-    rows = {row: document_row for _, batch in batches for row, document_row, *_ in batch}
+    rows = {row: document_row for _, batch in batches for row, _, document_row, *_ in batch}
     words = WordIndex()
     words.catch_up(store)
     everywhere = dict(words.search(["apple"], 100))
     for allowed in ([max(rows.values())], list(rows.values())[::2], list(rows.values()), [10**12], []):
-        found = words.search(["apple"], 100, allowed)
+        found = words.search(["apple"], 100, document_rows=allowed)
         assert dict(found) == pytest.approx({row: everywhere[row] for row in rows if rows[row] in allowed})
-    assert len(words.search(["apple"], 3, list(rows.values())[30:])) == 3
+    assert len(words.search(["apple"], 3, document_rows=list(rows.values())[30:])) == 3
+
+
+@pytest.mark.parametrize("term", ["apple", "red apple"])
+def test_words_are_as_rare_as_in_the_collections_searched(store, term):
+    """Else whoever may see some collections could count the words of the others."""
+    words = WordIndex()
+    for name in ("own", "also", "other"):
+        store.create_collection(name)
+    for name, texts in (
+        ("own", ["red apple", "blue plum", "dry nut"]),
+        ("also", ["green pear", "old bread", "new wine"]),
+    ):
+        for text in texts:
+            add(store, f"a {text} 0", collection=name)
+    for number in range(30):
+        add(store, f"no such word {number}", collection="other")
+    words.catch_up(store)
+    seen = store.select_chunks(["own"]).collection_rows, store.select_chunks(["own", "also"]).collection_rows
+    before = [(words.search([term], 9, rows), words.expected_score([term], rows)) for rows in seen]
+    assert before[0][1] < before[1][1]  # one of three, one of six
+    for number in range(30):
+        add(store, f"a red apple {number}", collection="other")
+    words.catch_up(store)
+    after = [(words.search([term], 9, rows), words.expected_score([term], rows)) for rows in seen]
+    for (found, expected), (found_after, expected_after) in zip(before, after, strict=True):
+        assert expected == expected_after
+        assert dict(found) == pytest.approx(dict(found_after), rel=0.02)  # the average length is still everybody's
+    assert len(words.search([term], 99)) == 31
 
 
 def test_a_phrase_weighs_as_rare_as_it_is(store):
