@@ -9,12 +9,14 @@ const source = new SourcePanel();
 const documents = new DocumentsPanel({
   onOpen: ({ id, filename }) => source.open({ id, filename }),
   onDeleted: (id) => source.closeIfShowing(id),
+  onGone: (id) => source.tellIfGone(id),
 });
 const questions = new AskPanel({
   onCite: ({ document_id: id, filename, location, cited_text: quote = "" }, opener) =>
     source.open({ id, filename, location, quote }, opener),
   getCollection: () => documents.collection,
   isReading: () => documents.isReading,
+  onMissing: () => documents.catchUp(),
 });
 
 function showSignIn(message = "") {
@@ -25,11 +27,14 @@ function showSignIn(message = "") {
   byId("key").focus();
 }
 
-/** Forgets the key and what was read with it. */
+/** Forgets the key and what was read with it; what is on its way ends, and none of it can sign out anybody later. */
 function leave(message = "") {
+  session.onUnauthorized = () => {};
   session.key = "";
   questions.clear();
+  byId("question").value = "";
   source.close();
+  documents.clear();
   showSignIn(message);
 }
 

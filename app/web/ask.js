@@ -119,9 +119,10 @@ class Turn {
     const { timings, usage, cache, truncated } = this.answer;
     const cached = usage.cached_input_tokens;
     const tier = TIERS[cache?.tier] ? ` (${TIERS[cache.tier]})` : "";
+    const read = usage.input_tokens > 0;
     const parts = [
-      timings?.ttft_ms !== undefined && timings.ttft_ms !== null && `First word after ${formatDuration(timings.ttft_ms)}`,
-      `${formatNumber(cached)} of ${formatNumber(usage.input_tokens)} prompt tokens from the cache${cached ? tier : ""}`,
+      read && timings?.ttft_ms !== undefined && timings.ttft_ms !== null && `First word after ${formatDuration(timings.ttft_ms)}`,
+      read ? `${formatNumber(cached)} of ${formatNumber(usage.input_tokens)} prompt tokens from the cache${cached ? tier : ""}` : "No document was read",
       truncated && "cut off at the length limit",
       this.collection !== "default" && `collection ${this.collection}`,
     ];
@@ -140,8 +141,8 @@ class Turn {
 }
 
 export class AskPanel {
-  constructor({ onCite, getCollection, isReading }) {
-    Object.assign(this, { onCite, getCollection, isReading, turns: [], running: null });
+  constructor({ onCite, getCollection, isReading, onMissing }) {
+    Object.assign(this, { onCite, getCollection, isReading, onMissing, turns: [], running: null });
     this.field = byId("question");
     this.button = byId("ask-button");
     byId("ask-form").addEventListener("submit", (event) => {
@@ -220,6 +221,7 @@ export class AskPanel {
     } catch (problem) {
       if (problem.name === "AbortError") turn.stop("Stopped.", false);
       else turn.stop(problem.message, true);
+      if (problem.status === 404) this.onMissing();
     }
     this.running = null;
     this.button.textContent = "Ask";

@@ -94,8 +94,8 @@ export function describeReading({ reads_whole: readsWhole, fits_context: fits })
 }
 
 export class DocumentsPanel {
-  constructor({ onOpen, onDeleted }) {
-    Object.assign(this, { onOpen, onDeleted, collections: [], entries: [], uploads: [], waiting: [], sending: 0, polling: false });
+  constructor({ onOpen, onDeleted, onGone }) {
+    Object.assign(this, { onOpen, onDeleted, onGone, collections: [], entries: [], uploads: [], waiting: [], sending: 0, polling: false });
     this.select = byId("collection");
     this.list = byId("document-list");
     this.select.addEventListener("change", () => this.guard(() => this.load()));
@@ -111,6 +111,9 @@ export class DocumentsPanel {
     }
     byId("new-collection-form").addEventListener("keydown", ({ key }) => key === "Escape" && this.toggleForm(false));
     this.acceptDrops(byId("workspace"));
+    for (const [target, type] of [[document, "visibilitychange"], [window, "focus"]]) {
+      target.addEventListener(type, () => document.visibilityState === "visible" && this.catchUp());
+    }
     addEventListener("beforeunload", (event) => this.uploads.some((entry) => !entry.problem) && event.preventDefault());
   }
 
@@ -140,9 +143,33 @@ export class DocumentsPanel {
     await this.load();
   }
 
-  /** Keeps the choice, over a reload of the page too. */
-  async loadCollections(chosen = this.collection || sessionStorage.getItem(STORED_COLLECTION)) {
+  /** Shows what another tab or another person has changed meanwhile. */
+  async catchUp() {
+    if (byId("workspace").hidden || this.catchingUp) return;
+    this.catchingUp = true;
+    await this.guard(async () => {
+      const before = this.collection;
+      await this.loadCollections();
+      await this.load();
+      if (this.collection !== before) throw new Error(`The collection ${before} is gone.`);
+    });
+    this.catchingUp = false;
+  }
+
+  /** Ends what is on its way, and forgets what was shown. */
+  clear() {
+    clearTimeout(this.factsTimer);
+    for (const entry of this.uploads) entry.cancelling.abort();
+    Object.assign(this, { collections: [], entries: [], uploads: [], waiting: [] });
+    sessionStorage.removeItem(STORED_COLLECTION);
+    this.select.replaceChildren();
+    this.list.replaceChildren();
+  }
+
+  /** Keeps the choice, also one made meanwhile, and over a reload of the page. */
+  async loadCollections(wanted = "") {
     this.collections = await api.listCollections();
+    const chosen = wanted || this.collection || sessionStorage.getItem(STORED_COLLECTION);
     this.factsLooks = FACTS_LOOKS;
     const names = this.collections.map((collection) => collection.name);
     if (!names.length) names.push("default");
@@ -165,8 +192,10 @@ export class DocumentsPanel {
 
   /** The service reads a collection that fits some seconds after it has changed. */
   async refreshFacts() {
-    this.collections = await api.listCollections();
-    this.showFacts();
+    await this.guard(async () => {
+      this.collections = await api.listCollections();
+      this.showFacts();
+    });
   }
 
   async load() {
@@ -174,17 +203,31 @@ export class DocumentsPanel {
     const collection = this.collection;
     sessionStorage.setItem(STORED_COLLECTION, collection);
     const known = this.collections.some(({ name }) => name === collection);
+    const shown = this.entries.filter((entry) => entry.document?.collection === collection);
     const documents = known ? await api.listDocuments(collection) : [];
     if (collection !== this.collection) return;
-    const uploads = this.uploads.filter((entry) => entry.collection === collection);
-    documents.sort((a, b) => b.created_at - a.created_at);
-    this.entries = [...uploads, ...documents.map((document) => new Entry(this, { document }))];
+    const there = new Map(documents.map((document) => [document.id, document]));
+    for (const entry of shown.filter(({ document }) => !there.has(document.id))) {
+      this.forget(entry, `${entry.filename} is gone`);
+      this.onGone(entry.document.id);
+    }
+    const kept = this.entries.filter((entry) => entry.document?.collection === collection); // also what has just arrived
+    for (const entry of kept) {
+      entry.document = there.get(entry.document.id) || entry.document;
+      there.delete(entry.document.id);
+      entry.show();
+    }
+    const entries = [...kept, ...[...there.values()].map((document) => new Entry(this, { document }))];
+    entries.sort((a, b) => b.document.created_at - a.document.created_at);
+    this.entries = [...this.uploads.filter((entry) => entry.collection === collection), ...entries];
     this.showList();
     this.poll();
   }
 
   showList() {
+    const focused = document.activeElement;
     this.list.replaceChildren(...this.entries.map((entry) => entry.element));
+    if (focused.isConnected) focused.focus({ preventScroll: true }); // a line that was moved loses it
     this.showHints();
   }
 
@@ -243,7 +286,7 @@ export class DocumentsPanel {
       await new Promise((resolve) => setTimeout(resolve, POLL_MS));
     }
     this.polling = false;
-    await this.guard(() => this.loadCollections());
+    if (!byId("workspace").hidden) await this.guard(() => this.loadCollections());
   }
 
   async refresh(entry) {

@@ -157,6 +157,14 @@ export class SourcePanel {
     if (this.opener?.isConnected) this.opener.focus();
   }
 
+  /** The document was deleted elsewhere: nothing of it stays in sight. */
+  tellIfGone(id) {
+    if (this.element.hidden || this.id !== id) return;
+    this.request += 1;
+    this.empty();
+    this.fail({ status: 404 });
+  }
+
   closeIfShowing(id) {
     if (!this.element.hidden && this.id === id) this.close();
   }
