@@ -35,7 +35,7 @@ class BackupFailed(RuntimeError):
 
 
 def write_backup(data_dir: Path, target: Path) -> int:
-    """Write `target`; returns the number of originals in it. An interrupted backup leaves no file.
+    """Write `target`, for its owner only; returns the number of originals in it. An interrupted backup leaves no file.
 
     Raises BackupFailed, also for a database or an original that is damaged.
     """
@@ -47,13 +47,15 @@ def write_backup(data_dir: Path, target: Path) -> int:
     unfinished = target.with_name(target.name + ".partial")
     try:
         scratch_dir = tempfile.TemporaryDirectory(dir=target.parent, prefix=".backup-")
-        with scratch_dir as scratch, tarfile.open(unfinished, "w") as tar:
+        unfinished.unlink(missing_ok=True)
+        private = os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
+        with scratch_dir as scratch, private, tarfile.open(fileobj=private, mode="w") as tar:
             copy = Path(scratch) / _DATABASE
             count = _add_consistently(tar, data_dir, copy)
             tar.add(copy, _DATABASE)
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(unfinished)
         unfinished.replace(target)
+        _sync(target.parent)
     finally:
         unfinished.unlink(missing_ok=True)
     return count
@@ -100,18 +102,36 @@ def _add_original(tar: tarfile.TarFile, path: Path) -> bool:
 def restore_backup(source: Path, data_dir: Path) -> int:
     """Unpack into a data directory without a database; returns the number of originals. Every original is verified.
 
-    Raises BackupFailed when there is a database already, or the file is no complete backup; DataDirInUse.
+    Interrupted, it may be done again, and no service starts there before. Raises BackupFailed when there is a database
+    already, or the file is no complete backup; DataDirInUse.
     """
-    with DataDir(data_dir) as opened:
+    with DataDir(data_dir, restoring=True) as opened:
         if opened.database.exists():
             raise BackupFailed(f"{data_dir} holds a database already; restore into an empty directory")
-        with tempfile.TemporaryDirectory(dir=data_dir, prefix="restore-") as scratch:
-            files = FileStore(Path(scratch) / _FILES)
-            count = _unpack(source, Path(scratch) / _DATABASE, files)
-            _verify(Path(scratch) / _DATABASE)
-            shutil.copytree(files.directory, opened.files, dirs_exist_ok=True)
-            (Path(scratch) / _DATABASE).replace(opened.database)
+        shutil.rmtree(opened.unfinished, ignore_errors=True)
+        opened.unfinished.mkdir(mode=0o700)
+        try:
+            database = opened.unfinished / _DATABASE
+            count = _unpack(source, database, FileStore(opened.files))
+            _verify(database)
+            _sync(database)
+            for log_of_another in ("-wal", "-shm"):  # SQLite would write it into this one
+                opened.database.with_name(_DATABASE + log_of_another).unlink(missing_ok=True)
+            database.replace(opened.database)
+            _sync(data_dir)
+        finally:
+            shutil.rmtree(opened.unfinished)
     return count
+
+
+def _sync(*paths: Path) -> None:
+    """On the disk, folders with the names in them."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _unpack(source: Path, database: Path, files: FileStore) -> int:

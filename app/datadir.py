@@ -17,8 +17,9 @@ class DataDirUnusable(RuntimeError):
 class DataDir:
     """An open data directory; close it to let the next process in."""
 
-    def __init__(self, path: Path) -> None:
-        """Create it if it isn't there. Raises DataDirInUse, naming the process that has it, and DataDirUnusable."""
+    def __init__(self, path: Path, restoring: bool = False) -> None:
+        """Create it if it isn't there. Raises DataDirInUse, naming the process that has it, and DataDirUnusable, also
+        when a backup was restored in part and this is not about to be gone on with (`restoring`)."""
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -37,6 +38,12 @@ class DataDir:
                 f"{path} is in use by process {owner}; talk to that service with --url and --key, or stop it, or "
                 "take another --data-dir"
             ) from None
+        if self.unfinished.exists() and not restoring:
+            self.close()
+            raise DataDirUnusable(
+                f"restoring a backup into {path} was interrupted: run `jamba-rag restore` again, or remove "
+                f"{self.unfinished} to begin without it"
+            )
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
 
@@ -64,6 +71,11 @@ class DataDir:
     @property
     def audit(self) -> Path:
         return self.path / "audit"
+
+    @property
+    def unfinished(self) -> Path:
+        """What a backup holds, until all of it is there."""
+        return self.path / "restoring"
 
     def close(self) -> None:
         os.close(self._lock)

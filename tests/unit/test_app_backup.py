@@ -1,0 +1,84 @@
+"""Backup and restore under bad conditions; what they hold is tested in test_app_cli.py."""
+
+import os
+import shutil
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from retrieval_kit import add
+
+from app.backup import restore_backup, write_backup
+from app.datadir import DataDir, DataDirUnusable
+from ingest.files import FileStore
+from retrieval.store import DocumentStore
+
+KILLED_AT = ["app.backup._unpack", "app.backup._verify", "app.backup._sync", "pathlib.Path.replace"]
+
+
+def make_data(directory: Path, *texts: str) -> None:
+    store, files = DocumentStore(directory / "rag.sqlite3"), FileStore(directory / "files")
+    for text in texts:
+        files.save_stream([text.encode()], 1 << 20)
+        add(store, text)
+    store.close()
+
+
+def held(directory: Path) -> set[str]:
+    store = DocumentStore(directory / "rag.sqlite3")
+    try:
+        assert store.check() == []
+        documents = store.list_documents()
+        assert all((directory / "files" / document.sha256).is_file() for document in documents)
+        return {store.get_text(document.id) for document in documents}
+    finally:
+        store.close()
+
+
+@pytest.fixture
+def backup(tmp_path) -> Path:
+    make_data(tmp_path / "data", "an old owl", "an old fox")
+    write_backup(tmp_path / "data", tmp_path / "backup.tar")
+    return tmp_path / "backup.tar"
+
+
+def test_a_backup_is_its_owners_alone(backup):
+    assert stat.S_IMODE(backup.stat().st_mode) == 0o600
+
+
+def test_the_log_of_a_lost_database_does_not_get_into_a_restored_one(backup, tmp_path):
+    """A killed process leaves SQLite's log beside the database; whoever removes the one may leave the other."""
+    lost = tmp_path / "lost"
+    make_data(lost, "a lost elk")
+    busy = sqlite3.connect(lost / "rag.sqlite3")  # so that closing the store leaves the log
+    busy.execute("SELECT count(*) FROM documents").fetchall()
+    make_data(lost, *(f"a lost bee {number}" for number in range(9)))
+    shutil.copytree(lost, tmp_path / "killed")
+    busy.close()
+    (tmp_path / "killed" / "rag.sqlite3").unlink()
+    assert (tmp_path / "killed" / "rag.sqlite3-wal").stat().st_size > 0
+    restore_backup(backup, tmp_path / "killed")
+    assert held(tmp_path / "killed") == {"an old owl", "an old fox"}
+
+
+@pytest.mark.parametrize("place", KILLED_AT)
+def test_after_a_kill_while_restoring_nothing_starts_until_it_is_done_again(backup, tmp_path, place):
+    target = tmp_path / "target"
+    module, _, name = place.rpartition(".")
+    owner = "pathlib.Path" if module == "pathlib.Path" else "app.backup"
+    code = (
+        f"import app.backup, os, pathlib; {owner}.{name} = lambda *_: os.kill(os.getpid(), {signal.SIGKILL:d});"
+        f"app.backup.restore_backup(pathlib.Path({str(backup)!r}), pathlib.Path({str(target)!r}))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == -signal.SIGKILL
+    with pytest.raises(DataDirUnusable, match="run `jamba-rag restore` again"):
+        DataDir(target)
+    restore_backup(backup, target)
+    DataDir(target).close()
+    assert held(target) == {"an old owl", "an old fox"}
+    assert not (target / "restoring").exists()
