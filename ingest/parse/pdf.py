@@ -115,8 +115,13 @@ def _open(source: Source) -> pdfium.PdfDocument:
                 "encrypted_pdf", "the PDF is protected by a password; remove the password and upload it again"
             ) from error
         raise ParseError(
-            "broken_pdf", f"the PDF is damaged ({error}); open it in a viewer, print it to a new PDF and upload that"
+            "broken_pdf",
+            f"the PDF is damaged ({_reason(error)}); open it in a viewer, print it to a new PDF and upload that",
         ) from error
+
+
+def _reason(error: pdfium.PdfiumError) -> str:
+    return str(error).removesuffix(".")
 
 
 def _can_load(source: Source) -> bool:
@@ -133,7 +138,7 @@ def _load_page(document: pdfium.PdfDocument, number: int) -> pdfium.PdfPage:
     try:
         return document[number]
     except pdfium.PdfiumError as error:
-        raise ParseError("broken_pdf", f"page {number + 1} is damaged ({error})", page=number + 1) from error
+        raise ParseError("broken_pdf", f"page {number + 1} is damaged ({_reason(error)})", page=number + 1) from error
 
 
 def _page_text(page: pdfium.PdfPage, number: int, page_names: set[str | None]) -> str:
@@ -141,7 +146,7 @@ def _page_text(page: pdfium.PdfPage, number: int, page_names: set[str | None]) -
     try:
         text_page = page.get_textpage()
     except pdfium.PdfiumError as error:
-        raise ParseError("broken_pdf", f"page {number + 1} is damaged ({error})", page=number + 1) from error
+        raise ParseError("broken_pdf", f"page {number + 1} is damaged ({_reason(error)})", page=number + 1) from error
     lines = read_lines(text_page)
     text_page.close()
     for edge in (0, -1):
