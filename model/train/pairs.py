@@ -23,6 +23,7 @@ from model.train.passages import NegativeFinder, cut_passages
 from model.train.sources import EXCLUDED, HELD_OUT, is_dev_document, read_word_lists
 
 Pair = dict[str, Any]
+AT_ONCE = 500  # passages whose neighbours one process looks for
 FEW, ELSEWHERE = 60, 10_000  # passages of a package that are too few to be near, and of all that are taken then
 
 _WORDS = read_word_lists(Path(__file__).parent / "words.txt")
@@ -226,18 +227,20 @@ def _add_negatives(pairs: list[Pair], passages: list[dict[str, Any]], count: int
     for source, asked in by_source.items():
         pool = members[source] if len(members[source]) >= FEW else everywhere
         texts = [f"{passages[i]['title']} {passages[i]['text']}" for i in pool]
-        jobs.append((source, pool, texts, list(asked.values()), count))
-    jobs.sort(key=lambda job: -len(job[3]))
+        groups = list(asked.values())
+        jobs += [(pool, texts, groups[i : i + AT_ONCE], count) for i in range(0, len(groups), AT_ONCE)]
+    done = 0
     with multiprocessing.get_context("spawn").Pool(workers) as processes:
-        for source, found in processes.imap_unordered(_find_negatives, jobs):
-            for near, asked in zip(found, by_source[source].values(), strict=True):
-                for pair in asked:
+        for (_, _, groups, _), found in zip(jobs, processes.imap(_find_negatives, jobs), strict=True):
+            for near, asked_here in zip(found, groups, strict=True):
+                for pair in asked_here:
                     pair["negatives"] = near
-            print(f"negatives: {source}, {len(found)} passages", flush=True)
+            done += len(groups)
+            print(f"negatives: {done} passages", flush=True)
 
 
-def _find_negatives(job: tuple[str, list[int], list[str], list[list[Pair]], int]) -> tuple[str, list[list[int]]]:
-    source, pool, texts, asked, count = job
+def _find_negatives(job: tuple[list[int], list[str], list[list[Pair]], int]) -> list[list[int]]:
+    pool, texts, asked, count = job
     finder, found = NegativeFinder(texts), []
     by_question = iter(finder.nearest([p["question"] for pairs in asked for p in pairs], 3 * count))
     by_passage = finder.nearest([pairs[0]["passage"] for pairs in asked], 3 * count)
@@ -246,7 +249,7 @@ def _find_negatives(job: tuple[str, list[int], list[str], list[list[Pair]], int]
         near = dict.fromkeys(i for ranked in zip(*lists, strict=True) for i in ranked)
         chosen = (i for i in near if all(_is_negative(pair, texts[i]) for pair in pairs))
         found.append([pool[i] for i in islice(chosen, count)])
-    return source, found
+    return found
 
 
 def _is_negative(pair: Pair, text: str) -> bool:

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from model.train import sources
+from model.train import pairs, sources
 from model.train.corpora import clean_text
 from model.train.extract import Block
 from model.train.pairs import load_pairs
@@ -118,3 +118,17 @@ def test_passages_keep_their_bounds():
 def test_nearest_passage_shares_the_rare_words():
     finder = NegativeFinder(["the red boat sails", "the blue car drives", "the red car is a boat"])
     assert finder.nearest(["which boat sails", "a car that drives"], 2) == [[0, 2], [1, 2]]
+
+
+def test_near_passages_of_a_pair_do_not_answer_it():
+    texts = [f"The {name} engine of the mill turns at {n} revolutions when the sluice is open." for name, n in
+             (("old", 40), ("new", 55), ("small", 40), ("spare", 70))]  # fmt: skip
+    passages = [{"id": i, "source": "s", "title": "Mill", "text": text} for i, text in enumerate(texts)]
+    passages += [
+        {"id": 4 + i, "source": "s", "title": "", "text": f"Sheep number {i} eats {i} turnips"} for i in range(80)
+    ]
+    pair = {"source": "s", "passage_id": 0, "passage": texts[0], "question": "How fast does the old engine turn?"}
+    asked = [pair | {"answer": "40 revolutions"}, pair | {"answer": None, "question": "Who built the old engine?"}]
+    pairs._add_negatives(asked, passages, count=3, workers=1)
+    assert asked[0]["negatives"] == asked[1]["negatives"]
+    assert not {0, 2} & set(asked[0]["negatives"])
