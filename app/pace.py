@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from app.errors import Overloaded
 
-_UNMEASURED_S = 2.0  # between two answers, until one has been measured
+_UNMEASURED_S = 1.0  # between two answers, until one has been measured
 _KEPT = 32  # more than are finished together
 _ALWAYS = 2  # places whatever they take: one slow answer must not shut the others out
 
