@@ -37,7 +37,7 @@ from app.readiness import make_checks
 from app.routes import answers, collections, documents, keys, openai, search, system
 from app.schemas import Problem
 from app.service import RagService
-from app.settings import ModelSettings, RedisSettings, Settings, SettingsError
+from app.settings import ModelSettings, RedisSettings, Settings, SettingsError, check_home
 from app.text_format import TextFormat
 from app.tracing import Tracing
 from app.unloaded_engine import UnloadedEngine
@@ -160,6 +160,7 @@ async def _run(parts: _Parts) -> AsyncIterator[None]:
 
 
 def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
+    check_home()
     data_dir = stack.enter_context(DataDir(settings.data_dir))
     store = ObservedStore(data_dir.database)
     stack.callback(store.close)

@@ -363,6 +363,16 @@ def _check_together(settings: Settings) -> None:
         )
 
 
+def check_home() -> None:
+    """Raises SettingsError where this user has no home directory, which libraries want that cut documents into chunks."""
+    try:
+        Path.home()
+    except RuntimeError:
+        raise SettingsError(
+            "this user has no home directory: set HOME to a folder that it may write, such as the data directory"
+        ) from None
+
+
 def public_settings(settings: Settings) -> dict[str, Any]:
     """The effective settings as JSON values; passwords and keys are replaced by `***`."""
     values = settings.model_dump(mode="json")

@@ -139,3 +139,14 @@ def test_a_password_in_an_address_is_hidden_whatever_it_is(url, shown):
 def test_every_setting_is_described():
     for setting in describe_settings():
         assert setting.description.endswith("."), setting.name
+
+
+def test_a_user_without_a_home_is_told_to_set_one(monkeypatch, tiny_checkpoint, tmp_path):
+    def nobody(uid):
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    with pytest.raises(SettingsError, match="set HOME to a folder"):
+        create_app(make_settings(tiny_checkpoint, tmp_path))
+    assert list(tmp_path.iterdir()) == []
