@@ -70,10 +70,12 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=settings.server.shutdown_s,
     )
+    running = uvicorn.Server(config)
     try:
-        uvicorn.Server(config).run()
+        running.run()
     except SystemExit:  # its own codes; what failed is logged
-        raise typer.Exit(_fail(f"cannot listen on {config.host}:{config.port}; the messages above say why")) from None
+        failed = "start" if running.lifespan.should_exit else f"listen on {config.host}:{config.port}"
+        raise typer.Exit(_fail(f"cannot {failed}; the messages above say why")) from None
     except KeyboardInterrupt:  # has stopped in order
         pass
 

@@ -44,6 +44,9 @@ class DataDir:
                 f"restoring a backup into {path} was interrupted: run `jamba-rag restore` again, or remove "
                 f"{self.unfinished} to begin without it"
             )
+        if (fault := find_unwritable(path)) is not None:
+            self.close()
+            raise DataDirUnusable(fault)
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
 
@@ -85,3 +88,20 @@ class DataDir:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def find_unwritable(path: Path) -> str | None:
+    """What in a data directory this user may not write, and what to do; None if all can be written."""
+    folders = [path / name for name in ("faiss", "words", "audit")]
+    inside = (child for folder in folders for child in folder.glob("*"))
+    needed = (path, *path.glob("rag.sqlite3*"), path / "files", *folders, *inside)
+    locked = next((one for one in needed if one.exists() and not _may_write(one)), None)
+    if locked is None:
+        return None
+    if os.statvfs(locked).f_flag & os.ST_RDONLY:
+        return f"{locked} is on a read-only file system; mount it writable or choose another data directory"
+    return f"{locked} belongs to user {locked.stat().st_uid} and user {os.geteuid()} may not write it; chown it"
+
+
+def _may_write(path: Path) -> bool:
+    return os.access(path, os.W_OK | os.X_OK if path.is_dir() else os.W_OK, effective_ids=True)

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from app.client import CommandFailed, connect
-from app.datadir import DataDir, DataDirInUse
+from app.datadir import DataDir, DataDirInUse, find_unwritable
 from app.embedding import open_embedder
 from app.main import check_checkpoint, choose_device, open_reranker
 from app.settings import Settings, hide_password
@@ -241,21 +241,9 @@ def _check_writable(settings: Settings) -> str:
     place = settings.data_dir
     while not place.exists():
         place = place.parent
-    wrong = [
-        path for path in (place, *place.glob("rag.sqlite3*"), place / "files") if path.exists() and not _may_write(path)
-    ]
-    if wrong:
-        if os.statvfs(wrong[0]).f_flag & os.ST_RDONLY:
-            raise CommandFailed(
-                f"{wrong[0]} is on a read-only file system; mount it writable or choose another data dir"
-            )
-        owner = wrong[0].stat().st_uid
-        raise CommandFailed(f"{wrong[0]} belongs to user {owner} and user {os.geteuid()} may not write it; chown it")
+    if (fault := find_unwritable(place)) is not None:
+        raise CommandFailed(fault)
     return f"{place} can be written"
-
-
-def _may_write(path: Path) -> bool:
-    return os.access(path, os.W_OK | os.X_OK if path.is_dir() else os.W_OK, effective_ids=True)
 
 
 def _check_port(settings: Settings) -> str:

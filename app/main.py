@@ -109,6 +109,7 @@ def create_app(settings: Settings, answering: bool = True) -> FastAPI:
 
     Raises SettingsError, DataDirInUse, UnsupportedWeights, StoreUnusable.
     """
+    check_home()
     with ExitStack() as stack:
         parts = _build(settings, stack, answering)
         parts.closing = stack.pop_all()
@@ -160,7 +161,6 @@ async def _run(parts: _Parts) -> AsyncIterator[None]:
 
 
 def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
-    check_home()
     data_dir = stack.enter_context(DataDir(settings.data_dir))
     store = ObservedStore(data_dir.database)
     stack.callback(store.close)

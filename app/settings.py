@@ -364,7 +364,7 @@ def _check_together(settings: Settings) -> None:
 
 
 def check_home() -> None:
-    """Raises SettingsError where this user has no home directory, which libraries want that cut documents into chunks."""
+    """Raises SettingsError where this user has no home directory: libraries that cut text into chunks want one."""
     try:
         Path.home()
     except RuntimeError:

