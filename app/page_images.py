@@ -2,6 +2,8 @@
 
 import hashlib
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from fastapi import Response
 
@@ -13,7 +15,9 @@ from retrieval.types import Document
 _DRAWING = 1  # changes with how pages are drawn, so that no cache keeps old pictures
 _AT_ONCE = 2
 _WAIT_S = 10.0
+_MOST_WAITING = 8  # each of them has a thread, of which other calls need some
 _slots = threading.BoundedSemaphore(_AT_ONCE)
+_places = threading.BoundedSemaphore(_AT_ONCE + _MOST_WAITING)
 
 
 def respond(
@@ -44,13 +48,26 @@ def respond(
     headers = {"ETag": f'"{hashlib.sha256(name.encode()).hexdigest()[:32]}"', "Cache-Control": "private, no-cache"}
     if if_none_match is not None and headers["ETag"] in if_none_match:
         return Response(status_code=304, headers=headers)
-    if not _slots.acquire(timeout=_WAIT_S):
-        raise Overloaded(f"{_AT_ONCE} pages are being drawn, which is the limit; try again shortly")
-    try:
+    with _slot():
         image = render_page(service.files.find(shown.sha256), number, text, start, end, memory_bytes)
-    finally:
-        _slots.release()
     return Response(image.png, media_type="image/png", headers={**headers, "Highlight-Boxes": _format_boxes(image)})
+
+
+@contextmanager
+def _slot() -> Iterator[None]:
+    """A place among those who draw. Raises Overloaded when too many wait for one, or for too long."""
+    busy = Overloaded(f"{_AT_ONCE} pages are being drawn, which is the limit; try again shortly")
+    if not _places.acquire(blocking=False):
+        raise busy
+    try:
+        if not _slots.acquire(timeout=_WAIT_S):
+            raise busy
+        try:
+            yield
+        finally:
+            _slots.release()
+    finally:
+        _places.release()
 
 
 def _format_boxes(image: PageImage) -> str:

@@ -1,5 +1,6 @@
 """Pages of a PDF as pictures over HTTP: what is marked, and what has no picture. Roles stand in test_app_auth.py."""
 
+import asyncio
 import struct
 import zlib
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 from app_kit import GARDEN
 
+from app import page_images
 from ingest.page_image import letters, render_page
 from ingest.parse import ParseError, parse_file
 
@@ -57,6 +59,17 @@ async def test_an_original_that_is_missing_is_410_until_it_is_sent_again(client,
     assert (await client.get(f"/v1/documents/{handbook['id']}/text")).status_code == 200
     assert (await client.post("/v1/documents", files={"file": ("handbook.pdf", content)})).status_code == 200
     assert [(await client.get(path)).status_code for path in paths] == [200, 200]
+
+
+async def test_many_who_want_pictures_leave_threads_to_others(client, handbook):
+    path = f"/v1/documents/{handbook['id']}/pages/1/image"
+    with page_images._slot(), page_images._slot():
+        wanted = [asyncio.create_task(client.get(path)) for _ in range(60)]
+        while len(refused := [reply for reply in wanted if reply.done()]) < 52:
+            await asyncio.sleep(0.01)
+        assert {reply.result().status_code for reply in refused} == {429}
+        assert (await client.get("/v1/documents")).status_code == 200
+    assert [reply.status_code for reply in await asyncio.gather(*wanted)].count(200) == 8
 
 
 async def test_a_page_is_a_picture_with_the_quote_marked(client, handbook):
