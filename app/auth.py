@@ -16,7 +16,9 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from app.settings import LOOPBACK_HOSTS
 from retrieval.store import DocumentStore
 from retrieval.types import ApiKey, Role
 
@@ -34,7 +36,7 @@ class Unauthorized(ValueError):
 
 
 class Forbidden(ValueError):
-    """The key is valid, but its role is too low."""
+    """The key is valid, but its role is too low; or the request comes from where none may come from."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,25 @@ class Authenticator:
         if found is None:
             raise Unauthorized("this API key is unknown or revoked")
         return Principal(found.id, found.role, None if found.collections is None else frozenset(found.collections))
+
+    def check_sender(self, host: str, site: str | None) -> None:
+        """Where no key is asked for: raise Forbidden unless the request names this machine and no other site sent it.
+
+        `host` and `site` are the headers Host and Sec-Fetch-Site. A browser reaches loopback for pages of any site:
+        by forms, and under a name of theirs that they let lead there.
+        """
+        if self._enabled:
+            return
+        try:
+            name = urlsplit(f"//{host}").hostname
+        except ValueError:
+            name = None
+        if name not in LOOPBACK_HOSTS:
+            raise Forbidden(
+                f"without keys only requests to {', '.join(LOOPBACK_HOSTS)} are answered, not to {host[:80]!r}"
+            )
+        if site in ("cross-site", "same-site"):
+            raise Forbidden("without keys no requests from pages of other sites are answered")
 
     def _begin(self) -> str:
         """A salt for this database."""

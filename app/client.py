@@ -46,7 +46,7 @@ def local_service(settings: Settings, answering: bool = True) -> Iterator[httpx.
         try:
             _wait_until_started(server, thread)
             transport = httpx.HTTPTransport(uds=socket)
-            with httpx.Client(transport=transport, base_url="http://in-process", timeout=ANSWER_TIMEOUT_S) as http:
+            with httpx.Client(transport=transport, base_url="http://localhost", timeout=ANSWER_TIMEOUT_S) as http:
                 yield http
         finally:
             server.should_exit = True

@@ -79,9 +79,10 @@ class RequestFrame:
         await self._app(scope, receive, send)
 
     def _admit(self, scope: Scope) -> None:
-        """Say who is asking, and count the request. Raises Unauthorized, RateLimited. Blocks."""
-        header = Headers(scope=scope).get("authorization")
-        principal = self._owner.state.authenticator.authenticate(header)
+        """Say who is asking, and count the request. Raises Unauthorized, Forbidden, RateLimited. Blocks."""
+        headers, authenticator = Headers(scope=scope), self._owner.state.authenticator
+        authenticator.check_sender(headers.get("host", ""), headers.get("sec-fetch-site"))
+        principal = authenticator.authenticate(headers.get("authorization"))
         scope.setdefault("state", {})["principal"] = principal
         self._owner.state.service.meter.admit_request(principal)
 

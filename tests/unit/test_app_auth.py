@@ -218,5 +218,15 @@ def running_service_with(settings, key):
 async def test_without_auth_everyone_is_an_admin(tiny_checkpoint, tmp_path):
     settings = make_settings(tiny_checkpoint, tmp_path / "data", auth={"enabled": False})
     async with running_service_with(settings, "none") as client:
-        assert (await client.get("/v1/config", headers={"Authorization": ""})).status_code == 200
+        del client.headers["Authorization"]
+        for host in ("localhost", "127.0.0.1:8000", "[::1]:8000"):
+            assert (await client.get("/v1/config", headers={"Host": host})).status_code == 200
+        # what pages of other sites can send: under a name that they let lead here, and from forms
+        for host in ("evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "", "[", "::1"):
+            reply = await client.get("/v1/config", headers={"Host": host})
+            assert (reply.status_code, reply.json()["code"]) == (403, "forbidden")
+        for site, status in {"cross-site": 403, "same-site": 403, "same-origin": 202, "none": 200}.items():
+            headers = {"Host": "localhost", "Sec-Fetch-Site": site}
+            reply = await client.post("/v1/documents", headers=headers, files={"file": ("a.txt", b"planted")})
+            assert reply.status_code == status
     assert not (settings.data_dir / "admin.key").exists()
