@@ -11,12 +11,10 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Generator
-from concurrent.futures import Future
-from typing import NamedTuple, Self, TypeVar
+from typing import NamedTuple, Self
 
 from model.engine_request import Engine, EngineRequest, StepOutput
 
-_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 
@@ -113,19 +111,6 @@ class EngineThread:
         stream = TokenStream(lambda: self._submit(_Command(lambda: self._abort(ids), _ignore)))
         self._submit(_Command(lambda: self._add(request, stream, ids), lambda error: stream.send(error=error)))
         return stream
-
-    async def call(self, function: Callable[[Engine], _T]) -> _T:
-        """`function(engine)`, run on the engine's thread between two steps."""
-        done: Future[_T] = Future()
-
-        def run() -> None:
-            try:
-                done.set_result(function(self._engine))
-            except Exception as error:
-                done.set_exception(error)
-
-        self._submit(_Command(run, done.set_exception))
-        return await asyncio.wrap_future(done)
 
     async def close(self, drain_s: float = 10.0) -> None:
         """Take no more requests, let those under way finish for at most `drain_s`, end the thread.

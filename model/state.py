@@ -6,8 +6,6 @@ Not here: who keeps which state for how long (prefix_cache.py), or how a call fi
 from __future__ import annotations
 
 import hashlib
-import math
-import struct
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from functools import cache
@@ -19,8 +17,6 @@ from torch import Tensor
 from model.config import JambaConfig
 from model.ssm_rounding import dequantize_ssm, quantize_ssm
 
-_HEADER = struct.Struct("<8s16s16sQ16x")  # magic, layout fingerprint, checksum, num_tokens: 64 bytes
-_MAGIC = b"jambast1"
 _MIN_CAPACITY_TOKENS, _MAX_SPARE_TOKENS = 256, 16_384
 
 
@@ -170,42 +166,6 @@ class HybridState:
             dequantize_ssm(snapshot.ssm, snapshot.scale, out=self.ssm)
         self.num_tokens = covered
 
-    def to_bytes(self) -> bytes:
-        """Everything, self-checking: 64 bytes of header, then conv, SSM and KV as they lie in memory."""
-        parts = (self.conv, self.ssm, self.read_kv(0, self.num_tokens))
-        payload = b"".join(memoryview(part.cpu().contiguous().flatten().view(torch.uint8).numpy()) for part in parts)
-        fingerprint = self.layout.fingerprint()
-        return _HEADER.pack(_MAGIC, fingerprint, _checksum(payload, self.num_tokens), self.num_tokens) + payload
-
-    @classmethod
-    def from_bytes(
-        cls, layout: StateLayout, data: bytes | bytearray | memoryview, device: torch.device | str = "cpu"
-    ) -> Self:
-        """The state that `to_bytes` wrote, bit for bit. Raises ValueError when damaged or of another layout."""
-        data = memoryview(data).cast("B")
-        if len(data) < _HEADER.size or bytes(data[: len(_MAGIC)]) != _MAGIC:
-            raise ValueError(f"{len(data)} bytes that do not start like a state")
-        _, fingerprint, checksum, num_tokens = _HEADER.unpack(data[: _HEADER.size])
-        if fingerprint != layout.fingerprint():
-            raise ValueError(f"a state of another layout than {layout}")
-        payload = data[_HEADER.size :]
-        if _checksum(payload, num_tokens) != checksum:
-            raise ValueError(f"a damaged state: checksum of {len(payload)} bytes for {num_tokens} tokens differs")
-        payload, offset = bytearray(payload), 0
-        pieces = []
-        for shape, dtype in (
-            (layout.conv_shape, layout.conv_dtype),
-            (layout.ssm_shape, torch.float32),
-            (layout.kv_shape(num_tokens), layout.kv_dtype),
-        ):
-            nbytes = math.prod(shape) * dtype.itemsize
-            pieces.append(_tensor(payload, offset, nbytes).view(dtype).view(shape))
-            offset += nbytes
-        conv, ssm, kv = pieces
-        state = cls(layout, device)
-        state.restore(Snapshot(num_tokens, conv, ssm), [kv])
-        return state
-
     def _fill_kv(self, pieces: Sequence[Tensor], num_tokens: int) -> None:
         if pieces and all(piece.device == self._kv.device for piece in pieces):  # hundreds of pieces a launch
             filled = self._kv.flatten(0, 1)[:, :num_tokens]
@@ -224,13 +184,3 @@ class HybridState:
 def _check_fit(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tensor.shape != shape or tensor.dtype != dtype:
         raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, this state needs {dtype} {shape}")
-
-
-def _checksum(payload: bytes | memoryview, num_tokens: int) -> bytes:
-    return hashlib.blake2b(payload, digest_size=16, salt=struct.pack("<Q", num_tokens)).digest()
-
-
-def _tensor(buffer: bytearray, offset: int, nbytes: int) -> Tensor:
-    if not nbytes:  # which frombuffer refuses
-        return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes, offset=offset).clone()

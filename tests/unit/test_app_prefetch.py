@@ -142,8 +142,9 @@ async def test_being_cancelled_as_the_service_stops_leaves_the_engine_nothing_to
     ahead.cancel()
     with pytest.raises(asyncio.CancelledError):
         await ahead
-    engine = client.app.state.service.engine
-    await until(lambda: engine.call(lambda engine: not engine.has_work()))
+    engine = client.app.state.service.engine._engine
+    while engine.has_work():
+        await asyncio.sleep(0.02)
 
 
 async def running(service) -> bool:

@@ -23,6 +23,7 @@ from model.prefix_cache import PrefixCache
 from model.sampling import SamplingParams
 from model.state import HybridState
 from model.state_store import MemoryStateStore
+from tests.numeric import state_bytes
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C compiler")
 TOKENIZER = byte_tokenizer()
@@ -69,21 +70,21 @@ def test_tokens_tried_together_leave_the_bits_of_single_steps(models, kind, piec
         room -= tried[-1]
         kept.append(min(right, tried[-1]))
     states, single = (prefilled(model, [past for past, _, _ in pieces], seed) for _ in range(2))
-    before = [state.to_bytes() for state in states]
+    before = [state_bytes(state) for state in states]
     tokens = [torch.randint(512, (count,), generator=torch.Generator().manual_seed(seed + 1)) for count in tried]
     with torch.inference_mode():
         trial = model.try_tokens(torch.cat(tokens), tried, states)
-        assert [state.to_bytes() for state in states] == before
+        assert [state_bytes(state) for state in states] == before
         trial.keep(kept)
         logits = trial.logits.split(tried)
         for i, state in enumerate(single):
             for place in range(tried[i]):
                 if place == kept[i]:
-                    assert state.to_bytes() == states[i].to_bytes()
+                    assert state_bytes(state) == state_bytes(states[i])
                 own = model.forward_packed(tokens[i][place : place + 1], [1], [state])
                 assert torch.equal(own[0], logits[i][place])
             if kept[i] == tried[i]:
-                assert state.to_bytes() == states[i].to_bytes()
+                assert state_bytes(state) == state_bytes(states[i])
 
 
 def test_what_cannot_be_tried_or_kept_is_refused(models):

@@ -51,6 +51,11 @@ async def collect(stream) -> Answer:
     return Answer([output async for output in stream])
 
 
+async def until_idle(engine) -> None:
+    while engine.has_work():
+        await asyncio.sleep(0.001)
+
+
 def run(engine, scenario) -> None:
     """`scenario(thread)` in an event loop, and the thread closed behind it."""
 
@@ -94,11 +99,9 @@ def test_closing_the_stream_aborts_within_one_step(engine):
     async def scenario(thread):
         async with aclosing(thread.generate(request(max_new_tokens=4000))) as stream:
             await anext(stream)
-        working, more = await thread.call(lambda engine: (engine.working_steps, engine.has_work()))
-        if more:  # the abort itself is still to be reported, in one step
-            await thread.call(lambda engine: None)
-        assert await thread.call(lambda engine: engine.working_steps) <= working + 1
-        assert not await thread.call(lambda engine: engine.has_work())
+        working = engine.working_steps
+        await until_idle(engine)
+        assert engine.working_steps <= working + 2  # the one under way, and the one that reports the abort
         assert [output async for output in stream] == []
 
     run(engine, scenario)
@@ -109,9 +112,9 @@ def test_closing_before_the_engine_has_seen_the_request(engine):
         stream = thread.generate(request(max_new_tokens=4000))
         await stream.aclose()
         assert [output async for output in stream] == []
-        await thread.call(lambda engine: None)
-        await thread.call(lambda engine: None)
-        assert not await thread.call(lambda engine: engine.has_work())
+        await collect(thread.generate(request(max_new_tokens=1)))  # behind it
+        await until_idle(engine)
+        assert engine.working_steps < 10
 
     run(engine, scenario)
 
@@ -122,8 +125,7 @@ def test_a_dropped_stream_does_not_run_on(engine):
         await anext(stream)
         del stream
         gc.collect()
-        while await thread.call(lambda engine: engine.has_work()):
-            await asyncio.sleep(0.001)
+        await until_idle(engine)
         assert engine.working_steps < 3000
 
     run(engine, scenario)
@@ -152,8 +154,6 @@ def test_close_lets_requests_finish_and_takes_no_more(engine):
         await closing
         with pytest.raises(EngineStopped):
             await thread.generate(request())
-        with pytest.raises(EngineStopped):
-            await thread.call(lambda engine: None)
 
     run(engine, scenario)
 
@@ -179,16 +179,6 @@ def test_a_failing_engine_fails_its_streams_and_stops(engine, caplog):
         assert not thread.is_alive
         with pytest.raises(EngineStopped, match="the device is gone"):
             await thread.generate(request())
-
-    run(engine, scenario)
-
-
-def test_call_runs_on_the_engine_s_thread_and_passes_exceptions_on(engine):
-    async def scenario(thread):
-        assert await thread.call(lambda engine: threading.current_thread().name) == "engine"
-        with pytest.raises(ZeroDivisionError):
-            await thread.call(lambda engine: 1 // 0)
-        assert thread.is_alive
 
     run(engine, scenario)
 

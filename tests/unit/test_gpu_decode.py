@@ -14,7 +14,7 @@ from model import Jamba, load_model
 from model.gpu_decode import MAX_BATCH, fits
 from model.state import HybridState
 from tests.conftest import WriteJamba
-from tests.numeric import assert_close
+from tests.numeric import assert_close, state_bytes
 
 RATIO = 1.2e-2  # bfloat16 activations through four layers, against float32; the modules in bfloat16 need 1e-2
 NEAR_TIE = 0.25  # between two logits of the shipped model; they spread by 3.5 and move by 0.05 in bfloat16
@@ -121,7 +121,7 @@ def test_decoding_goes_on_with_the_same_bits_from_a_kept_state(make) -> None:
     other.restore(state.snapshot(), [state.read_kv(0, 100), state.read_kv(100, 256)])
     for i in (1, 2):  # beyond the first 256 tokens: the KV moves
         assert torch.equal(step(state, i), step(other, i))
-    assert state.to_bytes() == other.to_bytes()
+    assert state_bytes(state) == state_bytes(other)
 
 
 def test_token_ids_may_be_on_the_cpu_and_logits_are_the_callers(make) -> None:

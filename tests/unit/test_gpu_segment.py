@@ -9,6 +9,7 @@ import torch
 from test_gpu_decode import KINDS, make, prefilled, same_states, tokens  # noqa: F401
 
 from model import Jamba, gpu_segment, jamba
+from tests.numeric import state_bytes
 
 
 def assert_equals_modules(model: Jamba, monkeypatch: pytest.MonkeyPatch, past: int, lengths: list[int]) -> None:
@@ -24,7 +25,7 @@ def assert_equals_modules(model: Jamba, monkeypatch: pytest.MonkeyPatch, past: i
             patch.setattr(jamba.Jamba, "_short_segments", lambda *_: None)
             patch.setattr(jamba.Jamba, "can_try", False)  # in C, where the emulator's host is the device
             assert torch.equal(ours, model.forward_packed(piece, [len(piece)], [other]))
-    assert state.to_bytes() == other.to_bytes()
+    assert state_bytes(state) == state_bytes(other)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -52,12 +53,12 @@ def test_longer_pieces_several_sequences_and_all_logits_run_as_modules(make) -> 
 def test_a_failed_call_leaves_the_state_as_it_was(make, monkeypatch) -> None:  # noqa: F811
     model = make()
     (state,) = prefilled(model, [6])
-    before = state.to_bytes()
+    before = state_bytes(state)
     with monkeypatch.context() as patch:
         patch.setattr(model.lm_head, "forward", lambda x: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model.forward_packed(tokens(1, 5)[0], [5], [state])
-    assert state.to_bytes() == before
+    assert state_bytes(state) == before
 
 
 def test_graphs_are_prepared_between_requests(make, monkeypatch) -> None:  # noqa: F811

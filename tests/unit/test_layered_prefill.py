@@ -9,7 +9,7 @@ from model import Jamba, layered_prefill, load_model
 from model.jamba import JambaLayer
 from model.layered_prefill import LayeredPrefill
 from model.moe import MoE
-from tests.numeric import assert_close
+from tests.numeric import assert_close, state_bytes
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def prefill(model: Jamba, seconds: float | None) -> tuple[torch.Tensor, bytes, i
         assert state.num_tokens == 20  # nothing counts as seen before the end
         calls += 1
     assert state.num_tokens == 720
-    return logits, state.to_bytes(), calls
+    return logits, state_bytes(state), calls
 
 
 @pytest.mark.parametrize("max_scores", [1 << 29, 300 * 720])
