@@ -354,7 +354,7 @@ class DocumentStore(IndexFeed):
         Raises IdempotencyConflict when that request was another one, i.e. had another fingerprint.
         """
         with self._db.read() as c:
-            return access.find_reply(c, key, fingerprint)
+            return access.find_reply(c, key, fingerprint, self._clock())
 
     def save_reply(self, key: str, fingerprint: str, reply: StoredReply) -> None:
         """Keep it for a day; the first one kept stays."""

@@ -42,8 +42,9 @@ def _key(row: sqlite3.Row) -> ApiKey:
     return ApiKey(row["id"], row["name"], row["role"], collections, row["created_at"], row["revoked_at"])
 
 
-def find_reply(c: sqlite3.Connection, key: str, fingerprint: str) -> StoredReply | None:
-    row = c.execute("SELECT fingerprint, status, body FROM replies WHERE key = ?", (key,)).fetchone()
+def find_reply(c: sqlite3.Connection, key: str, fingerprint: str, now: float) -> StoredReply | None:
+    kept = "SELECT fingerprint, status, body FROM replies WHERE key = ? AND created_at >= ?"
+    row = c.execute(kept, (key, now - _REPLY_TTL_S)).fetchone()
     if row is None:
         return None
     if row["fingerprint"] != fingerprint:

@@ -36,6 +36,7 @@ def test_replies_to_repeated_requests(tmp_path):
     with pytest.raises(IdempotencyConflict):
         store.find_reply("k", "another request")
     now[0] += 90_000
+    assert store.find_reply("k", "another request") is None
     store.save_reply("k2", "f", StoredReply(202, "{}"))
     assert store.find_reply("k", "f") is None
     store.close()
