@@ -84,6 +84,11 @@ class Authenticator:
             raise Unauthorized("this API key is unknown or revoked")
         return Principal(found.id, found.role, None if found.collections is None else frozenset(found.collections))
 
+    def check_in_force(self, principal: Principal) -> None:
+        """Raise Unauthorized if the key has been revoked since: for calls that go on for long. Blocks."""
+        if self._enabled and not self._store.is_in_force(principal.key_id):
+            raise Unauthorized("this API key is unknown or revoked")
+
     def check_sender(self, host: str, site: str | None) -> None:
         """Where no key is asked for: raise Forbidden unless the request names this machine and no other site sent it.
 

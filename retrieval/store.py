@@ -338,6 +338,11 @@ class DocumentStore(IndexFeed):
         with self._db.read() as c:
             return access.find_key(c, key_hash)
 
+    def is_in_force(self, key_id: str) -> bool:
+        """Whether there is such a key, and it is not revoked."""
+        with self._db.read() as c:
+            return access.is_in_force(c, key_id)
+
     def list_keys(self) -> list[ApiKey]:
         """All, revoked ones too, oldest first."""
         with self._db.read() as c:

@@ -28,6 +28,10 @@ def find_key(c: sqlite3.Connection, key_hash: str) -> ApiKey | None:
     return None if row is None else _key(row)
 
 
+def is_in_force(c: sqlite3.Connection, key_id: str) -> bool:
+    return c.execute("SELECT 1 FROM api_keys WHERE id = ? AND revoked_at IS NULL", (key_id,)).fetchone() is not None
+
+
 def list_keys(c: sqlite3.Connection) -> list[ApiKey]:
     return [_key(row) for row in c.execute("SELECT * FROM api_keys ORDER BY created_at, id")]
 

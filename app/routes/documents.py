@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Annotated, Any
 
 import anyio.to_thread
@@ -10,10 +10,9 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import FileResponse
 
 from app import intake, page_images, schemas
-from app.auth import Principal
-from app.deps import KnownQuery, Reader, ServiceDep, SettingsDep, Writer
+from app.auth import Unauthorized
+from app.deps import AuthenticatorDep, KnownQuery, Reader, ServiceDep, SettingsDep, Writer
 from app.errors import InvalidRequest, describe_error
-from app.service import RagService
 from app.sse import Event, event_response
 from retrieval.store import DocumentNotFound
 from retrieval.types import Document, Status
@@ -79,15 +78,24 @@ def get_document(document_id: str, principal: Reader, service: ServiceDep) -> sc
 
 
 @router.get("/{document_id}/events", response_class=Response)
-async def watch_document(document_id: str, principal: Reader, service: ServiceDep, settings: SettingsDep) -> Response:
+async def watch_document(
+    document_id: str,
+    principal: Reader,
+    service: ServiceDep,
+    settings: SettingsDep,
+    authenticator: AuthenticatorDep,
+) -> Response:
     """Server-Sent Events: `document.progress` while it is ingested, then `document.ready` or `document.failed`."""
-    document = await anyio.to_thread.run_sync(service.visible_document, document_id, principal)
-    return event_response(_progress_events(document, principal, service), settings.server.keepalive_s)
+
+    def look() -> Document:
+        authenticator.check_in_force(principal)
+        return service.visible_document(document_id, principal)
+
+    events = _progress_events(await anyio.to_thread.run_sync(look), look)
+    return event_response(events, settings.server.keepalive_s)
 
 
-async def _progress_events(
-    document: Document, principal: Principal, service: RagService
-) -> AsyncGenerator[Event, None]:
+async def _progress_events(document: Document, look: Callable[[], Document]) -> AsyncGenerator[Event, None]:
     shown: Document | None = None
     try:
         while document.status not in ("ready", "failed"):
@@ -95,9 +103,9 @@ async def _progress_events(
                 yield Event("document.progress", schemas.Document.model_validate(document))
                 shown = document
             await asyncio.sleep(_POLL_S)
-            document = await anyio.to_thread.run_sync(service.visible_document, document.id, principal)
+            document = await anyio.to_thread.run_sync(look)
         yield Event(f"document.{document.status}", schemas.Document.model_validate(document))
-    except DocumentNotFound as error:  # deleted while it was watched
+    except (DocumentNotFound, Unauthorized) as error:  # deleted or revoked while it was watched
         yield Event("document.failed", describe_error(error))
 
 

@@ -1,11 +1,12 @@
 """Keys: every call with every kind of key gives what its role and collections allow, and no more."""
 
+import asyncio
 import os
 import re
 import stat
 
 import pytest
-from app_kit import GARDEN, LIGHTHOUSE, ServiceClient, make_settings, running_service
+from app_kit import GARDEN, LIGHTHOUSE, ServiceClient, make_settings, read_events, running_service
 
 pytestmark = pytest.mark.anyio
 
@@ -174,6 +175,21 @@ async def test_a_revoked_key_is_dead_at_once(client):
     assert (await client.delete(f"/v1/keys/{made['id']}")).status_code == 204
     assert (await client.get("/v1/documents", headers=headers)).status_code == 401
     assert (await client.delete(f"/v1/keys/{made['id']}")).status_code == 404
+
+
+async def test_a_revoked_key_watches_no_longer(tiny_checkpoint, tmp_path):
+    settings = make_settings(tiny_checkpoint, tmp_path / "data", ingest={"workers": 0})
+    async with running_service(settings) as client:
+        reply = await client.post("/v1/documents", files={"file": ("a.txt", b"never read")})
+        document_id = reply.json()["data"][0]["id"]
+        made = (await client.post("/v1/keys", json={"name": "watcher"})).json()
+        headers = {"Authorization": f"Bearer {made['key']}"}
+        watching = asyncio.create_task(client.get(f"/v1/documents/{document_id}/events", headers=headers))
+        await asyncio.sleep(0.3)
+        assert not watching.done()
+        await client.delete(f"/v1/keys/{made['id']}")
+        *_, (kind, problem) = read_events((await watching).text)
+        assert (kind, problem["code"]) == ("document.failed", "unauthorized")
 
 
 async def test_the_first_start_writes_the_admin_key_once_and_keeps_its_hash(client, caplog):
