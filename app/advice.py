@@ -15,8 +15,7 @@ class Advice:
     """`auto_evidence_tokens` None: whole documents as far as the context reaches. `recent_evidence_tokens` None: twice
     `rag_evidence_tokens`. `none_margin` in nats. `quote_beginnings`: of so many the likeliest quote is taken.
     `read_apart`: each passage of `rag` evidence is read alone, and the likeliest one is answered from.
-    `missing_words_nats`: added to none's margin when no word of the question was read, a share of it for a share.
-    `hit_rank_nats`: added for each better hit when the passage to answer from is chosen."""
+    `missing_words_nats`: added to none's margin when no word of the question was read, a share of it for a share."""
 
     auto_evidence_tokens: int | None = None
     rag_evidence_tokens: int = 4096
@@ -25,7 +24,6 @@ class Advice:
     quote_beginnings: int = 1
     read_apart: bool = False
     missing_words_nats: float = 0.0
-    hit_rank_nats: float = 0.0
 
 
 def take_advice(checkpoint: Path, settings: AnswerSettings) -> Advice:

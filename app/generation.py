@@ -21,7 +21,7 @@ from app.evidence import Found, Query, describe_scores
 from app.likeliest import generate_likeliest
 from app.prompting import prompt_salt
 from app.quotes import QuoteLimits
-from app.reading import hit_rank, none_margin, reads_apart, split_passages
+from app.reading import none_margin, reads_apart, split_passages
 from app.schemas import Tier
 from app.sse import Event
 from model.engine import EngineRequest, StepOutput
@@ -150,14 +150,14 @@ class RunningAnswer:
             found = self._found or await self.prepare()
             yield Event("answer.created", {"id": self.id, "object": "answer", "model": self._service.model_name})
             yield Event("answer.sources", {"sources": [h.model_dump() for h in show_hits(found.hits)]})
-            reading = await self._choose(found)
+            reading = await self._choose(found.evidence)
             writer = self._service.format.read_answer(reading)
             async for event in self._attempt(reading, writer):
                 yield event
             if not writer.quoted and found.may_widen:
                 found = await self.prepare(widened=True)
                 yield Event("answer.sources", {"sources": [h.model_dump() for h in show_hits(found.hits)]})
-                reading = await self._choose(found)
+                reading = await self._choose(found.evidence)
                 writer = self._service.format.read_answer(reading)
                 async for event in self._attempt(reading, writer):
                     yield event
@@ -170,17 +170,14 @@ class RunningAnswer:
             self._service.meter.charge_tokens(self._query.principal, self._measures.computed_tokens)
             self._service.end_answer(self)
 
-    async def _choose(self, found: Found) -> Evidence:
+    async def _choose(self, evidence: Evidence) -> Evidence:
         """All of the evidence, or, where passages are read apart, the one that most likely holds the answer."""
-        service, evidence, self._counted = self._service, found.evidence, False
+        service, self._counted = self._service, False
         if not service.advice.read_apart or evidence.mode != "rag" or not service.format.decision_ids:
             return evidence
         if not reads_apart(evidence, await anyio.to_thread.run_sync(self._count_question)):
             return evidence
-        weighed = []
-        for reading in split_passages(evidence):
-            behind = service.advice.hit_rank_nats * hit_rank(reading.passages[0], found.hits)
-            weighed.append((await self._weigh(reading) + behind, reading))
+        weighed = [(await self._weigh(reading), reading) for reading in split_passages(evidence)]
         self._counted = True
         return min(weighed, key=lambda one: one[0])[1]
 

@@ -2,13 +2,13 @@
 
 A small model tells better whether one passage holds an answer than it finds the answer among several. So evidence can
 be read passage by passage, each alone behind the system text, and the answer made from the one with the least
-`none_margin`, in which the search has a say (`hit_rank`). Who asks the engine stands in generation.py.
+`none_margin`. Who asks the engine stands in generation.py.
 """
 
 from collections.abc import Sequence
 
 from app.conversation import missing_words
-from retrieval.types import Evidence, Hit, Passage
+from retrieval.types import Evidence
 
 _AGAIN_TOKENS = 1024  # of the question; 2 s of two cores
 
@@ -16,16 +16,6 @@ _AGAIN_TOKENS = 1024  # of the question; 2 s of two cores
 def split_passages(evidence: Evidence) -> list[Evidence]:
     """Each passage as if it were all there is to read."""
     return [Evidence((passage,), evidence.mode, 0, (passage.document_id,)) for passage in evidence.passages]
-
-
-def hit_rank(passage: Passage, hits: Sequence[Hit]) -> int:
-    """How many hits are better than the best one in this passage; all of them where it holds none."""
-    for rank, hit in enumerate(hits):
-        chunk = hit.chunk
-        same = chunk.document_id == passage.document_id
-        if same and chunk.char_start < passage.char_end and passage.char_start < chunk.char_end:
-            return rank
-    return len(hits)
 
 
 def reads_apart(evidence: Evidence, question_tokens: int) -> bool:

@@ -190,9 +190,6 @@ class AnswerSettings(_Group):
         ge=0,
         le=50,
     )
-    hit_rank_nats: float | None = _setting(
-        None, "Added to a passage's for each better hit when one is chosen; unset: as advised, else 0.", "nats", ge=0
-    )
     quote_beginnings: int | None = _setting(
         None,
         "Make the quotes that begin with each of so many likely tokens and take the likeliest; 1: only the greedy one; "

@@ -6,8 +6,8 @@ import pytest
 from app_kit import GARDEN, LIGHTHOUSE, make_settings, running_service
 
 from app.conversation import missing_words
-from app.reading import hit_rank, none_margin, reads_apart, split_passages
-from retrieval.types import Chunk, Evidence, Hit, Passage
+from app.reading import none_margin, reads_apart, split_passages
+from retrieval.types import Evidence, Passage
 
 EVIDENCE = Evidence(
     tuple(
@@ -64,24 +64,3 @@ async def test_a_long_question_is_answered_from_one_prompt(tiny_checkpoint, tmp_
             usage = (await client.ask(question, mode="rag"))["usage"]
             service = client.app.state.service
             assert usage["input_tokens"] // service.format.count_prompt(question) in range(prompts, 3 * prompts), usage
-
-
-def test_a_passage_ranks_as_the_best_hit_in_it():
-    spans = (("d9", 0, 10), ("d1", 40, 60), ("d2", 5, 9), ("d1", 0, 40))
-    hits = [Hit(Chunk(f"c{i}", d, 0, a, b, ""), "", "c", 1.0, {}, {}, 1, 1) for i, (d, a, b) in enumerate(spans)]
-    lighthouse, garden = EVIDENCE.passages
-    assert [hit_rank(passage, hits) for passage in (lighthouse, garden)] == [1, 2]
-    assert hit_rank(replace(lighthouse, char_start=60), hits) == 4  # the hit ends where it begins
-
-
-@pytest.mark.anyio
-async def test_the_search_has_its_say_in_which_passage_is_answered_from(tiny_checkpoint, tmp_path):
-    answers = {"read_apart": True, "rag_evidence_tokens": 900, "hit_rank_nats": 50}
-    async with running_service(make_settings(tiny_checkpoint, tmp_path / "data", answers=answers)) as client:
-        for n in range(4):
-            await client.upload(
-                f"{n}.md", f"The heron of pond number{n} eats frogs; herons eat frogs in all ponds.\n" * 2
-            )
-        for n in range(4):
-            answer = await client.ask(f"What does the heron of pond number{n} eat?", mode="rag", max_output_tokens=24)
-            assert {c["filename"] for c in answer["citations"]} == {f"{n}.md"}
