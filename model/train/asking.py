@@ -119,7 +119,7 @@ def ask(reader: Reader, asked: Sequence[Asked], padded: int) -> Iterator[dict[st
     answers = _say(reader, [[read_for(question) for question, _ in row] for row in questions])
     for a, row, said in zip(asked, questions, answers, strict=True):
         for span, (question, _), (read, sure) in zip(map(Span._make, a.spans), row, said, strict=True):
-            if sure == 0:  # cut off
+            if sure == 0:  # not said, or cut off
                 continue
             answer, start = a.passage[span.start : span.end], span.start
             f1 = overlap(read, answer) if read != NONE else 0.0
@@ -133,11 +133,16 @@ def ask(reader: Reader, asked: Sequence[Asked], padded: int) -> Iterator[dict[st
 
 
 def _say(reader: Reader, tasks: list[list[str]]) -> list[list[tuple[str, float]]]:
-    """What the reader says to each task, and how likely that was."""
-    tokens = [[reader.encode(text)[-TASK_TOKENS:] for text in row] for row in tasks]
-    said = reader.generate(tokens, TASK_TOKENS, ANSWER_TOKENS)
+    """What the reader says to each task, and how likely that was; 0 for a task that is too long to be put."""
+    tokens = [[reader.encode(text) for text in row] for row in tasks]
+    fit = [[ids if len(ids) <= TASK_TOKENS else ids[-1:] for ids in row] for row in tokens]
+    said = reader.generate(fit, TASK_TOKENS, ANSWER_TOKENS)
     texts = iter(reader.tokenizer.decode_batch([ids for row in said for ids, _ in row]))
-    return [[(next(texts).strip(), math.exp(log_p)) for _, log_p in row] for row in said]
+    return [
+        [(next(texts).strip(), math.exp(log_p) if len(ids) <= TASK_TOKENS else 0.0)
+         for ids, (_, log_p) in zip(*rows, strict=True)]
+        for rows in zip(tokens, said, strict=True)
+    ]  # fmt: skip
 
 
 def is_prose(text: str) -> bool:

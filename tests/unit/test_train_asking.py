@@ -91,6 +91,11 @@ def test_only_answers_that_agree_or_are_sure_become_pairs() -> None:
     assert all(PASSAGE[m["start"] :].startswith(m["answer"]) for m in made)
 
 
+def test_a_task_that_is_too_long_is_not_put() -> None:
+    said = asking._say(Parrot([[("An owl.", -0.5), ("A fox.", -0.5)]]), [["who", "who " * (asking.TASK_TOKENS + 1)]])
+    assert said == [[("An owl.", pytest.approx(0.6065, abs=1e-4)), ("A fox.", 0.0)]]
+
+
 def _at(text: str) -> tuple[int, int]:
     start = PASSAGE.index(text)
     return start, start + len(text)
