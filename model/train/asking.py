@@ -15,6 +15,7 @@ import multiprocessing
 import random
 import re
 import time
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from model.train.lexical import words
-from model.train.made import cut_document, document_random
+from model.train.made import asked_before, cut_document, document_random
 from model.train.reader import Reader, load_tokenizer
 from model.train.sources import is_dev_document
 from model.train.spans import Span, choose_spans
@@ -154,10 +155,10 @@ def is_prose(text: str) -> bool:
 
 def passages_of(job: tuple[Path, Path, int, int, int, int]) -> list[Asked]:
     """The part of the corpora's passages that one process prepares, of a document at most `per_document`, of a package
-    at most `per_source`."""
+    at most `per_source`, and none that was asked about before."""
     corpora, folder, part, parts, per_source, per_document = job
     tokenizer = load_tokenizer(folder)
-    taken, found = Counter[str](), []
+    taken, found, before = Counter[str](), [], asked_before()
     for document in read_records(corpora, part, parts):
         source, doc = document["source"], document["doc"]
         if taken[source] * parts >= per_source or is_dev_document(source, doc):
@@ -165,6 +166,8 @@ def passages_of(job: tuple[Path, Path, int, int, int, int]) -> list[Asked]:
         rng = document_random(document)
         pieces = cut_document(document, rng)
         for title, text in rng.sample(pieces, min(per_document, len(pieces))):
+            if (source, doc, zlib.crc32(text.encode())) in before:
+                continue
             spans = choose_spans(text, SPANS, rng)
             ids = tokenizer.encode(passage_turn(title, text), add_special_tokens=False).ids
             if len(spans) == SPANS and len(ids) <= PASSAGE_TOKENS[-1] and is_prose(text):

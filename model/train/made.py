@@ -41,6 +41,11 @@ def strip(pairs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["source"], row["doc"], row["begins"]))
 
 
+def asked_before(path: Path = SHIPPED) -> set[tuple[str, str, int]]:
+    """Source, document and CRC-32 of the passages that pairs were made of."""
+    return {(row["source"], row["doc"], row["crc32"]) for row in _read(path)}
+
+
 def _mark(passage: str) -> dict[str, Any]:
     """What a passage is known by in its document."""
     return {"begins": passage[:_BEGINS], "crc32": zlib.crc32(passage.encode())}

@@ -244,23 +244,32 @@ def _find_negatives(job: tuple[list[int], list[str], list[list[Pair]], int]) -> 
     finder, found = NegativeFinder(texts), []
     by_question = iter(finder.nearest([p["question"] for pairs in asked for p in pairs], 3 * count))
     by_passage = finder.nearest([pairs[0]["passage"] for pairs in asked], 3 * count)
+    bags: dict[int, frozenset[str]] = {}  # words of the texts that were met
     for pairs, of_passage in zip(asked, by_passage, strict=True):
         lists = [*islice(by_question, len(pairs)), of_passage]
         near = dict.fromkeys(i for ranked in zip(*lists, strict=True) for i in ranked)
-        chosen = (i for i in near if all(_is_negative(pair, texts[i]) for pair in pairs))
-        found.append([pool[i] for i in islice(chosen, count)])
+        gold = frozenset(words(pairs[0]["passage"]))
+        chosen = list[int]()
+        for i in near:
+            if i not in bags:
+                bags[i] = frozenset(words(texts[i]))
+            other = bags[i]
+            if len(gold & other) <= 0.6 * min(len(gold), len(other)) and not any(
+                _may_answer(pair, texts[i], other) for pair in pairs
+            ):
+                chosen.append(pool[i])
+                if len(chosen) == count:
+                    break
+        found.append(chosen)
     return found
 
 
-def _is_negative(pair: Pair, text: str) -> bool:
-    gold, other = set(words(pair["passage"])), set(words(text))
-    if len(gold & other) > 0.6 * min(len(gold), len(other)):
-        return False
+def _may_answer(pair: Pair, text: str, bag: frozenset[str]) -> bool:
+    """Whether a text of the words `bag` holds the answer, and not only as a few letters that happen to be there."""
     if pair["answer"] is None:
-        return True
-    answer = pair["answer"].lower()
-    asked = question_content(pair["question"])
-    return answer not in text.lower() or (len(answer) < 4 and len(asked & other) < 0.5 * len(asked))
+        return False
+    answer, asked = pair["answer"].lower(), question_content(pair["question"])
+    return answer in text.lower() and (len(answer) >= 4 or len(asked & bag) >= 0.5 * len(asked))
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:

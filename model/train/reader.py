@@ -23,6 +23,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from model.train.tree_attention import Tree, tree_attention
+
 SHA256 = "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"
 VOCAB_SIZE = 65_536  # of 151,643: the first are what English needs, and a byte-level BPE by themselves
 SPECIAL = ("<|im_start|>", "<|im_end|>")
@@ -301,39 +303,13 @@ class Branches:
 
     def _forward(self, tokens: Tensor, places: Tensor) -> Tensor:
         """tokens (P, N, t) to stand at `places` (t,) of their own keys -> hidden states (P, N, t, d)."""
-        r, c = self.reader, self.reader.config
-        (p, n, t), length, own = tokens.shape, self.shared.shape[4], self.own.shape[5]
-        prefix, scale = r.prefix.shape[3], r.width**-0.5
-        positions = prefix + self.lengths[:, None, None] + (places - self.pad[..., None]).clamp(min=0)
-        slots = torch.arange(own, device=r.device)
-        beyond = torch.arange(length, device=r.device) >= self.lengths[:, None]  # (P, length)
-        hidden = (slots > places[:, None]) | (slots < self.pad[..., None, None])  # (P, N, t, own)
-        beyond, hidden = beyond[:, None, None], hidden[:, :, None, :, None]
+        r = self.reader
+        positions = r.prefix.shape[3] + self.lengths[:, None, None] + (places - self.pad[..., None]).clamp(min=0)
 
         def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.own[i, 0].index_copy_(3, places, k.transpose(2, 3))
             self.own[i, 1].index_copy_(3, places, v.transpose(2, 3))
-            q = (q * scale).view(p, n, t, c.kv_heads, r.groups, r.width).permute(3, 0, 1, 2, 4, 5)  # (K, P, N, t, g, w)
-            k0, v0 = r.prefix[i]  # (K, prefix, w)
-            k1, v1 = self.shared[i]  # (P, K, length, w)
-            k2, v2 = self.own[i]  # (P, N, K, own, w)
-            by_passage = q.permute(1, 0, 2, 3, 4, 5).reshape(p, c.kv_heads, -1, r.width)
-            by_task = q.permute(1, 2, 0, 3, 4, 5)
-            s0 = (q.reshape(c.kv_heads, -1, r.width) @ k0.mT).view(c.kv_heads, p, n, t, r.groups, prefix)
-            s1 = (by_passage @ k1.mT).masked_fill(beyond, float("-inf"))
-            s1 = s1.view(p, c.kv_heads, n, t, r.groups, length)
-            s2 = (by_task.reshape(p, n, c.kv_heads, -1, r.width) @ k2.mT).view(p, n, c.kv_heads, t, r.groups, own)
-            s2 = s2.masked_fill(hidden, float("-inf"))
-            scores = torch.cat([s0.permute(1, 2, 0, 3, 4, 5), s1.transpose(1, 2), s2], -1)
-            weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
-            w0, w1, w2 = weights.split([prefix, length, own], -1)
-            o0 = w0.permute(2, 0, 1, 3, 4, 5).reshape(c.kv_heads, -1, prefix) @ v0
-            o1 = w1.transpose(1, 2).reshape(p, c.kv_heads, -1, length) @ v1
-            o2 = w2.reshape(p, n, c.kv_heads, -1, own) @ v2
-            o0 = o0.view(c.kv_heads, p, n, t, r.groups, r.width).permute(1, 2, 3, 0, 4, 5)
-            o1 = o1.view(p, c.kv_heads, n, t, r.groups, r.width).permute(0, 2, 3, 1, 4, 5)
-            o2 = o2.view(p, n, c.kv_heads, t, r.groups, r.width).permute(0, 1, 3, 2, 4, 5)
-            return o0 + o1 + o2
+            return tree_attention(q, Tree(r.prefix[i], self.shared[i], self.own[i], self.lengths, self.pad), places)
 
         return r.forward(r.head[tokens], positions, attend)
 

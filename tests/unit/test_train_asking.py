@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from model.train import asking
 from model.train.asking import Asked, ask, batches, beginning, is_prose
 from model.train.data import PairContexts
-from model.train.made import cut_document, document_random, restore, strip
+from model.train.made import asked_before, cut_document, document_random, restore, strip
 from model.train.pairs import load_pairs
 from model.train.spans import Span, choose_spans, spans
 
@@ -137,3 +137,20 @@ def test_made_pairs_get_their_passages_back_from_the_corpora(tmp_path: Path) -> 
     assert sorted(map(str, (sorted(r.items()) for r in back))) == sorted(map(str, (sorted(r.items()) for r in made)))
     (corpora / "corpus-00.jsonl").write_text(json.dumps(documents[0]) + "\n")
     assert 0 < len(list(restore(rows, corpora))) < len(made)
+
+
+def test_a_passage_that_pairs_were_made_of_is_not_asked_about_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = {"source": "s", "doc": "d", "title": "T", "text": "\n\n".join(f"{PASSAGE} Part {i}." for i in range(6))}
+    (tmp_path / "corpus-00.jsonl").write_text(json.dumps(document) + "\n")
+    tokenizer = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    job = (tmp_path, tmp_path, 0, 1, 100, 100)
+    every = asking.passages_of(job)
+    pair = {"source": "s", "doc": "d", "title": "T", "passage": every[0].passage, "question": "?"}
+    shipped = tmp_path / "made_pairs.jsonl"
+    shipped.write_text("".join(json.dumps(row) + "\n" for row in strip([pair])))
+    monkeypatch.setattr(asking, "asked_before", lambda: asked_before(shipped))
+    assert {a.passage for a in every} - {a.passage for a in asking.passages_of(job)} == {every[0].passage}
