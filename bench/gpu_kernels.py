@@ -2,7 +2,7 @@
 
 Launches are captured in a CUDA graph, over copies of the weights or other experts: none comes from the L2 cache.
 `us` is a launch among its like that overlap as in decode (programmatic dependent launch), `us_alone` without overlap.
-    python -m bench.gpu_kernels [--shape jamba-52b] [--only decode prefill mixers variants] [--tokens 1 2 4 8 16 32 64]
+    python -m bench.gpu_kernels [--shape jamba-52b] [--only decode prefill mixers] [--tokens 1 2 4 8 16 32 64]
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import gpu_kernels_variants
 from bench.gpu_kit import measure_ceilings, time_calls
 from bench.runs import BenchRun
 from bench.shapes import SHAPES
@@ -29,7 +28,7 @@ from model.kernels.selective_scan import selective_scan, selective_scan_ref
 L2_BYTES = 50 << 20
 MAX_ERROR = 2e-2  # of the largest value: bfloat16 outputs
 PREFILL_ROWS = (512, 1024, 2048, 4096)  # an expert
-SECTIONS = ("decode", "prefill", "mixers", "variants")
+SECTIONS = ("decode", "prefill", "mixers")
 BF16, F32 = torch.bfloat16, torch.float32
 
 
@@ -84,10 +83,6 @@ def main() -> None:
             bench_mixers(run, config, device, copy)
         if "prefill" in arguments.only:
             bench_prefill(run, config, device, copy, arguments.prefill_rows)
-        if "variants" in arguments.only:
-            gpu_kernels_variants.compile_ahead(config, arguments.tokens, device, decode_cases)
-            for what, m, case in gpu_kernels_variants.cases(config, arguments.tokens, device, decode_cases):
-                add_row(run, case, m, copy, variant=what)
         run.finish()
 
 
@@ -319,12 +314,12 @@ def mixed(x: Tensor, weights: Tensor, chosen: Tensor, up: Weight, down: Weight) 
     return (weights[: len(x), :, None] * rows).sum(1)
 
 
-def add_row(run: BenchRun, case: Case, m: int, copy: float, **columns: object) -> None:
+def add_row(run: BenchRun, case: Case, m: int, copy: float) -> None:
     case.reset()
     case.launch(0, False)
     error = largest_error(case.out, case.expected())
     times_s, alone_s = time_launches(case, overlap=True), time_launches(case, overlap=False)
-    _add(run, case.name, m, error, times_s, case.num_bytes, copy, us_alone=median(alone_s) * 1e6, **columns)
+    _add(run, case.name, m, error, times_s, case.num_bytes, copy, us_alone=median(alone_s) * 1e6)
 
 
 def _add(
@@ -339,7 +334,7 @@ def _add(
     **columns: object,
 ) -> None:
     if error is not None and not error < MAX_ERROR:
-        raise SystemExit(f"{kernel} for {tokens} tokens {columns} is wrong by {error:.1e} of its largest value")
+        raise SystemExit(f"{kernel} for {tokens} tokens is wrong by {error:.1e} of its largest value")
     own_s = median(times_s)
     row = {"kernel": kernel, "tokens": tokens, "us": own_s * 1e6, "worst_us": max(times_s) * 1e6}
     if num_bytes is not None:

@@ -29,15 +29,8 @@ SNAPSHOT_BYTES = 512 * 31_360  # conv and SSM of its 28 Mamba layers
 BLOCK_TOKENS = 256
 
 
-class Sizes(NamedTuple):
-    """Of a model's states: `layout` is like it, `scale` times smaller."""
-
-    layout: StateLayout
-    scale: int
-
-
-LARGE = Sizes(StateLayout(1, 28, 1, 32, 64, 16, 4, torch.bfloat16, torch.bfloat16), 128)  # the 52B: snapshot 980 tokens
-SHIPPED = Sizes(StateLayout(1, 10, 1, 32, 64, 16, 4, torch.bfloat16, torch.bfloat16), 24)  # in bfloat16: 350 tokens
+SCALE = 128  # of the states that are really kept: `LAYOUT` is like the 52B's, so many times smaller
+LAYOUT = StateLayout(1, 28, 1, 32, 64, 16, 4, torch.bfloat16, torch.bfloat16)
 NEAR = PlanSettings(block_tokens=BLOCK_TOKENS, min_snapshot_distance=512)
 
 
@@ -71,12 +64,10 @@ class OurCache:
         policy: EvictionPolicy,
         settings: PlanSettings = NEAR,
         prefetch_turns: bool = False,
-        sizes: Sizes = LARGE,
     ) -> None:
-        self._scale = sizes.scale
-        self._store = DeviceStateStore(max_bytes // sizes.scale, policy=policy)
+        self._store = DeviceStateStore(max_bytes // SCALE, policy=policy)
         self._cache = PrefixCache([self._store], b"bench", settings)
-        self._state = HybridState(sizes.layout)
+        self._state = HybridState(LAYOUT)
         self._prefetch_turns, self.prefetched_tokens = prefetch_turns, 0
 
     def ask(self, prompt: Prompt) -> int:
@@ -87,7 +78,7 @@ class OurCache:
         return cached
 
     def used_bytes(self) -> int:
-        return self._store.stats()["bytes"] * self._scale
+        return self._store.stats()["bytes"] * SCALE
 
     @property
     def snapshots_saved(self) -> int:

@@ -1,15 +1,13 @@
 """How long does a search take over a million chunks, and what do its two indexes cost?
 
 Chunks are words drawn with the frequencies of the manuals of bench/retrieval_sets.py, each word for itself; questions
-are that set's 390. Vectors are made as in bench/index.py. `--fts5` compares with SQLite's FTS5, which did this before:
-its time, and how many of its ten best are among ours.
-    python -m bench.words [--chunks 1000000] [--fts5] [--directory DIR]
+are that set's 390. Vectors are made as in bench/index.py.
+    python -m bench.words [--chunks 1000000] [--directory DIR]
 """
 
 import argparse
 import json
 import re
-import sqlite3
 import sys
 import tempfile
 import time
@@ -22,15 +20,15 @@ import numpy as np
 from bench.index import make_vectors
 from bench.retrieval_sets import DATA, load_manuals
 from bench.runs import BenchRun
-from bench.search import CHUNKS_A_DOCUMENT, store_document
 from retrieval.embedder import MiniLMEmbedder
 from retrieval.index import open_index
 from retrieval.lexical import query_terms
 from retrieval.search import Retriever
 from retrieval.store import DocumentStore
-from retrieval.types import SearchParams
+from retrieval.types import Chunk, ParsedDocument, SearchParams
 from retrieval.words import WordIndex, open_words
 
+CHUNKS_A_DOCUMENT = 100
 LIMIT = 100  # candidates, as `Retriever` asks for
 _BATCH = 10_000
 
@@ -57,7 +55,6 @@ class MadeTexts:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chunks", type=int, default=1_000_000)
-    parser.add_argument("--fts5", action="store_true")
     parser.add_argument("--directory", type=Path, help="where the data goes; default: a temporary one")
     arguments = parser.parse_args()
     run = BenchRun("words", argv=sys.argv)
@@ -69,8 +66,6 @@ def main() -> None:
         fill_store(run, store, texts.draw(arguments.chunks), arguments.chunks, embedder)
         words = bench_words(run, store, directory / "words")
         bench_queries(run, "words alone", lambda question: words.search(query_terms(question), LIMIT), questions)
-        if arguments.fts5:
-            compare_fts5(run, texts.draw(arguments.chunks), directory / "fts5.sqlite3", words, questions)
         index = open_index(store, directory / "faiss", embedder.dim, embedder.name)
         index.settle()
         retriever = Retriever(store, index, embedder, words=words)
@@ -96,6 +91,18 @@ def fill_store(
         part = vectors[start : start + CHUNKS_A_DOCUMENT]
         store_document(store, f"document-{start}.txt", [next(texts) for _ in part], part, embedder.name)
     run.add(what="store", chunks=number, seconds=time.perf_counter() - began)
+
+
+def store_document(store: DocumentStore, name: str, texts: list[str], vectors: np.ndarray, embedder_name: str) -> str:
+    """Make a document of these chunks; returns its id."""
+    text = "\n\n".join(texts)
+    document, _ = store.create_document("default", name, "text/plain", len(text), name)
+    chunks, start = [], 0
+    for i, piece in enumerate(texts):
+        chunks.append(Chunk(f"{document.id}:{i}", document.id, i, start, start + len(piece), piece))
+        start += len(piece) + 2
+    store.replace_chunks(document.id, ParsedDocument(text), chunks, vectors, embedder_name, version=1)
+    return document.id
 
 
 def bench_words(run: BenchRun, store: DocumentStore, directory: Path) -> WordIndex:
@@ -141,36 +148,6 @@ def bench_queries(
 
 def search_mode(run: BenchRun, retriever: Retriever, questions: Sequence[str], what: str, params: SearchParams) -> None:
     bench_queries(run, what, lambda question: retriever.search(question, ["default"], params), questions)
-
-
-def compare_fts5(run: BenchRun, texts: Iterator[str], path: Path, words: WordIndex, questions: Sequence[str]) -> None:
-    """The table and the statement of schema 2, every fourth question."""
-    began = time.perf_counter()
-    db = sqlite3.connect(path)
-    db.execute("PRAGMA cache_size=-65536")
-    db.execute(
-        """CREATE VIRTUAL TABLE words USING fts5(
-            text, context, content='', tokenize="porter unicode61 remove_diacritics 2")"""
-    )
-    rows = ((row, text, f"document-{(row - 1) // 100 * 100}.txt\n") for row, text in enumerate(texts, 1))
-    db.executemany("INSERT INTO words(rowid, text, context) VALUES (?, ?, ?)", rows)
-    db.commit()
-    run.add(what="FTS5: filled", seconds=time.perf_counter() - began, mb=path.stat().st_size / 1e6)
-
-    def search(question: str) -> list[tuple[int, float]]:
-        query = " OR ".join(f'"{term}"' for term in query_terms(question))
-        return db.execute(
-            "SELECT rowid, rank FROM words WHERE words MATCH ? ORDER BY rank, rowid LIMIT ?", (query, LIMIT)
-        ).fetchall()
-
-    asked = questions[::4]
-    same = [
-        len({row for row, _ in search(question)[:10]} & {row for row, _ in words.search(query_terms(question), 10)})
-        / 10
-        for question in asked
-    ]
-    bench_queries(run, "FTS5: words alone", search, asked, ours_share_10=float(np.mean(same)))
-    db.close()
 
 
 def bench_change(run: BenchRun, store: DocumentStore, words: WordIndex, embedder: MiniLMEmbedder) -> None:
