@@ -7,11 +7,8 @@ quote or citation knows which token of the documents it repeats. Start at `QaRow
 
 from __future__ import annotations
 
-import json
 import random
-import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -22,17 +19,10 @@ from model.tokenizer import Tokenizer
 from model.train import templated
 from model.train.cloze import ClozeContexts
 from model.train.contexts import Context, Question, merge_contexts
+from model.train.pair_contexts import PairContexts
 from model.train.rephrase import rephrase
 from model.train.statement_contexts import StatementContexts, ask_more
 
-NAME_BESIDE = (
-    re.compile(r"(?:(?:[A-Z][\w'’-]+|[A-Z]\.) ){1,3}$"),
-    re.compile(r"^(?: (?:[A-Z][\w'’-]+|[A-Z]\.|van|von|de))* [A-Z][\w'’-]+"),
-)
-UNIT_BEHIND = re.compile(
-    r"^[ -]?(?:bytes?|bits?|[kKMGT]i?B|[kMG]?Hz|(?:milli|micro|nano)?seconds?|minutes?|hours?|days?|weeks?|months?|"
-    r"years?|ms|percent|%|pixels?|lines?|characters?|degrees|metres?|meters?|feet|inches|miles|km|kg|dollars|USD)(?![\w-])"
-)
 # Kinds of target token. Answers weigh as much as their kind: where the document is chosen, the quote begins and ends.
 DECISIVE, ANSWER, QUESTION, TEXT, PADDING = 3.0, 1.0, 0.5, 0.0, -1.0
 
@@ -47,34 +37,6 @@ class Place(NamedTuple):
     ordinal: int
     document: int
     passage: int
-
-
-def load_pairs(path: Path) -> PairContexts:
-    """The cleaned pairs `pairs_X.jsonl` and, beside them, `passages_X.jsonl`, as `model.train.pairs` writes them."""
-    pairs = [widen_answer(json.loads(line)) for line in path.read_text().splitlines()]
-    wanted = {i for pair in pairs for i in pair["negatives"]}
-    passages = {}
-    with path.with_name(path.name.replace("pairs_", "passages_")).open() as file:
-        for record in map(json.loads, file):
-            if record["id"] in wanted:
-                passages[record["id"]] = (record["title"] or record["doc"], record["text"])
-    return PairContexts(pairs, passages)
-
-
-def widen_answer(pair: dict) -> dict:
-    """A part of a person's name becomes the whole name, a bare number takes its unit along."""
-    if pair["answer"] is None:
-        return pair
-    start, text = pair["start"], pair["passage"]
-    end = start + len(pair["answer"])
-    if pair["question"].startswith(("Who ", "By whom ")):
-        if before := NAME_BESIDE[0].search(text[:start]):
-            start = before.start()
-        if after := NAME_BESIDE[1].match(text[end:]):
-            end += after.end()
-    elif text[end - 1].isdigit() and (unit := UNIT_BEHIND.match(text[end:])):
-        end += unit.end()
-    return pair | {"start": start, "answer": text[start:end]}
 
 
 def covering_tokens(tokenizer: Tokenizer, text: str, start: int, end: int) -> tuple[list[int], int, int] | None:
@@ -159,81 +121,6 @@ class ContextRenderer:
         return groups
 
 
-class PairContexts:
-    """Contexts from question-answer pairs, several on a passage. Distractors: near passages found by words, others of
-    the same document, of the same package, of anywhere; those that are asked about bring their questions along.
-
-    `near` (id -> title and text) holds the passages that the pairs name as `negatives`.
-    """
-
-    def __init__(self, pairs: Sequence[dict], near: Mapping[int, tuple[str, str]]) -> None:
-        asked: dict[str, list[dict]] = defaultdict(list)
-        for pair in pairs:
-            asked[pair["passage"]].append(pair)
-        self.asked, self.near = list(asked.values()), near
-        self.by_doc: dict[tuple[str, str], list[int]] = defaultdict(list)
-        self.by_source: dict[str, list[int]] = defaultdict(list)
-        for i, (first, *_) in enumerate(self.asked):
-            self.by_doc[first["source"], first["doc"]].append(i)
-            self.by_source[first["source"]].append(i)
-
-    def draw(self, rng: random.Random, max_chars: int, num_passages: int | None = None, lost: float = 0.15) -> Context:
-        """A context of about `max_chars`, or of `num_passages`; a share `lost` of what is asked about is taken away."""
-        seed = rng.choice(self.asked)
-        chosen = {seed[0]["passage"]: (self._title(seed[0], rng), seed)}
-        for title, text, pairs in self._distractors(seed[0], rng):
-            if len(chosen) >= (num_passages or 64) or sum(map(len, chosen)) + len(text) > max_chars:
-                break
-            chosen.setdefault(text, (title, pairs))
-        kept, gone = [], []
-        for text, (title, pairs) in chosen.items():
-            take_away = len(pairs) > 0 and len(chosen) > 1 and rng.random() < lost
-            (gone if take_away else kept).append((title, text, pairs))
-        if not kept:
-            kept.append(gone.pop())
-        rng.shuffle(kept)
-        if len(chosen) == 1 and rng.random() < lost:  # a lone passage, asked about something near it
-            other = self.asked[rng.choice(self.by_source[seed[0]["source"]])]
-            if other is not seed:
-                gone.append(("", "", other))
-        return self._context(kept, gone, rng)
-
-    def _distractors(self, seed: dict, rng: random.Random) -> Iterator[tuple[str, str, list[dict]]]:
-        near = [self.near[i] for i in seed["negatives"] if i in self.near]
-        rng.shuffle(near)
-        for title, text in near[: rng.randrange(8)]:
-            yield title[:80], text, []
-        same_doc = list(self.by_doc[seed["source"], seed["doc"]])
-        rng.shuffle(same_doc)
-        others = same_doc[: rng.randrange(1, 12)]
-        for _ in range(200):
-            same = rng.random() < 0.6
-            others.append(rng.choice(self.by_source[seed["source"]]) if same else rng.randrange(len(self.asked)))
-        for i in others:
-            first = self.asked[i][0]
-            yield self._title(first, rng), first["passage"], self.asked[i]
-
-    @staticmethod
-    def _context(kept: list[tuple], gone: list[tuple], rng: random.Random) -> Context:
-        questions = []
-        for at, (_, _, pairs) in enumerate(kept):
-            for pair in pairs:
-                where = (pair["answer"], at, pair["start"]) if pair["answer"] is not None else (None, -1, -1)
-                questions.append(Question(pair["question"], *where))
-        for _, _, pairs in gone:
-            questions += [Question(pair["question"], None, -1, -1) for pair in pairs[:2] if pair["answer"] is not None]
-        rng.shuffle(questions)
-        return Context(tuple((title, text) for title, text, _ in kept), tuple(questions))
-
-    @staticmethod
-    def _title(pair: dict, rng: random.Random) -> str:
-        name = pair["doc"].rsplit("/", 1)[-1]
-        kind = rng.random()
-        if pair["title"] and kind < 0.5:
-            return pair["title"][:80]
-        return name if kind < 0.8 else f"{pair['source']} {name}"
-
-
 def templated_context(
     rng: random.Random, max_chars: int, num_passages: int | None = None, host: Context | None = None
 ) -> Context:
@@ -258,9 +145,11 @@ class QaRows:
 
     Blanks teach to find and to copy, invented facts to tell like from like, statements and pairs what people ask: the
     shares move from the first to the last over the training (`progress`, 0 to 1). Early passages are short: many
-    documents in few tokens, and so many choices to learn from.
+    documents in few tokens, and so many choices to learn from. Some rows have a passage alone, as the service has
+    passages read, and questions that lead a search to it, most of them in vain.
     """
 
+    LONE: ClassVar = {512: 0.7, 1024: 0.3}  # share of the rows of a length in which a passage stands alone
     FIRST: ClassVar = {"cloze": 0.12, "templated": 0.18, "statements": 0.25, "pairs": 0.45}
     LAST: ClassVar = {"cloze": 0.04, "templated": 0.16, "statements": 0.2, "pairs": 0.6}
 
@@ -274,7 +163,11 @@ class QaRows:
         ids, kinds, sources = [], [], []
         while max(kinds, default=TEXT) < ANSWER:
             chars = int(length * rng.uniform(1.8, 2.6) if length <= 512 else length * rng.uniform(2.6, 3.4))
-            context = self._context(rng, shares, chars, shortest=60 if rng.random() > progress else 250)
+            if rng.random() < self.LONE.get(length, 0.0):
+                context = self.pairs.draw_lone(rng)
+                context = ask_more(context, rng) if rng.random() < 0.6 else context
+            else:
+                context = self._context(rng, shares, chars, shortest=60 if rng.random() > progress else 250)
             ids, kinds, sources = self.renderer.render(context, length + 1, rng)
         row = np.zeros(length + 1, dtype=np.int64)
         marks = np.full(length + 1, PADDING, dtype=np.float32)

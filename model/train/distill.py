@@ -25,10 +25,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from model.jamba import Jamba
 from model.tokenizer import Tokenizer
 from model.train import evaluate
-from model.train.data import ANSWER, TEXT, QaRows, TextRows, copies, findings, load_pairs
+from model.train.data import ANSWER, TEXT, QaRows, TextRows, copies, findings
 from model.train.export import fake_quantize
 from model.train.forward import accelerate, forward_hidden, set_rope
 from model.train.losses import attention_to, relative_error, vocabulary_loss
+from model.train.pair_contexts import load_pairs
 from model.train.surgery import build_student, build_teacher
 from model.train.tokens import read_texts
 from model.train.trainer import Cluster, Log, MasterOptimizer, cosine, load_into, worker_random

@@ -28,13 +28,13 @@ from model.train.data import (
     NO_SOURCE,
     TEXT,
     ContextRenderer,
-    PairContexts,
     copies,
     covering_tokens,
     findings,
 )
 from model.train.export import fake_quantize, storage_of
 from model.train.muon import Muon
+from model.train.pair_contexts import PairContexts
 from model.train.tokenizer_cut import SPECIAL_TOKENS
 from model.train.trainer import MasterOptimizer
 from tests.numeric import assert_close
@@ -298,6 +298,27 @@ def test_a_lost_passage_makes_its_question_unanswerable():
         for q in context.questions:
             number = q.text.removeprefix("Item ").removesuffix("?")
             assert (q.answer is not None) == (f"Item {number} costs {number} crowns." in held)
+
+
+def test_a_lone_passage_is_asked_what_it_answers_and_what_those_it_is_near_to_do():
+    def pair(i: int, near: list[int]) -> dict:
+        text = f"Item {i} costs {i} crowns."
+        return {"source": "s", "doc": "d", "title": "t", "passage": text, "passage_id": i, "question": f"Item {i}?",
+                "answer": f"{i} crowns", "start": text.index(f"{i} crowns"), "negatives": near}  # fmt: skip
+
+    near = {1: ("t", "Item 1 costs 1 crowns."), 7: ("other", "Items cost crowns.")}
+    contexts = PairContexts([pair(0, [1, 7]), pair(1, [7]), pair(2, [])], near)
+    rng, seen = random.Random(0), set()
+    for _ in range(200):
+        context = contexts.draw_lone(rng)
+        ((_, text),) = context.passages
+        for q in context.questions:
+            assert q.answer is None or text[q.start : q.start + len(q.answer)] == q.answer
+        seen.add((text, frozenset((q.text, q.answer) for q in context.questions)))
+    vain = ("Item 0?", None)
+    assert ("Item 0 costs 0 crowns.", frozenset({("Item 0?", "0 crowns")})) in seen
+    assert ("Item 1 costs 1 crowns.", frozenset({("Item 1?", "1 crowns"), vain})) in seen
+    assert ("Items cost crowns.", frozenset({vain, ("Item 1?", None)})) in seen
 
 
 def test_the_prompt_is_made_of_pieces_that_no_text_can_forge(tokenizer):

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from model.train import asking
 from model.train.asking import Asked, ask, batches, beginning, is_prose
-from model.train.data import PairContexts
 from model.train.made import asked_before, cut_document, document_random, restore, strip
+from model.train.pair_contexts import PairContexts
 from model.train.pairs import load_pairs
 from model.train.spans import Span, choose_spans, spans
 

@@ -11,7 +11,7 @@ from model.jamba import Jamba
 from model.tokenizer import Tokenizer
 from model.train import evaluate, surgery
 from model.train.contexts import Context
-from model.train.data import widen_answer
+from model.train.pair_contexts import widen_answer
 from model.train.rephrase import rephrase
 from model.train.statement_contexts import StatementContexts, ask_more
 from model.train.statements import facts_of

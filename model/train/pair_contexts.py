@@ -1,0 +1,148 @@
+"""Contexts from question-answer pairs: passages that are asked about, among others or alone.
+
+Start at `PairContexts`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from model.train.contexts import Context, Question
+
+NAME_BESIDE = (
+    re.compile(r"(?:(?:[A-Z][\w'’-]+|[A-Z]\.) ){1,3}$"),
+    re.compile(r"^(?: (?:[A-Z][\w'’-]+|[A-Z]\.|van|von|de))* [A-Z][\w'’-]+"),
+)
+UNIT_BEHIND = re.compile(
+    r"^[ -]?(?:bytes?|bits?|[kKMGT]i?B|[kMG]?Hz|(?:milli|micro|nano)?seconds?|minutes?|hours?|days?|weeks?|months?|"
+    r"years?|ms|percent|%|pixels?|lines?|characters?|degrees|metres?|meters?|feet|inches|miles|km|kg|dollars|USD)(?![\w-])"
+)
+SILENT = 0.2  # share of lone passages about which nothing is asked that they answer
+
+
+def load_pairs(path: Path) -> PairContexts:
+    """The cleaned pairs `pairs_X.jsonl` and, beside them, `passages_X.jsonl`, as `model.train.pairs` writes them."""
+    pairs = [widen_answer(json.loads(line)) for line in path.read_text().splitlines()]
+    wanted = {i for pair in pairs for i in pair["negatives"]}
+    passages = {}
+    with path.with_name(path.name.replace("pairs_", "passages_")).open() as file:
+        for record in map(json.loads, file):
+            if record["id"] in wanted:
+                passages[record["id"]] = (record["title"] or record["doc"], record["text"])
+    return PairContexts(pairs, passages)
+
+
+def widen_answer(pair: dict) -> dict:
+    """A part of a person's name becomes the whole name, a bare number takes its unit along."""
+    if pair["answer"] is None:
+        return pair
+    start, text = pair["start"], pair["passage"]
+    end = start + len(pair["answer"])
+    if pair["question"].startswith(("Who ", "By whom ")):
+        if before := NAME_BESIDE[0].search(text[:start]):
+            start = before.start()
+        if after := NAME_BESIDE[1].match(text[end:]):
+            end += after.end()
+    elif text[end - 1].isdigit() and (unit := UNIT_BEHIND.match(text[end:])):
+        end += unit.end()
+    return pair | {"start": start, "answer": text[start:end]}
+
+
+class PairContexts:
+    """Contexts from question-answer pairs, several on a passage. Distractors: near passages found by words, others of
+    the same document, of the same package, of anywhere; those that are asked about bring their questions along.
+
+    `near` (id -> title and text) holds the passages that the pairs name as `negatives`.
+    """
+
+    def __init__(self, pairs: Sequence[dict], near: Mapping[int, tuple[str, str]]) -> None:
+        asked: dict[str, list[dict]] = defaultdict(list)
+        for pair in pairs:
+            asked[pair["passage"]].append(pair)
+        self.asked, self.near = list(asked.values()), near
+        self.drawn_to: dict[int, list[int]] = defaultdict(list)  # passage -> what is asked about others that it is near
+        self.by_doc: dict[tuple[str, str], list[int]] = defaultdict(list)
+        self.by_source: dict[str, list[int]] = defaultdict(list)
+        for i, (first, *_) in enumerate(self.asked):
+            for passage in first["negatives"]:
+                self.drawn_to[passage].append(i)
+            self.by_doc[first["source"], first["doc"]].append(i)
+            self.by_source[first["source"]].append(i)
+        self.silent = [i for i in self.drawn_to if i in near and near[i][1] not in asked]  # nothing is asked about
+
+    def draw(self, rng: random.Random, max_chars: int, num_passages: int | None = None, lost: float = 0.15) -> Context:
+        """A context of about `max_chars`, or of `num_passages`; a share `lost` of what is asked about is taken away."""
+        seed = rng.choice(self.asked)
+        chosen = {seed[0]["passage"]: (self._title(seed[0], rng), seed)}
+        for title, text, pairs in self._distractors(seed[0], rng):
+            if len(chosen) >= (num_passages or 64) or sum(map(len, chosen)) + len(text) > max_chars:
+                break
+            chosen.setdefault(text, (title, pairs))
+        kept, gone = [], []
+        for text, (title, pairs) in chosen.items():
+            take_away = len(pairs) > 0 and len(chosen) > 1 and rng.random() < lost
+            (gone if take_away else kept).append((title, text, pairs))
+        if not kept:
+            kept.append(gone.pop())
+        rng.shuffle(kept)
+        if len(chosen) == 1 and rng.random() < lost:  # a lone passage, asked about something near it
+            other = self.asked[rng.choice(self.by_source[seed[0]["source"]])]
+            if other is not seed:
+                gone.append(("", "", other))
+        return self._context(kept, gone, rng)
+
+    def draw_lone(self, rng: random.Random) -> Context:
+        """One passage: what it answers, and what is asked about passages near it, which it does not."""
+        if self.silent and rng.random() < SILENT:
+            number, own = rng.choice(self.silent), []
+            title, text = self.near[number]
+        else:
+            own = rng.choice(self.asked)
+            number, title, text = own[0].get("passage_id", -1), self._title(own[0], rng), own[0]["passage"]
+        questions = [Question(p["question"], p["answer"], *((-1, -1) if p["answer"] is None else (0, p["start"])))
+                     for p in own]  # fmt: skip
+        vain = [p["question"] for i in self.drawn_to.get(number, ()) for p in self.asked[i] if p["answer"] is not None]
+        most = rng.randint(2, 3 + 2 * len(own))
+        questions += [Question(asked, None, -1, -1) for asked in rng.sample(vain, min(most, len(vain)))]
+        rng.shuffle(questions)
+        return Context(((title[:80], text),), tuple(questions))
+
+    def _distractors(self, seed: dict, rng: random.Random) -> Iterator[tuple[str, str, list[dict]]]:
+        near = [self.near[i] for i in seed["negatives"] if i in self.near]
+        rng.shuffle(near)
+        for title, text in near[: rng.randrange(8)]:
+            yield title[:80], text, []
+        same_doc = list(self.by_doc[seed["source"], seed["doc"]])
+        rng.shuffle(same_doc)
+        others = same_doc[: rng.randrange(1, 12)]
+        for _ in range(200):
+            same = rng.random() < 0.6
+            others.append(rng.choice(self.by_source[seed["source"]]) if same else rng.randrange(len(self.asked)))
+        for i in others:
+            first = self.asked[i][0]
+            yield self._title(first, rng), first["passage"], self.asked[i]
+
+    @staticmethod
+    def _context(kept: list[tuple], gone: list[tuple], rng: random.Random) -> Context:
+        questions = []
+        for at, (_, _, pairs) in enumerate(kept):
+            for pair in pairs:
+                where = (pair["answer"], at, pair["start"]) if pair["answer"] is not None else (None, -1, -1)
+                questions.append(Question(pair["question"], *where))
+        for _, _, pairs in gone:
+            questions += [Question(pair["question"], None, -1, -1) for pair in pairs[:2] if pair["answer"] is not None]
+        rng.shuffle(questions)
+        return Context(tuple((title, text) for title, text, _ in kept), tuple(questions))
+
+    @staticmethod
+    def _title(pair: dict, rng: random.Random) -> str:
+        name = pair["doc"].rsplit("/", 1)[-1]
+        kind = rng.random()
+        if pair["title"] and kind < 0.5:
+            return pair["title"][:80]
+        return name if kind < 0.8 else f"{pair['source']} {name}"
