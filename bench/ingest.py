@@ -1,8 +1,14 @@
-"""How fast do documents become searchable, beside the embedder alone on the same chunks, all of them together?
+"""How fast do documents become searchable, and in how much memory?
 
-Every `--every`-th of the manuals of bench/retrieval_sets.py (HTML, PDF, text) goes through workers as the service's,
-for each of `--workers` in turn.
+Default: every `--every`-th of the manuals of bench/retrieval_sets.py (HTML, PDF, text) through workers as the
+service's, for each of `--workers` in turn, beside the embedder alone on the same chunks, all of them together.
+`--upload`: a text of so many bytes is sent to a service over HTTP; then the service reads it, or says why it can't.
+`--small`: so many small documents parsed one after the other, each in its process: what these cost.
+`--bulk`: so many chunks with stand-ins for their vectors, the worker stopped and started on the way.
     python -m bench.ingest [--workers 1 2 3] [--every 50] [--suffix .pdf]
+    python -m bench.ingest --upload 1_000_000_000
+    python -m bench.ingest --bulk 100_000 [--stops 5]
+    python -m bench.ingest --small 100
 """
 
 from __future__ import annotations
@@ -12,20 +18,29 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import httpx
+import numpy as np
+
+from bench.load import Served, serving
 from bench.retrieval_sets import manual_paths
 from bench.runs import BenchRun, time_interleaved
 from ingest.files import FileStore
 from ingest.jobs import IngestWorker
+from ingest.parse.cage import parse_in_child
 from ingest.pipeline import text_to_embed
 from ingest.sniff import SNIFF_BYTES, sniff_media_type
 from retrieval.embedder import MiniLMEmbedder
 from retrieval.index import FaissIndex
 from retrieval.store import DocumentStore
+
+BLOCK_BYTES = 1 << 20
+BULK_WORDS = 200_000  # of a document of the bulk: about 1,000 chunks
 
 
 def queue_documents(folder: Path, paths: Sequence[Path]) -> tuple[DocumentStore, FileStore]:
@@ -106,15 +121,155 @@ def measure_speed(run: BenchRun, paths: Sequence[Path], workers: Sequence[int], 
         )
 
 
+def measure_upload(run: BenchRun, nbytes: int) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        write_text(folder / "big.txt", nbytes)
+        with serving(folder / "data", INGEST__WORKERS="0") as service, open_service(service) as client:
+            with peak_of(service) as memory:
+                start = time.perf_counter()
+                with (folder / "big.txt").open("rb") as file:
+                    client.post("/v1/documents", files={"file": ("big.txt", file)}).raise_for_status()
+                seconds = time.perf_counter() - start
+            run.add(what="upload", mb=nbytes / 1e6, s=seconds, mb_per_s=nbytes / seconds / 1e6, **memory)
+        with serving(folder / "data") as service, open_service(service) as client:
+            with peak_of(service) as memory:
+                start = time.perf_counter()
+                while True:
+                    (document,) = client.get("/v1/documents").json()["data"]
+                    if document["status"] in ("ready", "failed"):
+                        break
+                    time.sleep(0.05)
+            error = document["last_error"] or {}
+            what = f"read: {document['status']}"
+            run.add(what=what, mb=nbytes / 1e6, s=time.perf_counter() - start, code=error.get("code"), **memory)
+
+
+def open_service(service: Served) -> httpx.Client:
+    return httpx.Client(base_url=service.url, headers={"Authorization": f"Bearer {service.key}"}, timeout=3600)
+
+
+@contextmanager
+def peak_of(service: Served) -> Iterator[dict[str, float]]:
+    """Resident memory of a service's process when the block begins, and the most it grows to in it."""
+    process = Path(f"/proc/{service.process.pid}")
+    (process / "clear_refs").write_text("5")  # forget the peak so far
+    memory = {"before_mb": read_status(process, "VmRSS")}
+    yield memory
+    memory["peak_mb"] = read_status(process, "VmHWM")
+
+
+def read_status(process: Path, name: str) -> float:
+    """Megabytes."""
+    lines = (process / "status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(name))
+
+
+def write_text(path: Path, nbytes: int) -> None:
+    """Made-up prose, no block of it the same as another."""
+    rng = np.random.default_rng(0)
+    with path.open("wb") as file:
+        while (left := nbytes - file.tell()) > 0:
+            file.write(make_text(rng, BLOCK_BYTES // 8).encode()[:left])
+
+
+def make_text(rng: np.random.Generator, number: int) -> str:
+    """So many words, a paragraph each 100."""
+    words = np.array(["tide", "pier", "rope", "lamp", "storm", "harbour", "keeper", "noon", "light", "anchor"])
+    chosen = words[rng.integers(0, len(words), number)]
+    return "\n\n".join(" ".join(chosen[i : i + 100]) + "." for i in range(0, number, 100)) + "\n\n"
+
+
+class StandIn(MiniLMEmbedder):
+    """Counts tokens as the real one, and takes no time for vectors."""
+
+    def embed_passages(self, texts: Sequence[str]) -> np.ndarray:
+        made = np.random.default_rng(len(texts)).standard_normal((len(texts), self.dim)).astype(np.float32)
+        return made / np.linalg.norm(made, axis=1, keepdims=True)
+
+
+def measure_bulk(run: BenchRun, chunks: int, stops: int) -> None:
+    rng, embedder = np.random.default_rng(0), StandIn()
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        for number in range(-(-chunks // 1000)):
+            (folder / f"{number}.txt").write_text(make_text(rng, BULK_WORDS))
+        paths = sorted(folder.glob("*.txt"))
+        store, files = queue_documents(folder / "data", paths)
+        index = FaissIndex(embedder.dim, embedder.name)
+        start, stopping_s = time.perf_counter(), []
+        for stop in range(1, stops + 2):
+            worker = IngestWorker(store, index, embedder, files, threads=2)
+            worker.start()
+            while (state := store.get_collection("default")).documents < len(paths) * stop / (stops + 1):
+                time.sleep(0.1)
+            asked = time.perf_counter()
+            worker.stop(600)
+            stopping_s.append(time.perf_counter() - asked)
+        documents = store.list_documents(limit=len(paths))
+        rows = [int(row) for part, _ in store.vectors(0, store.generation()) for row in part]
+        run.add(
+            what=f"bulk, stopped {stops} times",
+            documents=state.documents,
+            chunks=state.chunks,
+            s=time.perf_counter() - start,
+            longest_stop_s=max(stopping_s),
+            most_attempts=max(document.attempts for document in documents),
+            unready=sum(document.status != "ready" for document in documents),
+            chunks_twice=len(rows) - len(set(rows)),
+            index_minus_store=index.count - store.count_chunks(),
+            peak_mb=read_status(Path("/proc/self"), "VmHWM"),
+        )
+        store.close()
+
+
+SMALL = {
+    "text/plain": "Words about the lamp.\n\n" * 40,
+    "text/markdown": "# Lamp\n\nWords about the lamp.\n\n" * 40,
+    "text/html": "<h1>Lamp</h1><p>Words about the lamp.</p>" * 40,
+}
+
+
+def measure_small(run: BenchRun, number: int) -> None:
+    """Processor time counts: the embedder has use for the cores. The clock is a matter of the load."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "small"
+        for media_type, text in SMALL.items():
+            path.write_text(text)
+            parse_in_child(path, media_type)
+            began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+            for _ in range(number):
+                parse_in_child(path, media_type)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            run.add(
+                media_type=media_type,
+                documents=number,
+                child_cpu_ms=1e3 * cpu_s / number,
+                documents_per_s=number / (time.perf_counter() - began),
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--every", type=int, default=50, help="manuals, to one taken")
     parser.add_argument("--suffix", default="", help="of the manuals to take, such as .pdf")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--upload", type=int, metavar="BYTES")
+    parser.add_argument("--bulk", type=int, metavar="CHUNKS")
+    parser.add_argument("--stops", type=int, default=5)
+    parser.add_argument("--small", type=int, metavar="DOCUMENTS")
     args = parser.parse_args()
-    paths = [path for _, path in manual_paths() if path.name.endswith(args.suffix)][:: args.every]
-    measure_speed(run := BenchRun("ingest", sys.argv), paths, args.workers, args.repeats)
+    if args.upload:
+        measure_upload(run := BenchRun("ingest-upload", sys.argv), args.upload)
+    elif args.bulk:
+        measure_bulk(run := BenchRun("ingest-bulk", sys.argv), args.bulk, args.stops)
+    elif args.small:
+        measure_small(run := BenchRun("ingest-small", sys.argv), args.small)
+    else:
+        paths = [path for _, path in manual_paths() if path.name.endswith(args.suffix)][:: args.every]
+        measure_speed(run := BenchRun("ingest", sys.argv), paths, args.workers, args.repeats)
     run.finish()
 
 
