@@ -150,14 +150,16 @@ def ask(
 
 
 def _show_stream(events: Any) -> None:
-    for kind, data in events:
-        if kind == "answer.text.delta":
-            render.out.print(render.tame(data["text"]), end="", markup=False, style="bold")
-        elif kind == "answer.completed":
-            render.out.print()
-            render.show_answer(data, with_text=False)
-        elif kind == "answer.error":
-            raise typer.Exit(_fail(data["detail"]))
+    with render.reading_bar() as show_progress:
+        for kind, data in events:
+            show_progress(data if kind == "answer.progress" else None)
+            if kind == "answer.text.delta":
+                render.out.print(render.tame(data["text"]), end="", markup=False, style="bold")
+            elif kind == "answer.completed":
+                render.out.print()
+                render.show_answer(data, with_text=False)
+            elif kind == "answer.error":
+                raise typer.Exit(_fail(data["detail"]))
 
 
 @app.command()

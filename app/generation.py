@@ -19,11 +19,12 @@ from app.answering import CUT_OFF_TEXT, NOT_FOUND_TEXT, AnswerPart, AnswerReader
 from app.errors import DocumentDeleted, describe_error
 from app.evidence import Found, Query, describe_scores
 from app.likeliest import generate_likeliest
+from app.progress import ReadingProgress
 from app.prompting import prompt_salt
 from app.quotes import QuoteLimits
 from app.reading import none_margin, reads_apart, split_passages
 from app.schemas import Tier
-from app.sse import Event
+from app.sse import Event, with_pauses
 from model.engine import EngineRequest, StepOutput
 from model.sampling import SamplingParams
 from retrieval.location import locate
@@ -32,6 +33,8 @@ from retrieval.types import Evidence, Hit
 
 if TYPE_CHECKING:
     from app.service import RagService
+
+_PROGRESS_EVERY_S = 1.0
 
 
 class GenerationFailed(RuntimeError):
@@ -99,6 +102,7 @@ class RunningAnswer:
         self._found: Found | None = None
         self._failure: Exception | None = None
         self._measures = _Measures()
+        self._progress = ReadingProgress()
         self._citations: list[schemas.Citation] = []
         self._truncated = False
         self._counted = False  # whether what is generated next is from a prompt that was counted
@@ -129,11 +133,16 @@ class RunningAnswer:
         stage("pack", packed_from, now, evidence_tokens=found.evidence.tokens, mode=found.evidence.mode)
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """Typed events, `answer.completed` or `answer.error` last."""
-        async with aclosing(self._run()) as run:
+        """Typed events, `answer.completed` or `answer.error` last; `answer.progress` in pauses before the text."""
+        silent = True
+        async with aclosing(with_pauses(self._run(), _PROGRESS_EVERY_S)) as run:
             try:
                 async for event in run:
-                    yield event
+                    if event is not None:
+                        silent = silent and event.type != "answer.text.delta"
+                        yield event
+                    elif silent and (progress := self._progress.show()) is not None:
+                        yield Event("answer.progress", progress)
             except Exception as error:
                 yield Event("answer.error", describe_error(error))
 
@@ -177,7 +186,12 @@ class RunningAnswer:
             return evidence
         if not reads_apart(evidence, await anyio.to_thread.run_sync(self._count_question)):
             return evidence
-        weighed = [(await self._weigh(reading), reading) for reading in split_passages(evidence)]
+        requests = [(await self._request(reading), reading) for reading in split_passages(evidence)]
+        self._progress.begin(sum(len(request.token_ids) for request, _ in requests))
+        weighed, read_tokens = [], 0
+        for request, reading in requests:
+            weighed.append((await self._weigh(request, reading, read_tokens), reading))
+            read_tokens += len(request.token_ids)
         self._counted = True
         return min(weighed, key=lambda one: one[0])[1]
 
@@ -186,10 +200,12 @@ class RunningAnswer:
         count = self._service.format.count_prompt
         return count(self._query.question, self._query.turns) - count("")
 
-    async def _weigh(self, reading: Evidence) -> float:
-        """The `none_margin` of this reading."""
-        request = await self._request(reading)
-        request, submitted = replace(request, sampling=SamplingParams(max_new_tokens=1)), time.perf_counter()
+    async def _weigh(self, request: EngineRequest, reading: Evidence, read_tokens: int) -> float:
+        """The `none_margin` of this reading, before which others were read."""
+        note, submitted = self._progress.note, time.perf_counter()
+        request = replace(
+            request, sampling=SamplingParams(max_new_tokens=1), on_read=lambda own: note(read_tokens + own)
+        )
         async with aclosing(self._service.engine.generate(request)) as outputs:
             async for output in outputs:
                 self._check_alive()
@@ -247,7 +263,9 @@ class RunningAnswer:
         self._counted = True  # a second generation from the same prompt costs nothing worth telling
         limits = QuoteLimits(service.settings.max_quote_tokens, service.settings.max_quotes, allow_none)
         constraint = await anyio.to_thread.run_sync(service.format.constrain, reading, limits)
-        request = replace(await self._request(reading), constraint=constraint, counted=counted)
+        request = await self._request(reading)
+        request = replace(request, constraint=constraint, counted=counted, on_read=self._progress.note)
+        self._progress.begin(len(request.token_ids))
         first, submitted = allow_none, time.perf_counter()
         quote_id = service.format.decision_ids[0] if service.format.decision_ids else -1
         generated = generate_likeliest(service.engine, request, quote_id, service.advice.quote_beginnings)

@@ -89,6 +89,7 @@ def _continued(request: EngineRequest, constraint: QuoteConstraint, begun: tuple
         constraint=constraint.after(begun),
         watch_tokens=(),
         counted=False,
+        on_read=None,
     )
 
 

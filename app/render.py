@@ -55,6 +55,23 @@ def progress(unit: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def reading_bar() -> Iterator[Callable[[Mapping[str, Any] | None], None]]:
+    """A bar on stderr for the data of `answer.progress`; None takes it away, so that something else can be printed."""
+    with progress_bar() as bar:
+        bar.stop()
+        task = bar.add_task("", total=None)
+
+        def show(progress: Mapping[str, Any] | None) -> None:
+            if progress is None:
+                bar.stop()
+                return
+            bar.start()
+            bar.update(task, description=progress["stage"], completed=progress["done"], total=progress["total"])
+
+        yield show
+
+
 def progress_bar() -> Progress:
     """A bar on stderr that shows only on a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -3,8 +3,9 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 from pydantic import BaseModel
@@ -15,6 +16,8 @@ STREAMS_TOO: dict[int | str, Any] = {
     200: {"content": {"text/event-stream": {}}, "description": "The answer; with `stream`, its Server-Sent Events"}
 }
 KEEPALIVE = ": keepalive\n\n"
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -44,24 +47,31 @@ async def format_events(events: AsyncGenerator[Event, None]) -> AsyncGenerator[s
 
 async def send_with_keepalive(lines: AsyncGenerator[str, None], keepalive_s: float) -> AsyncIterator[str]:
     """`lines`, with a comment whenever there was none for `keepalive_s`; `lines` is closed in every case."""
-    waiting: asyncio.Future[str] | None = None
+    async with aclosing(with_pauses(lines, keepalive_s)) as items:
+        async for line in items:
+            yield KEEPALIVE if line is None else line
+
+
+async def with_pauses(source: AsyncGenerator[Item, None], pause_s: float) -> AsyncGenerator[Item | None, None]:
+    """The items of `source`, and None whenever there was none for `pause_s`; `source` is closed in every case."""
+    waiting: asyncio.Future[Item] | None = None
     try:
         while True:
-            waiting = waiting or asyncio.ensure_future(anext(lines))
-            done, _ = await asyncio.wait({waiting}, timeout=keepalive_s)
+            waiting = waiting or asyncio.ensure_future(anext(source))
+            done, _ = await asyncio.wait({waiting}, timeout=pause_s)
             if not done:
-                yield KEEPALIVE
+                yield None
                 continue
             try:
-                line = waiting.result()
+                item = waiting.result()
             except StopAsyncIteration:
                 return
             finally:
                 waiting = None
-            yield line
+            yield item
     finally:
         with anyio.CancelScope(shield=True):  # the client may be gone: what runs for it is stopped all the same
             if waiting is not None:
                 waiting.cancel()
                 await asyncio.wait({waiting})
-            await lines.aclose()
+            await source.aclose()

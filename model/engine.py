@@ -59,6 +59,10 @@ class _Sequence:
         """How long prompt and answer may become together."""
         return self.plan.num_tokens + self.request.sampling.max_new_tokens
 
+    def tell(self, read_tokens: int) -> None:
+        if self.request.on_read is not None:
+            self.request.on_read(read_tokens)
+
 
 class JambaEngine:
     """The engine on one device.
@@ -171,7 +175,8 @@ class JambaEngine:
             under_way = [*self._loading, *self._prefilling, *self._decoding]
             if len(under_way) >= self._max_batch:
                 break
-            if self._prefix_is_coming(sequence):
+            if (coming_tokens := self._coming_prefix(sequence)) is not None:
+                sequence.tell(coming_tokens)
                 continue
             try:
                 sequence.state = self._new_state(sequence.max_tokens, [other.state for other in under_way])
@@ -197,18 +202,18 @@ class JambaEngine:
             raise
         return state
 
-    def _prefix_is_coming(self, sequence: _Sequence) -> bool:
-        """Whether another request is about to pass a snapshot that this one could start from."""
+    def _coming_prefix(self, sequence: _Sequence) -> int | None:
+        """How far another request has read that will pass a snapshot this one could start from; None: none will."""
         if not self.prefix_cache.keeps_states:
-            return False
+            return None
         wanted = sequence.plan
         for other in (*self._loading, *self._prefilling):
             ahead = other.plan.snapshot_keys.items()
             if any(
                 other.position < end < wanted.num_tokens and wanted.snapshot_keys.get(end) == key for end, key in ahead
             ):
-                return True
-        return False
+                return other.position
+        return None
 
     def _find_prefix(self, plan: PrefixPlan, counted: bool) -> tuple[PrefixHit | None, float]:
         """Runs on the loading thread, so that a slow store delays only its own request. (hit, milliseconds)"""
@@ -230,6 +235,7 @@ class JambaEngine:
                 self._restore(sequence, hit)
             sequence.timings = RequestTimings(state_load_ms=load_ms + _ms_since(start))
             self._prefilling.append(sequence)
+            sequence.tell(sequence.position)
 
     def _restore(self, sequence: _Sequence, hit: PrefixHit) -> None:
         try:
@@ -256,6 +262,7 @@ class JambaEngine:
         self._prefilling.popleft()
         self._keep(sequence)
         sequence.timings = _add_prefill(sequence.timings, start)
+        sequence.tell(sequence.position)
         if sequence.position < sequence.plan.num_tokens:
             self._prefilling.append(sequence)
             return []

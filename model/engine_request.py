@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -35,6 +35,8 @@ class EngineRequest:
     chosen. The log-probabilities of `watch_tokens` come with every step. `counted`: whether somebody asked; what the
     service does of its own accord says nothing of how often states are of use, and stays out of the cache's figures.
     `turn`: of those that wait, the least goes first, else the oldest; several requests of one purpose share one.
+    `on_read`: called between steps, on the engine's thread, with how many tokens of the prompt are read; also while
+    another request reads them, or when they came from the cache. It must be quick and not raise.
     """
 
     token_ids: tuple[int, ...]
@@ -48,6 +50,7 @@ class EngineRequest:
     watch_tokens: tuple[int, ...] = ()
     counted: bool = True
     turn: float = 0.0
+    on_read: Callable[[int], object] | None = None
 
 
 @dataclass(frozen=True, slots=True)

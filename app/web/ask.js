@@ -1,6 +1,6 @@
 /** A conversation: streams each answer, numbers its citations, says plainly when the documents hold none. */
 import * as api from "./api.js";
-import { announce, byId, counted, formatDuration, formatNumber, formatPages, h } from "./dom.js";
+import { announce, byId, counted, formatDuration, formatNumber, formatPages, formatWait, h } from "./dom.js";
 import { sliceText } from "./source.js";
 import { unsupportedSpans } from "./support.js";
 
@@ -14,6 +14,15 @@ const UNSUPPORTED = "Dotted words have no quote in their sentence: nobody checke
 const CLOSING_MARKS = "”’»\"";
 const AROUND = 120; // characters shown before and after a quote
 const TIERS = { gpu: "GPU", host: "memory", redis: "Redis" };
+
+/** What happens before the first word of an answer, from the data of `answer.progress`. */
+export function describeProgress(progress) {
+  if (progress?.stage === "waiting") return "Waiting for its turn: other questions are being answered…";
+  if (progress?.stage === "writing") return "All is read; writing the answer…";
+  if (!progress?.done) return "Reading…";
+  const left = progress.seconds_left === null ? "" : `, about ${formatWait(progress.seconds_left)} left`;
+  return `Reading: ${formatNumber(progress.done)} of ${formatNumber(progress.total)} tokens${left}`;
+}
 
 /** One question with its answer as far as it has come. */
 class Turn {
@@ -29,9 +38,16 @@ class Turn {
     if (type === "answer.sources") this.sources = data.sources;
     if (type === "answer.text.delta") this.text += data.text;
     if (type === "answer.citation.added") this.citations.push(data.citation || data);
+    if (type === "answer.progress") return this.showProgress(data);
     if (type === "answer.completed") return this.finish(data.answer || data);
     if (type === "answer.error") throw new Error(data.detail || data.title || "The answer broke off.");
-    if (!this.frame) this.frame = requestAnimationFrame(() => this.showText());
+    if (this.text && !this.frame) this.frame = requestAnimationFrame(() => this.showText());
+  }
+
+  showProgress(progress = null) {
+    const part = progress?.stage === "reading" && progress.done > 0 && { max: progress.total, value: progress.done };
+    const bar = h("progress", { "aria-label": "Read by the model", ...part }); // without a part it only moves
+    this.body.replaceChildren(h("p", { class: "hint waiting" }, describeProgress(progress)), bar);
   }
 
   showText() {
@@ -212,7 +228,7 @@ export class AskPanel {
     this.field.value = "";
     this.running = new AbortController();
     this.button.textContent = "Stop";
-    turn.body.append(h("p", { class: "hint waiting" }, "Reading…"));
+    turn.showProgress();
     turn.element.scrollIntoView({ block: "end" });
     try {
       const body = { messages, collections: [collection], mode: byId("mode").value };

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import pytest
-from app_kit import GARDEN, LIGHTHOUSE, make_settings, running_service, serving
+from app_kit import GARDEN, LIGHTHOUSE, make_settings, read_events, running_service, serving
 
 from app.sse import KEEPALIVE, Event, format_events, send_with_keepalive
 from app.uploads import BadUpload, read_field, read_in_thread, read_parts
@@ -68,6 +68,25 @@ async def test_deleting_a_document_ends_the_answers_that_read_it(tiny_checkpoint
         rest = [event async for event in events]
         assert [event.type for event in rest] == ["answer.error"] and rest[0].data["code"] == "document_deleted"
         assert service.cache.stats()[1]["host"]["items"] == 0
+
+
+@pytest.mark.parametrize("apart", [False, True])
+async def test_a_stream_tells_how_far_the_model_has_read(tiny_checkpoint, tmp_path, monkeypatch, apart):
+    monkeypatch.setattr("app.generation._PROGRESS_EVERY_S", 1e-4)
+    answers = {"read_apart": apart, "rag_evidence_tokens": 1200}
+    async with running_service(make_settings(tiny_checkpoint, tmp_path / "data", answers=answers)) as client:
+        for number in range(3):
+            await client.upload(f"{number}.md", LIGHTHOUSE * 2 + str(number))
+        body = {"question": "Who is the keeper?", "mode": "rag", "stream": True}
+        events = read_events((await client.post("/v1/answers", json=body)).text)
+        kinds = [kind for kind, _ in events]
+        told = [data for kind, data in events if kind == "answer.progress"]
+        input_tokens = events[-1][1]["usage"]["input_tokens"]
+        assert "answer.progress" not in kinds[kinds.index("answer.text.delta") :]
+        assert input_tokens in {progress["total"] for progress in told}
+        read = [progress["done"] for progress in told if progress["total"] == input_tokens]
+        assert read == sorted(read) and {progress["unit"] for progress in told} == {"tokens"}
+        assert any(progress["stage"] == "reading" and progress["done"] for progress in told)
 
 
 @pytest.mark.parametrize(("among_all", "searches"), [(True, 4), (False, 1)])

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from app import render
-from app.cli import main
+from app.cli import _show_stream, main
 from retrieval.store import DocumentStore
 
 
@@ -100,3 +100,16 @@ def test_a_narrow_terminal_shows_names_of_documents_whole(monkeypatch):
     }
     render.show_documents([document | {"pages": 12, "chunks": 1200, "bytes": 30_000_000, "last_error": None}])
     assert "report-of-2026.pdf" in out.file.getvalue()
+
+
+def test_a_terminal_shows_how_far_the_model_has_read(monkeypatch):
+    err = Console(width=80, force_terminal=True, file=io.StringIO())
+    monkeypatch.setattr(render, "err", err)
+    monkeypatch.setattr(render, "on_terminal", lambda: True)
+    shown = []
+    monkeypatch.setattr(render.out, "print", lambda *words, **_: shown.append((words, err.file.getvalue())))
+    reading = {"stage": "reading", "done": 512, "total": 900, "unit": "tokens", "seconds_left": 3.0}
+    _show_stream([("answer.created", {}), ("answer.progress", reading), ("answer.text.delta", {"text": "at noon"})])
+    (words, before), after = shown[0], err.file.getvalue()
+    assert words == ("at noon",) and "reading" in before and "512/900" in before
+    assert after == before, "the bar is still there while the answer is printed"

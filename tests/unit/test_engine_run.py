@@ -99,6 +99,18 @@ def test_a_long_prefill_does_not_hold_up_the_others(make_engine):
     assert firsts == [short, long]
 
 
+def test_who_asked_hears_how_much_is_read(make_engine):
+    cache, heard = PrefixCache([MemoryStateStore(1 << 24)], b"w", SMALL), ([], [], [])
+    engine = make_engine(cache=cache)
+    ahead, behind, again = (replace(request(150), boundaries=(140,), on_read=calls.append) for calls in heard)
+    run_all(engine, [ahead, behind])
+    assert heard[0] == [0, 32, 64, 96, 128, 140, 150]
+    assert heard[1] == sorted(heard[1]) and heard[1][-2:] == [140, 150]
+    assert set(heard[1]) > {0, 32, 96}, "nothing of what another read for it"
+    run_one(engine, again)
+    assert heard[2] == [140, 150]
+
+
 def test_stop_token_ends_the_text_before_it(model, make_engine):
     ids, _ = greedy(model, prompt(40), 8)
     answer = run_one(make_engine(), request(stop_token_ids=(ids[3],)))
