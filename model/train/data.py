@@ -149,7 +149,7 @@ class QaRows:
     passages read, and questions that lead a search to it, most of them in vain.
     """
 
-    LONE: ClassVar = {512: 0.7, 1024: 0.3}  # share of the rows of a length in which a passage stands alone
+    LONE: ClassVar = {256: 1.0, 512: 0.25}  # share of the rows of a length in which a passage stands alone
     FIRST: ClassVar = {"cloze": 0.12, "templated": 0.18, "statements": 0.25, "pairs": 0.45}
     LAST: ClassVar = {"cloze": 0.04, "templated": 0.16, "statements": 0.2, "pairs": 0.6}
 
@@ -164,7 +164,7 @@ class QaRows:
         while max(kinds, default=TEXT) < ANSWER:
             chars = int(length * rng.uniform(1.8, 2.6) if length <= 512 else length * rng.uniform(2.6, 3.4))
             if rng.random() < self.LONE.get(length, 0.0):
-                context = self.pairs.draw_lone(rng)
+                context = self.pairs.draw_lone(rng, int(3.5 * length))
                 context = ask_more(context, rng) if rng.random() < 0.6 else context
             else:
                 context = self._context(rng, shares, chars, shortest=60 if rng.random() > progress else 250)

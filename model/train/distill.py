@@ -35,9 +35,9 @@ from model.train.tokens import read_texts
 from model.train.trainer import Cluster, Log, MasterOptimizer, cosine, load_into, worker_random
 from model.weights import load_model
 
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384)
-LENGTH_SHARES = (0.2, 0.36, 0.26, 0.12, 0.06, 0.0)
-LATE_SHARES = (0.14, 0.28, 0.22, 0.14, 0.12, 0.1)  # from --long-from on: needles far away, too
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16_384)
+LENGTH_SHARES = (0.15, 0.15, 0.32, 0.23, 0.1, 0.05, 0.0)
+LATE_SHARES = (0.15, 0.12, 0.24, 0.19, 0.12, 0.09, 0.09)  # from --long-from on: needles far away, too
 TAPS = (5, 11, 17, 23, 29)
 FINDING, COPYING = 12, 20  # attention layers; the second came to copy by itself
 QUERIES = {FINDING: 1024, COPYING: 2048}  # a step, at most

@@ -22,6 +22,7 @@ UNIT_BEHIND = re.compile(
     r"^[ -]?(?:bytes?|bits?|[kKMGT]i?B|[kMG]?Hz|(?:milli|micro|nano)?seconds?|minutes?|hours?|days?|weeks?|months?|"
     r"years?|ms|percent|%|pixels?|lines?|characters?|degrees|metres?|meters?|feet|inches|miles|km|kg|dollars|USD)(?![\w-])"
 )
+QUESTION_CHARS = 110  # of a question with its answer, about
 SILENT = 0.2  # share of lone passages about which nothing is asked that they answer
 
 
@@ -96,8 +97,9 @@ class PairContexts:
                 gone.append(("", "", other))
         return self._context(kept, gone, rng)
 
-    def draw_lone(self, rng: random.Random) -> Context:
-        """One passage: what it answers, and what is asked about passages near it, which it does not."""
+    def draw_lone(self, rng: random.Random, max_chars: int) -> Context:
+        """One passage: what it answers, and what is asked about passages near it, which it does not. Of the latter as
+        many as fit into about `max_chars`."""
         if self.silent and rng.random() < SILENT:
             number, own = rng.choice(self.silent), []
             title, text = self.near[number]
@@ -107,7 +109,8 @@ class PairContexts:
         questions = [Question(p["question"], p["answer"], *((-1, -1) if p["answer"] is None else (0, p["start"])))
                      for p in own]  # fmt: skip
         vain = [p["question"] for i in self.drawn_to.get(number, ()) for p in self.asked[i] if p["answer"] is not None]
-        most = rng.randint(2, 3 + 2 * len(own))
+        room = (max_chars - len(text)) // QUESTION_CHARS - len(own)
+        most = max(1, min(room, 4 + 2 * len(own)))
         questions += [Question(asked, None, -1, -1) for asked in rng.sample(vain, min(most, len(vain)))]
         rng.shuffle(questions)
         return Context(((title[:80], text),), tuple(questions))

@@ -310,7 +310,7 @@ def test_a_lone_passage_is_asked_what_it_answers_and_what_those_it_is_near_to_do
     contexts = PairContexts([pair(0, [1, 7]), pair(1, [7]), pair(2, [])], near)
     rng, seen = random.Random(0), set()
     for _ in range(200):
-        context = contexts.draw_lone(rng)
+        context = contexts.draw_lone(rng, 500)
         ((_, text),) = context.passages
         for q in context.questions:
             assert q.answer is None or text[q.start : q.start + len(q.answer)] == q.answer
