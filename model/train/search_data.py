@@ -53,7 +53,8 @@ class SearchData:
         place = {passage["id"]: number for number, passage in enumerate(stored)}
         self.texts = [passage["text"] for passage in stored]
         self.passages = self.encode([passage_text(p["title"], p["text"]) for p in stored], PASSAGE_TOKENS)
-        self.untitled = self.encode(self.texts, PASSAGE_TOKENS) if split == "train" else self.passages
+        titles = self.encode([passage_text(p["title"], p["text"])[: -len(p["text"])] for p in stored], PASSAGE_TOKENS)
+        self._title_ends = [len(title) - 1 for title in titles]
         self.questions: list[str] = [row["question"] for row in rows]
         self.kinds: list[str] = [row.get("kind", "") for row in rows]
         self.answers: list[str] = [row.get("answer") or "" for row in rows]
@@ -67,7 +68,8 @@ class SearchData:
         return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
 
     def passage(self, place: int, rng: random.Random) -> list[int]:
-        return (self.untitled if rng.random() < _NO_TITLE else self.passages)[place]
+        ids = self.passages[place]
+        return [ids[0], *ids[self._title_ends[place] :]] if rng.random() < _NO_TITLE else ids
 
     def ask(self, chosen: Sequence[int], rng: random.Random) -> list[list[int]]:
         """The questions in other words, some with one word less of those that a search for words would find."""

@@ -102,6 +102,14 @@ def test_passages_stand_under_their_titles_as_those_of_the_service(title, text):
     assert passage_text(title, text) == text_to_embed(title or None, chunk)
 
 
+def test_some_passages_lose_their_title(tmp_path):
+    counter = MiniLMEmbedder()._counter
+    data = SearchData(write_pairs(tmp_path / "data", "train"), "train", counter)
+    rng = random.Random(0)
+    read = {counter.decode(data.passage(3, rng)) for _ in range(60)}
+    assert read == {"notes the violin is looked after every week.", "the violin is looked after every week."}
+
+
 def test_ndcg():
     assert ndcg([5, 3, 9], [5]) == 1 and ndcg([4, 3], [5]) == 0
     assert ndcg([4, 5], [5]) == pytest.approx(1 / 1.585, abs=1e-3)
