@@ -58,7 +58,7 @@ from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings, state_fingerprint
 from model.redis_store import RedisStateStore
 from model.state import HybridState, StateLayout
-from model.state_store import MemoryStateStore, StateStore, WriteBehindStore
+from model.state_store import StateStore
 from model.tokenizer import Tokenizer
 from model.w8a8 import UnsupportedDevice
 from retrieval.embedder import BertEmbedder
@@ -263,9 +263,11 @@ def build_model(settings: Settings, stack: ExitStack, answering: bool, nonce: st
     device = choose_device(settings.model) if answering else None
     stores = _state_stores(settings, device, stack)
     if device is None:
+        cache = PrefixCache(stores)
+        stack.callback(cache.close)
         prompt_format = _choose_format(path, tokenizer, nonce, max_context_tokens)
         check_room(prompt_format, settings)
-        return LoadedModel(UnloadedEngine(), PrefixCache(stores), tokenizer, prompt_format, path.resolve().name)
+        return LoadedModel(UnloadedEngine(), cache, tokenizer, prompt_format, path.resolve().name)
     if settings.model.threads:
         torch.set_num_threads(settings.model.threads)
     quantize = None if settings.model.quantize == "none" else settings.model.quantize
@@ -369,22 +371,17 @@ def _read_context_length(path: Path) -> int:
 
 
 def _state_stores(settings: Settings, device: torch.device | None, stack: ExitStack) -> list[StateStore]:
-    """Tiers of prefix states below the memory of a GPU, the fastest first."""
+    """Tiers of prefix states below the memory of a GPU, the fastest first; without a model only what outlives it."""
     stores: list[StateStore] = []
-    kind = "none" if device is None else device.type
-    if (host_bytes := settings.cache.host_max_bytes) is None:
-        host_bytes = main_memory_bytes() // 4 if kind == "cuda" else 1 << 30
-    if host_bytes:
-        kinds = {"none": MemoryStateStore, "cpu": DeviceStateStore, "cuda": PinnedStateStore}
-        stores.append(kinds[kind](host_bytes))
+    if device is not None:
+        on_gpu, host_bytes = device.type == "cuda", settings.cache.host_max_bytes
+        if host_bytes is None:
+            host_bytes = main_memory_bytes() // 4 if on_gpu else 1 << 30
+        if host_bytes:
+            stores.append(PinnedStateStore(host_bytes) if on_gpu else DeviceStateStore(host_bytes))
     if settings.redis.url is not None:
-        redis = _open_redis(settings.redis, settings.redis.url.get_secret_value(), settings.data_dir)
-        stack.callback(redis.close)
-        if stores:  # behind tensors, which are written behind as they are encoded
-            stores.append(redis)
-        else:
-            stores.append(WriteBehindStore(redis))
-            stack.callback(stores[-1].close)
+        stores.append(_open_redis(settings.redis, settings.redis.url.get_secret_value(), settings.data_dir))
+        stack.callback(stores[-1].close)
     return stores
 
 

@@ -32,12 +32,12 @@ from app.quotes import QuoteLimits, TokenBytes
 from app.reading import none_margin, split_passages
 from bench.runs import BenchRun
 from model import load_model
+from model.device_store import DeviceStateStore
 from model.engine import EngineRequest, JambaEngine, StepOutput
 from model.engine_thread import EngineThread
 from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings
 from model.sampling import SamplingParams
-from model.state_store import MemoryStateStore
 from model.tokenizer import Tokenizer
 from retrieval.types import Evidence, Passage
 
@@ -80,7 +80,7 @@ class Reader:
         model = load_model(checkpoint, dtype=dtype, quantize=quantize)
         self.tokenizer = Tokenizer.load(checkpoint)
         self.format = QuoteFormat(self.tokenizer, TokenBytes.read(checkpoint), 65_536)
-        cache = PrefixCache([MemoryStateStore(1 << 28)], b"bench", PlanSettings())
+        cache = PrefixCache([DeviceStateStore(1 << 28)], b"bench", PlanSettings())
         self.engine = EngineThread(JambaEngine(model, self.tokenizer, cache, max_context_tokens=65_536))
         self.advice = advice
         self.limits = QuoteLimits(max_quotes=max_quotes, allow_none=False)

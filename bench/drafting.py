@@ -33,11 +33,11 @@ from app.service import RagService
 from app.settings import SHIPPED_CHECKPOINT, Settings, load_settings
 from bench.runs import BenchRun
 from model import load_model
+from model.device_store import DeviceStateStore
 from model.engine import EngineRequest, JambaEngine
 from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings
 from model.sampling import SamplingParams
-from model.state_store import MemoryStateStore
 from model.tokenizer import Tokenizer
 
 SAMPLES = Path(__file__).parent.parent / "samples"
@@ -162,7 +162,7 @@ def run_benchmark(arguments: argparse.Namespace) -> Sequence[dict[str, Any]]:
             ingest_files(service, expand_paths([str(SAMPLES / "documents")]), {"collection": "default"})
         requests = asyncio.run(make_requests(settings, arguments.mode))
     model, tokenizer = load_model(SHIPPED_CHECKPOINT, quantize="int8"), Tokenizer.load(SHIPPED_CHECKPOINT)
-    cache = PrefixCache([MemoryStateStore(1 << 30)], b"bench", PlanSettings())
+    cache = PrefixCache([DeviceStateStore(1 << 30)], b"bench", PlanSettings())
     engines = {
         name: JambaEngine(model, tokenizer, cache, max_context_tokens=65_536, draft_tokens=tokens)
         for name, tokens in (("plain", 0), ("drafts", arguments.draft_tokens))

@@ -34,7 +34,7 @@ from model.engine import EngineRequest, JambaEngine
 from model.prefix_cache import PrefixCache
 from model.redis_store import RedisStateStore
 from model.sampling import SamplingParams
-from model.state_store import StateStore, WriteBehindStore
+from model.state_store import StateStore
 from model.tokenizer import Tokenizer
 
 _PROMPT_TOKENS = 256
@@ -85,8 +85,7 @@ class Service:
                 port = stack.enter_context(delaying(valkey.port)) if name == "slow" else valkey.port
                 redis = RedisStateStore(f"redis://127.0.0.1:{port}", timeout_s=timeout_s)
                 stack.callback(redis.close)
-                stores.append(WriteBehindStore(redis))
-                stack.callback(stores[-1].close, 1.0)
+                stores.append(redis)
             cache = PrefixCache(stores, b"bench")
             stack.callback(cache.close)
             engine = JambaEngine(model, tokenizer, cache, max_context_tokens=2 * _PROMPT_TOKENS)

@@ -12,18 +12,17 @@ import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from model.device_store import DeviceStateStore, EncodedStores, StateTensors
+from model.device_store import DeviceStateStore, StateTensors
 from model.prefix_plan import PlanSettings, PrefixPlan, plan_prefix, root_key
 from model.state import HybridState, Snapshot
-from model.state_codec import DamagedValue, decode_value, encode_value
-from model.state_store import Buffer, StateItem, StateStore, WriteBehindStore
+from model.state_codec import DamagedValue, decode_value
+from model.state_store import Buffer, StateItem, StateStore
+from model.write_behind import WriteBehind
 
-_MAX_PENDING_BYTES = 1 << 30  # of tensors that wait to be encoded
 _MAX_INVALIDATED = 1 << 16  # tags that are remembered; of plans made before the oldest of them nothing is kept
 _DECODERS = 4  # threads; what takes time is the checksum, 1 to 2 GB/s each
 _log = logging.getLogger(__name__)
@@ -37,11 +36,6 @@ class PrefixHit:
     snapshot: Snapshot
     kv: tuple[Tensor, ...]  # pieces of (n_attn, 2, t, g, p) that cover num_tokens in order
     tier: str  # the slowest one that something had to come from
-
-
-class _Loaded(NamedTuple):
-    value: Buffer | StateTensors
-    tensors: Sequence[Tensor]
 
 
 @dataclass(slots=True)
@@ -60,9 +54,9 @@ class CacheStats:
 class PrefixCache:
     """One cache over `stores`, the fastest first. Safe to use from several threads.
 
-    `fingerprint` names the model (prefix_plan.state_fingerprint). What is found in a slower store is copied into the
-    faster ones. Slow stores belong behind a WriteBehindStore. The stores stay their owner's to close. The first may be
-    a DeviceStateStore: then those below it are written on a thread of their own, which `close` ends.
+    `fingerprint` names the model (prefix_plan.state_fingerprint). A DeviceStateStore, which only the first may be, has
+    a state at once; the others are written on a thread, which `close` ends. What is found in a slower store is copied
+    into the faster ones. The stores stay their owner's to close.
     """
 
     def __init__(
@@ -73,13 +67,8 @@ class PrefixCache:
             fingerprint += b"int8 snapshots"
         self._stores, self._fingerprint, self._layout = tuple(stores), fingerprint, fingerprint.hex()
         self._device = stores[0] if stores and isinstance(stores[0], DeviceStateStore) else None
-        self._behind: WriteBehindStore | None = None
-        self._savers = self._stores  # where a state goes that has just been computed
-        if any(store.keeps_tensors for store in stores):
-            self._savers, slower = self._stores[: self._first], self._stores[self._first :]
-            if slower:
-                self._behind = WriteBehindStore(EncodedStores(slower, self._layout), _MAX_PENDING_BYTES)
-                self._savers += (self._behind,)
+        slower = self._stores[self._first :]
+        self._behind = WriteBehind(slower, self._layout) if slower else None
         self._stats = CacheStats()
         self._epoch = 0
         self._invalidated: dict[str, int] = {}  # tag -> epoch that its invalidation began, the oldest first
@@ -120,7 +109,7 @@ class PrefixCache:
         is not `counted` is no question: neither a lookup nor a use of what it finds.
         """
         where = self._locate(plan.keys_deepest_first(plan.num_tokens - 1), peek=not counted)
-        loaded: dict[str, _Loaded] = {}
+        loaded: dict[str, StateTensors] = {}
         hit = None
         while hit is None and (position := _deepest(plan, where)):
             hit = self._load(plan, position, where, loaded)
@@ -158,10 +147,10 @@ class PrefixCache:
         items = []
         for i in self._blocks_to_save(plan, kept_tokens // size, position // size):
             block = state.read_kv(i * size, (i + 1) * size)
-            items.append(self._item(plan, plan.block_keys[i], (i + 1) * size, [block]))
+            items.append(_describe(plan, plan.block_keys[i], (i + 1) * size, StateTensors((block,))))
         tail = state.read_kv(position - position % size, position)
-        items.append(self._item(plan, key, position, [*snapshot.tensors, tail]))
-        if not self._put(plan, self._savers, items):
+        items.append(_describe(plan, key, position, StateTensors((*snapshot.tensors, tail))))
+        if not self._put(plan, [one for one in (self._device, self._behind) if one is not None], items):
             return False
         with self._lock:
             self._stats.saved += 1
@@ -177,7 +166,7 @@ class PrefixCache:
             while len(self._invalidated) > _MAX_INVALIDATED:
                 self._forgotten_epoch = self._invalidated.pop(next(iter(self._invalidated)))
         if self._behind is not None:  # before the stores that it writes
-            self._behind.delete(tags=tags)
+            self._behind.forget(tags)
         for store in self._stores:
             store.delete(tags=tags)
 
@@ -208,12 +197,7 @@ class PrefixCache:
         there = nearest.contains_many(plan.block_keys[:start], peek=True)
         return [i for i in range(end) if i >= start or not there[i]]
 
-    def _item(self, plan: PrefixPlan, key: str, end: int, tensors: Sequence[Tensor]) -> StateItem:
-        if self._device is not None or self._behind is not None:
-            return _describe(plan, key, end, StateTensors(tuple(tensors)))
-        return _describe(plan, key, end, encode_value(key, self._layout, tensors))
-
-    def _put(self, plan: PrefixPlan, stores: Sequence[StateStore], items: Sequence[StateItem]) -> bool:
+    def _put(self, plan: PrefixPlan, stores: Sequence[StateStore | WriteBehind], items: Sequence[StateItem]) -> bool:
         """Put the items unless one of their documents was invalidated since the plan was made."""
         tags = frozenset().union(*(item.tags for item in items))
         with self._lock:  # an invalidation waits, and then deletes what was put
@@ -234,7 +218,7 @@ class PrefixCache:
         return where
 
     def _load(
-        self, plan: PrefixPlan, position: int, where: dict[str, int], loaded: dict[str, _Loaded]
+        self, plan: PrefixPlan, position: int, where: dict[str, int], loaded: dict[str, StateTensors]
     ) -> PrefixHit | None:
         """Fetch and check one position; None if that failed, and then what is missing has left `where`."""
         snapshot_key = plan.snapshot_keys[position]
@@ -251,7 +235,7 @@ class PrefixCache:
         tier = self._stores[max(where[key] for key in keys)].tier
         return PrefixHit(position, Snapshot(position, *recurrent), (*kv, tail), tier)
 
-    def _fetch(self, keys: Sequence[str], tensors: int, where: dict[str, int], loaded: dict[str, _Loaded]) -> None:
+    def _fetch(self, keys: Sequence[str], tensors: int, where: dict[str, int], loaded: dict[str, StateTensors]) -> None:
         """Add to `loaded` what can be had of `keys`, values of that many tensors; the rest leaves `where`."""
         for level, store in enumerate(self._stores):
             asked = [key for key in keys if where.get(key) == level]
@@ -259,13 +243,12 @@ class PrefixCache:
             for key, value in zip(asked, store.get_many(asked) if asked else (), strict=True):
                 if value is None:  # evicted since it was located
                     del where[key]
-                    continue
-                if isinstance(value, StateTensors):
-                    loaded[key] = _Loaded(value, value.tensors)
-                    continue
-                encoded.append((key, value))
+                elif isinstance(value, StateTensors):
+                    loaded[key] = value
+                else:
+                    encoded.append((key, value))
             for (key, _), decoded in zip(encoded, self._decode_all(encoded, tensors), strict=True):
-                if isinstance(decoded, _Loaded):
+                if isinstance(decoded, StateTensors):
                     loaded[key] = decoded
                     continue
                 _log.warning("dropped a damaged state from the %s store: %s", store.tier, decoded)
@@ -274,14 +257,14 @@ class PrefixCache:
                 with self._lock:
                     self._stats.damaged += 1
 
-    def _decode_all(self, values: Sequence[tuple[str, Buffer]], tensors: int) -> list[_Loaded | DamagedValue]:
+    def _decode_all(self, values: Sequence[tuple[str, Buffer]], tensors: int) -> list[StateTensors | DamagedValue]:
         """Side by side, for a state of a long prompt is gigabytes to check."""
 
-        def decode(pair: tuple[str, Buffer]) -> _Loaded | DamagedValue:
+        def decode(pair: tuple[str, Buffer]) -> StateTensors | DamagedValue:
             key, value = pair
             whole = bytearray(value) if memoryview(value).readonly else value
             try:
-                return _Loaded(whole, decode_value(key, self._layout, whole, tensors))
+                return StateTensors(tuple(decode_value(key, self._layout, whole, tensors)))
             except DamagedValue as error:
                 return error
 
@@ -290,7 +273,7 @@ class PrefixCache:
         with ThreadPoolExecutor(_DECODERS, thread_name_prefix="prefix-decode") as pool:
             return list(pool.map(decode, values))
 
-    def _promote(self, plan: PrefixPlan, position: int, where: dict[str, int], loaded: dict[str, _Loaded]) -> None:
+    def _promote(self, plan: PrefixPlan, position: int, where: dict[str, int], loaded: dict[str, StateTensors]) -> None:
         """Copy what came from slower stores into the faster ones."""
         size = plan.block_tokens
         ends = [(key, (i + 1) * size) for i, key in enumerate(plan.block_keys[: position // size])]
@@ -298,11 +281,9 @@ class PrefixCache:
         for level in range(self._first + 1, len(self._stores)):
             ends_here = [(key, end) for key, end in ends if where[key] == level]
             for store in self._stores[self._first : level] if ends_here else ():
-                if store.keeps_tensors:  # from where the device reads them faster, too
-                    for key, _ in ends_here:
-                        value = StateTensors(tuple(loaded[key].tensors)).pinned()
-                        loaded[key] = _Loaded(value, value.tensors)
-                self._put(plan, [store], [_describe(plan, key, end, loaded[key].value) for key, end in ends_here])
+                for key, _ in ends_here:  # from where the device reads them faster, too
+                    loaded[key] = loaded[key].pinned()
+                self._put(plan, [store], [_describe(plan, key, end, loaded[key]) for key, end in ends_here])
         if self._device is not None:
             self._bring_to_device(plan, self._device, ends, where, loaded)
 
@@ -312,26 +293,25 @@ class PrefixCache:
         device: DeviceStateStore,
         ends: Sequence[tuple[str, int]],
         where: Mapping[str, int],
-        loaded: dict[str, _Loaded],
+        loaded: dict[str, StateTensors],
     ) -> None:
         """Put there what was loaded from elsewhere, and use that, unless it is more than the store holds."""
         strangers = [key for key, _ in ends if where[key]]
-        nbytes = sum(tensor.nbytes for key in strangers for tensor in loaded[key].tensors)
+        nbytes = sum(len(loaded[key]) for key in strangers)
         if not strangers or not device.make_room(nbytes):
             return
         try:
             for key in strangers:
-                value = StateTensors(tuple(x.to(device.device, non_blocking=True) for x in loaded[key].tensors))
-                loaded[key] = _Loaded(value, value.tensors)
+                loaded[key] = StateTensors(tuple(x.to(device.device, non_blocking=True) for x in loaded[key].tensors))
         except torch.OutOfMemoryError:
             _log.warning("no memory on %s to bring %d bytes of states there", device.device, nbytes)
             return
         there = device.contains_many([key for key, _ in ends], peek=True)  # less what has just made room
         missing = [end for end, kept in zip(ends, there, strict=True) if not kept]
-        self._put(plan, [device], [_describe(plan, key, end, loaded[key].value) for key, end in missing])
+        self._put(plan, [device], [_describe(plan, key, end, loaded[key]) for key, end in missing])
 
 
-def _describe(plan: PrefixPlan, key: str, end: int, value: Buffer | StateTensors) -> StateItem:
+def _describe(plan: PrefixPlan, key: str, end: int, value: StateTensors) -> StateItem:
     """A block or a snapshot of the first `end` tokens, with what the stores should know of it."""
     is_snapshot = plan.snapshot_keys.get(end) == key
     before = end // plan.block_tokens - (not is_snapshot)  # blocks without which it is of no use

@@ -1,16 +1,14 @@
-"""Where states are kept: the contract of every tier, the tier in memory, and writing behind.
+"""Where states are kept: the contract of every tier, and the tier in memory.
 
 A store knows keys, values and tags; not what a state is (state_codec.py), not which ones are worth keeping
 (prefix_cache.py) or which go first when memory is full (state_eviction.py). A store never raises because of what it is
 given or of a server it depends on: what it cannot give is a miss, what it cannot take is dropped, and `stats` counts
-both. Values are bytes, those of device_store.py tensors. Redis: redis_store.py.
+both. In memory: device_store.py. Redis: redis_store.py.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections import deque
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -20,8 +18,6 @@ if TYPE_CHECKING:
     from model.device_store import StateTensors
 
 Buffer = bytes | bytearray | memoryview
-_WRITE_BATCH_BYTES = 16 << 20
-_log = logging.getLogger(__name__)
 
 
 class StateItem(NamedTuple):
@@ -71,7 +67,7 @@ class StateStore(Protocol):
 class MemoryStateStore:
     """Up to `max_bytes` of values in this process, exceeded only while a put runs; `policy` says which go first."""
 
-    tier, keeps_tensors = "host", False
+    tier, keeps_tensors = "host", True
 
     def __init__(self, max_bytes: int, policy: EvictionPolicy | None = None) -> None:
         self._max_bytes, self._bytes = max_bytes, 0
@@ -147,99 +143,3 @@ class MemoryStateStore:
             if not self._keys_of_tag[tag]:
                 del self._keys_of_tag[tag]
         return True
-
-
-class WriteBehindStore:
-    """Puts into `store` on a thread of its own, so that whoever puts never waits; gets go straight through.
-
-    At most `max_pending_bytes` wait; what comes on top is dropped. A delete also takes what waits, and returns only
-    when nothing that it covers can still arrive.
-    """
-
-    def __init__(self, store: StateStore, max_pending_bytes: int = 256 << 20) -> None:
-        self.tier, self.keeps_tensors = store.tier, store.keeps_tensors
-        self._store, self._max_pending_bytes = store, max_pending_bytes
-        self._pending: deque[StateItem] = deque()
-        self._writing: tuple[StateItem, ...] = ()
-        self._pending_bytes = self._dropped = 0
-        self._closed = False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name=f"write-behind-{store.tier}", daemon=True)
-        self._thread.start()
-
-    def contains_many(self, keys: Sequence[str], peek: bool = False) -> list[bool]:
-        return self._store.contains_many(keys, peek)
-
-    def get_many(self, keys: Sequence[str]) -> list[Buffer | StateTensors | None]:
-        return self._store.get_many(keys)
-
-    def put_many(self, items: Sequence[StateItem]) -> None:
-        with self._changed:
-            for item in items:
-                if self._closed or self._pending_bytes + len(item.value) > self._max_pending_bytes:
-                    self._dropped += 1
-                    continue
-                self._pending.append(item)
-                self._pending_bytes += len(item.value)
-            self._changed.notify_all()
-
-    def delete(self, keys: Collection[str] = (), tags: Collection[str] = ()) -> None:
-        wanted_keys, wanted_tags = frozenset(keys), frozenset(tags)
-
-        def covers(item: StateItem) -> bool:
-            return item.key in wanted_keys or not wanted_tags.isdisjoint(item.tags)
-
-        with self._changed:
-            self._pending = deque(item for item in self._pending if not covers(item))
-            self._pending_bytes = sum(len(item.value) for item in self._pending)
-            batch = self._writing
-            if any(covers(item) for item in batch):
-                self._changed.wait_for(lambda: self._writing is not batch)
-            self._changed.notify_all()
-        self._store.delete(keys, tags)
-
-    def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until everything put so far is written or dropped; False if that took longer than `timeout_s`."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._pending and not self._writing, timeout_s)
-
-    def stats(self) -> dict[str, int]:
-        stats = self._store.stats()
-        with self._changed:
-            return {**stats, "dropped": stats["dropped"] + self._dropped, "pending_bytes": self._pending_bytes}
-
-    def close(self, timeout_s: float = 10.0) -> None:
-        """Write what waits, for at most `timeout_s`, and end the thread. The store underneath stays open."""
-        self.flush(timeout_s)
-        with self._changed:
-            self._closed = True
-            self._dropped += len(self._pending)
-            self._pending.clear()
-            self._pending_bytes = 0
-            self._changed.notify_all()
-        self._thread.join(timeout_s)
-
-    def _run(self) -> None:
-        while batch := self._next_batch():
-            failed = 0
-            try:
-                self._store.put_many(batch)
-            except Exception:
-                _log.exception("the %s store failed to take %d states; they are dropped", self.tier, len(batch))
-                failed = len(batch)
-            with self._changed:
-                self._dropped += failed
-                self._writing = ()
-                self._changed.notify_all()
-
-    def _next_batch(self) -> tuple[StateItem, ...]:
-        """Wait for work; at least one item and at most about _WRITE_BATCH_BYTES. Nothing once closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._pending or self._closed)
-            batch, size = [], 0
-            while self._pending and (not batch or size + len(self._pending[0].value) <= _WRITE_BATCH_BYTES):
-                batch.append(self._pending.popleft())
-                size += len(batch[-1].value)
-            self._pending_bytes -= size
-            self._writing = tuple(batch)
-            return self._writing

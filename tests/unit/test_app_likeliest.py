@@ -11,12 +11,12 @@ from app.likeliest import generate_likeliest
 from app.prompting import QuoteFormat
 from app.quotes import QuoteLimits, TokenBytes
 from model import load_model
+from model.device_store import DeviceStateStore
 from model.engine import EngineRequest, JambaEngine
 from model.engine_thread import EngineThread
 from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings
 from model.sampling import SamplingParams
-from model.state_store import MemoryStateStore
 from model.tokenizer import Tokenizer
 from retrieval.types import Evidence, Passage
 
@@ -52,7 +52,7 @@ def form(checkpoint, tokenizer):
 @pytest.fixture
 def make_engine(model, tokenizer):
     def make(**limits: int) -> JambaEngine:
-        cache = PrefixCache([MemoryStateStore(1 << 26)], b"test", PlanSettings())
+        cache = PrefixCache([DeviceStateStore(1 << 26)], b"test", PlanSettings())
         return JambaEngine(model, tokenizer, cache, max_context_tokens=2048, **limits)
 
     return make

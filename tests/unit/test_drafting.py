@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from model import Jamba, load_model
 from model.cpu_decode import MAX_TOKENS
+from model.device_store import DeviceStateStore
 from model.drafting import DraftCounts, PromptLookup, draft_all
 from model.engine import EngineRequest, JambaEngine
 from model.generation import Generation
@@ -22,7 +23,6 @@ from model.kernels import cpu
 from model.prefix_cache import PrefixCache
 from model.sampling import SamplingParams
 from model.state import HybridState
-from model.state_store import MemoryStateStore
 from tests.numeric import state_bytes
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C compiler")
@@ -200,7 +200,7 @@ def test_an_abort_between_guessed_tokens_ends_the_answer(make_engine):
 
 
 def test_kept_states_hold_no_guessed_token(make_engine, models):
-    caches = [PrefixCache([MemoryStateStore(1 << 24)], b"", SMALL) for _ in range(2)]
+    caches = [PrefixCache([DeviceStateStore(1 << 24)], b"", SMALL) for _ in range(2)]
     one = make_request(0)
     one = replace(one, constraint=Echo(one.token_ids), boundaries=(40,))
     longer = replace(one, token_ids=(*one.token_ids, 40, 41), constraint=None)

@@ -9,12 +9,12 @@ from engine_kit import SMALL, Answer, byte_tokenizer, run_all, run_one
 
 from model import Jamba, load_model
 from model.admission import StateBudget, measure_state_bytes
+from model.device_store import DeviceStateStore
 from model.engine import ContextTooLong, EngineRequest, JambaEngine
 from model.generation import Generation, Likeliest, score
 from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings
 from model.sampling import SamplingParams
-from model.state_store import MemoryStateStore
 
 TOKENIZER = byte_tokenizer()
 
@@ -117,7 +117,7 @@ def test_room_is_made_once_for_prompt_and_answer(model, make_engine):
 
 
 def test_a_cached_prefix_goes_into_the_reserved_room(model, make_engine):
-    cache = PrefixCache([MemoryStateStore(1 << 24)], b"model", SMALL)
+    cache = PrefixCache([DeviceStateStore(1 << 24)], b"model", SMALL)
     engine = make_engine(state_bytes(model, 310), cache=cache)
     one = replace(request(300), boundaries=(290,))
     first, second = run_all(engine, [one, one])
@@ -242,7 +242,7 @@ def test_a_long_segment_lets_decode_steps_in_between_its_layers(model, make_engi
 
 @pytest.mark.parametrize("steps", [2, 4])
 def test_a_long_segment_can_be_aborted_between_its_layers(make_engine, one_layer_a_step, steps):
-    cache = PrefixCache([MemoryStateStore(1 << 24)], b"model", LONG)
+    cache = PrefixCache([DeviceStateStore(1 << 24)], b"model", LONG)
     engine = make_engine(cache=cache)
     talk = engine.add(request(10, max_new_tokens=60))
     while not engine.step():

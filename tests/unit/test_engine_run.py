@@ -8,10 +8,10 @@ import torch
 from engine_kit import SMALL, Answer, byte_tokenizer, run_all, run_one
 
 from model import Jamba, load_model
+from model.device_store import DeviceStateStore
 from model.engine import ContextTooLong, EngineOverloaded, EngineRequest, JambaEngine
 from model.prefix_cache import PrefixCache
 from model.sampling import SamplingParams
-from model.state_store import MemoryStateStore
 
 TOKENIZER = byte_tokenizer()
 
@@ -100,7 +100,7 @@ def test_a_long_prefill_does_not_hold_up_the_others(make_engine):
 
 
 def test_who_asked_hears_how_much_is_read(make_engine):
-    cache, heard = PrefixCache([MemoryStateStore(1 << 24)], b"w", SMALL), ([], [], [])
+    cache, heard = PrefixCache([DeviceStateStore(1 << 24)], b"w", SMALL), ([], [], [])
     engine = make_engine(cache=cache)
     ahead, behind, again = (replace(request(150), boundaries=(140,), on_read=calls.append) for calls in heard)
     run_all(engine, [ahead, behind])
@@ -256,7 +256,7 @@ def test_a_batch_that_fails_as_a_whole_goes_on_one_by_one(model, make_engine):
 
 
 def test_equal_questions_at_once_prefill_once(make_engine):
-    cache = PrefixCache([MemoryStateStore(1 << 24)], b"model", SMALL)
+    cache = PrefixCache([DeviceStateStore(1 << 24)], b"model", SMALL)
     engine = make_engine(cache=cache)
     same = replace(request(100), boundaries=(90,))
     answers = run_all(engine, [same] * 5)

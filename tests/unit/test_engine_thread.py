@@ -7,10 +7,10 @@ import pytest
 from engine_kit import SMALL, Answer, byte_tokenizer, doc_request, run_one
 
 from model import load_model
+from model.device_store import DeviceStateStore
 from model.engine import ContextTooLong, JambaEngine
 from model.engine_thread import EngineStopped, EngineThread
 from model.prefix_cache import PrefixCache
-from model.state_store import MemoryStateStore
 
 TOKENIZER = byte_tokenizer()
 
@@ -37,7 +37,7 @@ class CountingEngine(JambaEngine):
 @pytest.fixture
 def engine(model):
     engine = CountingEngine(
-        model, TOKENIZER, PrefixCache([MemoryStateStore(1 << 24)], b"m", SMALL), max_context_tokens=5000
+        model, TOKENIZER, PrefixCache([DeviceStateStore(1 << 24)], b"m", SMALL), max_context_tokens=5000
     )
     yield engine
     engine.close()

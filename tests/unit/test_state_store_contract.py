@@ -1,12 +1,16 @@
-"""What every store promises, run over every store; then what only the ones in this process do."""
+"""What every store promises, run over every store; then the one in memory, and writing behind."""
 
 import os
 import threading
 
 import pytest
+import torch
 from state_kit import all_keys, open_store, running_server
 
-from model.state_store import MemoryStateStore, StateItem, WriteBehindStore
+from model.device_store import StateTensors
+from model.state_codec import decode_value
+from model.state_store import MemoryStateStore, StateItem
+from model.write_behind import WriteBehind
 
 
 @pytest.fixture(scope="module")
@@ -15,31 +19,20 @@ def server():
         yield server
 
 
-@pytest.fixture(params=["memory", "redis", "redis in parts", "redis, written behind"])
+@pytest.fixture(params=["memory", "redis", "redis in parts"])
 def store(request, server):
-    """Every put is followed by `settle` in these tests: only a write-behind store needs it."""
     with server.client() as client:
         client.flushall()
     if request.param == "memory":
-        inner = store = MemoryStateStore(1 << 20)
+        store = MemoryStateStore(1 << 20)
     else:
-        inner = store = open_store(server, part_bytes=5 if "parts" in request.param else 4 << 20)
-    if "behind" in request.param:
-        store = WriteBehindStore(inner)
+        store = open_store(server, part_bytes=5 if "parts" in request.param else 4 << 20)
     yield store
-    if store is not inner:
-        store.close()
-    inner.close()
-
-
-def settle(store) -> None:
-    if isinstance(store, WriteBehindStore):
-        assert store.flush(timeout_s=10)
+    store.close()
 
 
 def put(store, *items: tuple) -> None:
     store.put_many([StateItem(key, value, frozenset(tags)) for key, value, *tags in items])
-    settle(store)
 
 
 @pytest.mark.parametrize("value", [b"", b"x", b"12345", b"123456", bytes(1000), os.urandom(999), b"JAMBAPARTS1 2 9"])
@@ -104,7 +97,6 @@ def test_many_threads(store):
         thread.start()
     for thread in threads:
         thread.join()
-    settle(store)
     for number in range(6):
         found = store.get_many([f"{number}-{i}" for i in range(20)])
         expected = [None if number % 2 else f"{number}-{i}".encode() * 10 for i in range(20)]
@@ -144,35 +136,38 @@ class Gate(MemoryStateStore):
         super().put_many(items)
 
 
+def state(key: str, nbytes: int, tags: str = "") -> StateItem:
+    return StateItem(key, StateTensors((torch.zeros(nbytes, dtype=torch.int8),)), frozenset(tags))
+
+
 def test_write_behind_never_waits_and_drops_what_is_too_much():
     gate = Gate()
-    store = WriteBehindStore(gate, max_pending_bytes=100)
-    store.put_many([StateItem("writing", bytes(90))])
+    behind = WriteBehind([gate], "layout", max_pending_bytes=100)
+    behind.put_many([state("writing", 90)])
     assert gate.entered.wait(10)
-    store.put_many([StateItem("waits", bytes(90)), StateItem("too much", bytes(20)), StateItem("fits", bytes(10))])
-    assert store.stats()["pending_bytes"] == 100
-    assert not store.flush(timeout_s=0.01)
+    behind.put_many([state("waits", 90), state("too much", 20), state("fits", 10)])
+    assert behind.stats() == {"dropped": 1, "pending_bytes": 100}
+    assert not behind.flush(timeout_s=0.01)
     gate.opened.set()
-    assert store.flush(timeout_s=10)
-    assert store.contains_many(["writing", "waits", "too much", "fits"]) == [True, True, False, True]
-    assert store.stats()["dropped"] == 1
-    store.close()
+    assert behind.flush(timeout_s=10)
+    assert gate.contains_many(["writing", "waits", "too much", "fits"]) == [True, True, False, True]
+    behind.close()
 
 
-def test_a_delete_holds_for_what_is_being_written_and_what_waits():
+def test_what_is_forgotten_is_neither_written_nor_on_its_way():
     gate = Gate()
-    store = WriteBehindStore(gate)
-    store.put_many([StateItem("writing", b"1", frozenset("x"))])
+    behind = WriteBehind([gate], "layout")
+    behind.put_many([state("writing", 1, "x")])
     assert gate.entered.wait(10)
-    store.put_many([StateItem("waiting", b"2", frozenset("x")), StateItem("other", b"3")])
-    deleting = threading.Thread(target=store.delete, kwargs={"tags": ["x"]})
-    deleting.start()
+    behind.put_many([state("waiting", 2, "x"), state("other", 3)])
+    forgetting = threading.Thread(target=behind.forget, args=(["x"],))
+    forgetting.start()
     gate.opened.set()
-    deleting.join()
-    assert gate.contains_many(["writing", "waiting"]) == [False, False]
-    assert store.flush(timeout_s=10)
+    forgetting.join()
+    gate.delete(tags=["x"])
+    assert behind.flush(timeout_s=10)
     assert gate.contains_many(["writing", "waiting", "other"]) == [False, False, True]
-    store.close()
+    behind.close()
 
 
 def test_write_behind_writes_on_close_and_survives_a_broken_store(caplog):
@@ -183,11 +178,27 @@ def test_write_behind_writes_on_close_and_survives_a_broken_store(caplog):
             super().put_many(items)
 
     inner = Broken(1 << 20)
-    store = WriteBehindStore(inner)
-    put(store, ("bad", b"1"))
+    behind = WriteBehind([inner], "layout")
+    behind.put_many([state("bad", 1)])
+    assert behind.flush(timeout_s=10)
     assert "failed to take 1 states" in caplog.text
-    store.put_many([StateItem("good", b"2")])
-    store.close()
+    behind.put_many([state("good", 1)])
+    behind.close()
     assert inner.contains_many(["good"]) == [True]
-    store.put_many([StateItem("late", b"3")])
-    assert (inner.contains_many(["late"]), store.stats()["dropped"]) == ([False], 2)
+    behind.put_many([state("late", 1)])
+    assert (inner.contains_many(["late"]), behind.stats()["dropped"]) == ([False], 2)
+
+
+def test_stores_of_tensors_get_tensors_and_all_of_bytes_the_same_ones(server):
+    memory, servers = MemoryStateStore(1 << 20), [open_store(server, key_prefix=name) for name in ("one:", "two:")]
+    tensors = (torch.arange(6.0).view(2, 3), torch.ones(5, dtype=torch.bfloat16))
+    behind = WriteBehind([memory, *servers], "layout")
+    behind.put_many([StateItem("a", StateTensors(tensors), frozenset("x"))])
+    behind.close()
+    assert memory.get_many(["a"])[0].tensors == tensors
+    one, other = (bytes(store.get_many(["a"])[0]) for store in servers)
+    assert one == other
+    for found, tensor in zip(decode_value("a", "layout", bytearray(one), 2), tensors, strict=True):
+        assert torch.equal(found, tensor)
+    for store in servers:
+        store.close()
