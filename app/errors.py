@@ -27,7 +27,7 @@ from ingest.parse import ParseError
 from ingest.sniff import EmptyFile, UnsupportedMediaType
 from model.engine import ContextTooLong, EngineOverloaded
 from model.engine_thread import EngineStopped
-from retrieval.packing import EvidenceTooLarge
+from retrieval.packing import BudgetTooSmall, EvidenceTooLarge
 from retrieval.store import (
     CollectionExists,
     CollectionNotFound,
@@ -120,6 +120,7 @@ ERRORS: dict[type[Exception], ErrorKind] = {
     EmptyFile: ErrorKind(422, "empty_file", "The file is empty"),
     BadUpload: ErrorKind(422, "invalid_request", "The upload is not a valid form"),
     InvalidRequest: ErrorKind(422, "invalid_request", "The request is not valid"),
+    BudgetTooSmall: ErrorKind(422, "invalid_request", "No passage fits the evidence allowed"),
     Overloaded: ErrorKind(429, "overloaded", "The service is busy"),
     EngineOverloaded: ErrorKind(429, "overloaded", "The service is busy"),
     RateLimited: ErrorKind(429, "rate_limited", "The key has used up its limit"),

@@ -9,7 +9,7 @@ from app.auth import LOCAL_ADMIN, Principal
 from app.conversation import Turn, standalone_query
 from app.prompting import AnswerFormat
 from app.settings import AnswerSettings
-from retrieval.packing import EvidenceTooLarge, RecentEvidence, pack_evidence
+from retrieval.packing import BudgetTooSmall, EvidenceTooLarge, RecentEvidence, pack_evidence
 from retrieval.search import Retriever
 from retrieval.store import DocumentStore
 from retrieval.types import Evidence, EvidenceMode, Filters, Hit, SearchParams
@@ -69,8 +69,8 @@ class EvidenceFinder:
         self._recent = RecentEvidence()
 
     def find(self, query: Query, widened: bool = False) -> Found:
-        """Evidence for a question; `widened` takes all that fits. Raises ContextTooLong, CollectionNotFound, and
-        EvidenceTooLarge when `full_context` was asked for and doesn't fit."""
+        """Evidence for a question; `widened` takes all that fits. Raises ContextTooLong, CollectionNotFound,
+        EvidenceTooLarge when `full_context` was asked for and doesn't fit, and BudgetTooSmall when nothing fits."""
         whole_budget = self._whole_budget(query)
         start = time.perf_counter()
         wanted = self._evidence_hits * (4 if widened else 1)
@@ -126,7 +126,12 @@ class EvidenceFinder:
                 if query.mode == "full_context":
                     raise
         budget = self._auto_budget if widened else self._rag_budget
-        return self._pack_as("rag", query, hits, budget(query, whole_budget))
+        try:
+            return self._pack_as("rag", query, hits, budget(query, whole_budget))
+        except BudgetTooSmall as error:  # as advised for English: words of other languages are many more tokens
+            if error.needed_tokens > whole_budget:
+                raise
+            return self._pack_as("rag", query, hits, error.needed_tokens)
 
     def _auto_budget(self, query: Query, whole_budget: int) -> int:
         if query.max_evidence_tokens is not None or self._advice.auto_evidence_tokens is None:

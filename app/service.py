@@ -328,8 +328,8 @@ class RagService:
     async def start_answer(self, query: Query) -> RunningAnswer:
         """Search, pack and admit a question; whatever can be refused is refused here.
 
-        Iterate `events` or await `collect` on the result; closing either ends the generation. Raises Overloaded,
-        ContextTooLong, CollectionNotFound.
+        Iterate `events` or await `collect` on the result; closing either ends the generation. Raises Overloaded, and
+        as `EvidenceFinder.find`.
         """
         answer = RunningAnswer(self, query)
         with self._running_lock:

@@ -25,10 +25,22 @@ Pack = tuple[Group, ...]
 """Where the passages of evidence stand, document by document."""
 
 _TRIED_BEGINNINGS = 4
+_ANY_TOKENS = 1 << 62
 
 
 class EvidenceTooLarge(ValueError):
     """`full_context` was asked for, and the documents selected do not fit the budget."""
+
+
+class BudgetTooSmall(ValueError):
+    """None of the passages found fits the budget; the best takes `needed_tokens`."""
+
+    def __init__(self, budget_tokens: int, needed_tokens: int) -> None:
+        self.needed_tokens = needed_tokens
+        super().__init__(
+            f"{budget_tokens} tokens of evidence hold none of the passages found, of which the best takes "
+            f"{needed_tokens}; allow that many (max_evidence_tokens), or shorten the question if it leaves no room"
+        )
 
 
 def pack_evidence(
@@ -46,7 +58,8 @@ def pack_evidence(
     """Choose evidence of at most `budget_tokens`, by `count_tokens` summed over its documents.
 
     `full_context`: every ready document of the selection, whole; raises EvidenceTooLarge if they don't fit.
-    `rag`: the hits (best first), widened to whole sections and then to neighbouring chunks as far as the budget goes.
+    `rag`: the hits (best first), widened to whole sections and then to neighbouring chunks as far as the budget goes;
+    raises BudgetTooSmall when it holds none of them.
     `auto`: the first if it fits, else the second. With `recent`, `rag` begins as earlier evidence did and goes on with
     the hits that are missing there, if that leaves fewer tokens to read; all of it may take `recent_tokens`, or the
     budget if that is more. Text stands in evidence once, also where chunks overlap; hits on text that has been replaced
@@ -100,6 +113,10 @@ def _pack_hits(
 ) -> Evidence:
     live = _live(documents, hits)
     packed, left = _pack_spans(store, documents, live, budget_tokens, count_tokens, _WAYS)
+    if not packed:
+        _, rest = _pack_spans(store, documents, live[:1], _ANY_TOKENS, count_tokens, (_itself,))
+        if rest < _ANY_TOKENS:  # else there was no hit, or one without a word
+            raise BudgetTooSmall(budget_tokens, _ANY_TOKENS - rest)
     passages = tuple(passage for one in packed for passage in one.passages())
     return Evidence(passages, "rag", budget_tokens - left, _relevance(live, {p.document_id for p in passages}))
 

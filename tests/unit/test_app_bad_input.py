@@ -1,6 +1,7 @@
 """Bad input: each gets its problem+json, nothing is half stored, the service goes on."""
 
 import asyncio
+import re
 
 import pytest
 from app_kit import CONTEXT_TOKENS, LIGHTHOUSE, make_settings, running_service
@@ -186,6 +187,19 @@ async def test_documents_that_do_not_fit_are_refused_where_all_were_wanted(clien
     body = {"question": "Who?", "mode": "full_context", "document_ids": [document["id"]]}
     assert_problem(await client.post("/v1/answers", json=body), 413, "context_too_long")
     assert (await client.ask("Who?", document_ids=[document["id"]]))["citations"]
+    await client.delete(f"/v1/documents/{document['id']}")
+
+
+@pytest.mark.parametrize("mode", ["auto", "rag"])
+async def test_less_evidence_than_a_passage_is_refused_with_what_one_takes(client, mode):
+    document = await client.upload("a.md", LIGHTHOUSE)
+    body = {"question": "Who?", "mode": mode, "document_ids": [document["id"]], "max_evidence_tokens": 1}
+    problem = assert_problem(await client.post("/v1/answers", json=body), 422, "invalid_request")
+    needed = int(re.search(r"best takes (\d+)", problem["detail"])[1])
+    assert_problem(
+        await client.post("/v1/answers", json=body | {"max_evidence_tokens": needed - 1}), 422, problem["code"]
+    )
+    assert (await client.ask(**body | {"max_evidence_tokens": needed}))["usage"]["input_tokens"] > needed
     await client.delete(f"/v1/documents/{document['id']}")
 
 

@@ -64,3 +64,12 @@ async def test_a_long_question_is_answered_from_one_prompt(tiny_checkpoint, tmp_
             usage = (await client.ask(question, mode="rag"))["usage"]
             service = client.app.state.service
             assert usage["input_tokens"] // service.format.count_prompt(question) in range(prompts, 3 * prompts), usage
+
+
+@pytest.mark.anyio
+async def test_a_passage_longer_than_what_is_advised_is_read_all_the_same(tiny_checkpoint, tmp_path):
+    """A word of a language that the tokenizer does not know is many tokens."""
+    limits = {"rag_evidence_tokens": 64}
+    async with running_service(make_settings(tiny_checkpoint, tmp_path / "data", answers=limits)) as client:
+        await client.upload("owl.txt", "Сова спит днём и охотится ночью. " * 3)
+        assert (await client.ask("Когда спит сова?", mode="rag"))["citations"]
