@@ -25,7 +25,7 @@ from ingest.files import FileTooLarge, OriginalMissing
 from ingest.files import StorageFull as FilesFull
 from ingest.parse import ParseError
 from ingest.sniff import EmptyFile, UnsupportedMediaType
-from model.engine import ContextTooLong, EngineOverloaded
+from model.engine_request import ContextTooLong, EngineOverloaded
 from model.engine_thread import EngineStopped
 from retrieval.packing import BudgetTooSmall, EvidenceTooLarge
 from retrieval.store import (

@@ -25,7 +25,7 @@ from app.quotes import QuoteLimits
 from app.reading import none_margin, reads_apart, split_passages
 from app.schemas import Tier
 from app.sse import Event, with_pauses
-from model.engine import EngineRequest, StepOutput
+from model.engine_request import EngineRequest, StepOutput
 from model.sampling import SamplingParams
 from retrieval.location import locate
 from retrieval.store import DocumentNotFound, DocumentNotReady

@@ -15,8 +15,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from app.quotes import QuoteConstraint
-from model.engine import EngineRequest, StepOutput
-from model.engine_request import EngineOverloaded
+from model.engine_request import EngineOverloaded, EngineRequest, StepOutput
 from model.engine_thread import TokenStream
 
 _LONG_QUESTION_TOKENS = 128  # behind the documents: worth a state of its own, from which the other beginnings go on

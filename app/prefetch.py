@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import anyio.to_thread
 
 from app.prompting import passage_key, prompt_salt
-from model.engine import EngineOverloaded, EngineRequest
+from model.engine_request import EngineOverloaded, EngineRequest
 from model.engine_thread import EngineStopped, TokenStream
 from model.prefix_plan import PrefixPlan
 from model.sampling import SamplingParams

@@ -19,7 +19,7 @@ from app.answering import AnswerReader, AnswerWriter
 from app.conversation import Turn
 from app.quotes import QuoteConstraint, QuoteIndex, QuoteLimits, QuoteTokens, TokenBytes
 from model.chat_format import ChatFormat
-from model.engine import ContextTooLong
+from model.engine_request import ContextTooLong
 from model.sampling import TokenConstraint
 from model.tokenizer import Tokenizer
 from retrieval.types import Evidence, Passage

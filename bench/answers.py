@@ -33,7 +33,8 @@ from app.reading import none_margin, split_passages
 from bench.runs import BenchRun
 from model import load_model
 from model.device_store import DeviceStateStore
-from model.engine import EngineRequest, JambaEngine, StepOutput
+from model.engine import JambaEngine
+from model.engine_request import EngineRequest, StepOutput
 from model.engine_thread import EngineThread
 from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings

@@ -11,7 +11,7 @@ from pathlib import Path
 from app.main import LoadedModel, build_model
 from app.quotes import QuoteLimits
 from app.settings import load_settings
-from model.engine import EngineRequest
+from model.engine_request import EngineRequest
 from model.sampling import SamplingParams
 from retrieval.types import Evidence, Passage
 

@@ -24,7 +24,8 @@ from bench.random_weights import random_model
 from bench.runs import BenchRun
 from bench.shapes import SHAPES, resident_bytes, state_bytes
 from model.admission import StateBudget, measure_state_bytes
-from model.engine import EngineRequest, JambaEngine
+from model.engine import JambaEngine
+from model.engine_request import EngineRequest
 from model.jamba import Jamba
 from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings

@@ -34,7 +34,8 @@ from app.settings import SHIPPED_CHECKPOINT, Settings, load_settings
 from bench.runs import BenchRun
 from model import load_model
 from model.device_store import DeviceStateStore
-from model.engine import EngineRequest, JambaEngine
+from model.engine import JambaEngine
+from model.engine_request import EngineRequest
 from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings
 from model.sampling import SamplingParams

@@ -33,7 +33,7 @@ from app.settings import load_settings
 from bench.hf_parity import sample_texts
 from bench.runs import BenchRun
 from model.chat_format import ChatFormat
-from model.engine import EngineRequest, StepOutput
+from model.engine_request import EngineRequest, StepOutput
 from model.sampling import SamplingParams
 
 CONTEXT_TOKENS = (256, 1024, 4096, 8192)

@@ -16,7 +16,8 @@ from bench.gpu_kit import Bench, filled_state, random_tokens, time_calls, word_t
 from bench.runs import BenchRun
 from bench.shapes import state_bytes
 from model.device_store import DeviceStateStore, PinnedStateStore
-from model.engine import EngineRequest, JambaEngine
+from model.engine import JambaEngine
+from model.engine_request import EngineRequest
 from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings
 from model.redis_store import RedisStateStore

@@ -30,7 +30,8 @@ from bench.hf_parity import SHIPPED
 from bench.runs import BenchRun
 from model import Jamba, load_model
 from model.device_store import DeviceStateStore
-from model.engine import EngineRequest, JambaEngine
+from model.engine import JambaEngine
+from model.engine_request import EngineRequest
 from model.prefix_cache import PrefixCache
 from model.redis_store import RedisStateStore
 from model.sampling import SamplingParams

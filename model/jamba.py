@@ -13,7 +13,6 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model import gpu_segment
 from model.attention import Attention
@@ -55,11 +54,7 @@ class JambaLayer(nn.Module):
 class Jamba(nn.Module):
     """Embedding, layers, norm, head: `_run` is all of it. What serves has shorter ways through the same layers, which
     `forward_packed` chooses: a few tokens on a CPU (`_try`), a decode step or a short segment on a GPU.
-
-    `gradient_checkpointing` trades a second forward of each layer for the memory of its activations.
     """
-
-    gradient_checkpointing: bool = False
 
     def __init__(self, config: JambaConfig) -> None:
         super().__init__()
@@ -181,9 +176,8 @@ class Jamba(nn.Module):
     def _run(self, token_ids: Tensor, batch: Batch, logits: Literal["all", "last"]) -> Tensor:
         """(T,) -> (T, v) or (b, v)"""
         x = self.embed_tokens(token_ids)
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            x = checkpoint(layer, x, batch, use_reentrant=False) if recompute else layer(x, batch)
+            x = layer(x, batch)
         if logits == "last":
             x = x.index_select(0, batch.last_rows())
         return self.lm_head(self.final_layernorm(x))

@@ -26,7 +26,6 @@ class Tokenizer:
         self._backend = backend
         added = backend.get_added_tokens_decoder()
         self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
-        self._special_set = frozenset(self._special_ids.values())
         # a chat's marks are not always declared special; added runs of white space are no marks
         marks = {token.content: i for i, token in added.items() if len(token.content) > 1 and token.content.strip()}
         self._control_ids = marks | self._special_ids
@@ -81,11 +80,8 @@ class Tokenizer:
     def has_special(self, name: str) -> bool:
         return name in self._special_ids
 
-    def is_special(self, token_id: int) -> bool:
-        return token_id in self._special_set
-
     def is_control(self, token_id: int) -> bool:
-        """Whether it is special or another added token that is a mark, which no text of a user becomes."""
+        """Whether it is a special token, or another that was added as a mark: no text of a user becomes one."""
         return token_id in self._control_set
 
     def _encode_around_special(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:

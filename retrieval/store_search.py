@@ -94,8 +94,7 @@ def select_chunks(
 
 def load_hits(c: sqlite3.Connection, chunk_rows: Sequence[int]) -> dict[int, Hit]:
     rows = c.execute(
-        """SELECT c.*, d.id AS document_id, k.name AS collection, v.filename, v.title, v.metadata,
-            v.ordinal AS document_ordinal, v.version
+        """SELECT c.*, d.id AS document_id, k.name AS collection, v.filename, v.title, v.metadata, v.version
         FROM chunks c JOIN documents d ON d.row = c.document_row JOIN collections k ON k.row = d.collection_row
         JOIN versions v ON v.document_row = d.row AND v.version = d.current_version
         WHERE c.row IN (SELECT value FROM json_each(?))""",
@@ -112,7 +111,6 @@ def _hit(row: sqlite3.Row) -> Hit:
         score=0.0,
         scores={},
         attributes=json.loads(row["metadata"]),
-        document_ordinal=row["document_ordinal"],
         document_version=row["version"],
         title=row["title"],
     )

@@ -21,8 +21,6 @@ Role = Literal["reader", "writer", "admin"]
 FilterValue = str | int | float | bool | None
 Filters = Mapping[str, FilterValue | Sequence[FilterValue]]
 
-ACTIVE_STAGES: tuple[Stage, ...] = ("parsing", "chunking", "embedding", "indexing")
-
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -134,7 +132,7 @@ class SearchParams:
 class Hit:
     """A found chunk. `scores` holds dense (cosine), lexical (BM25, higher is better), fused and rerank, if computed.
 
-    `score` is the one it was ranked by. `document_ordinal` and `document_version` are those of the text searched.
+    `score` is the one it was ranked by; `document_version` that of the text searched.
     """
 
     chunk: Chunk
@@ -143,7 +141,6 @@ class Hit:
     score: float
     scores: Mapping[str, float]
     attributes: Mapping[str, object]
-    document_ordinal: int
     document_version: int
     title: str | None = None
 

@@ -14,8 +14,7 @@ except ImportError:  # a PyTorch without Triton, as the CPU wheels are
     causal_conv_triton = None
 
 _BITS = {torch.float32: 32, torch.bfloat16: 16}
-# How conv.cu shares out the work; a benchmark may try others.
-CONV_TUNING = {"THREADS": 128, "STEPS": 32, "AT_ONCE": 8}
+_SHARING = {"THREADS": 128, "STEPS": 32, "AT_ONCE": 8}  # how conv.cu shares out the work
 
 
 def causal_conv(x: Tensor, conv_state: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -32,23 +31,16 @@ def causal_conv(x: Tensor, conv_state: Tensor | None, weight: Tensor, bias: Tens
     return causal_conv_torch(x, conv_state, weight, bias)
 
 
-def causal_conv_cuda(
-    x: Tensor,
-    conv_state: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    tuning: dict[str, int] | None = None,
-) -> Tensor:
-    """`causal_conv` by conv.cu, where `_fits_cuda`; `tuning` replaces entries of CONV_TUNING. Not differentiable."""
+def causal_conv_cuda(x: Tensor, conv_state: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`causal_conv` by conv.cu, where `_fits_cuda`. Not differentiable."""
     b, t, e = x.shape
-    constants = CONV_TUNING | (tuning or {})
     bits = {"ACTIVATION_BITS": _BITS[x.dtype], "WEIGHT_BITS": _BITS[weight.dtype]}
     bits["STATE_BITS"] = _BITS[x.dtype if conv_state is None else conv_state.dtype]
     out = torch.empty(b, t, e, dtype=x.dtype, device=x.device)
-    grid = (-(-e // (8 * constants["THREADS"])), -(-t // constants["STEPS"]), b)
+    grid = (-(-e // (8 * _SHARING["THREADS"])), -(-t // _SHARING["STEPS"]), b)
     bias = None if bias is None else bias.to(weight.dtype).contiguous()
-    conv = gpu.kernel("conv", "conv", W=weight.shape[1], **constants, **bits)
-    conv(grid, constants["THREADS"], x, conv_state, weight, bias, out, t, e, *x.stride()[:2])
+    conv = gpu.kernel("conv", "conv", W=weight.shape[1], **_SHARING, **bits)
+    conv(grid, _SHARING["THREADS"], x, conv_state, weight, bias, out, t, e, *x.stride()[:2])
     return out
 
 

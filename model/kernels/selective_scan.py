@@ -20,8 +20,8 @@ except ImportError:  # a PyTorch without Triton, as the CPU wheels are
 
 _TILE_STEPS = 32
 _BITS = {torch.float32: 32, torch.bfloat16: 16}
-# How scan.cu shares out the work; a benchmark may try others.
-SCAN_TUNING = {"LANES": 8, "CHANNELS_PER_LANE": 2, "CHANNELS": 32, "TILE": 32, "BLOCKS_PER_SM": 2}
+# how scan.cu shares out the work
+_SHARING = {"LANES": 8, "CHANNELS_PER_LANE": 2, "CHANNELS": 32, "TILE": 32, "BLOCKS_PER_SM": 2}
 _MIN_CHUNK_STEPS = 64  # below, a chunk's own start outweighs what its neighbours save
 
 
@@ -66,17 +66,14 @@ def selective_scan_cuda(
     z: Tensor,
     state: Tensor | None = None,
     delta_bias: Tensor | None = None,
-    tuning: dict[str, int] | None = None,
     chunks: int | None = None,
 ) -> Tensor:
     """`selective_scan` by scan.cu, where `_fits_cuda`; not differentiable.
 
-    `tuning` replaces entries of SCAN_TUNING, `chunks` is how many parts the sequence is cut into (None: as many as fill
-    the card).
+    `chunks`: how many parts the sequence is cut into; None: as many as fill the card.
     """
     (b, t, e), n = u.shape, A.shape[1]
-    constants = SCAN_TUNING | (tuning or {})
-    constants["LANES"] = min(constants["LANES"], n // 2)
+    constants = _SHARING | {"LANES": min(_SHARING["LANES"], n // 2)}
     threads = constants["CHANNELS"] * constants["LANES"] // constants["CHANNELS_PER_LANE"]
     blocks, tile = -(-e // constants["CHANNELS"]), constants["TILE"]
     if chunks is None:

@@ -9,7 +9,8 @@ import tokenizers
 from tokenizers import decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from model.engine import EngineRequest, JambaEngine, StepOutput
+from model.engine import JambaEngine
+from model.engine_request import EngineRequest, StepOutput
 from model.prefix_plan import PlanSettings
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer

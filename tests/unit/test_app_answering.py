@@ -6,7 +6,7 @@ from app_kit import GARDEN, LIGHTHOUSE, train_tiny_tokenizer
 from app.answering import AnswerWriter, Quoted, TextPiece
 from app.prompting import QuoteFormat
 from app.quotes import TokenBytes
-from model.engine import ContextTooLong
+from model.engine_request import ContextTooLong
 from model.tokenizer import Tokenizer
 from retrieval.types import Evidence, Passage
 

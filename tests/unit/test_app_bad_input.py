@@ -6,7 +6,8 @@ import re
 import pytest
 from app_kit import CONTEXT_TOKENS, LIGHTHOUSE, make_settings, running_service
 
-from model.engine import EngineOverloaded, JambaEngine
+from model.engine import JambaEngine
+from model.engine_request import EngineOverloaded
 
 pytestmark = pytest.mark.anyio
 

@@ -12,7 +12,8 @@ from app.prompting import QuoteFormat
 from app.quotes import QuoteLimits, TokenBytes
 from model import load_model
 from model.device_store import DeviceStateStore
-from model.engine import EngineRequest, JambaEngine
+from model.engine import JambaEngine
+from model.engine_request import EngineRequest
 from model.engine_thread import EngineThread
 from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings

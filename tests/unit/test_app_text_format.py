@@ -12,7 +12,7 @@ from app.prompting import QuoteFormat
 from app.quotes import QuoteLimits, TokenBytes
 from app.text_format import TextFormat
 from model.chat_format import speaks_chat_format
-from model.engine import ContextTooLong
+from model.engine_request import ContextTooLong
 from model.tokenizer import Tokenizer
 from retrieval.store import DocumentStore
 from retrieval.types import Evidence

@@ -17,7 +17,8 @@ from model import Jamba, load_model
 from model.cpu_decode import MAX_TOKENS
 from model.device_store import DeviceStateStore
 from model.drafting import DraftCounts, PromptLookup, draft_all
-from model.engine import EngineRequest, JambaEngine
+from model.engine import JambaEngine
+from model.engine_request import EngineRequest
 from model.generation import Generation
 from model.kernels import cpu
 from model.prefix_cache import PrefixCache

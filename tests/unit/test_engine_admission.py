@@ -10,7 +10,8 @@ from engine_kit import SMALL, Answer, byte_tokenizer, run_all, run_one
 from model import Jamba, load_model
 from model.admission import StateBudget, measure_state_bytes
 from model.device_store import DeviceStateStore
-from model.engine import ContextTooLong, EngineRequest, JambaEngine
+from model.engine import JambaEngine
+from model.engine_request import ContextTooLong, EngineRequest
 from model.generation import Generation, Likeliest, score
 from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings

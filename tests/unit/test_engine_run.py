@@ -9,7 +9,8 @@ from engine_kit import SMALL, Answer, byte_tokenizer, run_all, run_one
 
 from model import Jamba, load_model
 from model.device_store import DeviceStateStore
-from model.engine import ContextTooLong, EngineOverloaded, EngineRequest, JambaEngine
+from model.engine import JambaEngine
+from model.engine_request import ContextTooLong, EngineOverloaded, EngineRequest
 from model.prefix_cache import PrefixCache
 from model.sampling import SamplingParams
 

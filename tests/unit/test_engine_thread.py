@@ -8,7 +8,8 @@ from engine_kit import SMALL, Answer, byte_tokenizer, doc_request, run_one
 
 from model import load_model
 from model.device_store import DeviceStateStore
-from model.engine import ContextTooLong, JambaEngine
+from model.engine import JambaEngine
+from model.engine_request import ContextTooLong
 from model.engine_thread import EngineStopped, EngineThread
 from model.prefix_cache import PrefixCache
 

@@ -34,11 +34,10 @@ def test_convolution_from_a_state_equals_the_definition(device, b, t, e, w, bias
     assert torch.equal(state, expected_state.to(state_dtype))
 
 
-@pytest.mark.parametrize("tuning", [{}, {"THREADS": 32, "STEPS": 8, "AT_ONCE": 4}, {"STEPS": 5, "AT_ONCE": 2}], ids=str)
-def test_convolution_without_a_state(device, tuning):
+def test_convolution_without_a_state(device):
     torch.manual_seed(0)
     x, weight = torch.randn(2, 45, 40).to(device), torch.randn(40, 4).to(device)
-    assert_close("output", causal_conv_cuda(x, None, weight, None, tuning), exact(x, None, weight, None), 1e-6)
+    assert_close("output", causal_conv_cuda(x, None, weight, None), exact(x, None, weight, None), 1e-6)
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 31, 32, 33, 70])

@@ -77,24 +77,6 @@ def test_chunks_at_once_are_the_whole(device, chunks, with_state):
         assert_close("state", state, expected_state, 1e-6)
 
 
-@pytest.mark.parametrize(
-    "tuning",
-    [
-        {"CHANNELS_PER_LANE": 2},
-        {"LANES": 8, "CHANNELS_PER_LANE": 2},
-        {"LANES": 2},
-        {"CHANNELS": 64, "BLOCKS_PER_SM": 1},
-        {"CHANNELS": 16, "TILE": 64},
-    ],
-    ids=str,
-)
-def test_every_way_to_share_out_the_work(device, tuning):
-    given, state = inputs(1, 77, 72, 16, device), torch.randn(1, 72, 16).to(device)
-    expected, expected_state = exact(given, state)
-    assert_close("output", selective_scan_cuda(**given, state=state, tuning=tuning), expected, 1e-6)
-    assert_close("state", state, expected_state, 1e-6)
-
-
 def test_softplus_keeps_its_precision_where_delta_is_small_and_where_it_is_large(device):
     given = inputs(1, 8, 8, 4, device)
     given["delta"] = torch.linspace(-16, 60, 64).view(1, 8, 8).to(device)

@@ -22,7 +22,8 @@ from state_kit import Clock, FaultyProxy, running_server
 
 from model import Jamba, load_model, redis_bulk
 from model.device_store import DeviceStateStore, PinnedStateStore
-from model.engine import EngineRequest, JambaEngine
+from model.engine import JambaEngine
+from model.engine_request import EngineRequest
 from model.prefix_cache import PrefixCache
 from model.prefix_plan import state_fingerprint
 from model.redis_store import RedisStateStore

@@ -18,7 +18,7 @@ TEXTS = st.lists(st.one_of(st.text(), st.sampled_from([*SPECIALS, "<|", "|>", "<
 def test_encode_round_trips_and_never_yields_a_special_token(text):
     ids = TOKENIZER.encode(text)
     assert TOKENIZER.decode(ids) == text
-    assert not any(TOKENIZER.is_special(token_id) for token_id in ids)
+    assert not any(TOKENIZER.is_control(token_id) for token_id in ids)
 
 
 @given(TEXTS)
@@ -40,7 +40,7 @@ def test_text_that_merges_into_a_special_token_is_still_plain():
     tokenizer = Tokenizer(backend)
     text = "a<|doc|><|doc|>é"
     ids, offsets = tokenizer.encode_with_offsets(text)
-    assert not any(tokenizer.is_special(token_id) for token_id in ids)
+    assert not any(tokenizer.is_control(token_id) for token_id in ids)
     assert tokenizer.decode(ids) == text
     assert [text[start:end] for start, end in offsets[:3]] == ["a", "<", "|"]
     assert offsets[-1][1] == len(text)
