@@ -22,7 +22,6 @@ from app.limits import CollectionFull, RateLimited
 from app.log import request_id_var
 from app.uploads import BadUpload
 from ingest.files import FileTooLarge, OriginalMissing
-from ingest.files import StorageFull as FilesFull
 from ingest.parse import ParseError
 from ingest.sniff import EmptyFile, UnsupportedMediaType
 from model.engine_request import ContextTooLong, EngineOverloaded
@@ -36,6 +35,7 @@ from retrieval.store import (
     DuplicateDocument,
     IdempotencyConflict,
     StorageFull,
+    StorageUnwritable,
 )
 
 log = logging.getLogger(__name__)
@@ -125,14 +125,14 @@ ERRORS: dict[type[Exception], ErrorKind] = {
     EngineOverloaded: ErrorKind(429, "overloaded", "The service is busy"),
     RateLimited: ErrorKind(429, "rate_limited", "The key has used up its limit"),
     EngineStopped: ErrorKind(503, "unavailable", "The service is stopping"),
+    StorageUnwritable: ErrorKind(503, "storage_not_writable", "The data directory cannot be written"),
     CollectionFull: ErrorKind(507, "collection_full", "The collection is full"),
-    FilesFull: ErrorKind(507, "storage_full", "The disk is full"),
     StorageFull: ErrorKind(507, "storage_full", "The disk is full"),
 }
 _INTERNAL = ErrorKind(500, "internal_error", "Something went wrong in the service")
 _OPENAI_PATHS = ("/v1/chat/", "/v1/models", "/v1/completions", "/v1/embeddings", "/v1/responses")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+_OF_SYSTEM = {errno.ENOSPC: StorageFull, errno.EDQUOT: StorageFull, errno.EROFS: StorageUnwritable}
 
 
 def kind_of(error: BaseException) -> ErrorKind:
@@ -140,8 +140,8 @@ def kind_of(error: BaseException) -> ErrorKind:
     for cls in type(error).__mro__:
         if cls in ERRORS:
             return ERRORS[cls]
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
-        return ERRORS[StorageFull]
+    if isinstance(error, OSError) and error.errno in _OF_SYSTEM:
+        return ERRORS[_OF_SYSTEM[error.errno]]
     return _INTERNAL
 
 
@@ -178,8 +178,7 @@ def problem_response(path: str, body: dict[str, Any], headers: dict[str, str] | 
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Answer every exception that leaves a route with problem+json."""
-    app.add_exception_handler(Exception, _on_error)
+    """Answer exceptions that leave a route with problem+json; those of no kind named here: app/middleware.py."""
     for cls in (*ERRORS, UploadRefused, OSError):
         app.add_exception_handler(cls, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)

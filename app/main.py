@@ -208,7 +208,7 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
         has_reranker=reranker is not None,
         salt=bytes.fromhex(_kept_secret(store, "prefix_salt", 16)),
         wake_workers=worker.notify,
-        checks=make_checks(store, index, words, engine_thread),
+        checks=make_checks(store, files, index, words, engine_thread),
     )
     store.on_replaced = service.on_replaced
     store.on_stage, store.on_ingested = metrics.observe_ingest, metrics.count_ingested

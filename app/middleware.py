@@ -65,18 +65,19 @@ class RequestFrame:
                 self._record(scope, sent.status, time.perf_counter() - start)
                 request_id_var.reset(token)
 
-    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle(self, scope: Scope, receive: Receive, send: "_Sent") -> None:
         try:
             if not _OPEN_PATHS.fullmatch(scope["path"]):
                 if self._in_flight > self._max_in_flight:
                     raise Overloaded(f"{self._max_in_flight} requests are open, which is the limit; try again shortly")
                 await anyio.to_thread.run_sync(self._admit, scope)
-        except (ValueError, Overloaded) as error:
+            await self._app(scope, receive, send)
+        except Exception as error:  # of a route only what its table of errors does not know
+            if send.has_started:
+                raise
             body = describe_error(error)
             response = problem_response(scope["path"], body, error_headers(error, body["status"]))
             await response(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
 
     def _admit(self, scope: Scope) -> None:
         """Say who is asking, and count the request. Raises Unauthorized, Forbidden, RateLimited. Blocks."""
@@ -134,10 +135,11 @@ class _Sent:
     def __init__(self, send: Send, request_id: str) -> None:
         self._send, self._request_id = send, request_id
         self.status = 499  # until a response starts: the client left before
+        self.has_started = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.status = message["status"]
+            self.status, self.has_started = message["status"], True
             headers = MutableHeaders(scope=message)
             headers["X-Request-ID"] = self._request_id
             del headers["Accept-Ranges"]

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 
+from ingest.files import FileStore
 from model.engine_thread import EngineThread
 from retrieval.index import FaissIndex
-from retrieval.store import DocumentStore
+from retrieval.store import DocumentStore, StorageFull, StorageUnwritable
 from retrieval.words import WordIndex
 
 
 def make_checks(
-    store: DocumentStore, index: FaissIndex, words: WordIndex, engine: EngineThread
+    store: DocumentStore, files: FileStore, index: FaissIndex, words: WordIndex, engine: EngineThread
 ) -> dict[str, Callable[[], str]]:
     """Beginning with "ok" where answers are given, even if something is still on its way."""
 
@@ -23,9 +24,19 @@ def make_checks(
             return f"ok so far, being made: {missing} chunks to come"
         return "behind the database" if missing else "ok"
 
+    def check_storage() -> str:
+        try:
+            files.try_writing()
+        except StorageFull:
+            return "ok for questions only: the disk is full"
+        except StorageUnwritable:
+            return "ok for questions only: the data directory cannot be written"
+        return "ok"
+
     return {
         "model": lambda: "ok" if engine.is_alive else "the engine has stopped",
         "database": check_database,
+        "storage": check_storage,
         "index": check_index,
         "words": lambda: f"ok so far, being made: about {words.missing} chunks to come" if words.missing else "ok",
     }

@@ -12,15 +12,17 @@ import tempfile
 import threading
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from retrieval.database import StorageFull
+from retrieval.database import StorageFull, StorageUnwritable
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TEMP_PREFIX = "upload-"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_NO_WRITES = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT}
 MAX_FILENAME_CHARS = 255
 _RESERVE_BYTES = 64 << 20
 
@@ -54,9 +56,9 @@ class FileStore:
         """Store the bytes of `pieces` durably and return (sha256, number of bytes).
 
         With `hold`, `delete` does nothing to them before `release`. Memory is one piece. Raises FileTooLarge as soon
-        as the limit is passed, StorageFull when the disk is.
+        as the limit is passed, StorageFull when the disk is, StorageUnwritable when it takes no writes.
         """
-        try:
+        with self._disk_errors():
             handle, name = tempfile.mkstemp(prefix=_TEMP_PREFIX, dir=self.directory)
             temporary = Path(name)
             try:
@@ -73,13 +75,27 @@ class FileStore:
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
-        except OSError as error:
-            if error.errno not in _NO_SPACE:
-                raise
-            raise StorageFull(
-                f"no space left for an upload in {self.directory}; free some or delete documents, then send it again"
-            ) from error
         return digest, nbytes
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _NO_SPACE:
+                raise StorageFull(
+                    f"no space left for an upload in {self.directory}; free some or delete documents, then try again"
+                ) from error
+            if error.errno in _NO_WRITES:
+                raise StorageUnwritable(
+                    f"{self.directory} cannot be written ({error.strerror}); make it writable, then send it again"
+                ) from error
+            raise
+
+    def try_writing(self) -> None:
+        """Raise StorageFull or StorageUnwritable if an upload could not be stored now."""
+        with self._disk_errors(), tempfile.TemporaryFile(dir=self.directory):
+            self.require_room()
 
     def require_room(self) -> None:
         """Raise StorageFull when so little is left that the database may soon be unable even to delete a document.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from ingest.files import FileStore
 from ingest.parse import ParseError
 from ingest.pipeline import Index, IngestEmbedder, IngestLimits, Job, ingest_document
-from retrieval.store import DocumentStore, EmbedderMismatch, LeaseLost, StorageFull
+from retrieval.store import DocumentStore, EmbedderMismatch, LeaseLost, StorageFull, StorageUnwritable
 from retrieval.types import Document
 
 _SMALL_BYTES = 256 << 10
@@ -178,6 +178,8 @@ def _describe(error: Exception) -> tuple[str, str, bool, int | None]:
             return error.code, str(error), error.retryable, error.page
         case StorageFull():
             return "storage_full", str(error), True, None
+        case StorageUnwritable():
+            return "storage_not_writable", str(error), True, None
         case EmbedderMismatch():
             return "embedder_mismatch", str(error), False, None
         case _:

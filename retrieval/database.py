@@ -12,9 +12,17 @@ from pathlib import Path
 
 from .migrations import migrate
 
+_UNWRITABLE = {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM}
+
 
 class StorageFull(RuntimeError):
     """The disk has no room for a write; nothing of it was kept."""
+
+
+class StorageUnwritable(RuntimeError):
+    """The disk takes no writes: read-only by now, gone or broken; nothing of the write was kept."""
+
+    retry_after_s = 30
 
 
 class StoreUnusable(RuntimeError):
@@ -65,7 +73,8 @@ class Database:
     def write(self) -> Iterator[sqlite3.Connection]:
         """Give a connection whose changes are all on disk when the block ends, or none if it raises.
 
-        Raises StorageFull when the disk is. Not inside `read`: a snapshot cannot be written to.
+        Raises StorageFull when the disk is, StorageUnwritable when it takes no writes. Not inside `read`: a snapshot
+        cannot be written to.
         """
         connection = self._connection()
         if connection.in_transaction:
@@ -75,8 +84,13 @@ class Database:
             yield connection
             connection.execute("COMMIT")
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+            kind = error.sqlite_errorcode & 0xFF  # what is above says more of it
+            if kind == sqlite3.SQLITE_FULL:
                 raise StorageFull(f"no room on the disk of {self.path}; free some and try again") from error
+            if kind in _UNWRITABLE:
+                raise StorageUnwritable(
+                    f"{self.path} cannot be written ({error}); make its disk writable, then try again"
+                ) from error
             raise
         finally:
             if connection.in_transaction:

@@ -6,8 +6,7 @@ import pytest
 
 from app.errors import ERRORS, describe_error, kind_of
 from ingest.files import FileTooLarge
-from ingest.files import StorageFull as FilesFull
-from retrieval.store import StorageFull
+from retrieval.store import StorageFull, StorageUnwritable
 
 CONTRACT = {
     *((401, "unauthorized"), (404, "document_not_found"), (409, "duplicate"), (413, "file_too_large")),
@@ -20,9 +19,14 @@ def test_the_codes_of_the_contract_are_there():
     assert {(kind.status, kind.code) for kind in ERRORS.values()} >= CONTRACT
 
 
-@pytest.mark.parametrize("error", [FilesFull("x"), StorageFull("x"), OSError(errno.ENOSPC, "x")])
+@pytest.mark.parametrize("error", [StorageFull("x"), OSError(errno.ENOSPC, "x")])
 def test_a_full_disk_is_507_wherever_it_is_noticed(error):
     assert kind_of(error).status == 507
+
+
+@pytest.mark.parametrize("error", [StorageUnwritable("x"), OSError(errno.EROFS, "x")])
+def test_a_disk_that_takes_no_writes_is_503_wherever_it_is_noticed(error):
+    assert (kind_of(error).status, kind_of(error).code) == (503, "storage_not_writable")
 
 
 def test_a_kind_of_a_listed_error_is_that_error():

@@ -54,6 +54,32 @@ async def test_metrics_say_where_the_time_of_answers_and_documents_went(client):
     assert found["process_resident_memory_bytes"][0][1] > 1e6
 
 
+async def test_a_fault_has_the_id_under_which_the_log_has_its_cause(client, monkeypatch, caplog):
+    monkeypatch.setattr(client.app.state.service, "search", lambda *_: {}["secret"])
+    reply = await client.post("/v1/search", json={"query": "owl"}, headers={"X-Request-ID": "failed-1"})
+    assert (reply.status_code, reply.json()["request_id"]) == (500, "failed-1")
+    assert reply.headers["x-request-id"] == "failed-1" and reply.headers["x-content-type-options"] == "nosniff"
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [KeyError]
+    counts = (await samples(client))["jamba_rag_http_requests_total"]
+    assert {"method": "POST", "route": "/v1/search", "status": "500"} in [labels for labels, _ in counts]
+
+
+async def test_a_service_that_cannot_write_answers_and_says_so(tiny_checkpoint, tmp_path):
+    async with running_service(make_settings(tiny_checkpoint, tmp_path / "data")) as client:
+        await client.upload("a.md", LIGHTHOUSE)
+        assert (await client.get("/readyz")).json()["checks"]["storage"] == "ok"
+        (tmp_path / "data" / "files").rename(tmp_path / "away")
+        ready = await client.get("/readyz")
+        assert (ready.status_code, ready.json()["status"]) == (200, "ready")
+        assert ready.json()["checks"]["storage"].endswith("the data directory cannot be written")
+        refused = await client.post("/v1/documents", files={"file": ("b.md", b"text")})
+        assert (refused.status_code, refused.json()["code"]) == (503, "storage_not_writable")
+        assert int(refused.headers["retry-after"]) > 0
+        assert (await client.ask("Who is the keeper?"))["text"]
+        (tmp_path / "away").rename(tmp_path / "data" / "files")
+        assert (await client.upload("b.md", "text"))["status"] == "ready"
+
+
 async def test_the_time_of_a_stage_that_was_given_up_is_not_counted(tmp_path, monkeypatch):
     store, stages, now = ObservedStore(tmp_path / "rag.sqlite3"), [], iter(range(100))
     monkeypatch.setattr("app.observed_store.time.perf_counter", lambda: next(now))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ingest.files import MAX_FILENAME_CHARS, FileStore, FileTooLarge, StorageFull, clean_filename
+from ingest.files import MAX_FILENAME_CHARS, FileStore, FileTooLarge, StorageFull, StorageUnwritable, clean_filename
 
 
 @pytest.fixture
@@ -61,6 +61,15 @@ def test_full_disk_is_an_error_that_says_so(files):
     with pytest.raises(StorageFull, match="free"):
         files.save_stream(pieces(), 100)
     assert list(files.directory.iterdir()) == []
+
+
+def test_a_disk_that_takes_no_writes_is_told_as_such(files):
+    files.try_writing()
+    assert list(files.directory.iterdir()) == []
+    files.directory.rmdir()
+    for write in (files.try_writing, lambda: files.save_stream([b"x"], 100)):
+        with pytest.raises(StorageUnwritable, match="make it writable"):
+            write()
 
 
 def test_opening_removes_what_a_crash_left(files):

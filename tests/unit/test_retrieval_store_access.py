@@ -4,7 +4,7 @@ import sqlite3
 
 import pytest
 
-from retrieval.store import DocumentStore, IdempotencyConflict, StoreUnusable
+from retrieval.store import DocumentStore, IdempotencyConflict, StorageUnwritable, StoreUnusable
 from retrieval.types import StoredReply
 
 
@@ -24,6 +24,17 @@ def test_keys(store):
     assert not store.revoke_key(key.id)
     assert store.find_key("h" * 64) is None
     assert [k.revoked_at is None for k in store.list_keys()] == [False]
+
+
+def test_a_database_that_takes_no_writes_is_told_as_such_and_read(store):
+    with store.snapshot() as connection:
+        pass
+    connection.execute("PRAGMA query_only=ON")
+    with pytest.raises(StorageUnwritable, match=r"rag.sqlite3 cannot be written \(attempt to write a readonly"):
+        store.set_setting("name", "value")
+    assert store.get_setting("name") is None
+    connection.execute("PRAGMA query_only=OFF")
+    store.set_setting("name", "value")
 
 
 def test_replies_to_repeated_requests(tmp_path):
