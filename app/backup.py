@@ -4,6 +4,7 @@ The index and the prefix states are left out: both are derived. Safe while a ser
 of one moment, and the originals that it needs at that moment are all in the backup, each verified by its hash.
 """
 
+import fcntl
 import hashlib
 import io
 import logging
@@ -18,6 +19,7 @@ from collections.abc import Collection, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 from app.datadir import DataDir
 from ingest.files import FileStore
@@ -28,6 +30,8 @@ log = logging.getLogger(__name__)
 _DATABASE = "rag.sqlite3"
 _TRIES = 5  # to copy a database whose originals are all still there
 _FILES = "files"
+_SCRATCH = ".backup-"  # beside the backup: a directory with what is not finished
+_UNFINISHED = "backup.tar"
 
 
 class BackupFailed(RuntimeError):
@@ -35,7 +39,8 @@ class BackupFailed(RuntimeError):
 
 
 def write_backup(data_dir: Path, target: Path) -> int:
-    """Write `target`, for its owner only; returns the number of originals in it. An interrupted backup leaves no file.
+    """Write `target`, for its owner only; returns the number of originals in it. An interrupted backup leaves no file;
+    what a killed one leaves beside `target` goes with the next backup into that folder.
 
     Raises BackupFailed, also for a database or an original that is damaged.
     """
@@ -44,21 +49,37 @@ def write_backup(data_dir: Path, target: Path) -> int:
         raise BackupFailed(f"{data_dir} holds no {_DATABASE}: there is nothing to back up")
     if not target.parent.is_dir():
         raise BackupFailed(f"{target.parent} is no folder; make it, or write the backup somewhere else")
-    unfinished = target.with_name(target.name + ".partial")
-    try:
-        scratch_dir = tempfile.TemporaryDirectory(dir=target.parent, prefix=".backup-")
-        unfinished.unlink(missing_ok=True)
+    for leftover in filter(_is_abandoned, target.parent.glob(f"{_SCRATCH}*")):
+        shutil.rmtree(leftover)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=_SCRATCH) as scratch:
+        unfinished, copy = Path(scratch) / _UNFINISHED, Path(scratch) / _DATABASE
         private = os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
-        with scratch_dir as scratch, private, tarfile.open(fileobj=private, mode="w") as tar:
-            copy = Path(scratch) / _DATABASE
+        with private, tarfile.open(fileobj=private, mode="w") as tar:
+            _lock(private)
             count = _add_consistently(tar, data_dir, copy)
             tar.add(copy, _DATABASE)
         _sync(unfinished)
         unfinished.replace(target)
         _sync(target.parent)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return count
+
+
+def _is_abandoned(scratch: Path) -> bool:
+    """Whether a backup that was killed has left it; one under way holds a lock."""
+    try:
+        with (scratch / _UNFINISHED).open("r+b") as file:
+            return _lock(file)
+    except OSError:  # just begun, or another user's
+        return False
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Until the file is closed. False if another has it, or its file system knows no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _add_consistently(tar: tarfile.TarFile, data_dir: Path, copy: Path) -> int:

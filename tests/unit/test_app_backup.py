@@ -51,6 +51,38 @@ def test_a_backup_is_its_owners_alone(backup):
     assert stat.S_IMODE(backup.stat().st_mode) == 0o600
 
 
+def back_up_in_another_process(data: Path, target: Path, at_verify: str) -> subprocess.Popen:
+    code = (
+        "import app.backup, os, pathlib; verify = app.backup._verify;"
+        f"app.backup._verify = lambda *given: ({at_verify}, verify(*given))[1];"
+        f"app.backup.write_backup(pathlib.Path({str(data)!r}), pathlib.Path({str(target)!r}))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, stdin=-1, stdout=-1)
+
+
+def test_what_a_killed_backup_leaves_goes_with_the_next(backup, tmp_path):
+    killed = back_up_in_another_process(
+        tmp_path / "data", tmp_path / "1.tar", f"os.kill(os.getpid(), {signal.SIGKILL:d})"
+    )
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "1.tar").exists()
+    assert list(tmp_path.glob(".backup-*"))
+    write_backup(tmp_path / "data", tmp_path / "2.tar")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2.tar", "backup.tar", "data"]
+
+
+def test_two_backups_at_once_leave_each_other_alone(backup, tmp_path):
+    other = back_up_in_another_process(tmp_path / "data", tmp_path / "1.tar", "(print('at it', flush=True), input())")
+    assert other.stdout.readline() == b"at it\n"
+    write_backup(tmp_path / "data", tmp_path / "2.tar")
+    other.communicate(b"\n")
+    assert other.returncode == 0
+    for name in ("1", "2"):
+        restore_backup(tmp_path / f"{name}.tar", tmp_path / name)
+        assert held(tmp_path / name) == {"an old owl", "an old fox"}
+
+
 def test_a_damaged_backup_is_not_restored(backup, tmp_path):
     content = backup.read_bytes()
     for name, damaged in {
