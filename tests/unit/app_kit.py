@@ -124,10 +124,10 @@ def serving(settings: Settings) -> Iterator[str]:
 
 
 @asynccontextmanager
-async def running_service(settings: Settings) -> AsyncIterator[ServiceClient]:
+async def running_service(settings: Settings, key: str | None = None) -> AsyncIterator[ServiceClient]:
     """A whole service in this process, its lifespan included."""
     app = create_app(settings)
-    async with app.router.lifespan_context(app), ServiceClient(app, settings.data_dir) as client:
+    async with app.router.lifespan_context(app), ServiceClient(app, settings.data_dir, key) as client:
         yield client
 
 

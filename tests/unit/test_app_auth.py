@@ -6,7 +6,7 @@ import re
 import stat
 
 import pytest
-from app_kit import GARDEN, LIGHTHOUSE, ServiceClient, make_settings, read_events, running_service
+from app_kit import GARDEN, LIGHTHOUSE, make_settings, read_events, running_service
 
 pytestmark = pytest.mark.anyio
 
@@ -211,29 +211,15 @@ async def test_a_second_start_makes_no_new_key_and_says_where_the_first_one_was(
         key = (settings.data_dir / "admin.key").read_text().strip()
     assert str(settings.data_dir / "admin.key") in caplog.text and key not in caplog.text
     (settings.data_dir / "admin.key").unlink()
-    async with running_service_with(settings, key) as again:
+    async with running_service(settings, key) as again:
         assert (await again.get("/v1/keys")).status_code == 200
     assert not (settings.data_dir / "admin.key").exists()
     assert first is not again
 
 
-def running_service_with(settings, key):
-    from contextlib import asynccontextmanager
-
-    from app.main import create_app
-
-    @asynccontextmanager
-    async def start():
-        app = create_app(settings)
-        async with app.router.lifespan_context(app), ServiceClient(app, settings.data_dir, key) as client:
-            yield client
-
-    return start()
-
-
 async def test_without_auth_everyone_is_an_admin(tiny_checkpoint, tmp_path):
     settings = make_settings(tiny_checkpoint, tmp_path / "data", auth={"enabled": False})
-    async with running_service_with(settings, "none") as client:
+    async with running_service(settings, "none") as client:
         del client.headers["Authorization"]
         for host in ("localhost", "127.0.0.1:8000", "[::1]:8000"):
             assert (await client.get("/v1/config", headers={"Host": host})).status_code == 200

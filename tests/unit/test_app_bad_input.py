@@ -169,13 +169,6 @@ async def test_questions_that_make_no_sense_are_refused(client, body):
     assert_problem(await client.post("/v1/answers", json=body), 422, "invalid_request")
 
 
-async def test_half_a_character_is_refused(client):
-    reply = await client.post(
-        "/v1/answers", content=b'{"question": "\\ud800"}', headers={"Content-Type": "application/json"}
-    )
-    assert_problem(reply, 422, "invalid_request")
-
-
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_question_longer_than_the_context_is_refused_before_the_first_byte(client, stream):
     body = {"question": "why " * CONTEXT_TOKENS * 2, "stream": stream}
@@ -238,10 +231,6 @@ async def test_unknown_collections_and_documents_are_404(client, path):
 @pytest.mark.parametrize("query", ["limit=0", "limit=x", "status=done"])
 async def test_bad_query_parameters_are_refused(client, query):
     assert_problem(await client.get(f"/v1/documents?{query}"), 422, "invalid_request")
-
-
-async def test_a_wrong_method_is_a_problem_too(client):
-    assert_problem(await client.patch("/v1/documents"), 405, "method_not_allowed")
 
 
 @pytest.mark.parametrize(

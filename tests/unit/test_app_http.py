@@ -37,6 +37,7 @@ async def test_a_document_becomes_ready_and_can_be_looked_at(client, lighthouse)
     original = await client.get(f"{path}/file")
     assert original.text == LIGHTHOUSE
     assert original.headers["content-disposition"].startswith("attachment")
+    assert original.headers["cache-control"] == "private, no-cache"  # no browser keeps it without asking again
     text = (await client.get(f"{path}/text")).json()
     part = (await client.get(f"{path}/text", params={"start": 3, "end": 9})).json()
     assert part["text"] == text["text"][3:9] and text["pages"] == []
@@ -44,14 +45,6 @@ async def test_a_document_becomes_ready_and_can_be_looked_at(client, lighthouse)
         place = chunk["location"]
         assert text["text"][place["char_start"] : place["char_end"]] == chunk["text"]
         assert "page_start" not in place
-
-
-async def test_events_tell_the_progress_and_the_end(client):
-    reply = await client.post("/v1/documents", files={"file": ("events.txt", b"The owl sleeps by day.")})
-    document_id = reply.json()["data"][0]["id"]
-    events = read_events((await client.get(f"/v1/documents/{document_id}/events")).text)
-    assert [kind for kind, _ in events[:-1]] == ["document.progress"] * (len(events) - 1)
-    assert events[-1][0] == "document.ready" and events[-1][1]["status"] == "ready"
 
 
 async def test_several_files_and_one_bad_one(client):

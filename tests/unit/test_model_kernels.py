@@ -54,13 +54,6 @@ def test_scan_survives_decays_that_vanish() -> None:
         assert_close(scan.__name__, scan(**inputs), expected, RATIO[torch.float32])
 
 
-def test_scan_adds_the_bias_before_softplus() -> None:
-    inputs = scan_inputs(2, 37, 5, 4)
-    raw, bias = torch.randn(2, 37, 5), torch.randn(5)
-    expected = selective_scan_ref(**inputs | {"delta": F.softplus(raw + bias)})
-    assert_close("y", selective_scan(**inputs | {"delta": raw}, delta_bias=bias), expected, RATIO[torch.float32])
-
-
 @pytest.mark.parametrize("t", [2, 32, 67])
 def test_gradients_of_the_scan_are_those_of_its_definition(t: int) -> None:
     gradients = []

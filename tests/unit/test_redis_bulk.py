@@ -3,7 +3,6 @@ that is used again only when nobody has it."""
 
 import random
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -72,37 +71,6 @@ def test_buffers_are_reused_once_free(monkeypatch, fewer):
     del first
     assert where in {np.frombuffer(view, np.uint8).ctypes.data for view in (pool.take(990), pool.take(990))}
     assert len(pool.take(10)) == 10
-
-
-def test_a_password_is_needed_where_one_is_set():
-    with running_server() as server:
-        with server.client() as client:
-            client.config_set("requirepass", "secret")
-        right = open_client(f"redis://:secret@127.0.0.1:{server.port}", 5.0)
-        assert set_bulk(right, [("a", bytes(20_000))], 50) == [b"OK"]
-        right.close()
-        wrong = open_client(server.connection_url, 5.0)
-        with pytest.raises(redis.AuthenticationError):
-            get_bulk(wrong, ["a"])
-        wrong.close()
-
-
-def test_a_cluster_is_found_out_and_used_slot_by_slot():
-    with running_server(cluster_enabled="yes") as server:
-        with server.client() as client:
-            client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-            while b"cluster_state:ok" not in client.execute_command("CLUSTER", "INFO"):
-                time.sleep(0.05)
-        store = RedisStateStore(server.connection_url, part_bytes=20_000, timeout_s=5.0)
-        items = [StateItem(f"{i}", random.Random(i).randbytes(9_000 * i), frozenset({f"t{i % 2}"})) for i in range(6)]
-        store.put_many(items)
-        assert [bytes(value) for value in store.get_many([item.key for item in items])] == [i.value for i in items]
-        store.delete(tags=["t1"])
-        assert store.contains_many("012345") == [True, False] * 3
-        store.delete(keys=["4"])
-        assert store.contains_many("024") == [True, True, False]
-        assert store.stats()["errors"] == store.stats()["dropped"] == 0
-        store.close()
 
 
 def test_parts_and_manifest_survive_several_connections():

@@ -218,17 +218,3 @@ def test_a_damaged_note_of_missed_deletes_is_said_and_left(server, tmp_path, cap
     store = open_store(server, owed_file=owed)
     assert store.stats()["owed_deletes"] == 0 and str(owed) in caplog.text
     store.close()
-
-
-def test_a_server_killed_mid_way():
-    with running_server() as server:
-        store = open_store(server)
-        store.put_many([item("a", b"1")])
-        server.terminate()
-        use_all(store)
-        store.close()
-
-
-def test_a_url_that_is_none_is_the_caller_s_fault():
-    with pytest.raises(ValueError, match="its form is redis://"):
-        RedisStateStore("localhost:6379")
