@@ -52,7 +52,7 @@ def tree_attention_ref(q: Tensor, tree: Tree, places: Tensor) -> Tensor:
         )  # fmt: skip
         scores = q[p, n].transpose(0, 1) @ keys.mT * q.shape[-1] ** -0.5  # (heads, t, keys)
         before = tree.shared.shape[2] + length - pad
-        hidden = torch.arange(keys.shape[1]) > before + places[:, None]
+        hidden = torch.arange(keys.shape[1], device=q.device) > before + places[:, None]
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype)
         out[p, n] = (weights @ values).transpose(0, 1)
     return out
