@@ -49,6 +49,8 @@ def write_backup(data_dir: Path, target: Path) -> int:
         raise BackupFailed(f"{data_dir} holds no {_DATABASE}: there is nothing to back up")
     if not target.parent.is_dir():
         raise BackupFailed(f"{target.parent} is no folder; make it, or write the backup somewhere else")
+    if target.is_dir():
+        raise BackupFailed(f"{target} is a folder; name the file that the backup is to be")
     for leftover in filter(_is_abandoned, target.parent.glob(f"{_SCRATCH}*")):
         shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=_SCRATCH) as scratch:

@@ -15,12 +15,13 @@ import typer
 from typer.completion import get_completion_script
 
 from app import render
-from app.cli_options import Collection, DataDirectory, Json, Key, Limit, Url, choose_settings
+from app.cli_options import Collection, DataDirectory, Json, Key, Limit, PlainGroup, Url, choose_settings
 from app.settings import SettingsError
 from retrieval.types import OnConflict, Status
 
 app = typer.Typer(
     name="jamba-rag",
+    cls=PlainGroup,
     no_args_is_help=True,
     invoke_without_command=True,
     pretty_exceptions_enable=False,

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from app.settings import Settings, load_settings
 
@@ -11,9 +12,22 @@ Url = Annotated[
     str | None, typer.Option("--url", help="Talk to a running service. (Or: JAMBA_RAG_URL in the environment.)")
 ]
 Key = Annotated[str | None, typer.Option("--key", help="API key for --url. (Or: JAMBA_RAG_KEY in the environment.)")]
+
+
+def _directory(name: str) -> Path:
+    if not name:  # as of a shell's variable that is not set; Path("") is the working directory
+        raise typer.BadParameter("must name a directory")
+    return Path(name)
+
+
 DataDirectory = Annotated[
     Path | None,
-    typer.Option("--data-dir", help="Work in process on this directory. (Or: JAMBA_RAG_DATA_DIR in the environment.)"),
+    typer.Option(
+        "--data-dir",
+        parser=_directory,
+        metavar="PATH",
+        help="Work in process on this directory. (Or: JAMBA_RAG_DATA_DIR in the environment.)",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Collection = Annotated[str, typer.Option("--collection", "-c", help="Collection to work on.")]
@@ -27,3 +41,14 @@ def choose_settings(url: str | None, key: str | None, data_dir: Path | None, **g
     if data_dir is not None and url is None:
         given["url"] = None  # a data dir on the command line is stronger than a URL in the environment
     return load_settings(**given, **groups)
+
+
+class PlainGroup(TyperGroup):
+    """Commands whose wrong usage is told without the name of an exception, which pydantic puts before it."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise

@@ -5,6 +5,7 @@ An exception lives beside the code that raises it; its message becomes `detail`,
 
 import errno
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -212,8 +213,10 @@ def _describe_field(field: dict[str, Any]) -> str:
     if field["type"] == "json_invalid":
         return f"the body is not JSON: {field.get('ctx', {}).get('error', field['msg'])} at character {place}"
     message = field["msg"].removeprefix("Value error, ")
-    if isinstance(field["input"], str):
-        message = message.replace(" items after validation", " characters")
+    if field["type"] == "string_pattern_mismatch":
+        message = "must be 1 to 64 of a-z A-Z 0-9 . _ - after a letter or digit"  # the name of a collection
+    elif isinstance(field["input"], str):
+        message = re.sub(r" (item|character)(s?) after validation", r" character\2", message)
     return f"{place or 'body'}: {message}"
 
 

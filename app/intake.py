@@ -16,6 +16,7 @@ from starlette.requests import Request
 from app import schemas
 from app.auth import Principal
 from app.errors import InvalidRequest, UploadRefused, kind_of
+from app.field_checks import plain
 from app.service import RagService, ReceivedFile
 from app.settings import IngestSettings
 from app.uploads import BadUpload, Part, read_field, read_in_thread, read_parts
@@ -126,9 +127,9 @@ def _read_metadata(text: str | None) -> dict[str, Any] | None:
         raise InvalidRequest(f"metadata has {len(text)} characters, the limit is {MAX_METADATA_CHARS}")
     try:
         metadata = json.loads(text, parse_constant=_refuse_constant)
-        json.dumps(metadata, ensure_ascii=False, allow_nan=False).encode()
+        plain(json.dumps(metadata, ensure_ascii=False, allow_nan=False))
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"metadata is not JSON: {error}") from error
+        raise InvalidRequest(f"metadata is not JSON that can be kept: {error}") from error
     if not isinstance(metadata, dict):
         raise InvalidRequest(f"metadata is a JSON {type(metadata).__name__}, must be an object")
     return metadata

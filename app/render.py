@@ -153,6 +153,9 @@ def show_hits(hits: Sequence[Mapping[str, Any]]) -> None:
 def show_documents(documents: Sequence[Mapping[str, Any]]) -> None:
     """A row each. On a terminal what went wrong stands below the table; what all have in common is left out, and so are
     counts where it is narrow."""
+    if not documents:
+        out.print("no documents", style="yellow")
+        return
     columns = ["id", "collection", "file", "status", "pages", "chunks", "bytes", "why"]
     if out.is_terminal:
         several = len({document["collection"] for document in documents}) > 1

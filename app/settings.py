@@ -35,7 +35,7 @@ class _Group(BaseModel):
 
 
 class ServerSettings(_Group):
-    host: str = _setting("127.0.0.1", "Address to listen on.")
+    host: str = _setting("127.0.0.1", "Address to listen on.", min_length=1)
     port: int = _setting(8000, "Port to listen on.", ge=0, le=65535)
     max_requests_in_flight: int = _setting(512, "Open HTTP requests after which new ones get 429.", "requests", ge=1)
     keepalive_s: float = _setting(15.0, "Pause after which an idle event stream sends a comment.", "seconds", gt=0)

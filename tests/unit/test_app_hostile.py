@@ -54,6 +54,17 @@ async def test_text_that_is_too_long_is_counted_in_characters(client):
     assert detail["detail"] == "query: Value should have at most 32768 characters, not 40000"
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "told"),
+    [
+        ("/v1/collections", {"name": "../x"}, "name: must be 1 to 64 of a-z A-Z 0-9 . _ - after a letter or digit"),
+        ("/v1/keys", {"name": ""}, "name: Value should have at least 1 character, not 0"),
+    ],
+)
+async def test_names_that_cannot_be_are_told_in_words(client, path, body, told):
+    assert assert_problem(await client.post(path, json=body), 422, "invalid_request")["detail"] == told
+
+
 async def test_no_detail_shows_how_a_field_is_checked(client):
     body = {"model": "jamba-rag/default", "messages": [{"role": "user", "content": 7}]}
     detail = assert_problem(await client.post("/v1/chat/completions", json=body), 422, "invalid_request")["detail"]

@@ -60,6 +60,30 @@ def test_a_backup_into_a_folder_that_is_not_there_names_it(run, tmp_path):
     assert code == 1 and f"{tmp_path / 'none'} is no folder" in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["documents", "list", "--status", "done"], "'done' is not one of 'queued'"),
+        (["completion", "csh"], "'csh' is not one of 'bash'"),
+        (["documents", "list", "--data-dir", ""], "must name a directory"),
+        (["serve", "--host", ""], "at least 1 character"),
+    ],
+)
+def test_wrong_usage_is_told_in_plain_words(run, arguments, told):
+    code, _, err = run(*arguments)
+    assert code == 2 and told in err and "Value error" not in err
+
+
+def test_a_backup_into_a_folder_asks_for_a_file(run, tmp_path):
+    DocumentStore(tmp_path / "rag.sqlite3").close()
+    code, _, err = run("backup", tmp_path, "--data-dir", tmp_path)
+    assert code == 1 and "name the file" in err
+
+
+def test_an_empty_list_says_so(run, tmp_path):
+    assert run("documents", "list", "--data-dir", tmp_path)[1] == "no documents\n"
+
+
 def test_the_version_is_told(run):
     assert run("--version") == (0, "jamba-rag 0.1.0\n", "")
 
