@@ -2,8 +2,11 @@
 
 import fcntl
 import os
+import shutil
 from pathlib import Path
 from typing import Self
+
+_LEAST_BYTES = 512 << 10  # SQLite's log, and the first writes of the indexes
 
 
 class DataDirInUse(RuntimeError):
@@ -11,7 +14,7 @@ class DataDirInUse(RuntimeError):
 
 
 class DataDirUnusable(RuntimeError):
-    """The data directory cannot be made or written."""
+    """The data directory cannot be made or written, or its disk is full."""
 
 
 class DataDir:
@@ -47,6 +50,9 @@ class DataDir:
         if (fault := find_unwritable(path)) is not None:
             self.close()
             raise DataDirUnusable(fault)
+        if (free_bytes := shutil.disk_usage(path).free) < _LEAST_BYTES:
+            self.close()
+            raise DataDirUnusable(f"{free_bytes} bytes are left on the disk of {path}, too little to start: free some")
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
 

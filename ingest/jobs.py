@@ -19,6 +19,7 @@ from retrieval.store import DocumentStore, EmbedderMismatch, LeaseLost, StorageF
 from retrieval.types import Document
 
 _SMALL_BYTES = 256 << 10
+_NO_ROOM_PAUSE_S = 30.0
 _LOG = logging.getLogger(__name__)
 
 
@@ -137,6 +138,12 @@ class IngestWorker:
                 self._store.release_lease(document.id, self.worker_id, version=document.version)
                 return
             code, message, retryable, page = _describe(error)
+            if isinstance(error, StorageFull | StorageUnwritable):  # whatever the document: it waits for better times
+                self._store.postpone_document(
+                    *(document.id, code, message, _NO_ROOM_PAUSE_S), version=document.version, worker_id=self.worker_id
+                )
+                _LOG.warning("document %s version %d waits: %s", document.id, document.version, message)
+                return
             self._store.fail_document(
                 *(document.id, code, message, retryable, page), version=document.version, worker_id=self.worker_id
             )

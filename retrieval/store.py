@@ -268,6 +268,14 @@ class DocumentStore(IndexFeed):
         with self._db.write() as c:
             return jobs.fail_document(c, document_id, version, worker_id, error, self._max_attempts, self._clock())
 
+    def postpone_document(
+        self, document_id: str, code: str, message: str, pause_s: float, *, version: int, worker_id: str
+    ) -> None:
+        """Record what keeps the service from ingesting: back to the queue for a while, without counting the attempt."""
+        error = documents.DocumentError(code, message, True, None)
+        with self._db.write() as c:
+            jobs.postpone_document(c, document_id, version, worker_id, error, pause_s, self._clock())
+
     def retry_document(self, document_id: str) -> Document:
         """Queue a failed version again, with fresh attempts and, as it comes late, a new ordinal; others unchanged."""
         with self._db.write() as c:

@@ -110,6 +110,20 @@ def fail_document(
     return get_document(c, document_id)
 
 
+def postpone_document(
+    c: sqlite3.Connection,
+    document_id: str,
+    version: int,
+    worker_id: str,
+    error: DocumentError,
+    pause_s: float,
+    now: float,
+) -> None:
+    require_version(c, document_id, version, worker_id)
+    values = (json.dumps(asdict(error)), now + pause_s)
+    _update(c, document_id, version, now, f"{_QUEUED}, attempts = attempts - 1, error = ?, not_before = ?", values)
+
+
 def retry_document(c: sqlite3.Connection, document_id: str, now: float) -> Document:
     document = get_document(c, document_id)
     if document.status == "failed":

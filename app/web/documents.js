@@ -57,11 +57,11 @@ class Entry {
   describe() {
     if (this.failure) return this.failure;
     if (!this.document) return this.sent ? `Sending, ${Math.round(this.sent * 100)} %` : "Waiting to be sent";
-    const { status, progress, pages, tokens, bytes } = this.document;
+    const { status, progress, pages, tokens, bytes, last_error: error } = this.document;
     if (status === "ready") {
       return [pages && counted(pages, "page"), tokens && counted(tokens, "token"), formatBytes(bytes)].filter(Boolean).join(" · ");
     }
-    const stage = STAGES[status] || status;
+    const stage = (STAGES[status] || status) + (status === "queued" && error ? `: ${error.message}` : "");
     return progress?.total ? `${stage}, ${formatNumber(progress.done)} of ${counted(progress.total, progress.unit.replace(/s$/, ""))}` : stage;
   }
 

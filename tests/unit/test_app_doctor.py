@@ -133,6 +133,12 @@ def test_nothing_starts_where_another_user_left_something(place):
             datadir.DataDir(Path(directory))
 
 
+def test_nothing_starts_on_a_disk_that_is_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(datadir.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(datadir.DataDirUnusable, match="1000 bytes are left on the disk of"):
+        datadir.DataDir(tmp_path)
+
+
 def test_a_read_only_disk_is_not_put_down_to_its_owner(settings, monkeypatch):
     monkeypatch.setattr(datadir, "_may_write", lambda path: False)
     monkeypatch.setattr(datadir.os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_RDONLY))

@@ -132,6 +132,20 @@ def test_an_upload_becomes_chunks_that_are_found(place, embedder):
     assert place.store.load_hits(rows.tolist())[rows[0]].document_id == document.id
 
 
+def test_a_full_disk_is_no_fault_of_the_documents_that_wait(place, start, monkeypatch):
+    full, room = (type("Usage", (), {"total": 1 << 40, "free": free}) for free in (0, 1 << 39))
+    document = place.upload(TEXT.encode())
+    monkeypatch.setattr("ingest.files.shutil.disk_usage", lambda _: full)
+    start()
+    for _ in range(10):
+        place.clock.now += 31
+        wait_for(lambda: (d := place.store.get_document(document.id)).updated_at == place.clock.now and not d.attempts)
+        assert place.wait(document.id, "queued").last_error.code == "storage_full"
+    monkeypatch.setattr("ingest.files.shutil.disk_usage", lambda _: room)
+    place.clock.now += 31
+    assert place.wait(document.id, "ready", "failed").status == "ready"
+
+
 def test_doing_it_again_changes_nothing(place, embedder):
     document = place.upload(TEXT.encode())
     limits = IngestLimits(embed_batch=1)
