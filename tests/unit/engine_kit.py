@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -45,8 +46,9 @@ def byte_backend(merges: Sequence[tuple[str, str]] = ()) -> tokenizers.Tokenizer
     return backend
 
 
-def byte_tokenizer(eos: bool = True) -> Tokenizer:
-    return Tokenizer(byte_backend(), eos_id=SPECIALS.index("<|im_end|>") if eos else None)
+TOKENIZER = Tokenizer(byte_backend(), eos_id=SPECIALS.index("<|im_end|>"))
+DOCUMENTS = [f"{i}: " + "".join(random.Random(i).choices("abc déf", k=15 * i + 9)) for i in range(6)]
+QUESTIONS = ["why?", "what is in it, and where?", "x" * 40]
 
 
 def doc_prompt(tokenizer: Tokenizer, documents: Iterable[str], question: str) -> tuple[list[int], list[int], dict]:
@@ -90,15 +92,32 @@ class Answer:
         return self.outputs[-1]
 
 
+def prompt(length: int, which: int = 0) -> tuple[int, ...]:
+    return tuple(random.Random(which).choices(range(11, 267), k=length))
+
+
+def request(length: int = 40, which: int = 0, **sampling: object) -> EngineRequest:
+    params = SamplingParams(**{"max_new_tokens": 8, "ignore_eos": True} | sampling)
+    return EngineRequest(prompt(length, which), sampling=params)
+
+
+def step(engine: JambaEngine, answers: dict[str, Answer]) -> None:
+    for output in engine.step():
+        answers[output.request_id].outputs.append(output)
+
+
 def run_all(engine: JambaEngine, requests: Iterable[EngineRequest]) -> list[Answer]:
     """Add all requests at once and step until each has ended; every output is of one of them."""
     answers = {engine.add(request): Answer() for request in requests}
     while engine.has_work():
-        for output in engine.step():
-            answers[output.request_id].outputs.append(output)
+        step(engine, answers)
     assert all(answer.end.finish_reason is not None for answer in answers.values())
     return list(answers.values())
 
 
 def run_one(engine: JambaEngine, request: EngineRequest) -> Answer:
     return run_all(engine, [request])[0]
+
+
+def assert_same_bits(answer: Answer, expected: Answer) -> None:
+    assert (answer.token_ids, answer.logprobs, answer.text) == (expected.token_ids, expected.logprobs, expected.text)

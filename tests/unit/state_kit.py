@@ -51,15 +51,6 @@ def open_store(server: ValkeyServer, **settings: object) -> RedisStateStore:
     return RedisStateStore(server.connection_url, **{"timeout_s": 2.0, "retry_after_s": 0.0} | settings)
 
 
-class Clock:
-    """Time that stands still until it is moved."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @contextmanager
 def silent_server() -> Iterator[str]:
     """Url of a server that accepts connections and never answers."""

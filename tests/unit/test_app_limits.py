@@ -8,6 +8,7 @@ import stat
 import httpx
 import pytest
 from app_kit import GARDEN, LIGHTHOUSE, make_settings, running_service, serving
+from clock_kit import Clock
 
 from app.audit import AuditLog
 from app.auth import LOCAL_ADMIN, Authenticator, Principal, Unauthorized, is_well_formed, new_key
@@ -15,7 +16,6 @@ from app.errors import Overloaded, error_headers
 from app.http_client import CommandFailed, Service, open_service, sign_in
 from app.limits import KeyLimits, Meter, RateLimited
 from app.pace import Pace
-from retrieval.store import DocumentStore
 
 pytestmark = pytest.mark.anyio
 
@@ -23,22 +23,8 @@ ME, OTHER = Principal("key_me", "writer"), Principal("key_other", "writer")
 NOON = 86_400 * 20_000 + 43_200.0
 
 
-class Clock:
-    now = NOON
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def store(tmp_path):
-    store = DocumentStore(tmp_path / "rag.sqlite3")
-    yield store
-    store.close()
-
-
 def meter(store, clock=None, **limits: int) -> Meter:
-    return Meter(store, KeyLimits(**limits), clock or Clock())
+    return Meter(store, KeyLimits(**limits), clock or Clock(NOON))
 
 
 def refused_for(call, *arguments) -> int:
@@ -48,7 +34,7 @@ def refused_for(call, *arguments) -> int:
 
 
 def test_a_minutes_requests_come_back_evenly_and_each_key_has_its_own(store):
-    clock = Clock()
+    clock = Clock(NOON)
     limited = meter(store, clock, requests_per_minute=6)
     for _ in range(6):
         limited.admit_request(ME)
@@ -64,7 +50,7 @@ def test_a_minutes_requests_come_back_evenly_and_each_key_has_its_own(store):
 
 
 def test_an_answer_over_the_limit_is_paid_back_before_the_next(store):
-    clock = Clock()
+    clock = Clock(NOON)
     limited = meter(store, clock, tokens_per_minute=600)
     limited.admit_answer(ME)
     limited.charge_tokens(ME, 1199)
@@ -74,7 +60,7 @@ def test_an_answer_over_the_limit_is_paid_back_before_the_next(store):
 
 
 def test_as_many_answers_are_taken_on_as_are_finished_in_time():
-    clock = Clock()
+    clock = Clock(NOON)
     pace = Pace(max_pending=64, max_wait_s=30, clock=clock)
 
     def places() -> int:
@@ -110,7 +96,7 @@ def test_as_many_answers_are_taken_on_as_are_finished_in_time():
 
 
 def test_a_days_bytes_survive_a_restart_and_end_at_midnight(store):
-    clock = Clock()
+    clock = Clock(NOON)
     first = meter(store, clock, upload_bytes_per_day=100)
     first.charge_bytes(ME, 70)
     first.save(ME)

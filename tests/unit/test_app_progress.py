@@ -1,15 +1,9 @@
 """How far an answer is, before it has a first word."""
 
 import pytest
+from clock_kit import Clock
 
 from app.progress import ReadingProgress
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -1,25 +1,19 @@
 """States kept as tensors where the model runs. The oracle is the same answer, to the last bit, as without any cache."""
 
-import random
 import threading
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
-from engine_kit import SMALL, byte_tokenizer, doc_request, run_all, run_one
+from engine_kit import DOCUMENTS, QUESTIONS, TOKENIZER, assert_same_bits, doc_request, run_all, run_one
 from state_kit import open_store, running_server
 
 from model import Jamba, load_model
 from model.device_store import DeviceStateStore, PinnedStateStore, StateTensors
 from model.engine import JambaEngine
-from model.prefix_cache import PrefixCache
 from model.state import HybridState, StateLayout
 from model.state_store import StateItem
-
-TOKENIZER = byte_tokenizer()
-DOCUMENTS = [f"{i}: " + "".join(random.Random(i).choices("abc déf", k=15 * i + 9)) for i in range(6)]
-QUESTIONS = ["why?", "what is in it, and where?", "x" * 40]
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -33,21 +27,6 @@ def model(tiny_jamba_dir, request) -> Jamba:
 @pytest.fixture
 def device(model) -> torch.device:
     return model.embed_tokens.weight.device
-
-
-@pytest.fixture
-def make_engine(model):
-    engines = []
-
-    def make(*stores: object) -> JambaEngine:
-        cache = PrefixCache(stores, b"model", SMALL)
-        engines.append(JambaEngine(model, TOKENIZER, cache, max_context_tokens=2000))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.close()
-        engine.prefix_cache.close()
 
 
 @pytest.fixture
@@ -68,10 +47,6 @@ def named_store(max_bytes: int, device: torch.device) -> DeviceStateStore:
     store = DeviceStateStore(max_bytes, device)
     store.tier = "gpu"
     return store
-
-
-def assert_same_bits(answer, expected) -> None:
-    assert (answer.token_ids, answer.logprobs, answer.text) == (expected.token_ids, expected.logprobs, expected.text)
 
 
 def tensors_of(store: DeviceStateStore, engine: JambaEngine, one) -> list[torch.Tensor]:

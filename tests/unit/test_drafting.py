@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from engine_kit import SMALL, Answer, byte_tokenizer, run_all, run_one
+from engine_kit import TOKENIZER, Answer, run_all, run_one
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,17 +17,14 @@ from model import Jamba, load_model
 from model.cpu_decode import MAX_TOKENS
 from model.device_store import DeviceStateStore
 from model.drafting import DraftCounts, PromptLookup, draft_all
-from model.engine import JambaEngine
 from model.engine_request import EngineRequest
 from model.generation import Generation
 from model.kernels import cpu
-from model.prefix_cache import PrefixCache
 from model.sampling import SamplingParams
 from model.state import HybridState
 from tests.numeric import state_bytes
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C compiler")
-TOKENIZER = byte_tokenizer()
 KINDS = {
     "float32": (torch.float32, None, {}),
     "bfloat16": (torch.bfloat16, None, {}),
@@ -116,18 +113,9 @@ class Oracle(PromptLookup):
         return draft
 
 
-@pytest.fixture
-def make_engine(models):
-    engines = []
-
-    def make(draft_tokens: int, **options: object) -> JambaEngine:
-        options = {"max_context_tokens": 500, "prefix_cache": PrefixCache((), b"", SMALL)} | options
-        engines.append(JambaEngine(models["int8"], TOKENIZER, draft_tokens=draft_tokens, **options))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.close()
+@pytest.fixture(scope="module")
+def model(models) -> Jamba:
+    return models["int8"]
 
 
 def make_request(which: int, **sampling: object) -> EngineRequest:
@@ -158,7 +146,7 @@ def seen(answers: Sequence[Answer]) -> list[list[tuple]]:
 def test_answers_are_the_same_bits_with_guesses(make_engine, sampling, count):
     requests = [make_request(i, **sampling) for i in range(count)]
     requests += [replace(one, constraint=Echo(one.token_ids), watch_tokens=(5,)) for one in requests]
-    plain, guessing = make_engine(0), make_engine(3)
+    plain, guessing = make_engine(draft_tokens=0), make_engine(draft_tokens=3)
     assert seen(run_all(guessing, requests)) == seen(run_all(plain, requests))
     assert plain.drafts == DraftCounts()
     assert guessing.drafts.accepted > 0 or sampling.get("max_new_tokens") == 1
@@ -167,12 +155,12 @@ def test_answers_are_the_same_bits_with_guesses(make_engine, sampling, count):
 @pytest.mark.parametrize("wrong", [0, 1, 2, 3, 5])
 def test_right_and_wrong_guesses_give_the_same_answer(make_engine, monkeypatch, wrong):
     requests = [make_request(i, max_new_tokens=10 + 3 * i) for i in range(2)]
-    expected = [run_one(make_engine(0), one) for one in requests]
+    expected = [run_one(make_engine(draft_tokens=0), one) for one in requests]
     answers = {one.token_ids: answer.token_ids for one, answer in zip(requests, expected, strict=True)}
     monkeypatch.setattr(Oracle, "answers", answers)
     monkeypatch.setattr(Oracle, "wrong", wrong)
     monkeypatch.setattr("model.engine.PromptLookup", Oracle)
-    engine = make_engine(3)
+    engine = make_engine(draft_tokens=3)
     assert seen(run_all(engine, requests)) == seen(expected)
     assert (engine.drafts.rejected == 0) == (wrong == 0)
     assert (engine.drafts.accepted == 0) == (wrong == 1)
@@ -181,17 +169,17 @@ def test_right_and_wrong_guesses_give_the_same_answer(make_engine, monkeypatch, 
 def test_guesses_save_steps_and_end_with_the_answer(make_engine):
     one = make_request(0, stop_token_ids=(9,), max_new_tokens=40)
     one = replace(one, constraint=Echo([*one.token_ids[:10], 9]))
-    steps, engine = [], make_engine(3)
+    steps, engine = [], make_engine(draft_tokens=3)
     engine.add(one)
     while engine.has_work():
         steps.append(engine.step())
     tokens = [output.token_id for outputs in steps for output in outputs]
-    assert tokens == [o.token_id for o in run_one(make_engine(0), one).outputs]
+    assert tokens == [o.token_id for o in run_one(make_engine(draft_tokens=0), one).outputs]
     assert len([outputs for outputs in steps if outputs]) < len(tokens)
 
 
 def test_an_abort_between_guessed_tokens_ends_the_answer(make_engine):
-    engine, one = make_engine(3), make_request(0)
+    engine, one = make_engine(draft_tokens=3), make_request(0)
     request_id = engine.add(replace(one, constraint=Echo(one.token_ids)))
     while len(outputs := engine.step()) < 2:
         pass
@@ -200,17 +188,15 @@ def test_an_abort_between_guessed_tokens_ends_the_answer(make_engine):
     assert outputs[-1].finish_reason is None and not engine.has_work()
 
 
-def test_kept_states_hold_no_guessed_token(make_engine, models):
-    caches = [PrefixCache([DeviceStateStore(1 << 24)], b"", SMALL) for _ in range(2)]
+def test_kept_states_hold_no_guessed_token(make_engine):
     one = make_request(0)
     one = replace(one, constraint=Echo(one.token_ids), boundaries=(40,))
     longer = replace(one, token_ids=(*one.token_ids, 40, 41), constraint=None)
-    answers = []
-    for cache, draft_tokens in zip(caches, (0, 3), strict=True):
-        engine = make_engine(draft_tokens, prefix_cache=cache)
-        answers.append([run_one(engine, one), run_one(engine, longer)])
+    stores = [DeviceStateStore(1 << 24) for _ in range(2)]
+    engines = [make_engine(store, draft_tokens=tokens) for store, tokens in zip(stores, (0, 3), strict=True)]
+    answers = [[run_one(engine, one), run_one(engine, longer)] for engine in engines]
     assert seen(answers[0]) == seen(answers[1])
-    assert caches[0].stats()[1]["host"]["bytes"] == caches[1].stats()[1]["host"]["bytes"]
+    assert stores[0].stats()["bytes"] == stores[1].stats()["bytes"]
     assert answers[1][1].end.cached_tokens > 0
 
 

@@ -1,11 +1,10 @@
 """Memory of states: what fits together runs together, what does not waits, what never can is refused."""
 
-import random
 from dataclasses import replace
 
 import pytest
 import torch
-from engine_kit import SMALL, Answer, byte_tokenizer, run_all, run_one
+from engine_kit import TOKENIZER, Answer, request, run_all, run_one, step
 
 from model import Jamba, load_model
 from model.admission import StateBudget, measure_state_bytes
@@ -13,36 +12,8 @@ from model.device_store import DeviceStateStore
 from model.engine import JambaEngine
 from model.engine_request import ContextTooLong, EngineRequest
 from model.generation import Generation, Likeliest, score
-from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings
 from model.sampling import SamplingParams
-
-TOKENIZER = byte_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model(tiny_jamba_dir) -> Jamba:
-    return load_model(tiny_jamba_dir)
-
-
-@pytest.fixture
-def make_engine(model):
-    engines = []
-
-    def make(state_max_bytes: int | None = None, **settings: object) -> JambaEngine:
-        cache = settings.pop("cache", None) or PrefixCache((), b"", SMALL)
-        settings = {"max_context_tokens": 1000} | settings
-        engines.append(JambaEngine(model, TOKENIZER, cache, state_max_bytes=state_max_bytes, **settings))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.close()
-
-
-def request(length: int, which: int = 0, **sampling: object) -> EngineRequest:
-    token_ids = tuple(random.Random(which).choices(range(11, 267), k=length))
-    return EngineRequest(token_ids, sampling=SamplingParams(**{"max_new_tokens": 8, "ignore_eos": True} | sampling))
 
 
 def state_bytes(model: Jamba, num_tokens: int) -> int:
@@ -55,8 +26,7 @@ def most_at_once(engine: JambaEngine, requests: list[EngineRequest]) -> tuple[li
     """Answers, and the most memory that states had between two steps."""
     answers, most = {engine.add(one): Answer() for one in requests}, 0
     while engine.has_work():
-        for output in engine.step():
-            answers[output.request_id].outputs.append(output)
+        step(engine, answers)
         most = max(most, sum(one.state.nbytes for one in engine._sequences.values() if one.state is not None))
     return list(answers.values()), most
 
@@ -78,21 +48,21 @@ def test_what_does_not_fit_now_waits_and_gets_the_same_answer(model, make_engine
     free, taken = most_at_once(make_engine(), requests)
     limit = int(2.2 * state_bytes(model, 320))
     assert taken > limit
-    bound, taken = most_at_once(make_engine(limit), requests)
+    bound, taken = most_at_once(make_engine(state_max_bytes=limit), requests)
     assert state_bytes(model, 320) < taken <= limit
     for answers in (free, bound):
         assert [answer.token_ids for answer in answers] == expected
 
 
 def test_nobody_overtakes_who_waits_for_memory(model, make_engine):
-    engine = make_engine(int(1.5 * state_bytes(model, 400)))
+    engine = make_engine(state_max_bytes=int(1.5 * state_bytes(model, 400)))
     first, large, small = (engine.add(request(n, n)) for n in (390, 380, 10))
     ends: list[str] = []
     while engine.has_work():
         ends += [output.request_id for output in engine.step() if output.finish_reason]
     assert ends.index(first) < ends.index(large)
     assert engine.has_work() is False and set(ends) == {first, large, small}
-    started = make_engine(int(1.5 * state_bytes(model, 400)))
+    started = make_engine(state_max_bytes=int(1.5 * state_bytes(model, 400)))
     for n in (390, 380, 10):
         started.add(request(n, n))
     started.step()
@@ -100,7 +70,7 @@ def test_nobody_overtakes_who_waits_for_memory(model, make_engine):
 
 
 def test_what_can_never_fit_is_refused_by_its_size(model, make_engine):
-    engine = make_engine(state_bytes(model, 300))
+    engine = make_engine(state_max_bytes=state_bytes(model, 300))
     assert engine.max_context_tokens == 300
     with pytest.raises(ContextTooLong, match="prompt of 293 tokens plus 8 new tokens is 1 over the limit of 300"):
         engine.add(request(293))
@@ -118,8 +88,7 @@ def test_room_is_made_once_for_prompt_and_answer(model, make_engine):
 
 
 def test_a_cached_prefix_goes_into_the_reserved_room(model, make_engine):
-    cache = PrefixCache([DeviceStateStore(1 << 24)], b"model", SMALL)
-    engine = make_engine(state_bytes(model, 310), cache=cache)
+    engine = make_engine(DeviceStateStore(1 << 24), state_max_bytes=state_bytes(model, 310))
     one = replace(request(300), boundaries=(290,))
     first, second = run_all(engine, [one, one])
     assert (first.token_ids, second.end.cached_tokens) == (second.token_ids, 290)
@@ -216,25 +185,22 @@ def one_layer_a_step(monkeypatch):
 
 def test_a_long_segment_lets_decode_steps_in_between_its_layers(model, make_engine, one_layer_a_step):
     long = replace(request(900, 3), boundaries=(850,))
-    expected = run_one(make_engine(cache=PrefixCache((), b"", LONG)), long)
+    expected = run_one(make_engine(plan=LONG), long)
     talk = request(10, max_new_tokens=40)
     alone = run_one(make_engine(), talk)
-    engine = make_engine(cache=PrefixCache((), b"", LONG))
+    engine = make_engine(plan=LONG)
     answers = {engine.add(talk): Answer()}
     while not answers[next(iter(answers))].outputs:
-        for output in engine.step():
-            answers[output.request_id].outputs.append(output)
+        step(engine, answers)
     answers[engine.add(long)] = Answer()
     talking, prefilled = answers.values()
     while not prefilled.outputs:
         before = len(talking.outputs)
-        for output in engine.step():
-            answers[output.request_id].outputs.append(output)
+        step(engine, answers)
         assert len(talking.outputs) == before + 1
     assert len(talking.outputs) >= len(model.layers) + 3  # 800 tokens layer by layer, then two short pieces
     while engine.has_work():
-        for output in engine.step():
-            answers[output.request_id].outputs.append(output)
+        step(engine, answers)
     assert prefilled.token_ids == expected.token_ids
     assert prefilled.logprobs[0] == expected.logprobs[0]  # to the bit; behind it others are in the batch
     assert talking.token_ids == alone.token_ids
@@ -243,8 +209,7 @@ def test_a_long_segment_lets_decode_steps_in_between_its_layers(model, make_engi
 
 @pytest.mark.parametrize("steps", [2, 4])
 def test_a_long_segment_can_be_aborted_between_its_layers(make_engine, one_layer_a_step, steps):
-    cache = PrefixCache([DeviceStateStore(1 << 24)], b"model", LONG)
-    engine = make_engine(cache=cache)
+    engine = make_engine(DeviceStateStore(1 << 24), plan=LONG)
     talk = engine.add(request(10, max_new_tokens=60))
     while not engine.step():
         pass
@@ -268,7 +233,7 @@ def test_an_error_between_the_layers_of_a_segment_ends_only_its_request(model, m
         if args[1].lengths == (700,):
             raise torch.OutOfMemoryError("out of memory")
 
-    engine = make_engine(cache=PrefixCache((), b"", LONG))
+    engine = make_engine(plan=LONG)
     answers = {engine.add(request(10, max_new_tokens=20)): Answer(), engine.add(request(700, 4)): Answer()}
     hook = model.layers[3].mamba.register_forward_pre_hook(run_out)
     try:

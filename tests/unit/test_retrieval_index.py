@@ -88,11 +88,9 @@ def test_vectors_of_another_dim_are_refused(make):
 
 
 @pytest.fixture
-def store(tmp_path):
-    store = DocumentStore(tmp_path / "rag.sqlite3")
+def store(store):
     add(store, "one apple\n\ntwo pears")
-    yield store
-    store.close()
+    return store
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from clock_kit import Clock
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule, run_state_machine_as_test
@@ -19,16 +20,9 @@ from retrieval.store import DocumentNotFound, DocumentStore, LeaseLost
 from retrieval.words import open_words
 
 
-class Clock:
-    now = 1_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(1_000.0)
 
 
 @pytest.fixture
@@ -128,7 +122,7 @@ def test_retryable_errors_pause_then_run_out(store, clock):
 
 
 def test_a_second_attempt_does_not_wait_for_a_clock_that_was_set_back(tmp_path):
-    wall, steady = Clock(), Clock()
+    wall, steady = Clock(1_000.0), Clock(1_000.0)
     store = DocumentStore(tmp_path / "rag.sqlite3", clock=ForwardClock(wall, steady))
     document = queue(store, "flaky")
     store.lease_next("w", 60)

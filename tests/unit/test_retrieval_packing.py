@@ -19,11 +19,9 @@ COUNT = lambda passages: 3 + sum(1 + len(passage.text.split()) for passage in pa
 
 
 @pytest.fixture
-def store(tmp_path):
-    store = DocumentStore(tmp_path / "rag.sqlite3")
+def store(store):
     store.create_collection("other")
-    yield store
-    store.close()
+    return store
 
 
 def search(store: DocumentStore, query: str, collections=("default",), number: int = 10):

@@ -29,11 +29,9 @@ LIBRARY = {
 
 
 @pytest.fixture
-def store(tmp_path):
-    store = DocumentStore(tmp_path / "rag.sqlite3")
+def store(store):
     store.create_collection("other")
-    yield store
-    store.close()
+    return store
 
 
 @pytest.fixture

@@ -22,13 +22,6 @@ from retrieval.store import (
 from retrieval.types import Heading, Location, Page, ParsedDocument
 
 
-@pytest.fixture
-def store(tmp_path):
-    store = DocumentStore(tmp_path / "rag.sqlite3")
-    yield store
-    store.close()
-
-
 def rows_naming(path: Path, needle: str) -> list[str]:
     """Every table of the file that still holds the text anywhere."""
     connection = sqlite3.connect(path)

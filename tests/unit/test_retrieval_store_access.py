@@ -8,13 +8,6 @@ from retrieval.store import DocumentStore, IdempotencyConflict, StorageUnwritabl
 from retrieval.types import StoredReply
 
 
-@pytest.fixture
-def store(tmp_path):
-    store = DocumentStore(tmp_path / "rag.sqlite3")
-    yield store
-    store.close()
-
-
 def test_keys(store):
     key = store.add_key("ci", "writer", "h" * 64, ["default"])
     assert store.find_key("h" * 64) == key

@@ -17,13 +17,6 @@ from retrieval.store import DocumentStore
 from retrieval.words import WordIndex, check_files, open_words
 
 
-@pytest.fixture
-def store(tmp_path):
-    store = DocumentStore(tmp_path / "rag.sqlite3")
-    yield store
-    store.close()
-
-
 def texts(words: WordIndex, store: DocumentStore, text: str) -> list[str]:
     found = words.search(query_terms(text), 100)
     hits = store.load_hits([row for row, _ in found])

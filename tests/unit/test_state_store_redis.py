@@ -3,7 +3,8 @@
 import threading
 
 import pytest
-from state_kit import Clock, all_keys, open_store, running_server, silent_server
+from clock_kit import Clock
+from state_kit import all_keys, open_store, running_server, silent_server
 
 from model.redis_store import CircuitBreaker, RedisStateStore
 from model.state_store import StateItem

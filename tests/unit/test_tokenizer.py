@@ -2,13 +2,12 @@ import json
 import random
 
 import pytest
-from engine_kit import SPECIALS, byte_backend, byte_tokenizer
+from engine_kit import SPECIALS, TOKENIZER, byte_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.tokenizer import StreamDecoder, Tokenizer
 
-TOKENIZER = byte_tokenizer()
 # without surrogates, which are not text; with special tokens written out and pieces of them
 TEXTS = st.lists(st.one_of(st.text(), st.sampled_from([*SPECIALS, "<|", "|>", "<|doc", "é", "漢", "😀"]))).map("".join)
 
