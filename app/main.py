@@ -157,7 +157,10 @@ async def _run(parts: _Parts) -> AsyncIterator[None]:
             limit_s = parts.settings.server.shutdown_s
             stopped = asyncio.to_thread(parts.worker.stop, limit_s)
             await asyncio.gather(stopped, parts.engine_thread.close(limit_s))
-            await asyncio.to_thread(parts.save_index)
+            try:
+                await asyncio.to_thread(parts.save_index)
+            except OSError as error:
+                log.warning("the vector index is not saved and will be made anew: %s", error)
 
 
 def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -78,6 +79,18 @@ async def test_a_service_that_cannot_write_answers_and_says_so(tiny_checkpoint, 
         assert (await client.ask("Who is the keeper?"))["text"]
         (tmp_path / "away").rename(tmp_path / "data" / "files")
         assert (await client.upload("b.md", "text"))["status"] == "ready"
+
+
+async def test_an_index_that_cannot_be_saved_stops_in_order(tiny_checkpoint, tmp_path, caplog):
+    settings, index = make_settings(tiny_checkpoint, tmp_path / "data"), tmp_path / "data" / "faiss"
+    async with running_service(settings) as client:
+        await client.upload("a.md", LIGHTHOUSE)
+        shutil.rmtree(index, ignore_errors=True)
+        index.touch()
+    assert "index is not saved" in caplog.text
+    index.unlink()
+    async with running_service(settings) as client:
+        assert (await client.ask("Who is the keeper?"))["text"]
 
 
 async def test_the_time_of_a_stage_that_was_given_up_is_not_counted(tmp_path, monkeypatch):
