@@ -158,18 +158,15 @@ class RunningAnswer:
         try:
             found = self._found or await self.prepare()
             yield Event("answer.created", {"id": self.id, "object": "answer", "model": self._service.model_name})
-            yield Event("answer.sources", {"sources": [h.model_dump() for h in show_hits(found.hits)]})
-            reading = await self._choose(found.evidence)
-            writer = self._service.format.read_answer(reading)
-            async for event in self._attempt(reading, writer):
-                yield event
-            if not writer.quoted and found.may_widen:
-                found = await self.prepare(widened=True)
+            while True:
                 yield Event("answer.sources", {"sources": [h.model_dump() for h in show_hits(found.hits)]})
                 reading = await self._choose(found.evidence)
                 writer = self._service.format.read_answer(reading)
                 async for event in self._attempt(reading, writer):
                     yield event
+                if writer.quoted or not found.may_widen:
+                    break
+                found = await self.prepare(widened=True)
             if not writer.text:
                 yield Event("answer.text.delta", {"text": self._text_of(writer)})
             self._check_alive()
@@ -319,10 +316,7 @@ class RunningAnswer:
         passage = quote.passage
         try:
             chunk = self._service.store.chunk_at(passage.document_id, quote.char_start, quote.char_end)
-        except (
-            DocumentNotFound,
-            DocumentNotReady,
-        ):  # deleted in this moment: `_check_alive` is about to end the answer
+        except (DocumentNotFound, DocumentNotReady):  # deleted just now: `_check_alive` is about to end the answer
             chunk = None
         return schemas.Citation(
             start=quoted.start,
