@@ -22,10 +22,16 @@ The supply boat comes on the first Monday of the month.
 
 
 @pytest.fixture(scope="session")
-def service(tmp_path_factory: pytest.TempPathFactory, write_jamba: WriteJamba) -> Iterator[RunningService]:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, write_jamba: WriteJamba) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(path, write_jamba)
+    return path
+
+
+@pytest.fixture(scope="session")
+def service(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     """A random model would refuse or quote by chance; with this margin it always quotes."""
-    checkpoint, data = tmp_path_factory.mktemp("checkpoint"), tmp_path_factory.mktemp("data")
-    write_checkpoint(checkpoint, write_jamba)
+    data = tmp_path_factory.mktemp("data")
     with run_service(checkpoint, data, ANSWERS__NONE_MARGIN="50", ANSWERS__MAX_QUOTE_TOKENS="24") as running:
         yield running
 

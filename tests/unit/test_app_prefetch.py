@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 import pytest
-from app_kit import GARDEN, LIGHTHOUSE, ServiceClient, make_settings, running_service, write_checkpoint
+from app_kit import GARDEN, LIGHTHOUSE, ServiceClient, make_settings, running_service
 
 from model.sampling import SamplingParams
 
@@ -14,14 +14,9 @@ pytestmark = pytest.mark.anyio
 QUESTION = "Who is the keeper?"
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, write_jamba):
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), write_jamba)
-
-
 @pytest.fixture
-async def client(checkpoint, tmp_path):
-    settings = make_settings(checkpoint, tmp_path / "data", answers={"prefetch_after_s": 0.05})
+async def client(tiny_checkpoint, tmp_path):
+    settings = make_settings(tiny_checkpoint, tmp_path / "data", answers={"prefetch_after_s": 0.05})
     async with running_service(settings) as client:
         yield client
 
@@ -58,8 +53,8 @@ async def test_the_first_question_about_a_collection_finds_all_of_it_read(client
     assert await count(client, "read") >= 1
 
 
-async def test_it_answers_as_without(client, checkpoint, tmp_path):
-    settings = make_settings(checkpoint, tmp_path / "other", cache={"host_max_bytes": 0})
+async def test_it_answers_as_without(client, tiny_checkpoint, tmp_path):
+    settings = make_settings(tiny_checkpoint, tmp_path / "other", cache={"host_max_bytes": 0})
     async with running_service(settings) as plain:
         for asked in (client, plain):
             await asked.upload("lighthouse.md", LIGHTHOUSE)
@@ -177,10 +172,10 @@ async def test_who_may_not_read_the_same_collection_shares_no_state(client):
     assert not set(plans[0].snapshot_keys.values()) & set(plans[1].snapshot_keys.values())
 
 
-async def test_a_collection_says_whether_a_question_reads_all_of_it(checkpoint, tmp_path):
+async def test_a_collection_says_whether_a_question_reads_all_of_it(tiny_checkpoint, tmp_path):
     """Many tokens of the model for few of the embedder: figures, whose share of a text no estimate knows."""
     limits = {"auto_evidence_tokens": 300, "rag_evidence_tokens": 100}
-    settings = make_settings(checkpoint, tmp_path / "data", answers=limits)
+    settings = make_settings(tiny_checkpoint, tmp_path / "data", answers=limits)
     async with running_service(settings) as client:
 
         async def look() -> tuple[bool, bool, bool]:

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from app_kit import GARDEN, LIGHTHOUSE, train_tiny_tokenizer
+from app_kit import GARDEN, LIGHTHOUSE
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,20 +21,13 @@ def passage(text: str, ordinal: int = 1, start: int = 0) -> Passage:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer")
-    train_tiny_tokenizer().save(str(path / "tokenizer.json"))
-    return path
+def tokenizer(tiny_checkpoint):
+    return Tokenizer.load(tiny_checkpoint)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(checkpoint):
-    return Tokenizer.load(checkpoint)
-
-
-@pytest.fixture(scope="module")
-def vocabulary(checkpoint):
-    return TokenBytes.read(checkpoint)
+def vocabulary(tiny_checkpoint):
+    return TokenBytes.read(tiny_checkpoint)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from engine_kit import DOCUMENTS, QUESTIONS, TOKENIZER, assert_same_bits, doc_request, run_all, run_one
-from state_kit import open_store, running_server
+from state_kit import Gate, open_store, running_server
 
 from model import Jamba, load_model
 from model.device_store import DeviceStateStore, PinnedStateStore, StateTensors
@@ -131,19 +131,6 @@ def test_a_state_larger_than_the_store_is_used_from_below(make_engine, device):
         assert (answer.end.tier, answer.end.cached_tokens) == ("host", one.boundaries[-1])
         assert_same_bits(answer, first)
     assert small.stats()["bytes"] <= 1000
-
-
-class Gate(PinnedStateStore):
-    """A store whose puts wait until they are let through, as those of a slow server do."""
-
-    def __init__(self) -> None:
-        super().__init__(1 << 26)
-        self.entered, self.opened = threading.Event(), threading.Event()
-
-    def put_many(self, items) -> None:
-        self.entered.set()
-        assert self.opened.wait(20)
-        super().put_many(items)
 
 
 def test_a_slow_store_below_holds_up_no_answer_and_no_invalidated_state_reaches_it(make_engine, nearest):

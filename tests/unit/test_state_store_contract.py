@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from state_kit import all_keys, open_store, running_server
+from state_kit import Gate, all_keys, open_store, running_server
 
 from model.device_store import StateTensors
 from model.state_codec import decode_value
@@ -121,19 +121,6 @@ def test_memory_gives_up_values_by_bytes():
     assert store.stats()["dropped"] == 1
     store.delete(tags=["x"])
     assert store.stats()["bytes"] == store.stats()["items"] == 0
-
-
-class Gate(MemoryStateStore):
-    """A store whose puts wait until they are let through, as those of a slow server do."""
-
-    def __init__(self) -> None:
-        super().__init__(1 << 20)
-        self.entered, self.opened = threading.Event(), threading.Event()
-
-    def put_many(self, items) -> None:
-        self.entered.set()
-        assert self.opened.wait(10)
-        super().put_many(items)
 
 
 def state(key: str, nbytes: int, tags: str = "") -> StateItem:
