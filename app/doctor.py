@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from app.client import CommandFailed, connect
 from app.datadir import DataDir, DataDirInUse, find_unwritable
-from app.embedding import open_embedder
+from app.embedding import has_untuned, open_embedder
 from app.main import check_checkpoint, choose_device, open_reranker
 from app.settings import Settings, hide_password
 from ingest.parse import ocr
@@ -330,6 +330,8 @@ def _all(store: DocumentStore) -> Iterator[Document]:
 
 def _check_index(store: DocumentStore, settings: Settings) -> str:
     embedder, directory = open_embedder(settings.retrieval.embedder_path), settings.data_dir / "faiss"
+    if has_untuned(store, embedder):
+        return f"vectors of an older version; `jamba-rag reembed` makes those of {embedder.name}, which find more"
     if not store.adopts(embedder.name, embedder.dim):
         store.require_embedder(embedder.name, embedder.dim)
     elif missing := store.count_to_embed(embedder.name, embedder.dim):

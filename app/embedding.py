@@ -14,6 +14,7 @@ from retrieval.store import DocumentStore
 log = logging.getLogger(__name__)
 
 _AT_START = 2000  # chunks without a vector that a start makes itself: what came since the command had ended
+_UNASKED = 500  # of them, where nobody gave the command: half a minute
 
 
 def open_embedder(path: Path | None) -> BertEmbedder:
@@ -29,14 +30,33 @@ def open_embedder(path: Path | None) -> BertEmbedder:
 def take_over(store: DocumentStore, embedder: BertEmbedder) -> BertEmbedder:
     """Use the vectors that `jamba-rag reembed` made, if this embedder has others than those in use; returns it.
 
-    Raises EmbedderMismatch when they are not there.
+    Where the vectors are those of the shipped one from before it was tuned, a few are made anew at once; many stay in
+    use, with the embedder that made them, which is returned then. Raises EmbedderMismatch when there are none.
     """
-    if store.adopts(embedder.name, embedder.dim) and store.count_to_embed(embedder.name, embedder.dim) <= _AT_START:
+    missing = store.count_to_embed(embedder.name, embedder.dim)
+    adopts = store.adopts(embedder.name, embedder.dim) and missing <= _AT_START
+    if adopts or (has_untuned(store, embedder) and missing <= _UNASKED):
         reembed(store, embedder)
         if store.adopt_embedder(embedder.name, embedder.dim):
             log.warning("%s has taken over; the vector index is made anew", embedder.name)
+    if has_untuned(store, embedder):
+        log.warning(
+            "the vectors stored are those of %s, which find less than those of %s: run `jamba-rag reembed`, also while "
+            "the service runs, and start anew",
+            *(MiniLMEmbedder.name, embedder.name),
+        )
+        embedder = MiniLMEmbedder(device="cpu", adapter=None)
     store.require_embedder(embedder.name, embedder.dim)
     return embedder
+
+
+def has_untuned(store: DocumentStore, embedder: BertEmbedder) -> bool:
+    """Whether this is the embedder that ships, and the vectors in use are those of its published weights."""
+    return (
+        isinstance(embedder, MiniLMEmbedder)
+        and embedder.name != MiniLMEmbedder.name
+        and store.uses(MiniLMEmbedder.name, MiniLMEmbedder.dim)
+    )
 
 
 def reembed_all(data_dir: Path, path: Path | None, report: Callable[[int, int], None]) -> str:

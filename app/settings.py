@@ -137,8 +137,8 @@ class IngestSettings(_Group):
 
 
 class RetrievalSettings(_Group):
-    dense_weight: float = _setting(0.2, "Weight of the embedding score in hybrid search.", ge=0)
-    lexical_weight: float = _setting(0.8, "Weight of the BM25 score in hybrid search.", ge=0)
+    dense_weight: float = _setting(0.3, "Weight of the embedding score in hybrid search.", ge=0)
+    lexical_weight: float = _setting(0.7, "Weight of the BM25 score in hybrid search.", ge=0)
     embedder_path: Path | None = _setting(
         None,
         "Embedder (a BERT as sentence-transformers stores it); unset: the one that ships. See `jamba-rag reembed`.",

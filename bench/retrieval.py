@@ -41,7 +41,7 @@ SAMPLES = 2000
 GRID = [
     FusionWeights(dense, 1 - dense, trust_from=low, trust_all=high)
     for dense in (0.1, 0.2, 0.3, 0.4, 0.5)
-    for low, high in ((0.4, 0.8), (0.4, 0.9), (0.5, 0.8), (0.5, 0.9))
+    for low, high in ((0.4, 0.9), (0.5, 0.8), (0.5, 0.9), (0.6, 0.9))
 ]
 UNTRUSTING = {"trust_from": 0.0, "trust_all": 1e-9}  # the lexical weight always counts in full
 

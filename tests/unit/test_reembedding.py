@@ -10,14 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from app_kit import make_settings, serving
-from retrieval_kit import HashEmbedder, add
+from retrieval_kit import HashEmbedder, add, queue
+from retrieval_kit import ingest as ingest_text
 from test_retrieval_embedder import write_bert
 
+import app.embedding
 import ingest.reembedding
 from app import cli
 from app.client import open_service
 from app.doctor import examine
-from app.embedding import reembed_all
+from app.embedding import has_untuned, reembed_all, take_over
 from app.ingesting import ingest_files
 from app.main import create_app
 from app.settings import SettingsError
@@ -105,6 +107,30 @@ def test_another_one_begins_anew_and_ends_the_first(store):
     assert not store.adopt_embedder(NEW.name, NEW.dim)
     assert store.adopt_embedder("third", 32)
     assert_all_are(store, third)
+
+
+@pytest.fixture
+def untuned(tmp_path):
+    """Two chunks with vectors of the published weights of the embedder that ships."""
+    store = DocumentStore(tmp_path / "untuned.sqlite3")
+    ingest_text(store, queue(store, "apple\n\npear"), "apple\n\npear", MiniLMEmbedder(adapter=None))
+    yield store
+    store.close()
+
+
+def test_vectors_from_before_the_tuning_stay_in_use_until_they_are_made_anew(untuned, monkeypatch, caplog):
+    monkeypatch.setattr(app.embedding, "_UNASKED", 1)
+    shipped = MiniLMEmbedder()
+    assert take_over(untuned, shipped).name == MiniLMEmbedder.name and "jamba-rag reembed" in caplog.text
+    assert has_untuned(untuned, shipped) and untuned.uses(MiniLMEmbedder.name, MiniLMEmbedder.dim)
+    reembed(untuned, shipped)
+    assert take_over(untuned, shipped) is shipped
+    assert untuned.uses(shipped.name, shipped.dim) and not has_untuned(untuned, shipped)
+
+
+def test_a_few_vectors_from_before_the_tuning_are_made_anew_by_the_start(untuned):
+    shipped = MiniLMEmbedder()
+    assert take_over(untuned, shipped) is shipped and untuned.uses(shipped.name, shipped.dim)
 
 
 class SlowEmbedder(OtherEmbedder):

@@ -14,7 +14,7 @@ from retrieval_kit import HashEmbedder
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
-from retrieval.embedder import BertEmbedder, Embedder, EmbedderUnavailable, MiniLMEmbedder
+from retrieval.embedder import TUNED, BertEmbedder, Embedder, EmbedderUnavailable, MiniLMEmbedder
 
 LONG = "The turbine must be inspected every 500 hours. " * 60
 TEXTS = ["short", "", "  ", "東京都", "nul \0 x", LONG, "a b c d e f g", "🎉" * 40, LONG[:300]]
@@ -40,8 +40,9 @@ def test_contract(embedder):
         np.testing.assert_allclose(embedder.embed_query(text), vector, atol=1e-5)
 
 
-def test_equals_sentence_transformers(minilm):
+def test_equals_sentence_transformers():
     sentence_transformers = pytest.importorskip("sentence_transformers")
+    minilm = MiniLMEmbedder(dtype=torch.float32, adapter=None)
     reference = sentence_transformers.SentenceTransformer(str(minilm._dir), device="cpu")
     np.testing.assert_allclose(minilm.embed_passages(TEXTS), reference.encode(TEXTS), atol=1e-5)
     assert reference.max_seq_length == minilm.max_tokens
@@ -84,6 +85,18 @@ def test_a_bert_in_a_directory(minilm, tmp_path, first_token):
     weights["embeddings.word_embeddings.weight"][7, 7] += 1
     save_file(weights, path / "model.safetensors")
     assert BertEmbedder(path).name != embedder.name
+
+
+def test_the_shipped_one_is_the_published_weights_with_low_rank_updates(minilm, tmp_path):
+    updates = load_file(TUNED)
+    name = "encoder.layer.3.intermediate.dense.weight"
+    published = MiniLMEmbedder(dtype=torch.float32, adapter=None)
+    added = minilm._model.state_dict()[name] - published._model.state_dict()[name]
+    torch.testing.assert_close(added, updates[f"{name}.B"].float() @ updates[f"{name}.A"].float(), atol=1e-6, rtol=0)
+    assert len(updates) == 2 * 6 * 6 and minilm.embed_query("short") @ published.embed_query("short") < 0.9999
+    save_file(updates | {f"{name}.B": -updates[f"{name}.B"]}, tmp_path / "other.safetensors")
+    names = {published.name, minilm.name, MiniLMEmbedder(adapter=tmp_path / "other.safetensors").name}
+    assert len(names) == 3 and published.name == "all-MiniLM-L6-v2"
 
 
 def test_what_is_no_such_bert_is_refused(minilm, tmp_path):

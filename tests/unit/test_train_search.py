@@ -12,7 +12,7 @@ from test_retrieval_embedder import write_bert
 
 from ingest.pipeline import text_to_embed
 from model.train import search_adapters
-from model.train.search_adapters import embed, in_groups, load_base, ndcg, run_groups
+from model.train.search_adapters import add_low_rank, embed, in_groups, load_base, ndcg, run_groups, shrink
 from model.train.search_data import SearchData, passage_text
 from retrieval.embedder import BertEmbedder, MiniLMEmbedder
 from retrieval.types import Chunk
@@ -108,6 +108,17 @@ def test_some_passages_lose_their_title(tmp_path):
     rng = random.Random(0)
     read = {counter.decode(data.passage(3, rng)) for _ in range(60)}
     assert read == {"notes the violin is looked after every week.", "the violin is looked after every week."}
+
+
+def test_a_share_of_what_was_learned_is_kept(base):
+    model = load_base(base, torch.device("cpu"))
+    layer = model.encoder.layer[0].intermediate.dense
+    before = layer.weight.clone()
+    add_low_rank(model, 4)
+    torch.nn.init.ones_(layer.parametrizations.weight[0].B)
+    learned = layer.weight - before
+    shrink(model, 0.5)
+    torch.testing.assert_close(layer.weight - before, learned / 2)
 
 
 def test_ndcg():
