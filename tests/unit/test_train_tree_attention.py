@@ -23,11 +23,11 @@ from tests.numeric import assert_close
 def test_kernel_is_the_definition(
     passages: int, tasks: int, shared: int, length: int, padded: int, heads: int, first: int, tokens: int
 ) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     rng = torch.Generator().manual_seed(3)
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=rng).to(device)
+        return torch.randn(*shape, generator=rng).to(device, dtype)
 
     lengths = torch.randint(1, length + 1, (passages,), generator=rng)
     pad = torch.randint(0, padded, (passages, tasks), generator=rng)
@@ -38,4 +38,4 @@ def test_kernel_is_the_definition(
     out, expected = (f(q, tree, places) for f in (tree_attention_triton, tree_attention_ref))
     real = places >= tree.pad[..., None]
     assert real.any()
-    assert_close("attention", out[real], expected[real], ratio=1e-5 if device == "cpu" else 1e-3)
+    assert_close("attention", out[real], expected[real], ratio=1e-5 if device == "cpu" else 1e-2)
