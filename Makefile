@@ -39,6 +39,7 @@ clean:
 
 # One pip command for all of it: a torch that another package asks for, without our pin, is a CUDA build of several GB.
 $(VENV)/installed: pyproject.toml | $(BIN)/python
+	@echo "Installing into $(VENV), which takes some minutes the first time"
 	$(BIN)/pip install --quiet --editable .
 	touch $@
 

@@ -214,7 +214,9 @@ def _describe_field(field: dict[str, Any]) -> str:
         return f"the body is not JSON: {field.get('ctx', {}).get('error', field['msg'])} at character {place}"
     message = field["msg"].removeprefix("Value error, ")
     if field["type"] == "string_pattern_mismatch":
-        message = "must be 1 to 64 of a-z A-Z 0-9 . _ - after a letter or digit"  # the name of a collection
+        message = (
+            "must be letters (a-z), digits, '.', '_' or '-', at most 64, a letter or digit first"  # of a collection
+        )
     elif isinstance(field["input"], str):
         message = re.sub(r" (item|character)(s?) after validation", r" character\2", message)
     return f"{place or 'body'}: {message}"

@@ -318,7 +318,7 @@ class ChatCompletionRequest(BaseModel):
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    seed: int | None = Field(None, gt=-(2**63), lt=2**63)
     n: Literal[1] | None = None
     stream: bool | None = None
     stream_options: dict[str, JsonValue] | None = None

@@ -86,7 +86,9 @@ class _Collector:
             raise BadUpload("a part of the form has no `Content-Disposition: form-data` with a name")
         filename = options.get(b"filename")
         name = options[b"name"].decode("utf-8", "replace")
-        self.events.append(_Event(part=(name, None if filename is None else filename.decode("utf-8", "replace"))))
+        if filename is not None:  # browsers write a quotation mark in it as %22
+            filename = filename.decode("utf-8", "replace").replace("%22", '"')
+        self.events.append(_Event(part=(name, filename)))
 
     def _end(self) -> None:
         self.ended = True

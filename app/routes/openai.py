@@ -87,7 +87,7 @@ def _read_request(
         collections=[collection],
         max_output_tokens=body.max_completion_tokens or body.max_tokens,
         temperature=body.temperature or 0.0,
-        seed=body.seed,
+        seed=None if body.seed is None else abs(body.seed),
     )
 
 

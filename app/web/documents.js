@@ -182,7 +182,8 @@ export class DocumentsPanel {
     const facts = this.collections.find((collection) => collection.name === this.collection);
     byId("delete-collection").disabled = !facts;
     if (!facts) return void (byId("collection-facts").textContent = "");
-    const parts = [counted(facts.documents, "document"), counted(facts.tokens, "token"), facts.documents > 0 && describeReading(facts)];
+    const failed = this.entries.filter((entry) => entry.failure).length;
+    const parts = [counted(facts.documents, "document"), failed && `${formatNumber(failed)} failed`, counted(facts.tokens, "token"), facts.documents > 0 && describeReading(facts)];
     parts.push(facts.state_ready && "in memory already: the next one starts at once");
     byId("collection-facts").textContent = parts.filter(Boolean).join(" · ");
     clearTimeout(this.factsTimer);
@@ -232,6 +233,7 @@ export class DocumentsPanel {
   }
 
   showHints() {
+    this.showFacts();
     const isEmpty = !this.entries.length;
     byId("welcome-hint").hidden = isEmpty;
     for (const id of ["no-documents", "formats", "welcome-empty"]) byId(id).hidden = !isEmpty;
@@ -271,6 +273,7 @@ export class DocumentsPanel {
       this.poll();
     } catch (problem) {
       entry.problem = problem;
+      this.showFacts();
     }
     entry.show();
   }

@@ -14,6 +14,8 @@ _BOMS = (
 _CONTROL = re.compile(r"[\x01-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 _SAMPLE_BYTES = 64 * 1024
 _MAX_CONTROL_SHARE = 0.01
+_COMMON = ("cp1252", "cp1250", "iso8859_2")
+_NEAR_CHAOS = 0.08
 
 
 class UndecodableText(ValueError):
@@ -75,12 +77,18 @@ def _check_control(text: str) -> str:
 
 
 def _guess_legacy(data: bytes) -> str:
-    """Ask charset-normalizer about a sample; what it cannot tell is Windows-1252 or, with bytes not in it, Latin-1."""
+    """Ask charset-normalizer about a sample; what it cannot tell is Windows-1252 or, with bytes not in it, Latin-1.
+
+    It names the first of equals by the alphabet, so a common encoding that fits about as well is taken.
+    """
     from charset_normalizer import from_bytes
 
     first = next((i for i, byte in enumerate(data) if byte > 127), 0)  # plain ASCII before it tells nothing
-    start = max(0, first - 1024)
-    best = from_bytes(data[start : start + 16 * 1024]).best()
-    if best is not None and best.encoding not in {"ascii", "utf_8"}:
-        return best.encoding
-    return "cp1252" if not set(data) & {0x81, 0x8D, 0x8F, 0x90, 0x9D} else "latin-1"
+    sample = data[max(0, first - 1024) :][: 16 * 1024]
+    matches = [m for m in from_bytes(sample) if not m.encoding.startswith(("ascii", "utf_"))]
+    if not matches:
+        return "cp1252" if not set(data) & {0x81, 0x8D, 0x8F, 0x90, 0x9D} else "latin-1"
+    best = matches[0]
+    near = [m for m in matches if m.chaos <= best.chaos + _NEAR_CHAOS and m.coherence >= best.coherence]
+    fitting = {encoding for match in near for encoding in match.could_be_from_charset}
+    return next((encoding for encoding in _COMMON if encoding in fitting), best.encoding)

@@ -190,9 +190,11 @@ def test_failed_document_says_why_and_can_go(page, tmp_path):
     assert line.get_attribute("data-status") == "failed"
     assert len(line.find_element(By.CSS_SELECTOR, ".state").text) > 10
     assert page.find_all(f"button[aria-label='Retry {broken.name}']")
+    page.wait(lambda: "1 failed" in page.find("#collection-facts").text)
     page.find(f"button[aria-label='Delete {broken.name}']").click()
     page.find("#confirm-yes").click()
     page.wait(lambda: page.line(broken.name) is None)
+    assert "failed" not in page.find("#collection-facts").text
 
 
 def test_document_read_in_part_says_what_is_missing(page, tmp_path):
@@ -237,6 +239,7 @@ def test_refused_file_says_why(page, tmp_path):
     program = tmp_path / "program.bin"
     program.write_bytes(bytes(range(256)) * 40)
     assert "upload" not in (page.add(program).find_element(By.CSS_SELECTOR, ".state").text or "upload")
+    assert "1 failed" in page.find("#collection-facts").text
 
 
 def test_nothing_of_a_document_runs_or_is_fetched(page, tmp_path):

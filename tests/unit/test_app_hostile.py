@@ -57,7 +57,11 @@ async def test_text_that_is_too_long_is_counted_in_characters(client):
 @pytest.mark.parametrize(
     ("path", "body", "told"),
     [
-        ("/v1/collections", {"name": "../x"}, "name: must be 1 to 64 of a-z A-Z 0-9 . _ - after a letter or digit"),
+        (
+            "/v1/collections",
+            {"name": "../x"},
+            "name: must be letters (a-z), digits, '.', '_' or '-', at most 64, a letter or digit first",
+        ),
         ("/v1/keys", {"name": ""}, "name: Value should have at least 1 character, not 0"),
     ],
 )

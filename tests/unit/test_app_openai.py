@@ -73,6 +73,7 @@ def test_content_may_come_in_parts_and_unknown_options_do_no_harm(chat):
         temperature=0,
         top_p=0.5,
         presence_penalty=0.1,
+        seed=-1,
         user="me",
     )
     assert completion.choices[0].finish_reason == "length" and completion.usage.completion_tokens == 3

@@ -160,7 +160,7 @@ FORM = (
     b'--XX\r\nContent-Disposition: form-data; name="collection"\r\n\r\nbirds\r\n'
     b'--XX\r\nContent-Disposition: form-data; name="file"; filename="\xc3\xbcber \\"x\\".txt"\r\n'
     b"Content-Type: text/plain\r\n\r\nline\r\n--X\r\n--XY\r\nend\r\n"
-    b'--XX\r\nContent-Disposition: form-data; name="file"; filename="empty"\r\n\r\n\r\n--XX--\r\n'
+    b'--XX\r\nContent-Disposition: form-data; name="file"; filename="%22empty%22"\r\n\r\n\r\n--XX--\r\n'
 )
 
 
@@ -172,7 +172,7 @@ async def test_a_form_is_the_same_however_it_arrives(piece):
             parts.append((part.name, await read_field(part)))
         else:
             parts.append((part.filename, await read_in_thread(part, b"".join, 0)))
-    assert parts == [("collection", "birds"), ('über "x".txt', b"line\r\n--X\r\n--XY\r\nend"), ("empty", b"")]
+    assert parts == [("collection", "birds"), ('über "x".txt', b"line\r\n--X\r\n--XY\r\nend"), ('"empty"', b"")]
 
 
 @pytest.mark.parametrize("end", range(10, len(FORM) - 4, 23))

@@ -26,6 +26,12 @@ def sections(parsed: ParsedDocument) -> list[tuple[int, str]]:
     ("text", "encoding"),
     [
         ("Größe: 5 µm – “so”", "cp1252"),
+        ("Les élèves étaient très fiers d’être reçus à l'école où ils vont déjà.", "cp1252"),
+        ("A reunião não é às três, mas é bom ter a documentação à mão.", "cp1252"),
+        ("Årsmøte på Åland, 12 m²", "cp1252"),
+        ("Naïve café", "latin-1"),
+        ("Zażółć gęślą jaźń. W Łodzi mieszka dziś około 650 tysięcy osób.", "iso8859-2"),
+        ("Příští rok se zvýší poplatky za vodu, většina členů souhlasila.", "cp1250"),
         ("Привет, мир. Это обычный русский текст о погоде и о людях.", "cp1251"),
         ("これは日本語の文章です。文字コードの判定を試します。", "shift_jis"),
         ("Ünïcode ✓", "utf-8"),
