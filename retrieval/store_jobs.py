@@ -34,7 +34,10 @@ def lease_next(
                 *("attempts = attempts + 1, lease_owner = ?, lease_until = ?", (worker_id, now + lease_s)),
             )
             return get_document(c, row["id"])
-        message = f"ingestion stopped {row['attempts']} times without an error, last while {row['status']}"
+        message = (
+            f"the service ended {row['attempts']} times while it worked on this, last while {row['status']}; "
+            "if it was stopped for another reason, retry"
+        )
         _fail(c, row["id"], row["version"], DocumentError("too_many_attempts", message, True), now)
     return None
 

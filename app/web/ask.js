@@ -9,7 +9,7 @@ const KEPT_TURNS = 20;
 const SENT_TURNS = 6; // earlier ones that go along with a follow-up
 const NEAREST = 3;
 const NOT_FOUND = "This is not in your documents.";
-const STILL_READING = "Some documents of this collection are still being read: ask again when they are ready.";
+const STILL_READING = "Some documents of this collection were still being read: ask again when they are ready.";
 const UNSUPPORTED = "Dotted words have no quote in their sentence: nobody checked them.";
 const CLOSING_MARKS = "”’»\"";
 const AROUND = 120; // characters shown before and after a quote
@@ -95,6 +95,7 @@ class Turn {
     const entries = this.citations.map((citation, index) => this.passage(citation, this.excerpt(citation), `${index + 1}`));
     this.footer.replaceChildren(h("ol", { class: "passages", "aria-label": "Citations" }, ...entries));
     if (this.unsupported.length) this.footer.prepend(h("p", { class: "hint" }, UNSUPPORTED));
+    this.sayIfEarly();
     announce(`Answered with ${counted(entries.length, "citation")}.`);
   }
 
@@ -102,8 +103,13 @@ class Turn {
     this.body.replaceChildren(h("p", { class: "not-found" }, NOT_FOUND));
     const entries = this.sources.slice(0, NEAREST).map((source) => this.passage(source, [h("span", { class: "quote" }, source.text)], "≈"));
     const nearest = entries.length > 0 && h("p", { class: "hint" }, "The nearest passages, in case the question was meant differently:");
-    this.footer.replaceChildren(...(this.answeredEarly ? [h("p", { class: "hint" }, STILL_READING)] : []), ...(nearest ? [nearest, h("ol", { class: "passages", "aria-label": "Nearest passages" }, ...entries)] : []));
+    this.footer.replaceChildren(...(nearest ? [nearest, h("ol", { class: "passages", "aria-label": "Nearest passages" }, ...entries)] : []));
+    this.sayIfEarly();
     announce(NOT_FOUND);
+  }
+
+  sayIfEarly() {
+    if (this.answeredEarly) this.footer.prepend(h("p", { class: "hint" }, STILL_READING));
   }
 
   /** The quote between the words around it, as far as its passage is among the sources. */

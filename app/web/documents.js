@@ -183,8 +183,11 @@ export class DocumentsPanel {
     byId("delete-collection").disabled = !facts;
     if (!facts) return void (byId("collection-facts").textContent = "");
     const failed = this.entries.filter((entry) => entry.failure).length;
-    const parts = [counted(facts.documents, "document"), failed && `${formatNumber(failed)} failed`, counted(facts.tokens, "token"), facts.documents > 0 && describeReading(facts)];
-    parts.push(facts.state_ready && "in memory already: the next one starts at once");
+    const ready = this.entries.filter((entry) => entry.document?.status === "ready").length;
+    const counts = [counted(facts.documents, "document"), counted(facts.tokens, "token"), facts.documents > 0 && describeReading(facts)];
+    if (facts.state_ready) counts.push("in memory already: the next one starts at once");
+    const waiting = [`${formatNumber(ready)} of ${counted(this.entries.length - failed, "document")} ready`]; // the counts come at the end
+    const parts = [...(this.isReading ? waiting : counts), failed > 0 && `${formatNumber(failed)} failed`];
     byId("collection-facts").textContent = parts.filter(Boolean).join(" · ");
     clearTimeout(this.factsTimer);
     if (facts.documents && facts.reads_whole && !facts.state_ready && this.factsLooks-- > 0)
@@ -301,6 +304,7 @@ export class DocumentsPanel {
     }
     entry.show();
     if (entry.active) return;
+    this.showFacts();
     const ready = [`${entry.filename} is ready`, entry.unread].filter(Boolean).join(". ");
     announce(entry.failure ? `${entry.filename} failed: ${entry.failure}` : ready);
   }

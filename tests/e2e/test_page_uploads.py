@@ -1,6 +1,7 @@
 """The page while files are on their way: cancelled, failed, deleted elsewhere, asked about too early."""
 
 import pytest
+from selenium.webdriver.common.by import By
 from selenium.webdriver.support.select import Select
 
 from tests.e2e.browser import CHROMEDRIVER, CHROMIUM
@@ -21,6 +22,19 @@ def test_says_when_documents_that_may_hold_the_answer_are_still_on_their_way(pag
         page.wait(lambda: page.line(large.name))
         assert "still being read" in page.ask("Who owns the moon?").text
         page.find(f"button[aria-label='Cancel {large.name}']").click()
+
+
+def test_says_so_of_an_answer_too_and_counts_what_is_ready(page, tmp_path, handbook):
+    page.add(handbook)
+    large = tmp_path / "not-yet-here.txt"
+    large.write_text("word " * 200_000)
+    with page.slow_uploads():
+        page.find("#files").send_keys(str(large))
+        page.wait(lambda: "1 of 2 documents ready" in page.find("#collection-facts").text)
+        turn = page.ask("When is the lamp trimmed?")
+        assert turn.find_elements(By.CSS_SELECTOR, ".cite") and "still being read" in turn.text
+        page.find(f"button[aria-label='Cancel {large.name}']").click()
+    page.wait(lambda: "1 document ·" in page.find("#collection-facts").text)
 
 
 def test_an_upload_can_be_cancelled(page, tmp_path, handbook):
