@@ -12,6 +12,7 @@ from model.tokenizer import StreamDecoder, Tokenizer
 from retrieval.types import Passage
 
 NOT_FOUND_TEXT = "The documents do not answer this question."
+NO_DOCUMENTS_TEXT = "There are no documents to answer this from."
 CUT_OFF_TEXT = "The answer was cut off before its first quote; allow more output tokens."
 _BETWEEN_QUOTES = "\n"
 

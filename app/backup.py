@@ -173,7 +173,8 @@ def _unpack(source: Path, database: Path, files: FileStore) -> int:
                         raise BackupFailed(f"{source}: original {member.name} is damaged")
                     count += 1
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:  # the latter where it was packed since
-        raise BackupFailed(f"{source} is not a complete backup: {error}") from error
+        reason = str(error).partition("\n")[0].rstrip(":")  # tarfile goes on with each packing that it tried
+        raise BackupFailed(f"{source} is not a complete backup: {reason}") from error
     if not database.exists():
         raise BackupFailed(f"{source} is not a backup: it has no {_DATABASE}")
     return count

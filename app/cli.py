@@ -83,7 +83,7 @@ def serve(
 
 @app.command()
 def ingest(
-    paths: Annotated[list[str], typer.Argument(help="Files, folders and globs.", metavar="PATH...")],
+    paths: Annotated[list[str], typer.Argument(help="Files, folders and globs.", metavar="PATH")],
     collection: Collection = "default",
     metadata: Annotated[str | None, typer.Option(help="A JSON object kept with every document.")] = None,
     on_conflict: Annotated[OnConflict, typer.Option(help="Same bytes again: skip, replace or error.")] = "skip",
@@ -223,7 +223,7 @@ def show_document(
 
 @documents.command("delete")
 def delete_documents(
-    document_ids: Annotated[list[str], typer.Argument(metavar="ID...")],
+    document_ids: Annotated[list[str], typer.Argument(metavar="ID")],
     url: Url = None,
     key: Key = None,
     data_dir: DataDirectory = None,
@@ -238,7 +238,7 @@ def delete_documents(
 
 @documents.command("retry")
 def retry_documents(
-    document_ids: Annotated[list[str], typer.Argument(metavar="ID...")],
+    document_ids: Annotated[list[str], typer.Argument(metavar="ID")],
     url: Url = None,
     key: Key = None,
     data_dir: DataDirectory = None,
@@ -360,7 +360,7 @@ def backup(file: Annotated[Path, typer.Argument(metavar="FILE")], data_dir: Data
     from app.backup import write_backup
 
     count = write_backup(choose_settings(None, None, data_dir).data_dir, file)
-    render.err.print(f"{file}: database and {count} originals", markup=False)
+    render.err.print(f"{file}: the database and its originals ({count})", markup=False)
 
 
 @app.command()
@@ -371,7 +371,7 @@ def restore(
     from app.backup import restore_backup
 
     count = restore_backup(file, choose_settings(None, None, data_dir).data_dir)
-    render.err.print(f"restored database and {count} originals", markup=False)
+    render.err.print(f"restored the database and its originals ({count})", markup=False)
 
 
 @app.command()

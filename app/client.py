@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import uvicorn
 
+from app import render
 from app.http_client import ANSWER_TIMEOUT_S, CommandFailed, Service, open_service
 from app.main import create_app
 from app.settings import AuthSettings, Settings
@@ -37,14 +38,16 @@ def connect(settings: Settings, answering: bool = True) -> Iterator[Service]:
 @contextmanager
 def local_service(settings: Settings, answering: bool = True) -> Iterator[httpx.Client]:
     """A service in this process, behind a Unix socket that only this user can reach; it asks for no key."""
-    app = create_app(settings.model_copy(update={"auth": AuthSettings(enabled=False)}), answering)
+    with render.waiting("starting the service in this process"):
+        app = create_app(settings.model_copy(update={"auth": AuthSettings(enabled=False)}), answering)
     with tempfile.TemporaryDirectory(prefix="jamba-rag-") as directory:
         socket = str(Path(directory) / "service.sock")
         server = uvicorn.Server(uvicorn.Config(app, uds=socket, log_config=None, access_log=False, lifespan="on"))
         thread = threading.Thread(target=server.run, name="service", daemon=True)
         thread.start()
         try:
-            _wait_until_started(server, thread)
+            with render.waiting("starting the service in this process"):
+                _wait_until_started(server, thread)
             transport = httpx.HTTPTransport(uds=socket)
             with httpx.Client(transport=transport, base_url="http://localhost", timeout=ANSWER_TIMEOUT_S) as http:
                 yield http

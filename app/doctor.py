@@ -78,7 +78,7 @@ def _examine_service(settings: Settings) -> list[Finding]:
 
     def check_key() -> str:
         with connect(settings) as service:
-            return f"{len(service.request('GET', '/v1/collections')['data'])} collections to be seen"
+            return f"valid; collections to be seen: {len(service.request('GET', '/v1/collections')['data'])}"
 
     return [_run("service", check_ready), _run("key", check_key)]
 

@@ -72,6 +72,16 @@ def reading_bar() -> Iterator[Callable[[Mapping[str, Any] | None], None]]:
         yield show
 
 
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say on stderr what is waited for; on a terminal only."""
+    if not on_terminal():
+        yield
+        return
+    with err.status(what):
+        yield
+
+
 def progress_bar() -> Progress:
     """A bar on stderr that shows only on a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -135,6 +145,8 @@ def place_of(found: Mapping[str, Any]) -> str:
 def measures_of(answer: Mapping[str, Any]) -> str:
     """First token, total, and how much of the prompt came from the cache."""
     timings, usage, cache = answer["timings"], answer["usage"], answer["cache"]
+    if not usage["input_tokens"]:
+        return "no document was read"
     total_ms = timings["ttft_ms"] + timings["generation_ms"]
     text = f"first token {timings['ttft_ms']:.0f} ms, all {total_ms:.0f} ms; {usage['input_tokens']} prompt tokens"
     if usage["cached_input_tokens"]:

@@ -100,12 +100,13 @@ class Turn {
   }
 
   showNotFound() {
-    this.body.replaceChildren(h("p", { class: "not-found" }, NOT_FOUND));
+    const said = this.answer.usage.input_tokens ? NOT_FOUND : this.answer.text; // there are no documents
+    this.body.replaceChildren(h("p", { class: "not-found" }, said));
     const entries = this.sources.slice(0, NEAREST).map((source) => this.passage(source, [h("span", { class: "quote" }, source.text)], "≈"));
     const nearest = entries.length > 0 && h("p", { class: "hint" }, "The nearest passages, in case the question was meant differently:");
     this.footer.replaceChildren(...(nearest ? [nearest, h("ol", { class: "passages", "aria-label": "Nearest passages" }, ...entries)] : []));
     this.sayIfEarly();
-    announce(NOT_FOUND);
+    announce(said);
   }
 
   sayIfEarly() {

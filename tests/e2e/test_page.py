@@ -178,9 +178,9 @@ def test_second_question_uses_the_cache(page, handbook):
     assert not measures.partition(" · ")[2].startswith("0 of")
 
 
-def test_says_when_documents_hold_no_answer(page):
+def test_says_when_there_are_no_documents(page):
     turn = page.ask("Who owns the moon?")
-    assert turn.find_element(By.CSS_SELECTOR, ".not-found").text == "This is not in your documents."
+    assert turn.find_element(By.CSS_SELECTOR, ".not-found").text == "There are no documents to answer this from."
 
 
 def test_failed_document_says_why_and_can_go(page, tmp_path):

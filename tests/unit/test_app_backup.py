@@ -92,7 +92,7 @@ def test_a_damaged_backup_is_not_restored(backup, tmp_path):
         "flipped": content.replace(b"an old owl", b"an old OWL"),
     }.items():
         (tmp_path / name).write_bytes(damaged)
-        with pytest.raises(BackupFailed):
+        with pytest.raises(BackupFailed, match=f"{name}[^\n]*$"):
             restore_backup(tmp_path / name, tmp_path / f"new-{name}")
         assert not (tmp_path / f"new-{name}" / "rag.sqlite3").exists()
 

@@ -7,6 +7,7 @@ from app_kit import GARDEN, LIGHTHOUSE, make_settings, running_service
 
 from app.conversation import missing_words
 from app.reading import none_margin, reads_apart, split_passages
+from app.render import measures_of
 from retrieval.types import Evidence, Passage
 
 EVIDENCE = Evidence(
@@ -73,3 +74,14 @@ async def test_a_passage_longer_than_what_is_advised_is_read_all_the_same(tiny_c
     async with running_service(make_settings(tiny_checkpoint, tmp_path / "data", answers=limits)) as client:
         await client.upload("owl.txt", "Сова спит днём и охотится ночью. " * 3)
         assert (await client.ask("Когда спит сова?", mode="rag"))["citations"]
+
+
+@pytest.mark.anyio
+async def test_where_there_are_no_documents_that_is_said(tiny_checkpoint, tmp_path):
+    async with running_service(make_settings(tiny_checkpoint, tmp_path / "data")) as client:
+        empty = await client.ask("Who is the keeper?")
+        assert (empty["grounding"], empty["text"]) == ("not_found", "There are no documents to answer this from.")
+        assert measures_of(empty) == "no document was read"
+        await client.upload("a.md", LIGHTHOUSE)
+        other = await client.ask("Who is the keeper?", filters={"year": 2024})
+        assert other["text"] == empty["text"]

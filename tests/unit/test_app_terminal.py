@@ -126,6 +126,16 @@ def test_a_narrow_terminal_shows_names_of_documents_whole(monkeypatch):
     assert "report-of-2026.pdf" in out.file.getvalue()
 
 
+def test_a_terminal_shows_what_is_waited_for(monkeypatch, tmp_path):
+    err = Console(width=80, force_terminal=True, file=io.StringIO())
+    monkeypatch.setattr(render, "err", err)
+    for terminal, shown in ((False, False), (True, True)):
+        monkeypatch.setattr(render, "on_terminal", lambda terminal=terminal: terminal)
+        with render.waiting("starting the service"):
+            pass
+        assert ("starting the service" in err.file.getvalue()) is shown
+
+
 def test_a_terminal_shows_how_far_the_model_has_read(monkeypatch):
     err = Console(width=80, force_terminal=True, file=io.StringIO())
     monkeypatch.setattr(render, "err", err)
