@@ -169,7 +169,7 @@ def search(
     collection: Annotated[list[str] | None, typer.Option("--collection", "-c", help="May be repeated.")] = None,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=50, help="Most passages.")] = 10,
     mode: Annotated[Literal["hybrid", "dense", "lexical"], typer.Option(help="By words, meaning or both.")] = "hybrid",
-    rerank: Annotated[bool | None, typer.Option(help="Default: if there is a reranker.")] = None,
+    rerank: Annotated[bool | None, typer.Option(help="Default: in hybrid mode.")] = None,
     url: Url = None,
     key: Key = None,
     data_dir: DataDirectory = None,

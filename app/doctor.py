@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from app.client import CommandFailed, connect
 from app.datadir import DataDir, DataDirInUse, find_unwritable
-from app.embedding import has_untuned, open_embedder
-from app.main import check_checkpoint, choose_device, open_reranker
+from app.embedding import has_untuned, open_embedder, open_reranker
+from app.main import check_checkpoint, choose_device
 from app.settings import Settings, hide_password
 from ingest.parse import ocr
 from ingest.parse.cage import parse_in_child
@@ -200,8 +200,11 @@ def _check_embedder(settings: Settings) -> str:
 
 
 def _check_reranker(settings: Settings) -> str:
-    path = settings.retrieval.reranker_path
-    return f"{path} can be used" if open_reranker(path) else "none is set: hits keep the order of the search"
+    reranker = open_reranker(settings.retrieval)
+    if reranker is None:
+        return "switched off: hits keep the order of the search"
+    reranker.score("test", ["test"])
+    return f"{settings.retrieval.reranker_path or 'the one that ships'} can be used"
 
 
 def _check_redis(settings: Settings) -> str:

@@ -1,14 +1,17 @@
-"""Which embedder a deployment has, and how it takes another one. Start at `open_embedder`."""
+"""Which embedder and reranker a deployment has, and how it takes another embedder. Start at `open_embedder`."""
 
 import logging
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from app.datadir import DataDir
-from app.settings import SettingsError
+from app.settings import RetrievalSettings, SettingsError
 from ingest.reembedding import reembed
 from retrieval.embedder import BertEmbedder, EmbedderUnavailable, MiniLMEmbedder
+from retrieval.rerank import CrossEncoderReranker, MiniLMReranker, Reranker
 from retrieval.store import DocumentStore
 
 log = logging.getLogger(__name__)
@@ -25,6 +28,21 @@ def open_embedder(path: Path | None) -> BertEmbedder:
         return BertEmbedder(path)
     except EmbedderUnavailable as error:
         raise SettingsError(f"JAMBA_RAG_RETRIEVAL__EMBEDDER_PATH={path}: {error}") from error
+
+
+def open_reranker(settings: RetrievalSettings) -> Reranker | None:
+    """None if none is wanted. One that was set is loaded and tried: raises SettingsError when it cannot be used."""
+    path = settings.reranker_path
+    if not settings.rerank:
+        return None
+    if path is None:
+        return MiniLMReranker()
+    try:
+        reranker = CrossEncoderReranker(path)
+        reranker.score("test", ["test"])
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        raise SettingsError(f"JAMBA_RAG_RETRIEVAL__RERANKER_PATH={path}: {error}") from error
+    return reranker
 
 
 def take_over(store: DocumentStore, embedder: BertEmbedder) -> BertEmbedder:

@@ -17,14 +17,13 @@ import anyio.to_thread
 import torch
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
-from safetensors import SafetensorError
 
 from app.advice import take_advice
 from app.audit import AuditLog
 from app.auth import Authenticator
 from app.context_room import check_room
 from app.datadir import DataDir
-from app.embedding import open_embedder, take_over
+from app.embedding import open_embedder, open_reranker, take_over
 from app.errors import install_error_handlers
 from app.evidence import EvidenceFinder
 from app.limits import KeyLimits, Meter
@@ -61,9 +60,8 @@ from model.state import HybridState, StateLayout
 from model.state_store import StateStore
 from model.tokenizer import Tokenizer
 from model.w8a8 import UnsupportedDevice
-from retrieval.embedder import BertEmbedder
 from retrieval.index import open_index
-from retrieval.rerank import CrossEncoderReranker
+from retrieval.rerank import MiniLMReranker
 from retrieval.search import FusionWeights, Retriever
 from retrieval.store import DocumentStore
 from retrieval.words import open_words
@@ -95,7 +93,7 @@ class _Parts:
     service: RagService
     authenticator: Authenticator
     audit: AuditLog
-    embedder: BertEmbedder
+    warm_ups: list[Callable[[], None]]
     worker: IngestWorker
     engine_thread: EngineThread
     save_index: Callable[[], None]
@@ -145,7 +143,8 @@ async def _run(parts: _Parts) -> AsyncIterator[None]:
     with parts.closing:
         await anyio.to_thread.run_sync(parts.service.recover)
         parts.worker.start()
-        parts.embedder.warm_up()
+        for warm_up in parts.warm_ups:
+            warm_up()
         prefetching = asyncio.create_task(parts.service.prefetch.run(parts.prefetch_after_s))
         log.info("ready: model %s, data in %s", parts.service.model_name, parts.settings.data_dir)
         try:
@@ -170,14 +169,16 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
     authenticator = Authenticator(store, settings.auth.enabled)
     authenticator.ensure_admin_key(data_dir.path)
     model = build_model(settings, stack, answering, _kept_secret(store, "document_nonce", 6))
-    embedder = take_over(store, open_embedder(settings.retrieval.embedder_path))
+    chosen = settings.retrieval
+    embedder = take_over(store, open_embedder(chosen.embedder_path))
     tracing = Tracing(settings.telemetry.otlp_endpoint)
     stack.callback(tracing.close)
     metrics = Metrics()
     index = open_index(store, data_dir.index, embedder.dim, embedder.name)
     stack.callback(index.close)
-    weights = FusionWeights(settings.retrieval.dense_weight, settings.retrieval.lexical_weight)
-    reranker = open_reranker(settings.retrieval.reranker_path)
+    weights = FusionWeights(chosen.dense_weight, chosen.lexical_weight)
+    reranker = open_reranker(chosen)
+    warm_ups = [embedder.warm_up, *([reranker.warm_up] if isinstance(reranker, MiniLMReranker) else [])]
     words = open_words(store, data_dir.words)
     stack.callback(words.close, store)
     retriever = Retriever(store, index, embedder, weights, reranker, words=words)
@@ -194,9 +195,7 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
         files=files,
         index=index,
         words=words,
-        finder=EvidenceFinder(
-            store, retriever, model.format, settings.answers, advice, settings.retrieval.evidence_hits
-        ),
+        finder=EvidenceFinder(store, retriever, model.format, settings.answers, advice, chosen.evidence_hits),
         engine=engine_thread,
         cache=model.cache,
         drafts=model.drafts,
@@ -220,21 +219,9 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
     save_index = lambda: index.save(data_dir.index)
     prefetch_after_s = settings.answers.prefetch_after_s if answering and model.cache.keeps_states else 0
     return _Parts(
-        *(settings, stack, service, authenticator, audit, embedder, worker, engine_thread, save_index),
+        *(settings, stack, service, authenticator, audit, warm_ups, worker, engine_thread, save_index),
         prefetch_after_s=prefetch_after_s,
     )
-
-
-def open_reranker(path: Path | None) -> CrossEncoderReranker | None:
-    """The cross-encoder at `path`, loaded and tried. Raises SettingsError when it is none that can be used."""
-    if path is None:
-        return None
-    try:
-        reranker = CrossEncoderReranker(path)
-        reranker.score("test", ["test"])
-    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
-        raise SettingsError(f"JAMBA_RAG_RETRIEVAL__RERANKER_PATH={path}: {error}") from error
-    return reranker
 
 
 def _ingest_limits(settings: Settings) -> IngestLimits:

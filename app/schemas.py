@@ -192,7 +192,7 @@ class SearchRequest(Request):
     filters: Filters | None = None
     max_num_results: int = Field(10, ge=1, le=50)
     mode: Literal["hybrid", "dense", "lexical"] = "hybrid"
-    rerank: bool | None = Field(None, description="Unset: as answers search, with the reranker if there is one.")
+    rerank: bool | None = Field(None, description="Unset: in hybrid mode, as answers search, if there is a reranker.")
 
 
 class Scores(Response):

@@ -143,8 +143,9 @@ class RetrievalSettings(_Group):
         None,
         "Embedder (a BERT as sentence-transformers stores it); unset: the one that ships. See `jamba-rag reembed`.",
     )
+    rerank: bool = _setting(True, "Let a model that reads question and passage together order the best hits anew.")
     reranker_path: Path | None = _setting(
-        None, "Cross-encoder (Hugging Face layout) that orders the 50 best hits anew; unset: none."
+        None, "That model (a cross-encoder in Hugging Face layout), for the 50 best hits; unset: the one that ships."
     )
     evidence_hits: int = _setting(24, "Hits that `rag` answers pack evidence from.", "hits", ge=1, le=200)
 

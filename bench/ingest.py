@@ -33,9 +33,8 @@ from bench.runs import BenchRun, time_interleaved
 from ingest.files import FileStore
 from ingest.jobs import IngestWorker
 from ingest.parse.cage import parse_in_child
-from ingest.pipeline import text_to_embed
 from ingest.sniff import SNIFF_BYTES, sniff_media_type
-from retrieval.embedder import MiniLMEmbedder
+from retrieval.embedder import MiniLMEmbedder, text_to_embed
 from retrieval.index import FaissIndex
 from retrieval.store import DocumentStore
 

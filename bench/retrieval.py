@@ -3,7 +3,7 @@
     python -m bench.retrieval_sets                       # fetch the manuals, once
     python -m bench.retrieval [--chunks 128 256 384 512] [--plot docs/images/retrieval.png]
     python -m bench.retrieval --beir FOLDER [--split test]
-    python -m bench.retrieval --reranker DIRECTORY       # of a cross-encoder: one more row
+    python -m bench.retrieval --reranker DIRECTORY       # of a cross-encoder, instead of the one that ships
 
 Documents are parsed, cut, embedded and stored by the service's own code; vectors are kept in data/retrieval-bench/, so
 a second run embeds nothing. A chunk answers when it holds half of the words that do. Intervals are bootstraps over
@@ -28,7 +28,7 @@ from ingest.pipeline import fit_limits, text_to_embed, token_counter
 from retrieval.embedder import MiniLMEmbedder
 from retrieval.index import FaissIndex
 from retrieval.lexical import query_terms
-from retrieval.rerank import CrossEncoderReranker
+from retrieval.rerank import CrossEncoderReranker, MiniLMReranker
 from retrieval.search import FusionWeights, Retriever, fuse_scores
 from retrieval.store import DocumentStore
 from retrieval.types import Chunk, SearchParams
@@ -127,9 +127,9 @@ def bench_size(run: BenchRun, questions: QuestionSet, size: int, reranker_dir: P
             "rrf": fuse_all(found, dataclasses.replace(weights, fusion="rrf")),
             "minmax": fuse_all(found, weights),
         }
-        if reranker_dir:
-            retriever = Retriever(store, index, embedder, weights, CrossEncoderReranker(reranker_dir), words=words)
-            rankings["minmax, reranked"] = [search_rows(retriever, corpus, q.text, 50) for q in questions.questions]
+        reranker = CrossEncoderReranker(reranker_dir) if reranker_dir else MiniLMReranker()
+        retriever = Retriever(store, index, embedder, weights, reranker, words=words)
+        rankings["minmax, reranked"] = [search_rows(retriever, corpus, q.text, 50) for q in questions.questions]
         window = embedder.max_tokens
         store.close()
     add_rows(run, questions, corpus, rankings, found, {"chunk_tokens": size, "window_tokens": window})
@@ -280,7 +280,7 @@ def measure(ranking: Sequence[Sequence[int]], corpus: Corpus) -> dict[str, float
     pairs = list(zip(ranking, corpus.gold, strict=True))
     columns = {f"recall_{depth}": float(np.mean([recall(*pair, depth) for pair in pairs])) for depth in (5, 20, 50)}
     columns["mrr"] = float(np.mean([reciprocal_rank(*pair) for pair in pairs]))
-    for budget in (1000, 2000):
+    for budget in (300, 600, 1000, 2000):
         within = [answered_within(*pair, corpus.chunks, budget) for pair in pairs]
         columns[f"within_{budget}_tokens"] = float(np.mean(within))
     return columns

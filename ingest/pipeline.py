@@ -12,7 +12,7 @@ from ingest.files import FileStore
 from ingest.parse import ParseError
 from ingest.parse.cage import parse_in_child
 from ingest.parse.child import ParseLimits
-from retrieval.embedder import Embedder
+from retrieval.embedder import Embedder, text_to_embed
 from retrieval.store import DocumentStore
 from retrieval.types import Chunk, Document, ParsedDocument, Stage
 
@@ -137,9 +137,3 @@ def _embed(
         vectors[start : start + len(texts)] = embedder.embed_passages(texts)
         report(start + len(texts), len(chunks))
     return vectors
-
-
-def text_to_embed(title: str | None, chunk: Chunk) -> str:
-    """The chunk under its title and headings: a paragraph alone often does not say what it is about."""
-    context = [part for part in (title, *chunk.heading_path) if part and part not in chunk.text[:200]]
-    return "\n".join((*(part[:80] for part in dict.fromkeys(context)), chunk.text))

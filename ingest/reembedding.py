@@ -2,8 +2,7 @@
 
 from collections.abc import Callable
 
-from ingest.pipeline import text_to_embed
-from retrieval.embedder import Embedder
+from retrieval.embedder import Embedder, text_to_embed
 from retrieval.store import DocumentStore
 
 _BATCH = 256

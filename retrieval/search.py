@@ -66,10 +66,9 @@ class Retriever:
         embedder: Embedder,
         weights: FusionWeights | None = None,
         reranker: Reranker | None = None,
-        rerank_hits: int = 50,
         words: WordIndex | None = None,
     ) -> None:
-        """`reranker` orders the `rerank_hits` best anew; without `words` there is a word index in memory.
+        """`reranker` orders the best hits anew; without `words` there is a word index in memory.
 
         Raises EmbedderMismatch if the store's vectors are another embedder's.
         """
@@ -80,7 +79,6 @@ class Retriever:
         self._weights = weights or FusionWeights()
         self._words = WordIndex() if words is None else words
         self._reranker = reranker
-        self._rerank_hits = rerank_hits
         self._selections: OrderedDict[tuple[int, str], Selection] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -104,7 +102,7 @@ class Retriever:
         if selection.is_empty or not query.strip():
             return []
         reranker = self._reranker if params.rerank else None
-        wanted = max(params.max_num_results, self._rerank_hits if reranker else 0)
+        wanted = max(params.max_num_results, reranker.hits if reranker else 0)
         limit = max(self._weights.candidates, 2 * wanted)
         dense: Scores = {}
         lexical: Scores = {}

@@ -16,8 +16,9 @@ def search(body: schemas.SearchRequest, principal: Reader, service: ServiceDep) 
     """Hybrid, dense or lexical search over the collections that the key may see."""
     if body.rerank and not service.has_reranker:
         raise InvalidRequest(
-            "rerank: this service has no reranker; leave it out, or set JAMBA_RAG_RETRIEVAL__RERANKER_PATH"
+            "rerank: this service has no reranker; leave it out, or set JAMBA_RAG_RETRIEVAL__RERANK=true"
         )
     scope = service.read_scope(body.collections, body.document_ids, principal)
-    params = SearchParams(body.max_num_results, body.mode, body.filters, scope.document_ids, body.rerank is not False)
+    rerank = body.mode == "hybrid" if body.rerank is None else body.rerank
+    params = SearchParams(body.max_num_results, body.mode, body.filters, scope.document_ids, rerank)
     return schemas.SearchResult(data=show_hits(service.search(body.query, scope.collections, params)))

@@ -25,7 +25,7 @@ Record = dict[str, Any]
 
 
 def passage_text(title: str, text: str) -> str:
-    """As `ingest.pipeline.text_to_embed` puts a chunk under its title."""
+    """As `retrieval.embedder.text_to_embed` puts a chunk under its title."""
     return f"{title[:80]}\n{text}" if title and title not in text[:200] else text
 
 

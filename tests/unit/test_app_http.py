@@ -141,7 +141,10 @@ async def test_search_finds_and_scores(client, lighthouse, garden, mode):
     hit = reply.json()["data"][0]
     assert hit["document_id"] == lighthouse["id"] and hit["attributes"] == {"kind": "tower"}
     assert set(hit["scores"]) == {"dense", "lexical", "fused", "rerank"}
-    assert hit["score"] == hit["scores"]["fused" if mode == "hybrid" else mode]
+    if mode == "hybrid":
+        assert hit["score"] > hit["scores"]["rerank"] and hit["scores"]["fused"] == 1
+    else:
+        assert hit["score"] == hit["scores"][mode] and hit["scores"]["rerank"] is None
 
 
 async def test_search_keeps_to_filters_and_documents(client, lighthouse, garden):

@@ -59,11 +59,18 @@ async def test_answers_use_it(reranking):
     assert len(sources) == 3 and all(source["scores"]["rerank"] is not None for source in sources)
 
 
-async def test_without_a_reranker_asking_for_one_says_where_it_is_set(client):
-    reply = await client.post("/v1/search", json={"query": QUERY, "rerank": True})
-    assert (reply.status_code, reply.json()["code"]) == (422, "invalid_request")
-    assert "JAMBA_RAG_RETRIEVAL__RERANKER_PATH" in reply.json()["detail"]
-    assert (await client.post("/v1/search", json={"query": QUERY, "rerank": False})).status_code == 200
+async def test_the_one_that_ships_reads_the_best_hits_unless_it_is_switched_off(tiny_checkpoint, tmp_path):
+    for on in (True, False):
+        settings = make_settings(tiny_checkpoint, tmp_path / str(on), retrieval={"rerank": on})
+        async with running_service(settings) as client:
+            for number in range(10):
+                await client.upload(f"{number}.txt", f"{number} pumps need water.")
+            scores = [hit["scores"]["rerank"] for hit in await search(client)]
+            assert sum(score is not None for score in scores) == (8 if on else 0) and len(scores) == 10
+            assert (await client.post("/v1/search", json={"query": QUERY, "rerank": False})).status_code == 200
+            reply = await client.post("/v1/search", json={"query": QUERY, "rerank": True})
+            assert reply.status_code == (200 if on else 422)
+    assert reply.json()["code"] == "invalid_request" and "JAMBA_RAG_RETRIEVAL__RERANK=true" in reply.json()["detail"]
 
 
 def leave_empty(folder: Path) -> None:

@@ -23,9 +23,8 @@ from app.embedding import has_untuned, reembed_all, take_over
 from app.ingesting import ingest_files
 from app.main import create_app
 from app.settings import SettingsError
-from ingest.pipeline import text_to_embed
 from ingest.reembedding import reembed
-from retrieval.embedder import MiniLMEmbedder
+from retrieval.embedder import MiniLMEmbedder, text_to_embed
 from retrieval.index import open_index
 from retrieval.search import Retriever
 from retrieval.store import DocumentStore, EmbedderMismatch

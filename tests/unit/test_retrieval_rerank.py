@@ -1,14 +1,19 @@
-"""The cross-encoder that ships, on a tiny random checkpoint made here."""
+"""Rerankers: a cross-encoder on a tiny random checkpoint made here, and the one that ships."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from retrieval.rerank import CrossEncoderReranker, RerankerUnavailable
+from model.train import search_adapters
+from retrieval.embedder import wheel_model_dir
+from retrieval.rerank import ADAPTER, CrossEncoderReranker, MiniLMReranker, RerankerUnavailable
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "water", "drips", "pump", "law", "tenant", "notice"]
 
@@ -48,3 +53,39 @@ def test_what_is_no_reranker_is_refused_with_what_to_do(tmp_path):
         CrossEncoderReranker(tmp_path)
     with pytest.raises(RerankerUnavailable, match="3 outputs"):
         CrossEncoderReranker(make_checkpoint(tmp_path, outputs=3)).score("a", ["b"])
+
+
+def test_the_shipped_one_scores_as_it_was_trained():
+    reranker, device = MiniLMReranker(dtype=torch.float32), torch.device("cpu")
+    model = search_adapters.load_base(wheel_model_dir(), device, scores=True)
+    search_adapters.add_low_rank(model, rank=64)
+    trained = {name: parameter for name, parameter in model.named_parameters() if "original" not in name}
+    for name, tensor in load_file(ADAPTER).items():
+        place = name.replace("weight.A", "parametrizations.weight.0.A").replace(
+            "weight.B", "parametrizations.weight.0.B"
+        )
+        trained[place if place in trained else f"bert.{place}"].data.copy_(tensor)
+    query, passages = "How high is the tower?", ["The tower is 48 metres high. " * 40, "", "Bread is baked daily."]
+    tokenizer = Tokenizer.from_file(str(wheel_model_dir() / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(256)
+    rows = [encoding.ids for encoding in tokenizer.encode_batch(passages)]
+    with torch.inference_mode():
+        expected = search_adapters.score(model, [tokenizer.encode(query).ids] * 3, rows)
+    assert reranker.score(query, passages) == pytest.approx(expected.numpy(), abs=1e-4)
+    assert reranker.score(query, []).shape == (0,)
+    alone = [float(reranker.score(query, [passage])[0]) for passage in passages]
+    assert alone == pytest.approx(expected.tolist(), abs=1e-4) and alone[0] > alone[2] + 1
+
+
+def test_the_shipped_one_loads_beside_an_embedder():
+    """Both import a part of `transformers` for the first time, each in a thread; in a process of its own."""
+    script = """
+from retrieval.embedder import MiniLMEmbedder
+from retrieval.rerank import MiniLMReranker
+embedder, reranker = MiniLMEmbedder(), MiniLMReranker()
+embedder.warm_up(); reranker.warm_up()
+print(embedder.embed_query("x").shape, reranker.score("x", ["y", "half \\ud800"]).shape)
+"""
+    ended = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
+    assert (ended.stdout, ended.stderr) == ("(384,) (2,)\n", "")

@@ -252,6 +252,8 @@ def test_words_of_few_chunks_say_little(store, retriever, monkeypatch):
 class Backwards:
     """A reranker that likes the shortest passage best."""
 
+    hits, prior = 6, 0.0
+
     def __init__(self) -> None:
         self.seen: list[str] = []
 
@@ -265,7 +267,7 @@ def test_a_reranker_orders_the_best_hits_anew(store, mode):
     for i in range(12):
         add(store, "apple " * (i + 1))
     embedder, reranker = HashEmbedder(), Backwards()
-    retriever = Retriever(store, FaissIndex(embedder.dim, embedder.name), embedder, reranker=reranker, rerank_hits=6)
+    retriever = Retriever(store, FaissIndex(embedder.dim, embedder.name), embedder, reranker=reranker)
     plain = retriever.search("apple", ["default"], SearchParams(3, mode, rerank=False))
     assert not reranker.seen and "rerank" not in plain[0].scores
     hits = retriever.search("apple", ["default"], SearchParams(3, mode))
@@ -284,4 +286,20 @@ def test_passages_go_to_the_reranker_under_their_headings(store):
     reranker = Backwards()
     chunk = dataclasses.replace(hits[0].chunk, heading_path=("Guide", "Pump"))
     rerank(reranker, "water", [dataclasses.replace(hits[0], chunk=chunk)])
-    assert reranker.seen == ["Guide\nPump\nPump\nwater drips"]
+    assert reranker.seen == ["Guide\nPump\nwater drips"]
+
+
+def test_what_the_reranker_does_not_read_stays_behind_and_the_search_has_its_say(store):
+    for i in range(9):
+        add(store, "apple " * (i + 1))
+    retriever = Retriever(store, FaissIndex(64, HashEmbedder.name), HashEmbedder())
+    hits = retriever.search("apple", ["default"], SearchParams(9))
+    reranker = Backwards()
+    ranked = rerank(reranker, "apple", hits)
+    assert ranked[6:] == [dataclasses.replace(hit, score=ranked[-1].score) for hit in hits[6:]]
+    assert ["rerank" in hit.scores for hit in ranked] == [True] * 6 + [False] * 3
+    reranker.prior = 1e6
+    ranked = rerank(reranker, "apple", hits)
+    assert [hit.chunk for hit in ranked] == [hit.chunk for hit in hits]
+    assert [hit.score for hit in ranked] == sorted((hit.score for hit in ranked), reverse=True)
+    assert rerank(reranker, "apple", []) == []

@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import load_file
 from test_retrieval_embedder import write_bert
 
-from ingest.pipeline import text_to_embed
 from model.train import search_adapters
 from model.train.search_adapters import add_low_rank, embed, in_groups, load_base, ndcg, run_groups, shrink
 from model.train.search_data import SearchData, passage_text
-from retrieval.embedder import BertEmbedder, MiniLMEmbedder
+from retrieval.embedder import BertEmbedder, MiniLMEmbedder, text_to_embed
 from retrieval.types import Chunk
 
 TOPICS = ("pump", "tenant", "horse", "violin", "harbour", "glacier", "printer", "bakery")
