@@ -51,18 +51,25 @@ def write_backup(data_dir: Path, target: Path) -> int:
         raise BackupFailed(f"{target.parent} is no folder; make it, or write the backup somewhere else")
     if target.is_dir():
         raise BackupFailed(f"{target} is a folder; name the file that the backup is to be")
-    for leftover in filter(_is_abandoned, target.parent.glob(f"{_SCRATCH}*")):
-        shutil.rmtree(leftover)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=_SCRATCH) as scratch:
-        unfinished, copy = Path(scratch) / _UNFINISHED, Path(scratch) / _DATABASE
-        private = os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
-        with private, tarfile.open(fileobj=private, mode="w") as tar:
-            _lock(private)
-            count = _add_consistently(tar, data_dir, copy)
-            tar.add(copy, _DATABASE)
-        _sync(unfinished)
-        unfinished.replace(target)
-        _sync(target.parent)
+    try:
+        for leftover in filter(_is_abandoned, target.parent.glob(f"{_SCRATCH}*")):
+            shutil.rmtree(leftover)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=_SCRATCH) as scratch:
+            return _write(data_dir, target, Path(scratch))
+    except (OSError, sqlite3.Error) as error:
+        raise BackupFailed(f"{target} cannot be written: {error}") from error
+
+
+def _write(data_dir: Path, target: Path, scratch: Path) -> int:
+    unfinished, copy = scratch / _UNFINISHED, scratch / _DATABASE
+    private = os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
+    with private, tarfile.open(fileobj=private, mode="w") as tar:
+        _lock(private)
+        count = _add_consistently(tar, data_dir, copy)
+        tar.add(copy, _DATABASE)
+    _sync(unfinished)
+    unfinished.replace(target)
+    _sync(target.parent)
     return count
 
 

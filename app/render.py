@@ -66,8 +66,8 @@ def reading_bar() -> Iterator[Callable[[Mapping[str, Any] | None], None]]:
             if progress is None:
                 bar.stop()
                 return
-            bar.start()
             bar.update(task, description=progress["stage"], completed=progress["done"], total=progress["total"])
+            bar.start()
 
         yield show
 

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import resource
 import shutil
 import signal
 import sqlite3
@@ -81,6 +82,20 @@ def test_two_backups_at_once_leave_each_other_alone(backup, tmp_path):
     for name in ("1", "2"):
         restore_backup(tmp_path / f"{name}.tar", tmp_path / name)
         assert held(tmp_path / name) == {"an old owl", "an old fox"}
+
+
+@pytest.mark.parametrize("share", [0.1, 1.01])
+def test_a_backup_that_finds_no_room_says_so_and_leaves_nothing(backup, tmp_path, share):
+    """No file may be longer than a share of the database: it ends its copy, or the backup."""
+    max_bytes = int(share * (tmp_path / "data" / "rag.sqlite3").stat().st_size)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, hard))
+    try:
+        with pytest.raises(BackupFailed, match=r"2\.tar cannot be written: "):
+            write_backup(tmp_path / "data", tmp_path / "2.tar")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["backup.tar", "data"]
 
 
 def test_a_damaged_backup_is_not_restored(backup, tmp_path):
