@@ -142,25 +142,33 @@ class RunningAnswer:
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Typed events, `answer.completed` or `answer.error` last; `answer.progress` in pauses before the text."""
-        silent = True
-        async with aclosing(with_pauses(self._run(), _PROGRESS_EVERY_S)) as run:
+        async with aclosing(self._watch()) as run:
             try:
                 async for event in run:
-                    if event is not None:
-                        silent = silent and event.type != "answer.text.delta"
-                        yield event
-                    elif silent and (progress := self._progress.show()) is not None:
-                        yield Event("answer.progress", progress)
+                    yield event
             except Exception as error:
                 yield Event("answer.error", describe_error(error))
 
     async def collect(self) -> schemas.Answer:
         """The finished answer. Raises what went wrong."""
-        async with aclosing(self._run()) as run:
+        async with aclosing(self._watch()) as run:
             async for event in run:
                 if isinstance(event.data, schemas.Answer):
                     return event.data
         raise GenerationFailed("the generation ended without an answer")
+
+    async def _watch(self) -> AsyncGenerator[Event, None]:
+        """The events of `_run`, and progress. An answer whose documents are gone ends though the model still reads."""
+        silent = True
+        async with aclosing(with_pauses(self._run(), _PROGRESS_EVERY_S)) as run:
+            async for event in run:
+                if event is not None:
+                    silent = silent and event.type != "answer.text.delta"
+                    yield event
+                    continue
+                self._check_alive()
+                if silent and (progress := self._progress.show()) is not None:
+                    yield Event("answer.progress", progress)
 
     async def _run(self) -> AsyncGenerator[Event, None]:
         try:

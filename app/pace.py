@@ -28,9 +28,9 @@ class Pace:
         gap_s = sum(self._gaps) / len(self._gaps) if self._gaps else _UNMEASURED_S
         wait_s, limit_s = pending * gap_s, self._max_wait_s
         if pending >= self._max_pending:
-            raise _refusal(f"{pending} answers are running or waiting, which is the limit", gap_s)
+            raise _refusal(f"answers running or waiting: {pending}, which is the limit", gap_s)
         if limit_s and pending >= _ALWAYS and wait_s > limit_s:
-            what = f"{pending} answers are running or waiting, which takes about {wait_s:.0f} s"
+            what = f"answers running or waiting: {pending}, which takes about {wait_s:.0f} s"
             raise _refusal(f"{what}; the limit is {limit_s:g} s", wait_s - limit_s)
         return self._clock()
 

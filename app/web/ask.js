@@ -45,9 +45,14 @@ class Turn {
   }
 
   showProgress(progress = null) {
-    const part = progress?.stage === "reading" && progress.done > 0 && { max: progress.total, value: progress.done };
-    const bar = h("progress", { "aria-label": "Read by the model", ...part }); // without a part it only moves
-    this.body.replaceChildren(h("p", { class: "hint waiting" }, describeProgress(progress)), bar);
+    if (!this.bar?.isConnected) {
+      this.waiting = h("p", { class: "hint waiting" });
+      this.bar = h("progress", { "aria-label": "Read by the model" });
+      this.body.replaceChildren(this.waiting, this.bar);
+    }
+    this.waiting.textContent = describeProgress(progress);
+    if (progress?.stage === "reading" && progress.done) Object.assign(this.bar, { max: progress.total, value: progress.done });
+    else this.bar.removeAttribute("value"); // then it only moves
   }
 
   showText() {

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import resource
+import time
 from collections.abc import AsyncIterator, Iterator
 
 import httpx
@@ -11,6 +12,7 @@ from app_kit import GARDEN, LIGHTHOUSE, make_settings, read_events, running_serv
 
 from app.sse import KEEPALIVE, Event, format_events, send_with_keepalive
 from app.uploads import BadUpload, read_field, read_in_thread, read_parts
+from model.engine import JambaEngine, StepOutput
 
 pytestmark = pytest.mark.anyio
 
@@ -87,6 +89,27 @@ async def test_a_stream_tells_how_far_the_model_has_read(tiny_checkpoint, tmp_pa
         read = [progress["done"] for progress in told if progress["total"] == input_tokens]
         assert read == sorted(read) and {progress["unit"] for progress in told} == {"tokens"}
         assert any(progress["stage"] == "reading" and progress["done"] for progress in told)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_deletion_ends_an_answer_that_the_model_still_reads_for(tiny_checkpoint, tmp_path, monkeypatch, stream):
+    async with running_service(make_settings(tiny_checkpoint, tmp_path / "data")) as client:
+        document = await client.upload("a.md", LIGHTHOUSE)
+        steps = []
+
+        def read_for_ever(engine: JambaEngine) -> list[StepOutput]:
+            steps.append(time.sleep(0.01))
+            return []
+
+        with monkeypatch.context() as patched:
+            patched.setattr(JambaEngine, "step", read_for_ever)
+            asking = asyncio.create_task(client.post("/v1/answers", json={"question": "Who?", "stream": stream}))
+            while not steps:
+                await asyncio.sleep(0.01)
+            await client.delete(f"/v1/documents/{document['id']}")
+            reply = await asking
+        problem = read_events(reply.text)[-1][1] if stream else reply.json()
+        assert (problem["code"], client.app.state.service.answers_pending) == ("document_deleted", 0)
 
 
 @pytest.mark.parametrize(("among_all", "searches"), [(True, 4), (False, 1)])
