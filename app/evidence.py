@@ -9,7 +9,7 @@ from app.auth import LOCAL_ADMIN, Principal
 from app.conversation import Turn, standalone_query
 from app.prompting import AnswerFormat
 from app.settings import AnswerSettings
-from retrieval.packing import BudgetTooSmall, EvidenceTooLarge, RecentEvidence, pack_evidence
+from retrieval.packing import BudgetTooSmall, EvidenceTooLarge, RecentEvidence, pack_evidence, rank_documents
 from retrieval.search import Retriever
 from retrieval.store import DocumentStore
 from retrieval.types import Evidence, EvidenceMode, Filters, Hit, SearchParams
@@ -73,18 +73,20 @@ class EvidenceFinder:
         EvidenceTooLarge when `full_context` was asked for and doesn't fit, and BudgetTooSmall when nothing fits."""
         whole_budget = self._whole_budget(query)
         start = time.perf_counter()
+        whole = None if widened else self._pack_whole(query, whole_budget)
+        tried = time.perf_counter()
         wanted = self._evidence_hits * (4 if widened else 1)
-        params = SearchParams(wanted, "hybrid", query.filters, query.document_ids)
+        params = SearchParams(wanted, "hybrid", query.filters, query.document_ids, rerank=whole is None)
         asked = standalone_query(query.question, query.turns)
         hits = self._retriever.search(asked, query.collections, params)
         found = time.perf_counter()
-        evidence = self._pack(query, hits, whole_budget, widened)
+        evidence = rank_documents(whole, hits) if whole else self._pack(query, hits, whole_budget, widened)
         packed = time.perf_counter()
         return Found(
             hits[:SHOWN_SOURCES],
             evidence,
-            1000 * (found - start),
-            1000 * (packed - found),
+            1000 * (found - tried),
+            1000 * (tried - start + packed - found),
             may_widen=not widened and query.mode == "auto" and evidence.mode == "rag",
         )
 
@@ -117,14 +119,19 @@ class EvidenceFinder:
         room = self._format.room_for_evidence(query.question, query.max_output_tokens, query.turns)
         return min(room, query.max_evidence_tokens or self._settings.max_evidence_tokens or room)
 
+    def _pack_whole(self, query: Query, whole_budget: int) -> Evidence | None:
+        """All that was selected, if it is to be read and fits; hits in a good order are of no use to it."""
+        if query.mode == "rag":
+            return None
+        try:
+            budget = whole_budget if query.mode == "full_context" else self._auto_budget(query, whole_budget)
+            return self._pack_as("full_context", query, (), budget)
+        except EvidenceTooLarge:
+            if query.mode == "full_context":
+                raise
+            return None
+
     def _pack(self, query: Query, hits: Sequence[Hit], whole_budget: int, widened: bool) -> Evidence:
-        if query.mode != "rag" and not widened:
-            try:
-                budget = whole_budget if query.mode == "full_context" else self._auto_budget(query, whole_budget)
-                return self._pack_as("full_context", query, hits, budget)
-            except EvidenceTooLarge:
-                if query.mode == "full_context":
-                    raise
         budget = self._auto_budget if widened else self._rag_budget
         try:
             return self._pack_as("rag", query, hits, budget(query, whole_budget))

@@ -9,7 +9,7 @@ begins alike and goes on with what is missing: `RecentEvidence`. Who is most rel
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import NamedTuple, Self
 
@@ -376,6 +376,11 @@ def _passage(document: Document, content: ParsedDocument, span: Span) -> Passage
         pages=content.pages,
         headings=content.headings,
     )
+
+
+def rank_documents(evidence: Evidence, hits: Sequence[Hit]) -> Evidence:
+    """Evidence that was packed without hits, with its documents named best first."""
+    return replace(evidence, relevance=_relevance(hits, {passage.document_id for passage in evidence.passages}))
 
 
 def _relevance(hits: Sequence[Hit], packed: set[str]) -> tuple[str, ...]:

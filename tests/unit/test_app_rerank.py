@@ -97,3 +97,9 @@ def test_a_bad_reranker_stops_the_start_and_doctor_finds_it(tiny_checkpoint, tmp
     with pytest.raises(SettingsError, match="JAMBA_RAG_RETRIEVAL__RERANKER_PATH"):
         create_app(settings, answering=False)
     assert [finding.name for finding in doctor.examine(settings) if not finding.ok] == ["reranker"]
+
+
+async def test_what_is_read_whole_is_not_reranked(reranking):
+    answer = await reranking.ask(QUERY, mode="full_context")
+    assert len(answer["sources"]) == 3
+    assert all(source["scores"]["rerank"] is None for source in answer["sources"])
