@@ -162,7 +162,7 @@ class AnswerSettings(_Group):
     )
     rag_evidence_tokens: int | None = _setting(
         None,
-        "Most evidence that `rag` packs at first; unset: as the checkpoint advises, else 4096.",
+        "Most evidence that `rag` packs at first; one passage at least; unset: as the checkpoint advises, else 4096.",
         "tokens",
         ge=MIN_EVIDENCE_TOKENS,
     )
