@@ -140,12 +140,14 @@ class RunningAnswer:
         stage("retrieve", packed_from - found.retrieval_ms / 1000, packed_from, hits=len(found.hits))
         stage("pack", packed_from, now, evidence_tokens=found.evidence.tokens, mode=found.evidence.mode)
 
-    async def events(self) -> AsyncGenerator[Event, None]:
-        """Typed events, `answer.completed` or `answer.error` last; `answer.progress` in pauses before the text."""
+    async def events(self, progress: bool = False) -> AsyncGenerator[Event, None]:
+        """Typed events, `answer.completed` or `answer.error` last; with `progress`, `answer.progress` in pauses before
+        the text."""
         async with aclosing(self._watch()) as run:
             try:
                 async for event in run:
-                    yield event
+                    if progress or event.type != "answer.progress":
+                        yield event
             except Exception as error:
                 yield Event("answer.error", describe_error(error))
 

@@ -48,9 +48,10 @@ class Service:
             return self.request("POST", "/v1/documents", files=files, data=fields, timeout=UPLOAD_TIMEOUT_S)
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(type, data) of the events that a call answers with. Raises CommandFailed."""
+        """(type, data) of the events that a call answers with, `answer.progress` among them. Raises CommandFailed."""
+        options = {"json": body, "headers": {"Prefer": "progress"}, "timeout": ANSWER_TIMEOUT_S}
         try:
-            with closing(self._send("POST", path, stream=True, json=body, timeout=ANSWER_TIMEOUT_S)) as response:
+            with closing(self._send("POST", path, stream=True, **options)) as response:
                 if not response.is_success:
                     response.read()
                     _raise_for_problem(response)

@@ -20,12 +20,13 @@ async def create_answer(
     body: schemas.AnswerRequest, request: Request, principal: Reader, service: ServiceDep, settings: SettingsDep
 ) -> schemas.Answer | Response:
     """Answer from the indexed documents; with `stream`, as Server-Sent Events: `answer.created`, `answer.sources`,
-    `answer.progress` (how much is read, every second before the first word), `answer.text.delta`,
-    `answer.citation.added`, at the end `answer.completed` (the whole answer) or `answer.error`."""
+    `answer.text.delta`, `answer.citation.added`, at the end `answer.completed` (the whole answer) or `answer.error`.
+    With the header `Prefer: progress` also `answer.progress`: how much is read, every second before the first word."""
     query = await anyio.to_thread.run_sync(service.read_query, body, principal)
     answer = await service.start_answer(query)
     if body.stream:
-        return event_response(answer.events(), settings.server.keepalive_s)
+        progress = "progress" in request.headers.get("Prefer", "")
+        return event_response(answer.events(progress), settings.server.keepalive_s)
     return await collect_while_connected(request, answer)
 
 

@@ -44,8 +44,9 @@ function authorization() {
 }
 
 /** A successful Response; anything else is thrown as Problem. Paths are relative, so the page works behind a path prefix. */
-async function request(path, { method = "GET", json, signal } = {}) {
+async function request(path, { method = "GET", json, signal, prefer } = {}) {
   const headers = authorization();
+  if (prefer) headers.Prefer = prefer;
   if (json !== undefined) headers["Content-Type"] = "application/json";
   const body = json === undefined ? undefined : JSON.stringify(json);
   const response = await fetch(path, { method, headers, body, signal });
@@ -143,6 +144,7 @@ async function* readEvents(body) {
 
 /** The events of an answer as `{type, data}`. EventSource cannot send a key, so the stream is read by hand. */
 export async function* streamAnswer(body, signal) {
-  const response = await request("v1/answers", { method: "POST", json: { ...body, stream: true }, signal });
+  const json = { ...body, stream: true };
+  const response = await request("v1/answers", { method: "POST", json, signal, prefer: "progress" });
   yield* readEvents(response.body);
 }

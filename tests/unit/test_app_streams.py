@@ -80,7 +80,7 @@ async def test_a_stream_tells_how_far_the_model_has_read(tiny_checkpoint, tmp_pa
         for number in range(3):
             await client.upload(f"{number}.md", LIGHTHOUSE * 2 + str(number))
         body = {"question": "Who is the keeper?", "mode": "rag", "stream": True}
-        events = read_events((await client.post("/v1/answers", json=body)).text)
+        events = read_events((await client.post("/v1/answers", json=body, headers={"Prefer": "progress"})).text)
         kinds = [kind for kind, _ in events]
         told = [data for kind, data in events if kind == "answer.progress"]
         input_tokens = events[-1][1]["usage"]["input_tokens"]
@@ -89,6 +89,8 @@ async def test_a_stream_tells_how_far_the_model_has_read(tiny_checkpoint, tmp_pa
         read = [progress["done"] for progress in told if progress["total"] == input_tokens]
         assert read == sorted(read) and {progress["unit"] for progress in told} == {"tokens"}
         assert any(progress["stage"] == "reading" and progress["done"] for progress in told)
+        plain = read_events((await client.post("/v1/answers", json=body | {"question": "Who keeps it?"})).text)
+        assert "answer.progress" not in {kind for kind, _ in plain}, "only who asks is told"
 
 
 @pytest.mark.parametrize("stream", [False, True])
