@@ -141,8 +141,7 @@ class RunningAnswer:
         stage("pack", packed_from, now, evidence_tokens=found.evidence.tokens, mode=found.evidence.mode)
 
     async def events(self, progress: bool = False) -> AsyncGenerator[Event, None]:
-        """Typed events, `answer.completed` or `answer.error` last; with `progress`, `answer.progress` in pauses before
-        the text."""
+        """Typed events, `answer.completed` or `answer.error` last; `answer.progress` before the text if asked for."""
         async with aclosing(self._watch()) as run:
             try:
                 async for event in run:
