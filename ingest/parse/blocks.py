@@ -15,7 +15,8 @@ class BlockWriter:
         self._text: list[str] = []
         self._length = 0
         self._pending: list[str] = []  # the line being written
-        self._gap = ""  # what stands before the next line
+        self._gap = ""  # what stands before the next line,
+        self._mark = ""  # and at its beginning
         self._headings: list[Heading] = []
         self._pages: list[Page] = []
 
@@ -28,6 +29,10 @@ class BlockWriter:
         line = _clean("".join(self._pending))
         self._pending.clear()
         return line
+
+    def begin_item(self, mark: str) -> None:
+        """The next line written begins with `mark`, even if it is a block of its own."""
+        self._mark = mark
 
     def end_line(self) -> None:
         self.add_line(self.take())
@@ -59,6 +64,7 @@ class BlockWriter:
         """Write one line; an empty one is not written."""
         line = normalize_text(line)
         if line:
+            line, self._mark = self._mark + line, ""
             self._text += (self._gap, line)
             self._length += len(self._gap) + len(line)
             self._gap = "\n"

@@ -24,6 +24,10 @@ _DROPPED = frozenset(
 _TOO_DEEP = "the page nests more than 2,048 elements within each other"
 _OUTSIDE_MAIN = frozenset({"header", "footer"})
 _DROPPED_ROLES = frozenset({"navigation", "banner", "contentinfo", "search", "complementary"})
+_DROPPED_CLASSES = frozenset(  # navigation and links to places, as DocBook, Sphinx, Bootstrap and MediaWiki call them
+    {"navheader", "navfooter", "sphinxsidebar", "navbar", "breadcrumb", "breadcrumbs", "headerlink", "mw-editsection"}
+)
+_CONTENTS = frozenset({"toc", "contents", "table-of-contents"})
 _BLOCKS = frozenset(
     {"html", "body", "main", "article", "section", "header", "footer", "div", "center", "fieldset", "address"}
     | {"p", "blockquote", "pre", "hr", "figure", "figcaption", "details", "summary", "dl", "caption"}
@@ -70,7 +74,19 @@ def _is_dropped(element: lxml.html.HtmlElement, drop_outside: bool) -> bool:
         or element.get("hidden") is not None
         or element.get("aria-hidden") == "true"
         or element.get("role") in _DROPPED_ROLES
+        or not _DROPPED_CLASSES.isdisjoint(element.get("class", "").split())
+        or _repeats_headings(element)
     )
+
+
+def _repeats_headings(element: lxml.html.HtmlElement) -> bool:
+    """A table of contents whose links all lead to this page: it says nothing that does not stand there."""
+    if _CONTENTS.isdisjoint(f"{element.get('class', '')} {element.get('id', '')}".lower().split()):
+        return False
+    links = [link for link in element.iter("a") if link.get("href")]
+    linked = sum(len(link.text_content()) for link in links)
+    is_list = 2 * linked > len(" ".join(element.text_content().split()))
+    return is_list and all(link.get("href").startswith("#") for link in links)
 
 
 def _events(root: lxml.html.HtmlElement, drop_outside: bool) -> Iterator[tuple[str, lxml.html.HtmlElement]]:
@@ -105,10 +121,10 @@ def _write_text(root: lxml.html.HtmlElement, writer: BlockWriter, drop_outside: 
             counters = [*counters, 0 if tag == "ol" else None] if event == "start" else counters[:-1]
         elif tag == "li":
             writer.end_line()
-            if event == "start":
-                if counters and counters[-1] is not None:
-                    counters[-1] += 1
-                writer.add(f"{counters[-1]}. " if counters and counters[-1] else "- ")
+            if event == "start" and counters and counters[-1] is not None:
+                counters[-1] += 1
+            number = counters[-1] if counters else None
+            writer.begin_item("" if event == "end" else f"{number}. " if number else "- ")
         else:
             _write_edge(writer, event, tag)
         preformatted += (tag == "pre") * (1 if event == "start" else -1)

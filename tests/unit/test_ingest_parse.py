@@ -11,7 +11,7 @@ from ingest.parse.decode import UndecodableText, decode_text, normalize_text
 from ingest.parse.docx import MEDIA_TYPE as DOCX
 from ingest.parse.html import parse_html
 from ingest.parse.markdown import parse_markdown
-from retrieval.types import ParsedDocument
+from retrieval.types import Heading, ParsedDocument
 
 
 def sections(parsed: ParsedDocument) -> list[tuple[int, str]]:
@@ -153,6 +153,21 @@ def test_html_table_rows_are_lines_with_the_names_of_their_columns():
     <tr><td>Apple</td><td>2 <i>kroner</i><table><tr><td>in<td>side</table></td></tr>
     <tr><td>Pear</td></tr></table><p>After</p>"""
     assert parse_html(page).text == ("Prices\n\nFruit | Price\nFruit: Apple | Price: 2 kroner in side\nPear\n\nAfter")
+
+
+def test_html_list_items_of_paragraphs_keep_their_marks():
+    page = """<ol><li><p>Open the lid.</p><p>Wait.</p></li><li><div>Fill it<ul><li><p>water</p></li><li></li></ul></div>
+    </li></ol><p>Done</p>"""
+    assert parse_html(page.encode()).text == "1. Open the lid.\n\nWait.\n\n2. Fill it\n\n- water\n\nDone"
+
+
+def test_html_drops_what_leads_elsewhere_in_a_manual():
+    page = """<div class="navheader"><a href="a.html">Prev</a></div><div class="toc"><a href="#s1">Setup</a></div>
+    <h1 id="s1">Setup<a class="headerlink" href="#s1">¶</a></h1>
+    <div class="toc wide"><a href="b.html">Chapter B</a></div><div id="contents">As in <a href="#s1">C</a></div>"""
+    parsed = parse_html(page.encode())
+    assert parsed.text == "Setup\n\nChapter B\n\nAs in C"
+    assert parsed.headings == (Heading(1, "Setup", 0),)
 
 
 def test_html_in_a_declared_legacy_encoding():
