@@ -22,6 +22,9 @@ UNIT_BEHIND = re.compile(
     r"^[ -]?(?:bytes?|bits?|[kKMGT]i?B|[kMG]?Hz|(?:milli|micro|nano)?seconds?|minutes?|hours?|days?|weeks?|months?|"
     r"years?|ms|percent|%|pixels?|lines?|characters?|degrees|metres?|meters?|feet|inches|miles|km|kg|dollars|USD)(?![\w-])"
 )
+_DAY, _MONTH = r"\d{1,2}(?:st|nd|rd|th)?", r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\.?"
+DATE_BEFORE = re.compile(rf"(?:{_DAY} (?:of )?)?\b{_MONTH},? (?:{_DAY},? )?$")  # a year
+ASKS_WHEN = re.compile(r"(?:since |until )?when |(?:on |at )?(?:what|which) (?:date|day)\b", re.IGNORECASE)
 QUESTION_CHARS = 110  # of a question with its answer, about
 SILENT = 0.2  # share of lone passages about which nothing is asked that they answer
 
@@ -39,7 +42,7 @@ def load_pairs(path: Path) -> PairContexts:
 
 
 def widen_answer(pair: dict) -> dict:
-    """A part of a person's name becomes the whole name, a bare number takes its unit along."""
+    """A part of a person's name becomes the whole name, a year the whole date, a bare number takes its unit along."""
     if pair["answer"] is None:
         return pair
     start, text = pair["start"], pair["passage"]
@@ -49,6 +52,9 @@ def widen_answer(pair: dict) -> dict:
             start = before.start()
         if after := NAME_BESIDE[1].match(text[end:]):
             end += after.end()
+    elif re.fullmatch(r"\d{4}", text[start:end]) and ASKS_WHEN.match(pair["question"]):
+        if before := DATE_BEFORE.search(text[:start]):
+            start = before.start()
     elif text[end - 1].isdigit() and (unit := UNIT_BEHIND.match(text[end:])):
         end += unit.end()
     return pair | {"start": start, "answer": text[start:end]}

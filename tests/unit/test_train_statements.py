@@ -98,6 +98,9 @@ def test_rephrasing_keeps_codes_and_says_the_same_with_the_same_seed():
         ("Who wrote it?", "It was written by Ian Murdock in Ohio.", "Ian", "Ian Murdock"),
         ("How long is it?", "It waits for 30 seconds or more.", "30", "30 seconds"),
         ("How many are there?", "There are 30 doors.", "30", "30"),
+        ("When was it seen?", "It was seen on the 3rd of May, 1999 by all.", "1999", "3rd of May, 1999"),
+        ("On what date was it seen?", "It was seen on December 3rd, 1999.", "1999", "December 3rd, 1999"),
+        ("What year was it seen?", "It was seen in December 1999.", "1999", "1999"),
     ],
 )
 def test_answers_are_whole_names_and_measures(question, passage, answer, whole):
