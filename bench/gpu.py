@@ -3,8 +3,10 @@
 Sections: copy (the ceilings), memory, decode, batch, first-token, prefill, sharing (time between the tokens of running
 answers while a long prompt is computed), profile. Each prints a table and writes its JSON; one that fails or takes too
 long prints why and the next one begins. Contexts of decoding are random numbers, which cost the same as a prefill's.
-`first-token` is asked of the engine behind a prefix in its cache, and of the model alone with the state where it is
-needed. `times_vllm` is against vLLM 0.24, measured on an H100.
+On a card `batch` has each row twice: contexts of their own, then contexts that share all but the last 256 tokens, each
+copy read for as many of them as one read can serve. `first-token` is asked of the engine behind a prefix in its cache,
+and of the model alone with the state where it is needed.
+`times_vllm` is against vLLM 0.24, measured on an H100.
 `--quick` runs the most telling rows of all within 90 seconds; `--w8a8` lets prefills round activations to int8.
     python -m bench.gpu [--shape jamba-52b] [--sections copy,decode] [--segments 16384,32768] [--limit-s 75] [--quick]
 """
@@ -43,10 +45,11 @@ from bench.shapes import SHAPES, decode_bytes, prefill_flop, resident_bytes, sta
 from model.engine import JambaEngine
 from model.engine_request import EngineRequest
 from model.jamba import Jamba
+from model.kernels import gpu_attention
 from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings
 from model.sampling import SamplingParams
-from model.state import HybridState
+from model.state import HybridState, Origin
 from model.w8a8 import round_activations
 
 VLLM_PREFILL = {8192: 16_700, 32_768: 16_200, 131_072: 15_100, 262_144: 14_300}  # tokens a second
@@ -152,12 +155,20 @@ def bench_decode(bench: Bench, run: BenchRun) -> None:
 def bench_batch(bench: Bench, run: BenchRun) -> None:
     for context, batch in bench.sizes.batches:
         add_decode_row(bench, run, context, batch)
+        if bench.device.type == "cuda":
+            add_decode_row(bench, run, context, batch, shared=(context - 256) // 256 * 256)
 
 
-def add_decode_row(bench: Bench, run: BenchRun, context: int, batch: int) -> None:
-    """Greedy steps of the model alone, the chosen tokens staying on the device."""
+def add_decode_row(bench: Bench, run: BenchRun, context: int, batch: int, shared: int = 0) -> None:
+    """Greedy steps of the model alone, the chosen tokens staying on the device; the first `shared` tokens (whole blocks
+    of 256) are said to be the same in all contexts."""
     steps, model = bench.sizes.steps, bench.model
     states = [filled_state(model, context, room=16 * steps) for _ in range(batch)]
+    for state in states:
+        state.origin = Origin(tuple(f"block {i}" for i in range(shared // 256)), 256)
+    config = model.config
+    members = gpu_attention.max_members(config.num_attention_heads // config.num_key_value_heads)
+    copies = -(-batch // members) if shared else batch  # of the shared tokens, that are read
     tokens = random_tokens(model, batch)
 
     def decode() -> None:
@@ -167,8 +178,9 @@ def add_decode_row(bench: Bench, run: BenchRun, context: int, batch: int) -> Non
 
     step_s = [seconds / steps for seconds in time_calls(bench.device, decode)]
     rate = batch / median(step_s)
-    moved = decode_bytes(model, context, batch)
-    row: dict[str, Any] = {"context": context, "batch": batch, "step_ms": 1e3 * median(step_s)}
+    moved = decode_bytes(model, context, batch, unread=(batch - copies) * shared)
+    row: dict[str, Any] = {"context": context, "batch": batch, "shared": shared, "copies": copies}
+    row |= {"step_ms": 1e3 * median(step_s)}
     row |= {"worst_ms": 1e3 * max(step_s), "tok_per_s": rate, "gb_per_step": moved / 1e9}
     row |= {"gb_per_s": moved / median(step_s) / 1e9}
     row["percent_of_copy"] = 100 * moved / median(step_s) / bench.ceilings.copy_bytes_per_s

@@ -62,9 +62,9 @@ def prefill_flop(config: JambaConfig, past: int, num_tokens: int) -> float:
     return 2 * _active_weights(config) * num_tokens + attention + 2 * config.vocab_size * config.hidden_size
 
 
-def decode_bytes(model: Jamba, past: int, batch: int) -> float:
+def decode_bytes(model: Jamba, past: int, batch: int, unread: int = 0) -> float:
     """Bytes one step must move: weights once, of the experts as many as `batch` tokens choose on average, KV, states
-    read and written. A batch's contexts are counted each, shared or not."""
+    read and written. A batch's contexts are counted each, less `unread` tokens that another's copy is read for."""
     config, layout = model.config, model.state_layout
     untouched = (1 - config.num_experts_per_tok / config.num_experts) ** batch
     weights = 0.0
@@ -73,7 +73,8 @@ def decode_bytes(model: Jamba, past: int, batch: int) -> float:
             continue
         weights += weight.nbytes * (1 - untouched if ".experts." in name else 1)
     recurrent = state_bytes(layout, 0)
-    return weights + batch * (state_bytes(layout, past) + recurrent)
+    saved = state_bytes(layout, unread) - recurrent
+    return weights + batch * (state_bytes(layout, past) + recurrent) - saved
 
 
 def _active_weights(config: JambaConfig) -> float:

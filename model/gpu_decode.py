@@ -1,4 +1,5 @@
-"""One decode step of a few sequences on the GPU: some eight kernels a layer, replayed as one CUDA graph a batch size.
+"""One decode step of a few sequences on the GPU: some eight kernels a layer, replayed as one CUDA graph a batch size,
+and another one for steps in which sequences share the read of a prefix (sharing.py).
 
 Not a second network: jamba.py, mamba.py, attention.py and moe.py say what a layer is; this only hands their weights to
 the kernels. Models that are not int8 and shapes that the kernels are not made for run as modules. The residual stays
@@ -22,13 +23,15 @@ from model.kernels import gpu_linear as linear
 from model.kernels import gpu_mamba as mamba
 from model.mamba import MambaMixer
 from model.moe import MLP, MoE
-from model.state import HybridState
+from model.sharing import share
+from model.state import HybridState, Origin
 
 if TYPE_CHECKING:
     from model.jamba import Jamba, JambaLayer
 
 MAX_BATCH = 32
-_STAGED_ROWS = 6  # see _Inputs
+_STAGED_ROWS = 8  # see _Inputs
+_MIN_SHARED_TOKENS = 1024  # less is not worth a kernel of fewer blocks a multiprocessor; a guess
 
 
 def fits(model: Jamba) -> bool:
@@ -62,31 +65,49 @@ class GpuDecoder:
             self._host = host.pin_memory() if self._device.type == "cuda" else host
         self._host_array = self._host.numpy()
         self._uploaded = torch.cuda.Event() if self._device.type == "cuda" else None
-        self._launched: set[int] = set()  # batch sizes whose kernels are compiled and loaded
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._max_members = attention.max_members(model.config.num_attention_heads // model.config.num_key_value_heads)
+        self._origins: list[Origin] = []  # of the last step's states, and what they shared
+        self._shared: list[tuple[int, int]] = []
+        self._launched: set[_Kind] = set()  # of what steps the kernels are compiled and loaded
+        self._graphs: dict[_Kind, torch.cuda.CUDAGraph] = {}
 
     @torch.no_grad()
-    def step(self, token_ids: Tensor, states: Sequence[HybridState]) -> Tensor:
-        """Advance each state by its token: token_ids (b,) on the CPU or the model's device -> logits (b, v) float32."""
-        b = len(states)
-        self._upload(token_ids, states)
-        if self._device.type == "cuda" and b in self._launched:
-            if b not in self._graphs:
-                self._graphs[b] = self._capture(b)
-            self._graphs[b].replay()
+    def step(self, token_ids: Tensor, states: Sequence[HybridState], sharing: bool = False) -> Tensor:
+        """Advance each state by its token: token_ids (b,) on the CPU or the model's device -> logits (b, v) float32.
+
+        With `sharing` by the kernels of a step that shares a prefix even if no states do.
+        """
+        shared = self._share(states)
+        kind = len(states), sharing or any(until for _, until in shared)
+        self._upload(token_ids, states, shared)
+        if self._device.type == "cuda" and kind in self._launched:
+            if kind not in self._graphs:
+                self._graphs[kind] = self._capture(kind)
+            self._graphs[kind].replay()
         else:
-            self._launch(b)
-            self._launched.add(b)
+            self._launch(kind)
+            self._launched.add(kind)
         for state in states:
             state.num_tokens += 1
-        return self._buffers.logits[:b].clone()
+        return self._buffers.logits[: len(states)].clone()
 
-    def _upload(self, token_ids: Tensor, states: Sequence[HybridState]) -> None:
+    def _share(self, states: Sequence[HybridState]) -> list[tuple[int, int]]:
+        """Owner and until of each, see attention.Sharing; the same as long as the same states are decoded."""
+        origins = [state.origin for state in states]
+        if origins != self._origins:
+            self._shared = share(origins, self._max_members, _MIN_SHARED_TOKENS, attention.SHARED_UNIT)
+            self._origins = origins
+        return self._shared
+
+    def _upload(self, token_ids: Tensor, states: Sequence[HybridState], shared: Sequence[tuple[int, int]]) -> None:
         """Make room for the tokens' KV, and tell the device where everything is, in one copy."""
         for state in states:
             state.reserve(state.num_tokens + 1)
         tokens = [0] * len(states) if token_ids.is_cuda else token_ids.tolist()
-        whereabouts = ((state.num_tokens, state.capacity, *state.addresses()) for state in states)
+        whereabouts = (
+            (state.num_tokens, state.capacity, *state.addresses(), *own)
+            for state, own in zip(states, shared, strict=True)
+        )
         staged = list(chain(tokens, *zip(*whereabouts, strict=True)))
         if self._uploaded is not None:
             self._uploaded.synchronize()  # the copy before this one has read the host's memory
@@ -97,16 +118,18 @@ class GpuDecoder:
         if token_ids.is_cuda:
             self._staging[: len(states)].copy_(token_ids)
 
-    def _capture(self, b: int) -> torch.cuda.CUDAGraph:
+    def _capture(self, kind: _Kind) -> torch.cuda.CUDAGraph:
         graph, other = torch.cuda.CUDAGraph(), next(iter(self._graphs.values()), None)
         pool = None if other is None else other.pool()  # graphs never run at once: they share their memory
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            self._launch(b)
+            self._launch(kind)
         return graph
 
-    def _launch(self, b: int) -> None:
+    def _launch(self, kind: _Kind) -> None:
         """The kernels of one step, from what is staged to the logits."""
-        inputs, now = _Inputs(*self._staging[: _STAGED_ROWS * b].view(_STAGED_ROWS, b)), self._buffers.cut(b)
+        b, shares = kind
+        staged = self._staging[: _STAGED_ROWS * b].view(_STAGED_ROWS, b)
+        inputs, now = _Inputs(*staged, shares=shares), self._buffers.cut(b)
         now.residual.copy_(self._embedding(inputs.token_ids))
         pending: _Pending = (None, None)
         for layer in self._layers:
@@ -118,6 +141,7 @@ class GpuDecoder:
             now.logits.copy_(self._head(now.normed))
 
 
+_Kind = tuple[int, bool]  # sequences of a step, and whether some share a prefix
 _Pending = tuple[Tensor | None, Tensor | None]  # not yet added to the residual: (b, d), or (b, k, d) and weights (b, k)
 
 
@@ -131,10 +155,17 @@ class _Inputs:
     conv: Tensor  # addresses
     ssm: Tensor
     kv: Tensor
+    owners: Tensor  # see attention.Sharing
+    until: Tensor
+    shares: bool  # whether the last two say anything
 
     @property
     def caches(self) -> attention.Caches:
         return attention.Caches(self.kv, self.capacities, self.lengths)
+
+    @property
+    def sharing(self) -> attention.Sharing | None:
+        return attention.Sharing(self.owners, self.until) if self.shares else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,8 +249,8 @@ def _mix(mixer: MambaMixer, inputs: _Inputs, now: _Buffers) -> None:
 def _attend(block: Attention, inputs: _Inputs, now: _Buffers) -> None:
     for projection, out in ((block.q_proj, now.q), (block.k_proj, now.k), (block.v_proj, now.v)):
         _project(projection, now.normed, out.flatten(1))
-    partials = attention.Partials.empty(now.q, now.k.shape[1])
-    attention.attend(now.q, now.k, now.v, inputs.caches, block.index, partials, now.attended)
+    partials = attention.Partials.empty(now.q, now.k.shape[1], inputs.shares)
+    attention.attend(now.q, now.k, now.v, inputs.caches, block.index, partials, now.attended, inputs.sharing)
     _project(block.o_proj, now.attended.flatten(1), now.mixed)
 
 

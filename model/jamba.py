@@ -8,7 +8,8 @@ m experts, k experts a token, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -219,14 +220,22 @@ class Jamba(nn.Module):
 
         A call that comes before its graph is captured takes the time to capture it too. Nothing on a CPU.
         """
-        if self._gpu_decoder(1) is None:
+        if (decoder := self._gpu_decoder(1)) is None:
             return
-        steps = [[1] * b for b in range(1, min(max_batch, MAX_GPU_BATCH) + 1)]
-        steps += [[t] for t in range(gpu_segment.MAX_TOKENS, 1, -1)]
-        for lengths in steps:
+
+        def decode(b: int, sharing: bool) -> None:
+            decoder.step(torch.zeros(b, dtype=torch.int64), [self.new_state() for _ in range(b)], sharing)
+
+        def read(t: int) -> None:
+            self.forward_packed(torch.zeros(t, dtype=torch.int64), [t], [self.new_state()])
+
+        batches = range(1, min(max_batch, MAX_GPU_BATCH) + 1)
+        steps: list[Callable[[], None]] = [partial(decode, b, False) for b in batches]
+        steps += [partial(read, t) for t in range(gpu_segment.MAX_TOKENS, 1, -1)]
+        steps += [partial(decode, b, True) for b in batches[1:]]
+        for step in steps:
             for _ in range(2):  # the first of its shape compiles what the second captures
-                states = [self.new_state() for _ in lengths]
-                self.forward_packed(torch.zeros(sum(lengths), dtype=torch.int64), lengths, states)
+                step()
             yield
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model.device_store import DeviceStateStore, StateTensors
 from model.prefix_plan import PlanSettings, PrefixPlan, plan_prefix, root_key
-from model.state import HybridState, Snapshot
+from model.state import HybridState, Origin, Snapshot
 from model.state_codec import DamagedValue, decode_value
 from model.state_store import Buffer, StateItem, StateStore
 from model.write_behind import WriteBehind
@@ -36,6 +36,7 @@ class PrefixHit:
     snapshot: Snapshot
     kv: tuple[Tensor, ...]  # pieces of (n_attn, 2, t, g, p) that cover num_tokens in order
     tier: str  # the slowest one that something had to come from
+    origin: Origin
 
 
 @dataclass(slots=True)
@@ -130,6 +131,7 @@ class PrefixCache:
     def restore(self, hit: PrefixHit, state: HybridState) -> None:
         """Make an empty state that of the hit. Raises ValueError, leaving it empty, if it is another model's."""
         state.restore(hit.snapshot, hit.kv)
+        state.origin = hit.origin
 
     def save(self, plan: PrefixPlan, state: HybridState, kept_tokens: int = 0) -> bool:
         """Keep `state` if the plan has a snapshot at its position; the first `kept_tokens` tokens' KV was kept before.
@@ -152,6 +154,7 @@ class PrefixCache:
         items.append(_describe(plan, key, position, StateTensors((*snapshot.tensors, tail))))
         if not self._put(plan, [one for one in (self._device, self._behind) if one is not None], items):
             return False
+        state.origin = _origin(plan, position)
         with self._lock:
             self._stats.saved += 1
         return True
@@ -233,7 +236,7 @@ class PrefixCache:
         *recurrent, tail = loaded[snapshot_key].tensors
         kv = tuple(loaded[key].tensors[0] for key in block_keys)
         tier = self._stores[max(where[key] for key in keys)].tier
-        return PrefixHit(position, Snapshot(position, *recurrent), (*kv, tail), tier)
+        return PrefixHit(position, Snapshot(position, *recurrent), (*kv, tail), tier, _origin(plan, position))
 
     def _fetch(self, keys: Sequence[str], tensors: int, where: dict[str, int], loaded: dict[str, StateTensors]) -> None:
         """Add to `loaded` what can be had of `keys`, values of that many tensors; the rest leaves `where`."""
@@ -318,6 +321,11 @@ def _describe(plan: PrefixPlan, key: str, end: int, value: StateTensors) -> Stat
     after = plan.block_keys[before - 1] if before else ""
     ends_prompt = is_snapshot and end == max(plan.snapshot_keys)
     return StateItem(key, value, plan.tags_before(end), after, end if is_snapshot else 0, ends_prompt)
+
+
+def _origin(plan: PrefixPlan, position: int) -> Origin:
+    """Of a state of the plan's first `position` tokens whose blocks are stored."""
+    return Origin(plan.block_keys[: position // plan.block_tokens], plan.block_tokens)
 
 
 def _deepest(plan: PrefixPlan, where: Mapping[str, int]) -> int:

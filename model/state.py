@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from functools import cache
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -67,6 +67,14 @@ class StateLayout:
         return self.n_attn, 2, num_tokens, self.g, self.p
 
 
+class Origin(NamedTuple):
+    """The stored blocks of KV whose bits a state's first tokens have: one key for every `block_tokens` of them, which
+    covers all tokens before it too (prefix_plan.py)."""
+
+    keys: tuple[str, ...] = ()
+    block_tokens: int = 1
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """The recurrent part of a state after `num_tokens` tokens: useless without the KV of exactly these tokens."""
@@ -86,14 +94,29 @@ class Snapshot:
 
 
 class HybridState:
-    """Starts empty; a forward pass advances it in place."""
+    """Starts empty; a forward pass advances it in place.
+
+    `origin` is what is known to be stored of its KV; going back to fewer tokens forgets what lies behind them.
+    """
 
     def __init__(self, layout: StateLayout, device: torch.device | str = "cpu") -> None:
-        self.layout, self.num_tokens = layout, 0
+        self.layout, self._num_tokens, self.origin = layout, 0, Origin()
         with torch.inference_mode(False):  # an inference tensor could not be advanced outside inference mode
             self.conv = torch.zeros(layout.conv_shape, dtype=layout.conv_dtype, device=device)
             self.ssm = torch.zeros(layout.ssm_shape, dtype=torch.float32, device=device)
         self._kv = self._new_kv(0)  # (n_attn, 2, capacity, g, p); beyond num_tokens: anything
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens seen so far."""
+        return self._num_tokens
+
+    @num_tokens.setter
+    def num_tokens(self, num_tokens: int) -> None:
+        if num_tokens < self._num_tokens:  # other tokens may follow
+            keys, size = self.origin
+            self.origin = Origin(keys[: num_tokens // size], size)
+        self._num_tokens = num_tokens
 
     @property
     def nbytes(self) -> int:

@@ -69,8 +69,8 @@ def test_graphs_are_prepared_between_requests(make, monkeypatch) -> None:  # noq
     (other,) = same_states(model, [state])
     ids = tokens(1, 5)[0]
     before = model.forward_packed(ids, [5], [state])
-    assert len(list(model.prepare(max_batch=3))) == 3 + 5
+    assert len(list(model.prepare(max_batch=3))) == 3 + 5 + 2
     assert torch.equal(model.forward_packed(ids, [5], [other]), before)
     if ids.device != state.conv.device:
         assert set(model._gpu_segments._graphs) == set(range(2, 7))
-        assert set(model._gpu_decode._graphs) >= {1, 2, 3}
+        assert set(model._gpu_decode._graphs) >= {(1, False), (2, False), (3, False), (2, True), (3, True)}

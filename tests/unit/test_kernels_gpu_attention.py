@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.kernels.gpu_attention import Caches, Partials, attend, attend_ref, fits
+from model.kernels.gpu_attention import Caches, Partials, Sharing, attend, attend_ref, fits, max_members
 from tests.numeric import assert_close
 
 RATIO = 6e-3  # bfloat16 of the weights before they meet the values, and of the result
@@ -18,34 +18,48 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def run(
-    caches: list[Tensor], lengths: list[int], qkv: tuple[Tensor, ...], layer: int, partials: Partials | None = None
+    caches: list[Tensor],
+    lengths: list[int],
+    qkv: tuple[Tensor, ...],
+    layer: int,
+    parts: int | None = None,
+    sharing: list[tuple[int, int]] | None = None,
 ) -> Tensor:
     q, k, _ = qkv
     device = q.device
     addresses = torch.tensor([cache.data_ptr() for cache in caches], device=device)
     capacities = torch.tensor([cache.shape[2] for cache in caches], device=device)
     described = Caches(addresses, capacities, torch.tensor(lengths, device=device))
-    partials = partials or Partials.empty(q, k.shape[1])
-    for room in partials:
-        room.fill_(torch.nan)
+    partials = Partials.empty(q, k.shape[1], sharing is not None)
+    partials = Partials(*(room[:parts].fill_(torch.nan) for room in partials))
+    shared = sharing and Sharing(*torch.tensor(sharing, device=device).T.contiguous())
     out = torch.full_like(q, torch.nan)
-    attend(*qkv, described, layer, partials, out, overlap=False)
+    attend(*qkv, described, layer, partials, out, shared, overlap=False)
     return out
 
 
 def check(
-    lengths: list[int], h: int, g: int, p: int, device: str, parts: int | None = None, scale: float = 1.0
+    lengths: list[int],
+    h: int,
+    g: int,
+    p: int,
+    device: str,
+    parts: int | None = None,
+    scale: float = 1.0,
+    sharing: list[tuple[int, int]] | None = None,
 ) -> None:
     b = len(lengths)
     caches = [normal(LAYERS, 2, length + 1 + i, g, p, seed=i).to(device) for i, length in enumerate(lengths)]
     qkv = tuple((scale * normal(b, heads, p, seed=i)).to(device) for i, heads in enumerate((h, g, g)))
     for cache, length in zip(caches, lengths, strict=True):
         cache[:, :, length:] = torch.nan  # room for tokens to come: anything
+    for i, (owner, until) in enumerate(sharing or []):
+        if owner != i:
+            caches[i][:, :, :until] = torch.nan  # must not be read
     expected_caches = [cache.double() for cache in caches]
-    partials = parts and Partials(torch.empty(parts, h, p, device=device), torch.empty(parts, h, 2, device=device))
     for layer in range(LAYERS):
-        out = run(caches, lengths, qkv, layer, partials)
-        expected = attend_ref(*(x.double() for x in qkv), expected_caches, lengths, layer)
+        out = run(caches, lengths, qkv, layer, parts, sharing)
+        expected = attend_ref(*(x.double() for x in qkv), expected_caches, lengths, layer, sharing)
         assert_close("out", out, expected, RATIO)
     for cache, expected in zip(caches, expected_caches, strict=True):
         assert torch.equal(cache.double().nan_to_num(7), expected.nan_to_num(7))
@@ -87,6 +101,37 @@ def test_the_bits_do_not_depend_on_the_others_in_the_batch_when_parts_are_the_sa
     both = run(caches, [30, 39], (q, k, v), 0)
     alone = run(caches[1:], [39], (q[1:], k[1:], v[1:]), 0)
     assert torch.equal(both[1:], alone)
+
+
+@pytest.mark.parametrize("until", [64, 128, 320])
+@pytest.mark.parametrize(
+    ("h", "g", "members"), [(6, 2, 5), (3, 1, 1), (8, 2, 4), (4, 1, 3), (8, 1, 2), (9, 1, 2), (2, 2, 7), (5, 1, 3)]
+)
+def test_sequences_that_share_their_first_keys(h: int, g: int, members: int, until: int, device: str) -> None:
+    """Behind them each has keys of its own, or none but the new one."""
+    lengths = [until + extra for extra in (0, 63, 1, 200, 64, 30, 5)[:members]]
+    check(lengths, h, g, 64, device, parts=18, sharing=[(0, until)] * members)
+
+
+@pytest.mark.parametrize("p", [64, 128])
+@pytest.mark.parametrize("parts", [13, None])
+def test_several_groups_and_sequences_that_share_nothing(parts: int | None, p: int, device: str) -> None:
+    lengths = [70, 300, 129, 5, 256, 400, 350]
+    sharing = [(2, 64), (1, 256), (2, 64), (3, 0), (1, 256), (6, 320), (6, 320)]  # an owner anywhere in its group
+    check(lengths, 8, 2, p, device, parts=parts, sharing=sharing)
+
+
+def test_a_step_that_could_share_and_does_not(device: str) -> None:
+    check([5, 0, 200], 4, 2, 64, device, sharing=[(i, 0) for i in range(3)])
+
+
+def test_shared_scores_far_apart(device: str) -> None:
+    check([200, 130], 4, 2, 64, device, parts=6, scale=8.0, sharing=[(1, 128), (1, 128)])
+
+
+@pytest.mark.parametrize(("group", "members"), [(1, 16), (3, 5), (4, 4), (8, 2), (12, 2)])
+def test_as_many_share_as_a_product_has_rows(group: int, members: int) -> None:
+    assert max_members(group) == members
 
 
 def test_only_whole_fragments_fit() -> None:

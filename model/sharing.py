@@ -1,0 +1,45 @@
+"""Which sequences of a decode step read their first tokens' KV once for all of them.
+
+Those whose states began with the same stored blocks (`HybridState.origin`): equal tokens are not enough, since the bits
+of their KV may differ. Each state keeps its own copy; who reads another's: kernels/gpu_attention.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise, takewhile
+
+from model.state import Origin
+
+
+def share(origins: Sequence[Origin], max_members: int, min_tokens: int, unit: int) -> list[tuple[int, int]]:
+    """Of each state (owner, until): the place of the state whose copy is read, maybe its own, and up to which token.
+
+    Groups of at most `max_members`, chosen so that the fewest tokens are read; `until` is the same in a group, a
+    multiple of `unit` and at least `min_tokens`, or 0 for who shares nothing.
+    """
+    order = sorted(range(len(origins)), key=lambda i: origins[i].keys)  # who has most in common stands side by side
+    common = [_common_tokens(origins[i], origins[j]) // unit * unit for i, j in pairwise(order)]
+    common = [tokens if tokens >= min_tokens else 0 for tokens in common]
+    best = [(0, 0)]  # of the first states in this order: tokens that are not read, size of the last group
+    for end in range(1, len(order) + 1):
+        sizes = range(1, min(max_members, end) + 1)
+        best.append(max((best[end - n][0] + (n - 1) * _until(common, end - n, end), n) for n in sizes))
+    shared, end = [(i, 0) for i in range(len(origins))], len(order)
+    while end:
+        start = end - best[end][1]
+        if until := _until(common, start, end):
+            for i in order[start:end]:
+                shared[i] = order[start], until
+        end = start
+    return shared
+
+
+def _until(common: Sequence[int], start: int, end: int) -> int:
+    """What states start..end have in common."""
+    return min(common[start : end - 1], default=0)
+
+
+def _common_tokens(a: Origin, b: Origin) -> int:
+    equal = takewhile(lambda pair: pair[0] == pair[1], zip(a.keys, b.keys, strict=False))
+    return sum(1 for _ in equal) * a.block_tokens

@@ -1,0 +1,171 @@
+"""Which states share one read of a prefix: what is known of their bits, who is grouped, that answers are the same."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from engine_kit import SMALL, TOKENIZER, Answer, prompt, run_all, step
+
+from model import Jamba, load_model
+from model.device_store import DeviceStateStore
+from model.engine import JambaEngine
+from model.engine_request import EngineRequest
+from model.gpu_decode import GpuDecoder
+from model.prefix_cache import PrefixCache
+from model.sampling import SamplingParams
+from model.sharing import share
+from model.state import Origin
+from tests.conftest import WriteJamba
+
+PREFIX = prompt(160, 1)
+PLAN = replace(SMALL, sparse_snapshot_tokens=0)
+BLOCKS = 160 // SMALL.block_tokens
+
+
+def origin(keys: str, block_tokens: int = 64) -> Origin:
+    """Of the blocks named by these letters, each key with all letters before it."""
+    return Origin(tuple(keys[: i + 1] for i in range(len(keys))), block_tokens)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (["abc"], [(0, 0)]),
+        (["abc", ""], [(0, 0), (1, 0)]),
+        (["abc", "abc"], [(0, 192), (0, 192)]),
+        (["abc", "xbc"], [(0, 0), (1, 0)]),
+        (["abd", "x", "abc"], [(2, 128), (1, 0), (2, 128)]),
+        (["ab", "ab", "ab", "ab", "ab"], [(0, 0)] + [(1, 128)] * 4),
+        (["abcd", "xy", "abcd", "ax", "xyz"], [(0, 256), (1, 128), (0, 256), (3, 0), (1, 128)]),
+        (["abcdef", "abcdef", "a"], [(0, 384), (0, 384), (2, 0)]),  # and not all of them one block
+    ],
+)
+def test_who_reads_whose_copy(keys: list[str], expected: list[tuple[int, int]]) -> None:
+    assert share([origin(own) for own in keys], 4, 64, 64) == expected
+
+
+def test_what_is_shared_is_a_multiple_of_the_unit_and_worth_it() -> None:
+    states = [origin("abcde", 50), origin("abcdef", 50)]
+    assert share(states, 4, 64, 64) == [(0, 192), (0, 192)]
+    assert share(states, 4, 193, 64) == [(0, 0), (1, 0)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_groups_are_what_the_kernels_are_made_for(seed: int) -> None:
+    rng = random.Random(seed)
+    states = [origin("".join(rng.choices("ab", k=rng.randint(0, 5)))) for _ in range(rng.randint(1, 12))]
+    shared = share(states, 3, 64, 64)
+    for i, (owner, until) in enumerate(shared):
+        members = [j for j, own in enumerate(shared) if own[0] == owner]
+        assert owner in members and i in members and (len(members) > 1) == (until > 0)
+        assert len(members) <= 3 and {shared[j][1] for j in members} == {until}
+        for j in members:
+            assert states[j].keys[: until // 64] == states[owner].keys[: until // 64]
+            assert len(states[j].keys) >= until // 64
+
+
+def test_going_back_forgets_what_may_be_written_over(model: Jamba) -> None:
+    state = model.new_state()
+    state.num_tokens = 200
+    state.origin = origin("abc")
+    state.num_tokens = 201
+    assert state.origin == origin("abc")
+    state.num_tokens = 128
+    assert state.origin == origin("ab")
+    state.num_tokens = 127
+    state.num_tokens = 300
+    assert state.origin == origin("a")
+
+
+def ask(question: int, begin: Sequence[int] = PREFIX, new: int = 12, **fields: object) -> EngineRequest:
+    token_ids = (*begin, *prompt(20 + question, 10 + question))
+    fields = {"boundaries": (len(begin),)} | fields
+    return EngineRequest(token_ids, sampling=SamplingParams(max_new_tokens=new, ignore_eos=True), **fields)
+
+
+def origins_while_decoding(engine: JambaEngine, requests: list[EngineRequest]) -> list[Origin]:
+    """Of the requests' states when all of them decode."""
+    ids = [engine.add(request) for request in requests]
+    answers = {request_id: Answer() for request_id in ids}
+    while len(engine._decoding) < len(ids):
+        step(engine, answers)
+    origins = [engine._sequences[request_id].state.origin for request_id in ids]
+    while engine.has_work():
+        step(engine, answers)
+    return origins
+
+
+def test_one_stored_prefix_is_known_to_be_the_same(make_engine) -> None:
+    """Who computed and stored it, who waited for that and who comes later all have its blocks."""
+    engine = make_engine(DeviceStateStore(1 << 26), plan=PLAN)
+    first = origins_while_decoding(engine, [ask(i) for i in range(3)])
+    later = origins_while_decoding(engine, [ask(3)])
+    assert len(set(first + later)) == 1
+    assert len(first[0].keys) == BLOCKS and first[0].block_tokens == SMALL.block_tokens
+
+
+def test_what_parts_in_the_middle_is_the_same_up_to_there(make_engine) -> None:
+    engine = make_engine(DeviceStateStore(1 << 26), plan=PLAN)
+    long = PREFIX + prompt(64, 2)
+    longer, shorter = origins_while_decoding(engine, [ask(0, long, boundaries=(160, 224)), ask(1)])
+    assert longer.keys[:BLOCKS] == shorter.keys and len(longer.keys) == BLOCKS + 4
+
+
+def test_equal_tokens_are_not_known_to_be_the_same(make_engine) -> None:
+    """Of another tenant, cut elsewhere, kept by nobody, or of documents that were deleted meanwhile."""
+    engine = make_engine(DeviceStateStore(1 << 26), plan=PLAN)
+    own, other = origins_while_decoding(engine, [ask(0), ask(1, salt=b"another")])
+    assert own.keys and other.keys and not set(own.keys) & set(other.keys)
+    (elsewhere,) = origins_while_decoding(engine, [ask(0, boundaries=(10, 160))])
+    assert elsewhere.keys and not set(own.keys) & set(elsewhere.keys)
+    assert origins_while_decoding(make_engine(plan=PLAN), [ask(0), ask(1)]) == [Origin()] * 2
+    epoch = engine.prefix_cache.epoch
+    engine.prefix_cache.invalidate(["document"])
+    (refused,) = origins_while_decoding(engine, [ask(0, salt=b"x", tags=frozenset({"document"}), epoch=epoch)])
+    assert refused == Origin()
+
+
+@pytest.fixture
+def engine_of_kernels(
+    tmp_path: Path, write_jamba: WriteJamba, device: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[JambaEngine]:
+    """An engine whose decoding runs the CUDA kernels and shares even short prefixes; four query heads a KV head."""
+    sizes = {"hidden_size": 256, "intermediate_size": 96, "vocab_size": 267, "mamba_expand": 1, "num_hidden_layers": 4}
+    write_jamba(tmp_path, **sizes, num_key_value_heads=1)
+    model = load_model(tmp_path, device, torch.bfloat16, "int8")
+    monkeypatch.setattr(Jamba, "can_try", False)  # in C, where the emulator's host is the device
+    monkeypatch.setattr("model.gpu_decode._MIN_SHARED_TOKENS", 64)
+    cache = PrefixCache([DeviceStateStore(1 << 26, device)], b"model", PLAN)
+    engine = JambaEngine(model, TOKENIZER, cache, max_context_tokens=2000)
+    yield engine
+    engine.close()
+
+
+def test_texts_are_the_same_with_and_without_sharing(engine_of_kernels, monkeypatch) -> None:
+    """Of four that share one prefix and two that share another; logarithms of probabilities as near as bfloat16 is."""
+    engine, steps = engine_of_kernels, []
+    upload = GpuDecoder._upload
+
+    def watch(self: GpuDecoder, token_ids: object, states: object, shared: list[tuple[int, int]]) -> None:
+        steps.append(shared)
+        upload(self, token_ids, states, shared)
+
+    monkeypatch.setattr(GpuDecoder, "_upload", watch)
+    asked = [ask(i, new=8) for i in range(4)] + [ask(i, prompt(96, 7), new=8) for i in range(4, 6)]
+    run_all(engine, [ask(9, new=1), ask(9, prompt(96, 7), new=1)])  # stored: after this all can start at once
+    steps.clear()
+    shared = run_all(engine, asked)
+    assert max(sum(until == 128 for _, until in step) for step in steps) == 4
+    assert max(sum(until == 64 for _, until in step) for step in steps) == 2
+    monkeypatch.setattr("model.gpu_decode._MIN_SHARED_TOKENS", 1 << 30)
+    steps.clear()
+    alone = run_all(engine, asked)
+    assert not any(until for step in steps for _, until in step)
+    assert [answer.token_ids for answer in shared] == [answer.token_ids for answer in alone]
+    for one, other in zip(shared, alone, strict=True):
+        assert torch.allclose(torch.tensor(one.logprobs), torch.tensor(other.logprobs), atol=0.05)
