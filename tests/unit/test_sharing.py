@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_kit import SMALL, TOKENIZER, Answer, prompt, run_all, step
+from engine_kit import SMALL, TOKENIZER, Answer, assert_same_bits, prompt, run_all, step
 
 from model import Jamba, load_model
 from model.device_store import DeviceStateStore
@@ -147,7 +147,7 @@ def engine_of_kernels(
 
 
 def test_texts_are_the_same_with_and_without_sharing(engine_of_kernels, monkeypatch) -> None:
-    """Of four that share one prefix and two that share another; logarithms of probabilities as near as bfloat16 is."""
+    """Of four that share one prefix and two that share another; parts are of 64 keys either way, so the bits are the same too."""
     engine, steps = engine_of_kernels, []
     upload = GpuDecoder._upload
 
@@ -166,6 +166,5 @@ def test_texts_are_the_same_with_and_without_sharing(engine_of_kernels, monkeypa
     steps.clear()
     alone = run_all(engine, asked)
     assert not any(until for step in steps for _, until in step)
-    assert [answer.token_ids for answer in shared] == [answer.token_ids for answer in alone]
     for one, other in zip(shared, alone, strict=True):
-        assert torch.allclose(torch.tensor(one.logprobs), torch.tensor(other.logprobs), atol=0.05)
+        assert_same_bits(one, other)
