@@ -147,7 +147,7 @@ def engine_of_kernels(
 
 
 def test_texts_are_the_same_with_and_without_sharing(engine_of_kernels, monkeypatch) -> None:
-    """Of four that share one prefix and two that share another; parts are of 64 keys either way, so the bits are the same too."""
+    """Of four that share one prefix and two that share another; parts have 64 keys either way: equal bits."""
     engine, steps = engine_of_kernels, []
     upload = GpuDecoder._upload
 
