@@ -121,6 +121,10 @@ def test_several_groups_and_sequences_that_share_nothing(parts: int | None, p: i
     check(lengths, 8, 2, p, device, parts=parts, sharing=sharing)
 
 
+def test_one_part_for_what_is_shared_and_for_each_and_one_to_spare(device: str) -> None:
+    check([257] * 4, 4, 1, 64, device, parts=7, sharing=[(1, 256), (1, 256), (2, 256), (2, 256)])
+
+
 def test_a_step_that_could_share_and_does_not(device: str) -> None:
     check([5, 0, 200], 4, 2, 64, device, sharing=[(i, 0) for i in range(3)])
 
