@@ -17,8 +17,9 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +32,7 @@ from app.service import RagService
 from app.settings import SHIPPED_CHECKPOINT, Settings, load_settings
 from bench.answers import normalize_answer, token_f1
 from bench.runs import BenchRun
+from retrieval.types import Chunk, Passage
 
 QUESTIONS = Path(__file__).parent.parent / "model" / "train" / "testsets" / "questions.jsonl"
 STAGES = ("not retrieved", "not packed", "refused", "not read", "read")
@@ -39,25 +41,34 @@ READ_F1 = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A question and where its answer stands: the document's id and characters of its stored text; None: nowhere."""
+    """A question and where its answer stands: the document's id and characters of its stored text; None: nowhere.
+
+    `around`: these characters and some on either side, by which another document that repeats them is known.
+    """
 
     question: str
     answer: str | None
     document_id: str
     span: tuple[int, int] | None
+    around: str = ""
 
 
 def write_documents(held_out: Path, folder: Path, questions: Sequence[dict[str, Any]]) -> None:
-    """Each document that a question was written on, as a text file named as `file_name` does."""
+    """Each document of a name that a question was written on, as text files named as `file_names` does."""
     wanted = {(row["source"], row["doc"]) for row in questions}
     for source in sorted({source for source, _ in wanted}):
+        names: dict[str, Iterator[str]] = {}
         for document in map(json.loads, (held_out / f"{source}.jsonl").read_text().splitlines()):
             if (source, document["doc"]) in wanted:
-                (folder / file_name(document)).write_text(document["text"], encoding="utf-8")
+                name = next(names.setdefault(document["doc"], file_names(document)))
+                (folder / name).write_text(document["text"], encoding="utf-8")
 
 
-def file_name(row: dict[str, Any]) -> str:
-    return re.sub(r"[^\w.-]+", "_", f"{row['source']}_{row['doc']}") + ".txt"
+def file_names(row: dict[str, Any]) -> Iterator[str]:
+    """Names for the documents of this name: a package may have several."""
+    name = re.sub(r"[^\w.-]+", "_", f"{row['source']}_{row['doc']}")
+    yield f"{name}.txt"
+    yield from (f"{name}-{number}.txt" for number in count(2))
 
 
 def find_words(text: str, words: str, start: int = 0) -> re.Match[str] | None:
@@ -70,17 +81,22 @@ def place(service: RagService, questions: Sequence[dict[str, Any]]) -> list[Aske
     documents = {document.filename: document.id for document in service.store.ready_documents(["default"])}
     asked = []
     for row in questions:
-        document_id = documents[file_name(row)]
-        text = service.store.get_text(document_id)
-        begins = find_words(text, row["begins"])
-        gold = find_words(text, row["answer"], begins.start() if begins else 0) if row["answer"] else None
-        asked.append(Asked(row["question"], row["answer"], document_id, gold.span() if gold else None))
+        found = []
+        for document_id in map(documents.__getitem__, takewhile(documents.__contains__, file_names(row))):
+            text = service.store.get_text(document_id)
+            begins = find_words(text, row["begins"])
+            gold = find_words(text, row["answer"], begins.start() if begins else 0) if row["answer"] else None
+            around = text[max(0, gold.start() - 40) : gold.end() + 40] if gold else ""
+            span = gold.span() if gold else None
+            found.append((bool(begins), Asked(row["question"], row["answer"], document_id, span, around)))
+        asked.append(max(found, key=lambda one: (one[0], one[1].span is not None))[1])
     return asked
 
 
-def holds(document_id: str, start: int, end: int, asked: Asked) -> bool:
-    """Whether these characters of a document hold the gold words."""
-    return document_id == asked.document_id and start <= asked.span[0] and asked.span[1] <= end
+def holds(read: Chunk | Passage, asked: Asked) -> bool:
+    """Whether this piece of a document has the gold words, where they stand or as another document repeats them."""
+    is_there = read.char_start <= asked.span[0] and asked.span[1] <= read.char_end
+    return (is_there and read.document_id == asked.document_id) or find_words(read.text, asked.around) is not None
 
 
 async def ask(service: RagService, asked: Asked, budget: int) -> dict[str, Any]:
@@ -90,11 +106,11 @@ async def ask(service: RagService, asked: Asked, budget: int) -> dict[str, Any]:
     running = await service.start_answer(query)
     answer = await running.collect()
     said = answer.citations[0].cited_text if answer.citations else ""
-    cost = {"ttft_ms": answer.timings.ttft_ms, "tokens": answer.usage.input_tokens}
+    cost = {"ttft_ms": answer.timings.ttft_ms, "tokens": answer.usage.input_tokens, "said": said}
     if asked.answer is None:
         return cost | {"stage": "answered" if said else "refused", "exact": 0.0, "f1": 0.0}
-    retrieved = any(holds(h.chunk.document_id, h.chunk.char_start, h.chunk.char_end, asked) for h in found.hits)
-    packed = any(holds(p.document_id, p.char_start, p.char_end, asked) for p in found.evidence.passages)
+    retrieved = any(holds(hit.chunk, asked) for hit in found.hits)
+    packed = any(holds(passage, asked) for passage in found.evidence.passages)
     f1 = token_f1(said, asked.answer) if said else 0.0
     exact = float(bool(said) and normalize_answer(said) == normalize_answer(asked.answer))
     if f1 >= READ_F1:
@@ -121,8 +137,9 @@ def summarize(outcomes: Sequence[tuple[Asked, dict[str, Any]]], budget: int) -> 
 
 
 async def measure(
-    settings: Settings, questions: Sequence[dict[str, Any]], budgets: Sequence[int], run: BenchRun
+    settings: Settings, questions: Sequence[dict[str, Any]], budgets: Sequence[int], run: BenchRun, told: Path | None
 ) -> None:
+    """A row a budget; `told` gets a JSON line a question, of the last budget."""
     app = create_app(settings)
     async with app.router.lifespan_context(app):
         service = app.state.service
@@ -137,6 +154,9 @@ async def measure(
                 if number % 20 == 0:
                     print(f"{budget} tokens: {number} of {len(asked)} questions", file=sys.stderr)
             run.add(**summarize(outcomes, budget), read_apart=service.advice.read_apart)
+            if told:
+                lines = ({"question": one.question, "answer": one.answer} | outcome for one, outcome in outcomes)
+                told.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -169,6 +189,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="so many questions, drawn at random")
     parser.add_argument("--read-apart", action=argparse.BooleanOptionalAction, help="instead of what is advised")
     parser.add_argument("--none-margin", type=float, help="instead of what is advised")
+    parser.add_argument("--answers", type=Path, help="what was said to each question, JSON lines")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     run = BenchRun("stages", argv=sys.argv)
@@ -185,7 +206,7 @@ def main() -> None:
                 ingest_files(service, expand_paths([str(folder)]), {"collection": "default"})
         if args.limit:
             questions = random.Random(0).sample(questions, args.limit)
-        asyncio.run(measure(settings, questions, args.budgets, run))
+        asyncio.run(measure(settings, questions, args.budgets, run, args.answers))
     run.finish()
     if args.picture:
         draw(run.rows, args.picture)
