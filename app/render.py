@@ -120,7 +120,7 @@ def show_answer(answer: Mapping[str, Any], with_text: bool = True) -> None:
     if not answer["citations"] and answer["sources"]:
         out.print("  The nearest passages:", style="dim")
         for hit in answer["sources"][:_NEAREST]:
-            out.print(f"  ≈ {escape(' '.join(hit['text'].split())[:160])} …")
+            out.print(f"  ≈ {escape(_excerpt(hit, 160))}")
             out.print(f"      {escape(place_of(hit))}", style="cyan")
     quotes = [(citation["start"], citation["end"]) for citation in answer["citations"]]
     if quotes and (unsupported := unsupported_spans(answer["text"], quotes)):
@@ -142,6 +142,17 @@ def place_of(found: Mapping[str, Any]) -> str:
     return place + (f", “{location['heading_path'][-1]}”" if location["heading_path"] else "")
 
 
+def _excerpt(hit: Mapping[str, Any], chars: int) -> str:
+    """The beginning of a hit in one line, without the heading that its place names, whole words where there are any."""
+    text = " ".join(hit["text"].split())
+    path = hit["location"]["heading_path"]
+    text = (text.lstrip("#* ").removeprefix(path[-1]).lstrip("* ") if path else "") or text
+    if len(text) <= chars:
+        return text
+    end = text.rfind(" ", chars - 30, chars + 1)
+    return f"{text[:end]} …" if end > 0 else f"{text[:chars]}…"
+
+
 def measures_of(answer: Mapping[str, Any]) -> str:
     """First token, total, and how much of the prompt came from the cache."""
     timings, usage, cache = answer["timings"], answer["usage"], answer["cache"]
@@ -157,7 +168,7 @@ def measures_of(answer: Mapping[str, Any]) -> str:
 def show_hits(hits: Sequence[Mapping[str, Any]]) -> None:
     for number, hit in enumerate(hits, 1):
         out.print(f"[bold]{number}.[/bold] {escape(place_of(hit))} [dim]score {hit['score']:.3f}[/dim]")
-        out.print(f"   {escape(' '.join(hit['text'].split())[:300])}")
+        out.print(f"   {escape(_excerpt(hit, 300))}")
     if not hits:
         out.print("nothing found", style="yellow")
 

@@ -147,3 +147,19 @@ def test_a_terminal_shows_how_far_the_model_has_read(monkeypatch):
     (words, before), after = shown[0], err.file.getvalue()
     assert words == ("at noon",) and "reading" in before and "512/900" in before
     assert after == before, "the bar is still there while the answer is printed"
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "shown"),
+    [
+        ("## Oil\n\nCheck  it.", ["Car", "Oil"], "Check it."),
+        ("Oil", ["Oil"], "Oil"),
+        ("six letters " * 20, [], "six letters " * 13 + "six …"),
+        ("油" * 200, [], "油" * 160 + "…"),
+    ],
+)
+def test_the_nearest_passages_begin_behind_their_heading_and_end_with_a_word(capsys, text, path, shown):
+    hit = {"filename": "a.md", "text": text, "location": {"heading_path": path}}
+    usage = {"input_tokens": 0, "cached_input_tokens": 0}
+    render.show_answer({"text": "No.", "citations": [], "sources": [hit], "usage": usage, "timings": {}, "cache": {}})
+    assert f"≈ {shown}\n" in capsys.readouterr().out
