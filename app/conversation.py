@@ -23,6 +23,8 @@ _FUNCTION_WORDS = _PRONOUNS | frozenset(
         "too us was we were what what's when where which who who's whom whose why will with would yes you your"
     )
 )
+_EMPTY_WORDS = frozenset(_WORD.findall("a an the of to in on at for by with from and is are was were be it its"))
+_CHOICES = frozenset(("or", "betwe", "eithe", "both"))  # as `_stems` gives them
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,12 @@ def missing_words(question: str, texts: Iterable[str]) -> float:
     """Share of the question's content words that stand in none of the texts in any form; 0 if it has none."""
     wanted = {stem for word in _content_words(question) for stem in _stems(word)}
     return len(wanted - {stem for text in texts for stem in _stems(text)}) / max(1, len(wanted))
+
+
+def only_repeats(question: str, text: str) -> bool:
+    """Whether the text says nothing but words of the question, which names no choices ("red or green") itself."""
+    known, said = {*_stems(question)}, {*_stems(text)}
+    return bool(said) and known.isdisjoint(_CHOICES) and said <= known | _EMPTY_WORDS
 
 
 def _stems(text: str) -> Iterable[str]:

@@ -281,9 +281,9 @@ class RunningAnswer:
         request = await self._request(reading)
         request = replace(request, constraint=constraint, counted=counted, on_read=self._progress.note)
         self._progress.begin(len(request.token_ids))
-        first, submitted = allow_none, time.perf_counter()
+        first, submitted, question = allow_none, time.perf_counter(), self._query.question
         quote_id = service.format.decision_ids[0] if service.format.decision_ids else -1
-        generated = generate_likeliest(service.engine, request, quote_id, service.advice.quote_beginnings)
+        generated = generate_likeliest(service.engine, request, quote_id, service.advice.quote_beginnings, question)
         async with aclosing(generated) as outputs:
             async for output in outputs:
                 self._check_alive()

@@ -14,12 +14,14 @@ from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from typing import Protocol
 
+from app.conversation import only_repeats
 from app.quotes import QuoteConstraint
 from model.engine_request import EngineOverloaded, EngineRequest, StepOutput
 from model.engine_thread import TokenStream
 
 _LONG_QUESTION_TOKENS = 128  # behind the documents: worth a state of its own, from which the other beginnings go on
 _MAX_GAP = 5.0  # nats behind the likeliest beginning: what lies further back hardly ever wins
+_REPEATING_NATS = 3.0
 
 
 class GeneratesTokens(Protocol):
@@ -27,11 +29,12 @@ class GeneratesTokens(Protocol):
 
 
 async def generate_likeliest(
-    engine: GeneratesTokens, request: EngineRequest, quote_id: int, width: int
+    engine: GeneratesTokens, request: EngineRequest, quote_id: int, width: int, question: str = ""
 ) -> AsyncIterator[StepOutput]:
     """The outputs of `request`, or of an answer with another first quote that is likelier from there to its end.
 
-    `quote_id` opens a quote; at most `width` beginnings are tried. The first output comes at once, the others when all
+    `quote_id` opens a quote; at most `width` beginnings are tried. A quote that only repeats words of `question` counts
+    as less likely than it is. The first output comes at once, the others when all
     answers have ended. Greedy requests with a `QuoteConstraint` only: others are generated as they are. Raises what
     `engine.generate` does for the request itself; a beginning that the engine has no room for is left out.
     """
@@ -64,7 +67,12 @@ async def generate_likeliest(
             return
         answers = [answer[1:], *await asyncio.gather(*(_read(begun, stream) for begun, stream in others))]
         whole = [outputs for outputs in answers if outputs and outputs[-1].finish_reason == "stop"]
-        for output in max(whole, key=_total_logprob, default=answer[1:]):
+
+        def likelihood(outputs: list[StepOutput]) -> float:
+            quote = constraint.spell([output.token_id for output in outputs if output.token_id is not None])
+            return _total_logprob(outputs) - (_REPEATING_NATS if only_repeats(question, quote) else 0)
+
+        for output in max(whole, key=likelihood, default=answer[1:]):
             yield output
 
 

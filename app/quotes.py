@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal, Self
 
@@ -173,6 +174,11 @@ class QuoteConstraint:
     def first_ids(self) -> tuple[int, ...]:
         """What a quote may begin with."""
         return self._index.first_ids
+
+    def spell(self, quote: Sequence[int]) -> str:
+        """The text of a quote; its tokens go on as far as its closing mark."""
+        ids = takewhile(lambda token_id: token_id != self._tokens.end_quote, quote)
+        return b"".join(self._index.vocabulary.bytes_of[token_id] or b"" for token_id in ids).decode(errors="replace")
 
     def after(self, begun: Sequence[int]) -> TokenConstraint:
         """The same answers, of which these first tokens stand in the prompt already."""

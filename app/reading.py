@@ -5,17 +5,37 @@ be read passage by passage, each alone behind the system text, and the answer ma
 `none_margin`. Who asks the engine stands in generation.py.
 """
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from app.conversation import missing_words
-from retrieval.types import Evidence
+from app.prompting import title_of
+from retrieval.types import Evidence, Passage
 
 _AGAIN_TOKENS = 1024  # of the question; 2 s of two cores
+_PIECE_CHARS = 1200  # the shipped model learnt to read passages of up to 1,150
+_GAP = re.compile(r"\s*\n\s*")
 
 
 def split_passages(evidence: Evidence) -> list[Evidence]:
-    """Each passage as if it were all there is to read."""
-    return [Evidence((passage,), evidence.mode, 0, (passage.document_id,)) for passage in evidence.passages]
+    """Each passage as if it were all there is to read; long ones in pieces."""
+    pieces = [piece for passage in evidence.passages for piece in _cut(passage)]
+    return [Evidence((piece,), evidence.mode, 0, (piece.document_id,)) for piece in pieces]
+
+
+def _cut(passage: Passage) -> list[Passage]:
+    """As few pieces as have about `_PIECE_CHARS`, cut between the paragraphs nearest to equal lengths."""
+    text, first = passage.text, passage.char_start
+    count = -(-len(text) // _PIECE_CHARS)
+    gaps = [gap.span() for gap in _GAP.finditer(text)] if count > 1 else []
+    wanted = [number * len(text) // count for number in range(1, count)]
+    cuts = sorted({min(gaps, key=lambda gap: abs(gap[0] - place)) for place in wanted}) if gaps else []
+    starts, ends = [0, *(end for _, end in cuts)], [*(start for start, _ in cuts), len(text)]
+    return [
+        replace(passage, text=text[start:end], char_start=first + start, char_end=first + end)
+        for start, end in zip(starts, ends, strict=True)
+    ]
 
 
 def reads_apart(evidence: Evidence, question_tokens: int) -> bool:
@@ -34,5 +54,5 @@ def none_margin(
     quote, none = decision_logprobs
     if not missing_words_nats:
         return none - quote
-    texts = [text for passage in reading.passages for text in (passage.title or passage.filename, passage.text)]
+    texts = [text for passage in reading.passages for text in (title_of([passage]), passage.text)]
     return none - quote + missing_words_nats * missing_words(question, texts)

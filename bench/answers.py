@@ -103,7 +103,7 @@ class Reader:
             best = margins.index(min(margins))
         reading = readings[best]
         writer = AnswerWriter(self.tokenizer, self.format.answer_tokens(reading), reading.passages)
-        outputs = self._generate(requests[best], self.advice.quote_beginnings)
+        outputs = self._generate(requests[best], self.advice.quote_beginnings, question)
         for output in outputs:
             if output.token_id is not None:
                 list(writer.push(output.token_id))
@@ -120,10 +120,11 @@ class Reader:
             watch_tokens=self.format.decision_ids,
         )
 
-    def _generate(self, request: EngineRequest, beginnings: int) -> list[StepOutput]:
+    def _generate(self, request: EngineRequest, beginnings: int, question: str = "") -> list[StepOutput]:
         async def generate() -> list[StepOutput]:
             quote = self.format.decision_ids[0]
-            return [output async for output in generate_likeliest(self.engine, request, quote, beginnings)]
+            made = generate_likeliest(self.engine, request, quote, beginnings, question)
+            return [output async for output in made]
 
         return asyncio.run(generate())
 

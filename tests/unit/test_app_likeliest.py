@@ -62,11 +62,11 @@ def make_request(form, question: str, **sampling) -> EngineRequest:
     return EngineRequest(prompt.token_ids, prompt.boundaries, SamplingParams(**params), constraint=constraint)
 
 
-def answer(engine: JambaEngine, request: EngineRequest, quote_id: int, width: int) -> list:
+def answer(engine: JambaEngine, request: EngineRequest, quote_id: int, width: int, question: str = "") -> list:
     async def read() -> list:
         thread = EngineThread(engine)
         try:
-            return [output async for output in generate_likeliest(thread, request, quote_id, width)]
+            return [output async for output in generate_likeliest(thread, request, quote_id, width, question)]
         finally:
             await thread.close()
 
@@ -172,3 +172,13 @@ def test_evidence_without_anything_to_quote_ends_the_answer(make_engine, form):
     request = replace(make_request(form, "How high is it?"), constraint=constraint)
     outputs = answer(make_engine(), request, form.decision_ids[0], width=5)
     assert outputs[-1].finish_reason == "stop"
+
+
+def test_a_quote_that_only_repeats_the_question_gives_way(make_engine, form, monkeypatch):
+    monkeypatch.setattr("app.likeliest._REPEATING_NATS", 100.0)
+    request, quote_id = make_request(form, "How high is it?"), form.decision_ids[0]
+    for width, is_other in ((1, False), (5, True)):
+        ids = [output.token_id for output in answer(make_engine(), request, quote_id, width)]
+        asked = request.constraint.spell(ids[1:-1])
+        again = [output.token_id for output in answer(make_engine(), request, quote_id, width, question=asked)]
+        assert (again != ids) == is_other

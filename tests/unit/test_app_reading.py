@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from app_kit import GARDEN, LIGHTHOUSE, make_settings, running_service
 
-from app.conversation import missing_words
+from app.conversation import missing_words, only_repeats
 from app.reading import none_margin, reads_apart, split_passages
 from app.render import measures_of
 from retrieval.types import Evidence, Passage
@@ -34,6 +34,19 @@ def test_share_of_the_words_that_were_not_read(question, share):
     assert missing_words(question, [LIGHTHOUSE]) == share
 
 
+@pytest.mark.parametrize(
+    ("question", "quote", "repeats"),
+    [
+        ("Who was Project Leader for Skerryvore?", "the project leaders", True),
+        ("Who was Project Leader for Skerryvore?", "the project leader Stevenson", False),
+        ("Is the lamp red or green?", "green", False),
+        ("Which sign is it?", "%", False),
+    ],
+)
+def test_a_quote_of_the_questions_words_says_nothing_new(question, quote, repeats):
+    assert only_repeats(question, quote) == repeats
+
+
 def test_words_count_wherever_they_were_read():
     assert missing_words("lighthouse garden zebra", [LIGHTHOUSE, GARDEN]) == 1 / 3
     assert missing_words("lighthouse garden zebra", []) == 1
@@ -53,6 +66,16 @@ def test_each_passage_alone_has_its_own_margin():
     for reading, missing in ((lighthouse, 2 / 3), (garden, 2 / 3), (EVIDENCE, 1 / 3)):
         assert none_margin(question, reading, (-0.5, -2.0), 0.0) == -1.5
         assert none_margin(question, reading, (-0.5, -2.0), 3.0) == pytest.approx(-1.5 + 3 * missing)
+
+
+def test_a_long_passage_is_read_in_pieces_of_whole_paragraphs():
+    text = "\n\n".join(letter * 500 for letter in "abcde")
+    passage = replace(EVIDENCE.passages[0], text=text, char_start=70, char_end=70 + len(text))
+    pieces = [reading.passages[0] for reading in split_passages(Evidence((passage,), "rag", 600))]
+    assert [len(piece.text) for piece in pieces] == [1002, 500, 1002]
+    assert all(piece.text == text[piece.char_start - 70 : piece.char_end - 70] for piece in pieces)
+    alone = replace(passage, text="x" * 3000, char_end=3070)  # nowhere to cut
+    assert [reading.passages for reading in split_passages(Evidence((alone,), "rag", 600))] == [(alone,)]
 
 
 @pytest.mark.anyio
