@@ -33,8 +33,8 @@ class Members:
         self._unread: list[str] = []
 
     def write(self, writer: BlockWriter, name: str, data: bytes, level: int, *, is_titled: bool = False) -> None:
-        """One document under its name as a heading of this level, unless it has one; only noted when it cannot be
-        read. An archive becomes its documents."""
+        """One document under its name, if any, as a heading of this level, unless it has one; only noted when it cannot
+        be read. An archive becomes its documents."""
         try:
             media_type = sniff_media_type(data[:SNIFF_BYTES], name)
             if media_type in PACKED_TYPES:
@@ -47,13 +47,13 @@ class Members:
             self.skip(name, str(error).partition(". Supported")[0])
             return
         self._read += 1
-        if not is_titled:
+        if name and not is_titled:
             writer.end_block()
             writer.add(name)
             writer.end_heading(level)
         writer.add_document(parsed, level)
         if parsed.unread:
-            self._unread.append(f"in {name}: {parsed.unread}")
+            self._unread.append(f"in {name}: {parsed.unread}" if name else parsed.unread)
 
     def write_archive(self, writer: BlockWriter, name: str, data: bytes, media_type: str, level: int) -> None:
         """All documents of an archive, named with their folders."""
@@ -72,7 +72,7 @@ class Members:
             self._depth -= 1
 
     def skip(self, name: str, reason: str) -> None:
-        self._unread.append(f"{name} ({reason})")
+        self._unread.append(f"{name} ({reason})" if name else reason)
 
     def unread(self) -> str | None:
         """What was not read, in words."""

@@ -63,13 +63,14 @@ class Budget:
 
 
 def read_members(data: bytes, media_type: str, name: str, budget: Budget) -> Iterator[tuple[str, bytes | str]]:
-    """(shown name, content, or why it is not read) of each file. Raises ParseError zip_bomb, broken_archive."""
+    """(shown name, content, or why it is not read) of each file. A single packed file of which no name is known has
+    none. Raises ParseError zip_bomb, broken_archive."""
     try:
         members = _zip_members(data, budget) if media_type == ZIP else _tar_members(data, media_type, name, budget)
         for path, content in members:
             shown = "/".join(part for part in _printable(path).split("/") if part not in ("", ".", ".."))
             if not shown.startswith(_NO_DOCUMENTS) and not shown.endswith(".DS_Store"):
-                yield shown or "unnamed", content
+                yield shown or ("unnamed" if path or media_type == ZIP else ""), content
     except _DAMAGE as error:
         if isinstance(error, ParseError):
             raise
@@ -109,7 +110,7 @@ def _tar_members(data: bytes, media_type: str, name: str, budget: Budget) -> Ite
         counted = _Counted(stream, budget)
         if not is_tar:
             budget.take_file(0)
-            yield name.rpartition("/")[2].rpartition(".")[0] or "content", _read_all(counted)
+            yield name.rpartition("/")[2].rpartition(".")[0], _read_all(counted)
             return
         with tarfile.open(fileobj=counted, mode="r|") as archive:
             for info in archive:

@@ -106,7 +106,7 @@ def test_each_document_is_a_section_under_its_path(tmp_path, data, media_type):
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
 def test_a_single_packed_file_is_read(tmp_path, pack):
-    assert parse(tmp_path, pack(b"plain words")).text == "content\n\nplain words"
+    assert parse(tmp_path, pack(b"plain words")).text == "plain words"
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_is_there(tmp_path):
@@ -242,7 +242,7 @@ def test_damage_gives_members_or_one_error(packed, media_type, length, flips):
             damaged[position % len(damaged)] = value
     try:
         for name, content in read_members(bytes(damaged), media_type, "", Budget(len(packed))):
-            assert name and isinstance(content, bytes | str)
+            assert (name or media_type == GZIP) and isinstance(content, bytes | str)
     except ParseError as error:
         assert error.code in {"broken_archive", "zip_bomb"}
 
