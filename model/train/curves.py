@@ -68,13 +68,14 @@ def main() -> None:
     scored = [path for path in args.logs if read_log(path, "eval")]
     panels = [(draw_alignment, args.align), (draw_losses, args.logs), (draw_attention, led), (draw_scores, scored)]
     panels = [(draw, source) for draw, source in panels if source]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.7 * len(panels), 4), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.7 * len(panels), 4.8), layout="constrained", squeeze=False)
     for (draw, source), axis in zip(panels, axes[0], strict=True):
+        axis.set_prop_cycle(color=plt.colormaps["tab20"].colors)
         draw(axis, source)
     for axis in axes[0]:
         axis.set_xlabel("million tokens")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=6)
+        axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     figure.savefig(args.out, dpi=110)
 
 

@@ -122,14 +122,18 @@ class ContextRenderer:
 
 
 def templated_context(
-    rng: random.Random, max_chars: int, num_passages: int | None = None, host: Context | None = None
+    rng: random.Random,
+    max_chars: int,
+    num_passages: int | None = None,
+    host: Context | None = None,
+    tables: float = 0.25,
 ) -> Context:
     """A context of invented facts (`model.train.templated`): documents of them, or needles in passages of `host`."""
     if host is not None:
         made = templated.hide_needles(rng, host.passages, rng.randrange(2, 7))
     else:
         count = num_passages or max(1, min(16, rng.randrange(1, 2 + max_chars // 450)))
-        made = templated.generate_context(rng, count, n_questions=min(10, 3 + count))
+        made = templated.generate_context(rng, count, min(10, 3 + count), tables=tables)
     questions = []
     for asked in made.questions:
         if len(asked.spans) > 1:
@@ -150,6 +154,7 @@ class QaRows:
     """
 
     LONE: ClassVar = {256: 1.0, 512: 0.3}  # share of the rows of a length in which a passage stands alone
+    LONE_INVENTED: ClassVar = 0.2  # of these: tables for the most part
     FIRST: ClassVar = {"cloze": 0.12, "templated": 0.18, "statements": 0.25, "pairs": 0.45}
     LAST: ClassVar = {"cloze": 0.04, "templated": 0.16, "statements": 0.2, "pairs": 0.6}
 
@@ -164,7 +169,10 @@ class QaRows:
         while max(kinds, default=TEXT) < ANSWER:
             chars = int(length * rng.uniform(1.8, 2.6) if length <= 512 else length * rng.uniform(2.6, 3.4))
             if rng.random() < self.LONE.get(length, 0.0):
-                context = self.pairs.draw_lone(rng, int(3.5 * length))
+                if rng.random() < self.LONE_INVENTED:
+                    context = templated_context(rng, 0, num_passages=1, tables=0.7)
+                else:
+                    context = self.pairs.draw_lone(rng, int(3.5 * length))
                 context = ask_more(context, rng) if rng.random() < 0.6 else context
             else:
                 context = self._context(rng, shares, chars, shortest=60 if rng.random() > progress else 250)

@@ -150,8 +150,8 @@ class PairContexts:
 
     @staticmethod
     def _title(pair: dict, rng: random.Random) -> str:
-        name = pair["doc"].rsplit("/", 1)[-1]
-        kind = rng.random()
-        if pair["title"] and kind < 0.5:
-            return pair["title"][:80]
+        """The passage's heading, its document's name, or both as the service puts them."""
+        heading, name, kind = pair["title"][:80], pair["doc"].rsplit("/", 1)[-1], rng.random()
+        if heading and kind < 0.5:
+            return heading if kind < 0.25 else f"{heading} — {name}"
         return name if kind < 0.8 else f"{pair['source']} {name}"

@@ -103,14 +103,19 @@ class _Builder:
         self.passages.append((title, "".join(plain)))
 
 
-def generate_context(rng: random.Random, n_passages: int, n_questions: int = 6, unanswerable: float = 0.25) -> Context:
-    """A context of `n_passages` passages with up to `n_questions` questions, of which a share is unanswerable."""
+def generate_context(
+    rng: random.Random, n_passages: int, n_questions: int = 6, unanswerable: float = 0.25, tables: float = 0.25
+) -> Context:
+    """A context of `n_passages` passages with up to `n_questions` questions, of which a share is unanswerable.
+
+    `tables`: share of what is told in one passage that is a table.
+    """
     builder = _Builder(rng)
     while len(builder.passages) < n_passages:
         genre = rng.choice(genres())
         siblings = min(n_passages - len(builder.passages), rng.choice([1, 1, 2, 2, 3, 4]))
         first = make_thing(genre, rng)
-        if siblings == 1 and rng.random() < 0.25:
+        if siblings == 1 and rng.random() < tables:
             _add_table(builder, first)
             continue
         labels = rng.sample(genre.properties, k=rng.randint(3, len(genre.properties)))
@@ -210,9 +215,26 @@ def _lay_out(lines: list[str], style: str, rng: random.Random) -> str:
     return "\n".join(lines) if style == "pairs" else "\n\n".join(lines)
 
 
+def _singular(thing: Thing) -> str:
+    return thing.variables.get("kind", thing.genre.name.replace("-", " "))
+
+
 def _plural(thing: Thing) -> str:
-    topic = thing.variables.get("kind", thing.genre.name.replace("-", " "))
+    topic = _singular(thing)
     return topic[:-1] + "ies" if topic[-1] == "y" else topic if topic[-1] == "s" else topic + "s"
+
+
+def _lay_out_table(header: list[str], rows: list[list[str]], rng: random.Random) -> list[str]:
+    """As Markdown has it, or as the service stores tables: cells between bars, or each behind its column's name."""
+    style = rng.random()
+    if style < 0.25:
+        marks = "|" + " --- |" * len(header)
+        head, *lines = (f"| {' | '.join(row)} |" for row in [header, *rows])
+        return [head, marks, *lines]
+    if style < 0.6:
+        return [" | ".join(row) for row in [header, *rows]]
+    named = [" | ".join(f"{name}: {cell}" for name, cell in zip(header, row, strict=True)) for row in rows]
+    return [" | ".join(header), *named] if rng.random() < 0.3 else named
 
 
 def _add_table(builder: _Builder, first: Thing) -> None:
@@ -221,14 +243,12 @@ def _add_table(builder: _Builder, first: Thing) -> None:
     usable = [p for p in first.genre.properties if p.bare]
     columns = rng.sample(usable, k=min(len(usable), rng.randint(2, 4)))
     things = [first] + [make_thing(first.genre, rng, like=first) for _ in range(rng.randint(2, 9))]
-    edge = rng.random() < 0.6
-    rows = [["Name", *(capital(p.label) for p in columns)]]
+    header = [rng.choice(["Name", capital(_singular(first))]), *(capital(p.label) for p in columns)]
+    rows = []
     for thing in things:
         builder.things.append(thing)
         rows.append([capital(thing.variables["name"]), *(builder.cell(builder.new_fact(thing, p)) for p in columns)])
-    lines = [f"| {' | '.join(row)} |" if edge else " | ".join(row) for row in rows]
-    if edge:
-        lines.insert(1, "|" + " --- |" * len(rows[0]))
+    lines = _lay_out_table(header, rows, rng)
     wording = rng.choice(["Overview: {}", "All {} at a glance", "List of {}", "Comparison of {}", "Records of {}"])
     title = wording.format(_plural(first))
     intro = rng.choice(["", "", "The table gives the current values.\n", "Values as of this year.\n"])

@@ -35,6 +35,21 @@ def test_invented_answers_stand_where_their_spans_say(seed):
         assert not set("{}\ue000\ue001\ue002\ue003") & set(title + text)
 
 
+def test_invented_tables_look_as_the_service_stores_them():
+    """A cell is all that stands between two bars, or behind its column's name."""
+    named = plain = 0
+    for seed in range(60):
+        context = generate_context(random.Random(seed), 1, unanswerable=0, tables=1.0)
+        ((_, text),) = context.passages
+        for span in (span for question in context.questions for span in question.spans):
+            row = text[text.rfind("\n", 0, span.start) + 1 :].partition("\n")[0]
+            cells = [cell.strip() for cell in row.strip("| ").split("|")]
+            plain += span.text in cells
+            named += any(cell.endswith(f": {span.text}") for cell in cells)
+            assert span.text in cells or any(cell.endswith(f": {span.text}") for cell in cells)
+    assert plain > 20 and named > 20
+
+
 def test_invented_contexts_repeat_with_the_seed():
     assert make_context(7) == make_context(7)
     assert make_context(7) != make_context(9)
