@@ -30,7 +30,7 @@ from app.likeliest import generate_likeliest
 from app.progress import ReadingProgress
 from app.prompting import prompt_salt
 from app.quotes import QuoteLimits
-from app.reading import none_margin, reads_apart, split_passages
+from app.reading import none_margin, read_at_once, reads_apart, split_passages
 from app.schemas import Tier
 from app.sse import Event, with_pauses
 from model.engine_request import EngineRequest, StepOutput
@@ -199,7 +199,7 @@ class RunningAnswer:
         if not service.advice.read_apart or evidence.mode != "rag" or not service.format.decision_ids:
             return evidence
         if not reads_apart(evidence, await anyio.to_thread.run_sync(self._count_question)):
-            return evidence
+            return read_at_once(evidence)
         requests = [(await self._request(reading), reading) for reading in split_passages(evidence)]
         self._progress.begin(sum(len(request.token_ids) for request, _ in requests))
         weighed, read_tokens = [], 0

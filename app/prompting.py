@@ -22,12 +22,9 @@ from model.chat_format import ChatFormat
 from model.engine_request import ContextTooLong
 from model.sampling import TokenConstraint
 from model.tokenizer import Tokenizer
-from retrieval.location import heading_path
 from retrieval.types import Evidence, Passage
 
 _MAX_TITLE_CHARS = 120
-_OPENING_CHARS = 200
-_SPACE = re.compile(r"\s+")
 _CACHED_TEXT_TOKENS = 8_000_000
 _CACHED_INDEXES = 4
 
@@ -158,7 +155,7 @@ class QuoteFormat(AnswerFormat):
 
     def _document(self, passages: Sequence[Passage]) -> list[int]:
         texts = [self._text(passage) for passage in passages]
-        return self._format.document(passages[0].ordinal, title_of(passages), texts)
+        return self._format.document(passages[0].ordinal, title_of(passages[0]), texts)
 
     def _text(self, passage: Passage) -> tuple[int, ...]:
         key = passage_key(passage)
@@ -169,15 +166,9 @@ class QuoteFormat(AnswerFormat):
         return ids
 
 
-def title_of(passages: Sequence[Passage]) -> str:
-    """What the prompt calls a document: its title, behind the innermost heading over all of these passages that the
-    first does not show itself. One line, not too long."""
-    first, *others = passages
-    title, path = first.title or first.filename, heading_path(first.headings, first.char_start)
-    while any(heading_path(other.headings, other.char_start)[: len(path)] != path for other in others):
-        path = path[:-1]
-    headings = [heading for heading in path if heading not in first.text[:_OPENING_CHARS] and heading != title]
-    return _SPACE.sub(" ", " — ".join([*headings[-1:], title])).strip()[:_MAX_TITLE_CHARS]
+def title_of(passage: Passage) -> str:
+    """What the prompt calls a document: one line, not too long."""
+    return re.sub(r"\s+", " ", passage.title or passage.filename).strip()[:_MAX_TITLE_CHARS]
 
 
 def prompt_salt(secret: bytes, evidence: Evidence) -> bytes:

@@ -11,17 +11,34 @@ from dataclasses import replace
 
 from app.conversation import missing_words
 from app.prompting import title_of
+from retrieval.location import heading_path
 from retrieval.types import Evidence, Passage
 
 _AGAIN_TOKENS = 1024  # of the question; 2 s of two cores
 _PIECE_CHARS = 1200  # the shipped model learnt to read passages of up to 1,150
+_OPENING_CHARS = 200
 _GAP = re.compile(r"\s*\n\s*")
 
 
 def split_passages(evidence: Evidence) -> list[Evidence]:
-    """Each passage as if it were all there is to read; long ones in pieces."""
-    pieces = [piece for passage in evidence.passages for piece in _cut(passage)]
+    """Each passage as if it were all there is to read, under its heading; long ones in pieces."""
+    pieces = [_under_heading(piece) for passage in evidence.passages for piece in _cut(passage)]
     return [Evidence((piece,), evidence.mode, 0, (piece.document_id,)) for piece in pieces]
+
+
+def read_at_once(evidence: Evidence) -> Evidence:
+    """Evidence that is not split: a single passage stands under its heading, too. Several have none, for a prompt would
+    begin otherwise with each choice of a document's passages."""
+    if len(evidence.passages) != 1:
+        return evidence
+    return replace(evidence, passages=(_under_heading(evidence.passages[0]),))
+
+
+def _under_heading(passage: Passage) -> Passage:
+    """The innermost heading that the passage does not show itself, before its title."""
+    title, path = passage.title or passage.filename, heading_path(passage.headings, passage.char_start)
+    hidden = [heading for heading in path if heading not in passage.text[:_OPENING_CHARS] and heading != title]
+    return replace(passage, title=f"{hidden[-1]} — {title}") if hidden else passage
 
 
 def _cut(passage: Passage) -> list[Passage]:
@@ -54,5 +71,5 @@ def none_margin(
     quote, none = decision_logprobs
     if not missing_words_nats:
         return none - quote
-    texts = [text for passage in reading.passages for text in (title_of([passage]), passage.text)]
+    texts = [text for passage in reading.passages for text in (title_of(passage), passage.text)]
     return none - quote + missing_words_nats * missing_words(question, texts)

@@ -107,7 +107,7 @@ class TextFormat(AnswerFormat):
 
     def _document(self, passages: Sequence[Passage], lead: str) -> list[int]:
         encode = self._tokenizer.encode
-        title = self._without_nonce(title_of(passages))
+        title = self._without_nonce(title_of(passages[0]))
         ids = encode(f"{lead}<doc {self._nonce} d{passages[0].ordinal}> {title}\n")
         for i, passage in enumerate(passages):
             ids += [*(encode(_GAP) if i else []), *self._text(passage)]

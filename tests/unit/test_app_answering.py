@@ -1,17 +1,15 @@
 """The prompt's order and places, and what tokens of an answer become."""
 
-from dataclasses import replace
-
 import pytest
 from app_kit import GARDEN, LIGHTHOUSE
 from text_kit import PASSAGES, passage
 
 from app.answering import AnswerWriter, Quoted, TextPiece
-from app.prompting import QuoteFormat, title_of
+from app.prompting import QuoteFormat
 from app.quotes import TokenBytes
 from model.engine_request import ContextTooLong
 from model.tokenizer import Tokenizer
-from retrieval.types import Evidence, Heading
+from retrieval.types import Evidence
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +23,6 @@ def prompt_format(tokenizer, tiny_checkpoint):
 
 
 EVIDENCE = Evidence(PASSAGES, "rag", 0)
-
-
-def test_a_prompt_names_the_heading_that_its_passages_are_under():
-    text = "# Guide\n\n## Oil\n\nCheck.\n\nFill up.\n\n## Air\n\nPump."
-    levels = {"Guide": 1, "Oil": 2, "Air": 2}
-    headings = tuple(Heading(level, name, text.index(name) - 1 - level) for name, level in levels.items())
-    check, fill, pump = (
-        replace(passage(1, text[: text.index(end) + len(end)], text.index(begin), title="Car"), headings=headings)
-        for begin, end in (("## Oil", "Check."), ("Fill", "up."), ("Pump", "Pump."))
-    )
-    assert title_of([fill]) == "Oil — Car"
-    assert title_of([check]) == title_of([check, fill]) == title_of([fill, pump]) == "Guide — Car"
-    assert title_of([replace(pump, headings=())]) == "Car"
 
 
 def test_the_prompt_is_system_documents_question(tokenizer, prompt_format):

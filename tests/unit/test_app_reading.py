@@ -6,9 +6,9 @@ import pytest
 from app_kit import GARDEN, LIGHTHOUSE, make_settings, running_service
 
 from app.conversation import missing_words, only_repeats
-from app.reading import none_margin, reads_apart, split_passages
+from app.reading import none_margin, read_at_once, reads_apart, split_passages
 from app.render import measures_of
-from retrieval.types import Evidence, Passage
+from retrieval.types import Evidence, Heading, Passage
 
 EVIDENCE = Evidence(
     tuple(
@@ -108,3 +108,23 @@ async def test_where_there_are_no_documents_that_is_said(tiny_checkpoint, tmp_pa
         await client.upload("a.md", LIGHTHOUSE)
         other = await client.ask("Who is the keeper?", filters={"year": 2024})
         assert other["text"] == empty["text"]
+
+
+def test_a_passage_that_is_read_alone_stands_under_the_heading_that_it_does_not_show():
+    text = "# Guide\n\n## Oil\n\nCheck.\n\nFill up.\n\n## Air\n\nPump."
+    levels = {"Guide": 1, "Oil": 2, "Air": 2}
+    headings = tuple(Heading(level, name, text.index(name) - 1 - level) for name, level in levels.items())
+
+    def passage(begin: str, end: str) -> Passage:
+        start, stop = text.index(begin), text.index(end) + len(end)
+        return Passage("d", 1, "c", 1, "car.md", "Car", text[start:stop], start, stop, headings=headings)
+
+    check, fill = passage("## Oil", "Check."), passage("Fill", "up.")
+    both = Evidence((check, fill), "rag", 9)
+    assert [reading.passages[0].title for reading in split_passages(both)] == ["Guide — Car", "Oil — Car"]
+    assert read_at_once(Evidence((fill,), "rag", 5)).passages[0].title == "Oil — Car"
+    assert [read_at_once(evidence) for evidence in (both, replace(both, passages=()))] == [
+        both,
+        replace(both, passages=()),
+    ]
+    assert read_at_once(Evidence((replace(fill, headings=()),), "rag", 5)).passages[0].title == "Car"
