@@ -24,7 +24,8 @@ from model.train.rephrase import rephrase
 from model.train.statement_contexts import StatementContexts, ask_more
 
 # Kinds of target token. Answers weigh as much as their kind: where the document is chosen, the quote begins and ends.
-DECISIVE, ANSWER, QUESTION, TEXT, PADDING = 3.0, 1.0, 0.5, 0.0, -1.0
+# Running text belongs to no context.
+DECISIVE, ANSWER, QUESTION, TEXT, PADDING, RUNNING = 3.0, 1.0, 0.5, 0.0, -1.0, -2.0
 
 
 NO_SOURCE = -1
@@ -153,7 +154,7 @@ class QaRows:
     passages read, and questions that lead a search to it, most of them in vain.
     """
 
-    LONE: ClassVar = {256: 1.0, 512: 0.3}  # share of the rows of a length in which a passage stands alone
+    LONE: ClassVar = {256: 1.0, 512: 0.5}  # share of the rows of a length in which a passage stands alone
     LONE_INVENTED: ClassVar = 0.2  # of these: tables for the most part
     FIRST: ClassVar = {"cloze": 0.12, "templated": 0.18, "statements": 0.25, "pairs": 0.45}
     LAST: ClassVar = {"cloze": 0.04, "templated": 0.16, "statements": 0.2, "pairs": 0.6}

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from model.jamba import Jamba
 from model.tokenizer import Tokenizer
 from model.train import evaluate
-from model.train.data import ANSWER, TEXT, QaRows, TextRows, copies, findings
+from model.train.data import ANSWER, RUNNING, TEXT, QaRows, TextRows, copies, findings
 from model.train.export import fake_quantize
 from model.train.forward import accelerate, forward_hidden, set_rope
 from model.train.losses import attention_to, relative_error, vocabulary_loss
@@ -36,8 +37,8 @@ from model.train.trainer import Cluster, Log, MasterOptimizer, cosine, load_into
 from model.weights import load_model
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16_384)
-LENGTH_SHARES = (0.25, 0.15, 0.27, 0.18, 0.1, 0.05, 0.0)  # a passage alone often, as the service reads
-LATE_SHARES = (0.25, 0.12, 0.2, 0.15, 0.1, 0.09, 0.09)  # from --long-from on: needles far away, too
+LENGTH_SHARES = (0.3, 0.16, 0.24, 0.16, 0.09, 0.05, 0.0)  # a passage alone often, as the service reads
+LATE_SHARES = (0.3, 0.13, 0.18, 0.14, 0.09, 0.08, 0.08)  # from --long-from on: needles far away, too
 TAPS = (5, 11, 17, 23, 29)
 FINDING, COPYING = 12, 20  # attention layers; the second came to copy by itself
 QUERIES = {FINDING: 1024, COPYING: 2048}  # a step, at most
@@ -45,9 +46,9 @@ TEACHER_TOKENS = 8192  # what the Transformer has seen
 
 
 class Steps(IterableDataset):
-    """Yields a step's rows: text (rows, length + 1), questions (rows, l + 1), their kinds, what they find and copy.
+    """Yields a step's rows (b, l + 1) of questions, below them running text, their kinds, what they find and copy.
 
-    l varies by step; the last two are queries (rows, m, 4) of `losses.attention_to`.
+    l varies by step; the last two are queries (rows of questions, m, 4) of `losses.attention_to`.
     """
 
     def __init__(self, args: argparse.Namespace, cluster: Cluster) -> None:
@@ -66,90 +67,94 @@ class Steps(IterableDataset):
             shares = LENGTH_SHARES if progress < args.long_from else LATE_SHARES
             length = min(random.Random(args.seed * 7919 + step).choices(LENGTHS, shares)[0], args.qa_tokens)
             rows = [questions.row(rng, length, progress) for _ in range(max(1, args.qa_tokens // length))]
-            lines = [text.row(rng, args.length) for _ in range(args.text_tokens // args.length)] if text else [[]]
             looks = [np.stack([draw(row, QUERIES[layer] // len(rows)) for row in rows])
                      for draw, layer in ((findings, FINDING), (copies, COPYING))]  # fmt: skip
-            yield np.stack(lines), np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows]), *looks
+            tokens = args.text_tokens if progress < args.text_until else args.text_tokens // 3
+            room = tokens // length if text and length <= TEACHER_TOKENS else 0
+            lines = [text.row(rng, length) for _ in range(room)]
+            kinds = [row[1] for row in rows] + [np.full(length + 1, RUNNING, np.float32)] * len(lines)
+            yield np.stack([row[0] for row in rows] + lines), np.stack(kinds), *looks
             step += worker.num_workers
 
 
-def text_loss(student: Jamba, teacher: Jamba, rows: Tensor, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """rows (b, t + 1) -> loss, and (KL, cross entropy, hidden states' error) detached."""
-    taps = TAPS if args.hidden > 0 else ()
-    hidden, own = forward_hidden(student, rows[:, :-1], taps)
-    with torch.no_grad():
-        other, theirs = forward_hidden(teacher, rows[:, :-1], taps)
-    each = torch.full((len(hidden),), 1 / len(hidden), device=rows.device)
-    loss, kl, ce = vocabulary_loss(
-        hidden,
-        student.lm_head.weight,
-        other,
-        teacher.lm_head.weight,
-        rows[:, 1:].flatten(),
-        args.kl * each,
-        args.ce * each,
-    )
-    gaps = [relative_error(own[i], theirs[i], each) for i in taps]
-    gap = torch.stack(gaps).mean() if gaps else torch.zeros((), device=rows.device)
-    return loss + args.hidden * gap, torch.stack([kl.mean(), ce.mean(), gap.detach()])
+class Loss(NamedTuple):
+    """What is descended, and its parts, detached: KL and cross entropy of running text, hidden states' error, −log p
+    of the answers, KL of the other tokens of questions, −log of the attention where it should be: to find, to copy."""
+
+    total: Tensor
+    kl: Tensor
+    ce: Tensor
+    hidden: Tensor
+    answer: Tensor
+    kl_qa: Tensor
+    find: Tensor
+    copy: Tensor
 
 
-def question_loss(
+def step_loss(
     student: Jamba,
-    tuned: Jamba | None,
+    teacher: Jamba | None,
     rows: Tensor,
     kinds: Tensor,
     args: argparse.Namespace,
     looks: Sequence[Tensor] = (),
     looks_weight: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """rows, kinds (b, t + 1) -> loss, and (answers' loss, hidden states' error, KL of the other tokens, −log of the
-    attention where it should be: to find, to copy) detached.
+    tuned: bool = True,
+) -> Loss:
+    """rows, kinds (b, t + 1), as `Steps` gives them.
 
-    Answers count for one, by their kinds, the other tokens together for `args.text_weight`. With a tuned teacher all
-    follow its distribution, the answers mixed with the truth, and its hidden states; without one the other tokens
-    are text to predict. `looks` are queries (b, m, 4) of the finding and of the copying layer.
+    Answers count for one, by their kinds; the other tokens of questions together for `args.text_weight`; running text
+    for `args.kl` of divergence and `args.ce` of cross entropy. All follow the teacher's distribution and hidden states,
+    answers mixed with the truth, or, where it is not `tuned`, the truth alone; without a teacher all is text to
+    predict. `looks` are queries (b, m, 4) of the finding and of the copying layer, of the first b rows.
     """
-    taps = TAPS if tuned is not None and args.hidden > 0 else ()
+    taps = TAPS if teacher is not None and args.hidden > 0 else ()
     inputs = (FINDING - 1, COPYING - 1) if looks else ()
     hidden, kept = forward_hidden(student, rows[:, :-1], tuple({*taps, *inputs}))
     looked = torch.zeros(2, device=rows.device)
     if looks:
         layers = (student.layers[FINDING], student.layers[COPYING])
         looked = torch.stack([
-            attention_to(layer, kept[i].unflatten(0, (len(rows), -1)), queries)
+            attention_to(layer, kept[i].unflatten(0, (len(rows), -1))[: len(queries)], queries)
             for layer, i, queries in zip(layers, inputs, looks, strict=True)
         ])  # fmt: skip
-    places, targets = kinds[:, 1:].flatten(), rows[:, 1:].flatten()
-    answers = places * (places >= ANSWER)
-    answers = answers / answers.sum().clamp(min=1)
-    others = ((places >= TEXT) & (places < ANSWER)).float()
-    others = others / others.sum().clamp(min=1)
-    hard = args.hard if tuned is not None else 1.0
-    kl_weights, ce_weights = (1 - hard) * answers + args.text_weight * others, hard * answers
-    other = None
-    if tuned is None:
+    places = kinds[:, 1:].flatten()
+    answers = _shared(places * (places >= ANSWER))
+    others, running = _shared((places >= TEXT) & (places < ANSWER)), _shared(places == RUNNING)
+    hard = args.hard if teacher is not None and tuned else 1.0
+    kl_weights = (1 - hard) * answers + args.text_weight * others + args.kl * running
+    ce_weights = hard * answers + args.ce * running
+    other, theirs = None, {}
+    if teacher is None:
         ce_weights = kl_weights + ce_weights
     else:
         with torch.no_grad():
-            other, theirs = forward_hidden(tuned, rows[:, :-1], taps)
+            other, theirs = forward_hidden(teacher, rows[:, :-1], taps)
     loss, kl, ce = vocabulary_loss(
         hidden,
         student.lm_head.weight,
         other,
-        None if tuned is None else tuned.lm_head.weight,
-        targets,
+        None if teacher is None else teacher.lm_head.weight,
+        rows[:, 1:].flatten(),
         kl_weights,
         ce_weights,
     )
-    said = ((1 - hard) * answers * kl + hard * answers * ce).sum()
     gap = torch.zeros((), device=rows.device)
     if taps:
-        near = (kinds[:, :-1].flatten() >= TEXT).float()
-        near = near / near.sum().clamp(min=1)
+        read = kinds[:, :-1].flatten()
+        near = _shared(read >= TEXT) + _shared(read == RUNNING)
         gap = torch.stack([relative_error(kept[i], theirs[i], near) for i in taps]).mean()
-    whole = loss + args.hidden * gap + looks_weight * looked.sum()
-    return whole, torch.stack([said, gap.detach(), (others * kl).sum(), *looked.detach()])
+    said = ((1 - hard) * answers * kl + hard * answers * ce).sum()
+    return Loss(
+        loss + args.hidden * gap + looks_weight * looked.sum(),
+        *((running * part).sum() for part in (kl, ce)),
+        *(gap.detach(), said, (others * kl).sum(), *looked.detach()),
+    )
+
+
+def _shared(weights: Tensor) -> Tensor:
+    """Weights that sum to 1, or to 0 where there is nothing."""
+    return weights / weights.sum().clamp(min=1)
 
 
 def rate_of(name: str) -> float:
@@ -172,10 +177,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=300, help="wall clock of this call, its start not counted")
     parser.add_argument("--from-share", type=float, default=0.0, help="where in the schedule this call starts")
     parser.add_argument("--to-share", type=float, default=1.0, help="and where it ends")
-    parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--text-tokens", type=int, default=32_768, help="a step and process")
     parser.add_argument("--qa-tokens", type=int, default=32_768, help="a step and process")
-    parser.add_argument("--text-until", type=float, default=0.0, help="after it, only every third step has text")
+    parser.add_argument("--text-until", type=float, default=0.0, help="share; after it, a third of the text")
     parser.add_argument("--rope-until", type=float, default=0.4, help="share; 0: no positions from the start")
     parser.add_argument("--quant-from", type=float, default=0.85)
     parser.add_argument("--long-from", type=float, default=1.0, help="share from which rows reach 16K; 1: never")
@@ -239,7 +243,7 @@ class Run:
         self.student.collect_router_stats = True
         accelerate(self.student)
         self.items = evaluate.load_items(args.items, self.tokenizer, args.eval_items)
-        self.tuned, self.start, self.tokens, self.seconds = None, None, 0, args.seconds
+        self.tuned, self.start, self.tokens, self.seconds = False, None, 0, args.seconds
         self.losses: list[Tensor] = []
         self.saved = self.scored = self.waited = 0.0
 
@@ -258,68 +262,63 @@ class Run:
 
     def step(self, step: int, share: float, batch: list[Tensor]) -> None:
         """One update; every 20 steps what is written, watched and saved."""
-        args, (text, rows, kinds, *looks) = self.args, batch
+        args, (rows, kinds, *looks) = self.args, batch
         set_rope(self.student, max(0.0, 1.0 - share / args.rope_until) if args.rope_until > 0 else 0.0)
-        parts = torch.zeros(3, device=rows.device)
-        if share < args.text_until or step % 3 == 0:
-            loss, parts = text_loss(self.student, self.teacher, text, args)
-            (loss + self.student.load_balancing_loss(args.aux)).backward()
-            self.tokens += text.numel() * self.cluster.size
         weight = looks_weight(args, share)
-        teacher = self.tuned if rows.shape[1] <= TEACHER_TOKENS + 1 else None
-        loss, answers = question_loss(self.student, teacher, rows, kinds, args, looks if weight > 0 else (), weight)
-        (loss + self.student.load_balancing_loss(args.aux)).backward()
+        teacher = self.teacher if rows.shape[1] <= TEACHER_TOKENS + 1 else None
+        loss = step_loss(
+            self.student, teacher, rows, kinds, args, looks if weight > 0 else (), weight, tuned=self.tuned
+        )
+        (loss.total + self.student.load_balancing_loss(args.aux)).backward()
         self.tokens += rows.numel() * self.cluster.size
         self.cluster.mean_gradients([p for p in self.optimizer.parameters if p.grad is not None])
         quantize = fake_quantize if share >= args.quant_from else None
         norm = self.optimizer.step(cosine(args.rate, step, share, warmup=60), fake_quant=quantize)
-        self.losses.append(torch.cat([parts, answers]))
+        self.losses.append(torch.stack(loss[1:]))
         if step % 20 == 0:
             self.report(step, share, norm)
-            self.watch()
+            self.watch(share)
 
     def report(self, step: int, share: float, norm: Tensor) -> None:
         recent, self.losses = torch.stack(self.losses).tolist(), []
-        texts, use = [row for row in recent if row[0] > 0], self.student.expert_utilisation()
-        kl, ce, gap = (sum(row[i] for row in texts) / max(1, len(texts)) for i in range(3))
-        answer, near, beside, find, copy = (sum(row[i] for row in recent) / len(recent) for i in range(3, 8))
-        waited, self.waited = self.waited, 0.0
+        means = {}
+        for name, values in zip(Loss._fields[1:], zip(*recent, strict=True), strict=True):
+            told = [value for value in values if value > 0]  # not every step has all
+            means[name] = sum(told) / max(1, len(told))
+        use, waited, self.waited = self.student.expert_utilisation(), self.waited, 0.0
         self.log.write(stage="distill", step=step, share=share, tokens=self.tokens,
-                       tok_per_s=self.tokens / max(self.elapsed(), 1e-9), kl=kl, ce=ce, hidden=gap, answer=answer,
-                       hidden_qa=near, kl_qa=beside, find=find, copy=copy, waited=waited, norm=norm.item(),
-                       tuned=int(self.tuned is not None),
-                       expert_min=use.min().item(), expert_max=use.max().item())  # fmt: skip
+                       tok_per_s=self.tokens / max(self.elapsed(), 1e-9), **means, waited=waited, norm=norm.item(),
+                       tuned=int(self.tuned), expert_min=use.min().item(), expert_max=use.max().item())  # fmt: skip
 
-    def watch(self) -> None:
+    def watch(self, share: float) -> None:
         """Take up the tuned teacher, and from OUT/seconds another length of the run; score and save by the clock."""
-        args, now = self.args, self.elapsed()
-        if args.tuned is not None and self.tuned is None and args.tuned.exists():
+        args, now, told = self.args, self.elapsed(), self.args.out / "seconds"
+        if args.tuned is not None and not self.tuned and args.tuned.exists():
             load_into(self.teacher, args.tuned)
-            self.tuned = self.teacher
-        told = args.out / "seconds"
-        if told.exists() and told.read_text().strip():
-            self.seconds = float(told.read_text())
+            self.tuned = True
+        given = float(told.read_text().strip() or 0) if told.exists() else 0.0
+        self.seconds = self.cluster.of_first(given) or self.seconds  # all must end at the same step
         if now - self.saved >= args.save_every:
             self.saved = now
             self.save(f"distill-{now:.0f}s.safetensors")
         if now - self.scored >= args.score_every:
             self.scored = now
-            self.score(self.items)
+            self.score(self.items, share)
 
     def save(self, name: str) -> None:
         if self.cluster.rank == 0:
             self.optimizer.save(self.args.out / name)
 
-    def score(self, items: Sequence[evaluate.Item]) -> None:
+    def score(self, items: Sequence[evaluate.Item], share: float) -> None:
         if self.cluster.rank == 0:
             began = time.monotonic()
             scores = evaluate.score(self.student, self.tokenizer, items)
-            self.log.write(stage="eval", share=self.share(), took=time.monotonic() - began, **scores)
+            self.log.write(stage="eval", share=share, took=time.monotonic() - began, **scores)
 
     def finish(self, step: int) -> None:
         """Save what the schedule ends with, then score it on more questions."""
         self.save("distill.safetensors")
-        self.score(evaluate.load_items(self.args.items, self.tokenizer, self.args.final_items))
+        self.score(evaluate.load_items(self.args.items, self.tokenizer, self.args.final_items), share=1.0)
 
     def profile(self, loader: DataLoader, steps: int) -> None:
         """The time of a step, and where that of `steps` steps goes, operator by operator."""

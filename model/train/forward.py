@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention import Attention
-from model.batch import Batch
+from model.attention import Attention, rotation
+from model.batch import Batch, Group
 from model.jamba import Jamba
 from model.kernels.rms_norm import RMSNorm
+from model.kernels.selective_scan import selective_scan
 from model.kernels.silu_mul import silu_mul
+from model.mamba import MambaMixer
 from model.moe import MLP, MoE, RouterStats
 
 try:
@@ -56,10 +58,17 @@ def set_rope(model: Jamba, scale: float) -> None:
 
 
 def accelerate(model: Jamba) -> None:
-    """Swap the forward of norms, MLPs and experts in place. Without gradients the model's own kernels run."""
+    """Swap the forward of norms, positions, scans, MLPs and experts in place.
+
+    Without gradients the model's own kernels run, but for positions.
+    """
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.forward = partial(_norm, module)
+        elif isinstance(module, Attention):
+            module.turn = partial(_turn, module)
+        elif isinstance(module, MambaMixer):
+            module._scan = partial(_scan, module)
         elif isinstance(module, MLP):
             module.forward = partial(_mlp, module)
         elif isinstance(module, MoE) and module.top_k == 1:
@@ -70,6 +79,30 @@ def _norm(module: RMSNorm, x: Tensor) -> Tensor:
     if fused is None or not x.is_cuda or not torch.is_grad_enabled():
         return RMSNorm.forward(module, x)
     return fused.rms_norm(x.flatten(0, -2), module.weight, module.eps).view(x.shape)
+
+
+def _turn(attention: Attention, q: Tensor, k: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    if fused is None or not q.is_cuda or attention.rope_theta is None or not isinstance(batch, Rows):
+        return Attention.turn(attention, q, k, batch)
+    t = batch.groups[0].t
+    turned = _angles(t, attention.rope_theta, attention.rope_scale, attention.head_dim, q.device)
+    return fused.rotate(q, *turned), fused.rotate(k, *turned)
+
+
+@lru_cache(maxsize=16)
+def _angles(t: int, theta: float, scale: float, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin (t, p/2): the two halves of a head turn alike."""
+    with torch.inference_mode(False):  # what is kept must serve where gradients are taken, too
+        positions = torch.arange(t, device=device)
+        cos, sin = (x[:, 0, : head_dim // 2].contiguous() for x in rotation(positions, theta, scale, head_dim))
+    return cos, sin
+
+
+def _scan(mixer: MambaMixer, group: Group, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor) -> Tensor:
+    if fused is None or not u.is_cuda or not torch.is_grad_enabled():
+        return MambaMixer._scan(mixer, group, u, dt, B, C, z)
+    delta = fused.softplus(dt, mixer.dt_proj.bias)
+    return selective_scan(u, delta, -torch.exp(mixer.A_log.float()), B, C, mixer.D, z)
 
 
 def _gated(gate_up: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""What a training step reads and writes most, fused, in Triton: RMS norm, SwiGLU's gate, losses over the vocabulary.
+"""What a training step reads and writes most, fused, in Triton: RMS norm, SwiGLU's gate, a scan's step sizes,
+rotary positions, losses over the vocabulary.
 
 Each is a differentiable function of tensors on a GPU; its definition in PyTorch stands beside its caller
-(`F.rms_norm`, `kernels.silu_mul`, `losses.vocabulary_loss_ref`). float32 inside, results in the dtype of the inputs.
+(`F.rms_norm`, `kernels.silu_mul`, `F.softplus`, `attention.rotate`,
+`losses.vocabulary_loss_ref`). float32 inside, results in the dtype of the inputs.
 """
 
 from __future__ import annotations
@@ -127,6 +129,103 @@ class _Gate(torch.autograd.Function):
 def gated(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of gate_up (T, 2f), gates first -> (T, f)."""
     return _Gate.apply(gate_up)
+
+
+@triton.jit
+def _softplus_kernel(x, bias, y, e, BLOCK: tl.constexpr):
+    row, col = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    wide = tl.load(x + row * e + col, mask=col < e, other=0.0).to(tl.float32)
+    wide += tl.load(bias + col, mask=col < e, other=0.0).to(tl.float32)
+    power = tl.exp(-tl.abs(wide))
+    series = power * (1.0 + power * (-0.5 + power * (1 / 3 - power * 0.25)))
+    log1p = tl.where(power < 0.03, series, tl.log(1.0 + power))  # 1 + a small power has lost most of it
+    tl.store(y + row * e + col, tl.maximum(wide, 0.0) + log1p, mask=col < e)
+
+
+@triton.jit
+def _softplus_gradient_kernel(y, dy, dx, dbias, rows, e, per_program, R: tl.constexpr, BLOCK: tl.constexpr):
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    first = tl.program_id(0).to(tl.int64) * per_program
+    for at in range(0, per_program, R):
+        row = first + at + tl.arange(0, R)
+        mask = (row < rows)[:, None] & (col < e)[None, :]
+        cell = row[:, None] * e + col[None, :]
+        grad = tl.load(dy + cell, mask=mask, other=0.0)
+        grad *= 1.0 - tl.exp(-tl.load(y + cell, mask=mask, other=0.0))
+        total += tl.sum(grad, axis=0)
+        tl.store(dx + cell, grad.to(dx.dtype.element_ty), mask=mask)
+    tl.store(dbias + tl.program_id(0) * e + col, total, mask=col < e)
+
+
+class _Softplus(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        rows, e, x = x.shape[:-1].numel(), x.shape[-1], x.contiguous()
+        y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        block = min(1024, triton.next_power_of_2(e))
+        _softplus_kernel[(rows, triton.cdiv(e, block))](x, bias, y, e, BLOCK=block)
+        ctx.save_for_backward(y)
+        ctx.dtypes = x.dtype, bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        (y,) = ctx.saved_tensors
+        rows, e, (dtype, bias_dtype) = y.shape[:-1].numel(), y.shape[-1], ctx.dtypes
+        block = min(64, triton.next_power_of_2(e))
+        tile = TILE // block
+        per_program = triton.cdiv(triton.cdiv(rows, PROGRAMS), tile) * tile
+        programs = triton.cdiv(rows, per_program)
+        dx, dbias = torch.empty(y.shape, dtype=dtype, device=y.device), torch.empty((programs, e), device=y.device)
+        _softplus_gradient_kernel[(programs, triton.cdiv(e, block))](
+            y, dy.contiguous(), dx, dbias, rows, e, per_program, R=tile, BLOCK=block
+        )
+        return dx, dbias.sum(0).to(bias_dtype)
+
+
+def softplus(x: Tensor, bias: Tensor) -> Tensor:
+    """log(1 + exp(x + bias)) of x (..., e), bias (e,) -> (..., e) float32."""
+    return _Softplus.apply(x, bias)
+
+
+@triton.jit
+def _rotate_kernel(x, cos, sin, y, t, heads, HEADS: tl.constexpr, HALF: tl.constexpr, P: tl.constexpr):
+    row, head, col = tl.program_id(0).to(tl.int64), tl.arange(0, HEADS), tl.arange(0, P)
+    mask = (head < heads)[:, None] & (col < HALF)[None, :]
+    cell = (row * heads + head[:, None]) * 2 * HALF + col[None, :]
+    turned = (row % t) * HALF + col
+    c = tl.load(cos + turned, mask=col < HALF, other=0.0)[None, :]
+    s = tl.load(sin + turned, mask=col < HALF, other=0.0)[None, :]
+    low = tl.load(x + cell, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(x + cell + HALF, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + cell, (low * c - high * s).to(y.dtype.element_ty), mask=mask)
+    tl.store(y + cell + HALF, (high * c + low * s).to(y.dtype.element_ty), mask=mask)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (rows, heads, p), x = x.shape, x.contiguous()
+    y, half = torch.empty_like(x), p // 2
+    sizes = {"HEADS": triton.next_power_of_2(heads), "HALF": half, "P": triton.next_power_of_2(half)}
+    _rotate_kernel[(rows,)](x, cos, sin, y, len(cos), heads, **sizes)
+    return y
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(dy, cos, -sin), None, None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (b·t, heads, p), rows of t tokens, each token turned by its place's cos and sin (t, p/2) float32 -> like x."""
+    return _Rotate.apply(x, cos, sin)
 
 
 @triton.jit

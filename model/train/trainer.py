@@ -57,6 +57,13 @@ class Cluster:
             self._average(value)
         return value
 
+    def of_first(self, value: float) -> float:
+        """What the first process was given."""
+        told = torch.tensor(value, dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            dist.broadcast(told, 0)
+        return told.item()
+
     def _average(self, value: Tensor) -> None:
         dist.all_reduce(value)  # the mean is not among what gloo, for CPUs, can do
         value /= self.size

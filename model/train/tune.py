@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from model.jamba import Jamba
 from model.tokenizer import Tokenizer
 from model.train import evaluate
-from model.train.distill import Steps, question_loss
+from model.train.distill import Steps, step_loss
 from model.train.forward import accelerate
 from model.train.surgery import build_teacher
 from model.train.trainer import Cluster, Log, MasterOptimizer, cosine, load_into
@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args, cluster = parse_arguments(), Cluster()
-    args.hidden, args.text_tokens, args.long_from = 0.0, 0, 1.0
+    args.text_tokens, args.text_until, args.long_from, args.kl, args.ce = 0, 0.0, 1.0, 0.0, 0.0
     log, tokenizer = Log(args.out / "tune.jsonl", cluster), Tokenizer.load(args.tokenizer)
     model: Jamba = build_teacher(args.gguf).to(cluster.device)
     if args.weights:
@@ -56,17 +56,17 @@ def main() -> None:
         if share >= 1:
             break
         steps.progress.value = share
-        rows, kinds = (torch.as_tensor(x).to(cluster.device, non_blocking=True) for x in batch[1:3])
-        loss, parts = question_loss(model, None, rows, kinds, args)
-        loss.backward()
+        rows, kinds = (torch.as_tensor(x).to(cluster.device, non_blocking=True) for x in batch[:2])
+        loss = step_loss(model, None, rows, kinds, args)
+        loss.total.backward()
         cluster.mean_gradients([p for p in optimizer.parameters if p.grad is not None])
         rate = cosine(args.rate, step, share, warmup=50)
         norm = optimizer.step(rate)
-        losses.append(parts[0])
+        losses.append(loss.answer)
         tokens += rows.numel() * cluster.size
         if step % 20 == 0:
-            loss, losses = torch.stack(losses).mean().item(), []
-            log.write(stage="tune", step=step, share=share, tokens=tokens, rate=rate, answer=loss, norm=norm.item(),
+            answer, losses = torch.stack(losses).mean().item(), []
+            log.write(stage="tune", step=step, share=share, tokens=tokens, rate=rate, answer=answer, norm=norm.item(),
                       tok_per_s=tokens / max(1e-9, time.monotonic() - start))  # fmt: skip
     if cluster.rank == 0:
         optimizer.save(args.out / "tuned.safetensors")

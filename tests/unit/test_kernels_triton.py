@@ -4,6 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from model.attention import rotate, rotation
 from model.kernels.causal_conv import causal_conv_ref, causal_conv_torch
 from model.kernels.causal_conv_triton import causal_conv_triton
 from model.kernels.rms_norm import rms_norm_ref
@@ -143,3 +144,36 @@ def test_fused_loss_over_the_vocabulary_equals_the_definition(taught, n, v):
         results.append([total.detach(), *([kl] if taught else []), ce, *(t.grad for t in own)])
     for ours, expected in zip(*results, strict=True):
         assert relative(ours, expected) < 1e-5
+
+
+@pytest.mark.parametrize(("b", "t", "e"), [(2, 7, 33), (1, 300, 5), (1, 1, 1100)])
+def test_fused_softplus_and_its_gradients_equal_the_definition(monkeypatch, b, t, e):
+    monkeypatch.setattr(fused, "PROGRAMS", 3)
+    torch.manual_seed(e)
+    x = (6 * torch.randn(b, t, e, device=DEVICE) - 4).requires_grad_()  # most steps are small, as those of a scan
+    bias, grad = torch.randn(e, device=DEVICE, requires_grad=True), torch.randn(b, t, e, device=DEVICE)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, bias)]
+    expected = torch.nn.functional.softplus(sum(exact), threshold=100)
+    expected.backward(grad.double())
+    out = fused.softplus(x, bias)
+    out.backward(grad)
+    assert ((out.double() - expected) / expected).abs().max() < 3e-6
+    for ours, theirs in zip((x, bias), exact, strict=True):
+        assert relative(ours.grad, theirs.grad) < 1e-5
+
+
+@pytest.mark.parametrize(("b", "t", "heads", "p"), [(2, 7, 9, 64), (1, 3, 1, 12)])
+def test_fused_rotation_and_its_gradient_equal_the_definition(b, t, heads, p):
+    torch.manual_seed(p)
+    x, grad = (
+        torch.randn(b * t, heads, p, device=DEVICE, requires_grad=True),
+        torch.randn(b * t, heads, p, device=DEVICE),
+    )
+    cos, sin = rotation(torch.arange(t, device=DEVICE).repeat(b), 1e4, 0.5, p)
+    exact = x.detach().double().requires_grad_()
+    expected = rotate(exact, cos.double(), sin.double())
+    expected.backward(grad.double())
+    out = fused.rotate(x, *(angle[:t, 0, : p // 2].contiguous() for angle in (cos, sin)))
+    out.backward(grad)
+    assert relative(out, expected) < 1e-6
+    assert relative(x.grad, exact.grad) < 1e-6

@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from model.config import JambaConfig
 from model.jamba import Jamba
 from model.train import distill, forward, surgery
-from model.train.data import ANSWER, QUESTION
+from model.train.data import ANSWER, QUESTION, RUNNING
 from tests.numeric import assert_close
 
 
-def small(**changes) -> Jamba:
+def small(seed: int = 1, **changes) -> Jamba:
     shape = {"vocab_size": 64, "hidden_size": 36, "intermediate_size": 64, "num_hidden_layers": 4, "mamba_dt_rank": 4}
     shape |= {"num_attention_heads": 9, "num_key_value_heads": 3, "attn_layer_period": 2, "attn_layer_offset": 0}
     shape |= {"num_experts": 2, "num_experts_per_tok": 1}
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     return Jamba(JambaConfig(**(surgery.BASE | shape | changes)))
 
 
@@ -63,16 +63,37 @@ def test_positions_that_faded_out_are_no_positions():
 
 @pytest.mark.parametrize("tuned", [False, True])
 def test_answers_weigh_more_than_documents(tuned):
-    student, args = small(), argparse.Namespace(hidden=0.3, hard=0.5, text_weight=0.0)
+    student, args = small(), argparse.Namespace(hidden=0.3, hard=0.5, text_weight=0.0, kl=1.0, ce=0.1)
     student.collect_router_stats = True
     rows, kinds = torch.randint(64, (2, 17)), torch.zeros(2, 17)
     kinds[:, 5:9], kinds[:, 9:12] = QUESTION, ANSWER
-    distill_taps = (1, 3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill, "TAPS", distill_taps)
-        loss, parts = distill.question_loss(student, small() if tuned else None, rows, kinds, args)
+        patch.setattr(distill, "TAPS", (1, 3))
+        loss = distill.step_loss(student, small() if tuned else None, rows, kinds, args)
     logits = student(rows[:, :-1])
     ce = F.cross_entropy(logits[:, 8:11].flatten(0, 1), rows[:, 9:12].flatten())
     # a teacher that is the student itself adds no divergence and no distance
-    assert_close("loss", loss, ce * (0.5 if tuned else 1.0), ratio=1e-4)
-    assert parts.shape == (5,)
+    assert_close("loss", loss.total, ce * (0.5 if tuned else 1.0), ratio=1e-4)
+    assert loss.kl == loss.ce == 0
+
+
+def test_running_text_below_the_questions_follows_the_teacher_as_it_would_alone():
+    student, teacher = small(), small(seed=2)
+    student.collect_router_stats = True
+    args = argparse.Namespace(hidden=0.3, hard=0.5, text_weight=0.5, kl=1.0, ce=0.1)
+    rows, kinds = torch.randint(64, (5, 17)), torch.zeros(5, 17)
+    kinds[:2, 5:9], kinds[:2, 9:12], kinds[2:] = QUESTION, ANSWER, RUNNING
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill, "TAPS", (1, 3))
+        both, questions, text = (
+            distill.step_loss(student, teacher, rows[part], kinds[part], args)
+            for part in (slice(None), slice(2), slice(2, None))
+        )
+    assert_close("loss", both.total, questions.total + text.total, ratio=1e-5)
+    for name in ("kl", "ce"):
+        assert_close(name, getattr(both, name), getattr(text, name), ratio=1e-5)
+    for name in ("answer", "kl_qa"):
+        assert_close(name, getattr(both, name), getattr(questions, name), ratio=1e-5)
+    log_q, log_p = (m(rows[2:, :-1]).log_softmax(-1).flatten(0, 1) for m in (student, teacher))
+    assert_close("KL", text.kl, (log_p.exp() * (log_p - log_q)).sum(-1).mean(), ratio=1e-4)
+    assert text.answer == 0 and questions.kl == 0
