@@ -99,13 +99,13 @@ class _Measures:
 class RunningAnswer:
     """Use once: `events` or `collect`. `document_ids` are those the model reads; `completed`: it came to its end.
 
-    `admitted`: when, on the clock of `Pace`.
+    `admitted`: when, on the clock of `Pace`. `none_margin`: of what is read, see reading.py.
     """
 
     def __init__(self, service: RagService, query: Query) -> None:
         self.id = f"ans_{uuid4().hex}"
         self.document_ids: frozenset[str] = frozenset()
-        self.completed, self.admitted = False, 0.0
+        self.completed, self.admitted, self.none_margin = False, 0.0, 0.0
         self._service, self._query = service, query
         self._found: Found | None = None
         self._failure: Exception | None = None
@@ -294,7 +294,7 @@ class RunningAnswer:
                         self._measures.add_start(len(request.token_ids), output, self._trace_start(submitted, output))
                     service.finder.remember(reading)
                     if output.watch_logprobs:
-                        writer.none_margin = await self._margin(reading, output)
+                        self.none_margin = writer.none_margin = await self._margin(reading, output)
                         if self._refuses(writer):
                             writer.said_none = True
                             return

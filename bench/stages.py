@@ -4,6 +4,7 @@ The hand-written questions (`model.train.testset`) are asked about the documents
 in one collection, in mode `rag`, at each evidence budget. A question with an answer ends in one of five ways: *not
 retrieved* (no hit shown holds the gold words), *not packed* (a hit does, the evidence does not), *refused* although the
 evidence does, *not read* (another answer was given, F1 under 0.5), *read*. The others are refused or answered.
+With `--thresholds` nothing is refused, and a row each says how it would have ended from there.
 Run: `python -m bench.stages --held-out DIR/corpora/held_out --budgets 300 700 --picture stages.png`.
 """
 
@@ -106,20 +107,36 @@ async def ask(service: RagService, asked: Asked, budget: int) -> dict[str, Any]:
     running = await service.start_answer(query)
     answer = await running.collect()
     said = answer.citations[0].cited_text if answer.citations else ""
-    cost = {"ttft_ms": answer.timings.ttft_ms, "tokens": answer.usage.input_tokens, "said": said}
+    outcome = {"ttft_ms": answer.timings.ttft_ms, "tokens": answer.usage.input_tokens, "margin": running.none_margin}
+    if asked.answer is not None:
+        outcome["retrieved"] = any(holds(hit.chunk, asked) for hit in found.hits)
+        outcome["packed"] = any(holds(passage, asked) for passage in found.evidence.passages)
+    return outcome | judge(asked, outcome, said)
+
+
+def judge(asked: Asked, outcome: dict[str, Any], said: str) -> dict[str, Any]:
+    """How good an answer is, and in which stage the question ended."""
     if asked.answer is None:
-        return cost | {"stage": "answered" if said else "refused", "exact": 0.0, "f1": 0.0}
-    retrieved = any(holds(hit.chunk, asked) for hit in found.hits)
-    packed = any(holds(passage, asked) for passage in found.evidence.passages)
+        return {"said": said, "stage": "answered" if said else "refused", "exact": 0.0, "f1": 0.0}
     f1 = token_f1(said, asked.answer) if said else 0.0
     exact = float(bool(said) and normalize_answer(said) == normalize_answer(asked.answer))
     if f1 >= READ_F1:
         stage = "read"
-    elif packed:
+    elif outcome["packed"]:
         stage = "not read" if said else "refused"
     else:
-        stage = "not packed" if retrieved else "not retrieved"
-    return cost | {"stage": stage, "exact": exact, "f1": f1}
+        stage = "not packed" if outcome["retrieved"] else "not retrieved"
+    return {"said": said, "stage": stage, "exact": exact, "f1": f1}
+
+
+def refuse_from(
+    outcomes: Sequence[tuple[Asked, dict[str, Any]]], threshold: float
+) -> list[tuple[Asked, dict[str, Any]]]:
+    """As if margins over `threshold` had been refused."""
+    return [
+        (asked, outcome | judge(asked, outcome, "") if outcome["margin"] > threshold else outcome)
+        for asked, outcome in outcomes
+    ]
 
 
 def summarize(outcomes: Sequence[tuple[Asked, dict[str, Any]]], budget: int) -> dict[str, Any]:
@@ -137,9 +154,9 @@ def summarize(outcomes: Sequence[tuple[Asked, dict[str, Any]]], budget: int) -> 
 
 
 async def measure(
-    settings: Settings, questions: Sequence[dict[str, Any]], budgets: Sequence[int], run: BenchRun, told: Path | None
+    settings: Settings, questions: Sequence[dict[str, Any]], args: argparse.Namespace, run: BenchRun
 ) -> None:
-    """A row a budget; `told` gets a JSON line a question, of the last budget."""
+    """A row a budget and threshold; `args.answers` gets a JSON line a question, of the last budget."""
     app = create_app(settings)
     async with app.router.lifespan_context(app):
         service = app.state.service
@@ -147,16 +164,18 @@ async def measure(
         missing = [one for one in asked if one.answer is not None and one.span is None]
         print(f"{len(asked)} questions; gold words of {len(missing)} not in the stored text, left out", file=sys.stderr)
         asked = [one for one in asked if one not in missing]
-        for budget in budgets:
+        for budget in args.budgets:
             outcomes = []
             for number, one in enumerate(asked, start=1):
                 outcomes.append((one, await ask(service, one, budget)))
                 if number % 20 == 0:
                     print(f"{budget} tokens: {number} of {len(asked)} questions", file=sys.stderr)
-            run.add(**summarize(outcomes, budget), read_apart=service.advice.read_apart)
-            if told:
+            for threshold in args.thresholds or [service.advice.none_margin]:
+                ended = refuse_from(outcomes, threshold)
+                run.add(**summarize(ended, budget), none_margin=threshold, read_apart=service.advice.read_apart)
+            if args.answers:
                 lines = ({"question": one.question, "answer": one.answer} | outcome for one, outcome in outcomes)
-                told.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+                args.answers.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -189,6 +208,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="so many questions, drawn at random")
     parser.add_argument("--read-apart", action=argparse.BooleanOptionalAction, help="instead of what is advised")
     parser.add_argument("--none-margin", type=float, help="instead of what is advised")
+    parser.add_argument("--thresholds", type=float, nargs="+", help="a row each, of one run that refuses nothing")
     parser.add_argument("--answers", type=Path, help="what was said to each question, JSON lines")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
@@ -196,7 +216,8 @@ def main() -> None:
     questions = [json.loads(line) for line in QUESTIONS.read_text().splitlines()]
     with tempfile.TemporaryDirectory() as scratch:
         groups = {"model": {"path": args.model}, "redis": {"url": None}, "log": {"level": "warning"}}
-        groups["answers"] = {"read_apart": args.read_apart, "none_margin": args.none_margin}
+        none_margin = 50.0 if args.thresholds else args.none_margin
+        groups["answers"] = {"read_apart": args.read_apart, "none_margin": none_margin}
         settings = load_settings(env_file=None, data_dir=args.data_dir or Path(scratch) / "data", **groups)
         folder = Path(scratch) / "documents"
         folder.mkdir()
@@ -206,7 +227,7 @@ def main() -> None:
                 ingest_files(service, expand_paths([str(folder)]), {"collection": "default"})
         if args.limit:
             questions = random.Random(0).sample(questions, args.limit)
-        asyncio.run(measure(settings, questions, args.budgets, run, args.answers))
+        asyncio.run(measure(settings, questions, args, run))
     run.finish()
     if args.picture:
         draw(run.rows, args.picture)

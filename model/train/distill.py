@@ -77,6 +77,17 @@ class Steps(IterableDataset):
             step += worker.num_workers
 
 
+class Weights(NamedTuple):
+    """Of the parts of a loss: divergence and cross entropy of running text, the teacher's hidden states, what stands
+    around the answers (their own weight is 1), and the share of the truth, beside a tuned teacher, in the answers."""
+
+    kl: float
+    ce: float
+    hidden: float
+    text: float
+    hard: float
+
+
 class Loss(NamedTuple):
     """What is descended, and its parts, detached: KL and cross entropy of running text, hidden states' error, −log p
     of the answers, KL of the other tokens of questions, −log of the attention where it should be: to find, to copy."""
@@ -96,19 +107,18 @@ def step_loss(
     teacher: Jamba | None,
     rows: Tensor,
     kinds: Tensor,
-    args: argparse.Namespace,
+    weights: Weights,
     looks: Sequence[Tensor] = (),
     looks_weight: float = 0.0,
     tuned: bool = True,
 ) -> Loss:
     """rows, kinds (b, t + 1), as `Steps` gives them.
 
-    Answers count for one, by their kinds; the other tokens of questions together for `args.text_weight`; running text
-    for `args.kl` of divergence and `args.ce` of cross entropy. All follow the teacher's distribution and hidden states,
-    answers mixed with the truth, or, where it is not `tuned`, the truth alone; without a teacher all is text to
-    predict. `looks` are queries (b, m, 4) of the finding and of the copying layer, of the first b rows.
+    All tokens follow the teacher's distribution and hidden states, answers, by their kinds, mixed with the truth, or,
+    where it is not `tuned`, the truth alone; without a teacher all is text to predict. `looks` are queries (b, m, 4) of
+    the finding and of the copying layer, of the first b rows.
     """
-    taps = TAPS if teacher is not None and args.hidden > 0 else ()
+    taps = TAPS if teacher is not None and weights.hidden > 0 else ()
     inputs = (FINDING - 1, COPYING - 1) if looks else ()
     hidden, kept = forward_hidden(student, rows[:, :-1], tuple({*taps, *inputs}))
     looked = torch.zeros(2, device=rows.device)
@@ -121,9 +131,9 @@ def step_loss(
     places = kinds[:, 1:].flatten()
     answers = _shared(places * (places >= ANSWER))
     others, running = _shared((places >= TEXT) & (places < ANSWER)), _shared(places == RUNNING)
-    hard = args.hard if teacher is not None and tuned else 1.0
-    kl_weights = (1 - hard) * answers + args.text_weight * others + args.kl * running
-    ce_weights = hard * answers + args.ce * running
+    hard = weights.hard if teacher is not None and tuned else 1.0
+    kl_weights = (1 - hard) * answers + weights.text * others + weights.kl * running
+    ce_weights = hard * answers + weights.ce * running
     other, theirs = None, {}
     if teacher is None:
         ce_weights = kl_weights + ce_weights
@@ -146,7 +156,7 @@ def step_loss(
         gap = torch.stack([relative_error(kept[i], theirs[i], near) for i in taps]).mean()
     said = ((1 - hard) * answers * kl + hard * answers * ce).sum()
     return Loss(
-        loss + args.hidden * gap + looks_weight * looked.sum(),
+        loss + weights.hidden * gap + looks_weight * looked.sum(),
         *((running * part).sum() for part in (kl, ce)),
         *(gap.detach(), said, (others * kl).sum(), *looked.detach()),
     )
@@ -209,7 +219,9 @@ def main() -> None:
     args, cluster = parse_arguments(), Cluster()
     run = Run(args, cluster)
     steps = Steps(args, cluster)
-    loader = DataLoader(steps, batch_size=None, num_workers=args.workers, prefetch_factor=4, pin_memory=True)
+    loader = DataLoader(
+        steps, batch_size=None, num_workers=args.workers, prefetch_factor=4, pin_memory=cluster.device.type == "cuda"
+    )
     ended = time.monotonic()
     for step, batch in enumerate(loader):
         run.waited += time.monotonic() - ended
@@ -242,6 +254,7 @@ class Run:
         self.optimizer = MasterOptimizer(self.student, rate_of, muon=args.muon)
         self.student.collect_router_stats = True
         accelerate(self.student)
+        accelerate(self.teacher)
         self.items = evaluate.load_items(args.items, self.tokenizer, args.eval_items)
         self.tuned, self.start, self.tokens, self.seconds = False, None, 0, args.seconds
         self.losses: list[Tensor] = []
@@ -264,11 +277,10 @@ class Run:
         """One update; every 20 steps what is written, watched and saved."""
         args, (rows, kinds, *looks) = self.args, batch
         set_rope(self.student, max(0.0, 1.0 - share / args.rope_until) if args.rope_until > 0 else 0.0)
-        weight = looks_weight(args, share)
+        weights = Weights(args.kl, args.ce, args.hidden, args.text_weight, args.hard)
+        looks = looks if (weight := looks_weight(args, share)) > 0 else ()
         teacher = self.teacher if rows.shape[1] <= TEACHER_TOKENS + 1 else None
-        loss = step_loss(
-            self.student, teacher, rows, kinds, args, looks if weight > 0 else (), weight, tuned=self.tuned
-        )
+        loss = step_loss(self.student, teacher, rows, kinds, weights, looks, weight, self.tuned)
         (loss.total + self.student.load_balancing_loss(args.aux)).backward()
         self.tokens += rows.numel() * self.cluster.size
         self.cluster.mean_gradients([p for p in self.optimizer.parameters if p.grad is not None])

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from model.jamba import Jamba
 from model.tokenizer import Tokenizer
 from model.train import evaluate
-from model.train.distill import Steps, step_loss
+from model.train.distill import Steps, Weights, step_loss
 from model.train.forward import accelerate
 from model.train.surgery import build_teacher
 from model.train.trainer import Cluster, Log, MasterOptimizer, cosine, load_into
@@ -40,7 +40,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args, cluster = parse_arguments(), Cluster()
-    args.text_tokens, args.text_until, args.long_from, args.kl, args.ce = 0, 0.0, 1.0, 0.0, 0.0
+    args.text_tokens, args.text_until, args.long_from = 0, 0.0, 1.0  # all that `Steps` asks for
+    weights = Weights(kl=0.0, ce=0.0, hidden=0.0, text=args.text_weight, hard=1.0)
     log, tokenizer = Log(args.out / "tune.jsonl", cluster), Tokenizer.load(args.tokenizer)
     model: Jamba = build_teacher(args.gguf).to(cluster.device)
     if args.weights:
@@ -48,7 +49,9 @@ def main() -> None:
     optimizer = MasterOptimizer(model, lambda name: 1.0, weight_decay=0.01)
     accelerate(model)
     steps = Steps(args, cluster)
-    loader = DataLoader(steps, batch_size=None, num_workers=args.workers, prefetch_factor=4, pin_memory=True)
+    loader = DataLoader(
+        steps, batch_size=None, num_workers=args.workers, prefetch_factor=4, pin_memory=cluster.device.type == "cuda"
+    )
     start, tokens, losses = None, 0, []
     for step, batch in enumerate(loader):
         start = start or time.monotonic()
@@ -57,7 +60,7 @@ def main() -> None:
             break
         steps.progress.value = share
         rows, kinds = (torch.as_tensor(x).to(cluster.device, non_blocking=True) for x in batch[:2])
-        loss = step_loss(model, None, rows, kinds, args)
+        loss = step_loss(model, None, rows, kinds, weights)
         loss.total.backward()
         cluster.mean_gradients([p for p in optimizer.parameters if p.grad is not None])
         rate = cosine(args.rate, step, share, warmup=50)

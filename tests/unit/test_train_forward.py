@@ -1,7 +1,5 @@
 """The forward of training gives what the model gives, faster or not; a tuned teacher's loss is the plain one."""
 
-import argparse
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,13 +61,13 @@ def test_positions_that_faded_out_are_no_positions():
 
 @pytest.mark.parametrize("tuned", [False, True])
 def test_answers_weigh_more_than_documents(tuned):
-    student, args = small(), argparse.Namespace(hidden=0.3, hard=0.5, text_weight=0.0, kl=1.0, ce=0.1)
+    student, weights = small(), distill.Weights(kl=1.0, ce=0.1, hidden=0.3, text=0.0, hard=0.5)
     student.collect_router_stats = True
     rows, kinds = torch.randint(64, (2, 17)), torch.zeros(2, 17)
     kinds[:, 5:9], kinds[:, 9:12] = QUESTION, ANSWER
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distill, "TAPS", (1, 3))
-        loss = distill.step_loss(student, small() if tuned else None, rows, kinds, args)
+        loss = distill.step_loss(student, small() if tuned else None, rows, kinds, weights)
     logits = student(rows[:, :-1])
     ce = F.cross_entropy(logits[:, 8:11].flatten(0, 1), rows[:, 9:12].flatten())
     # a teacher that is the student itself adds no divergence and no distance
@@ -80,13 +78,13 @@ def test_answers_weigh_more_than_documents(tuned):
 def test_running_text_below_the_questions_follows_the_teacher_as_it_would_alone():
     student, teacher = small(), small(seed=2)
     student.collect_router_stats = True
-    args = argparse.Namespace(hidden=0.3, hard=0.5, text_weight=0.5, kl=1.0, ce=0.1)
+    weights = distill.Weights(kl=1.0, ce=0.1, hidden=0.3, text=0.5, hard=0.5)
     rows, kinds = torch.randint(64, (5, 17)), torch.zeros(5, 17)
     kinds[:2, 5:9], kinds[:2, 9:12], kinds[2:] = QUESTION, ANSWER, RUNNING
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distill, "TAPS", (1, 3))
         both, questions, text = (
-            distill.step_loss(student, teacher, rows[part], kinds[part], args)
+            distill.step_loss(student, teacher, rows[part], kinds[part], weights)
             for part in (slice(None), slice(2), slice(2, None))
         )
     assert_close("loss", both.total, questions.total + text.total, ratio=1e-5)
