@@ -28,13 +28,15 @@ def draw_alignment(axis: Axes, path: Path) -> None:
 
 
 def draw_losses(axis: Axes, paths: list[Path]) -> None:
+    highest = 0.0
     for path in paths:
         rows, run = read_log(path, "tune", "distill"), path.stem
         for name, label in (("answer", "answers"), ("kl", "KL to the teacher, text")):
             known = [row for row in rows if row.get(name)]
             if known:
+                highest = max(highest, *(row[name] for row in known))
                 axis.plot([row["tokens"] / 1e6 for row in known], [row[name] for row in known], label=f"{run}: {label}")
-    axis.set(title="End to end", ylabel="nats a token", ylim=(0, 3))
+    axis.set(title="End to end", ylabel="nats a token", ylim=(0, min(3.0, 1.1 * highest)))
 
 
 def draw_attention(axis: Axes, paths: list[Path]) -> None:
