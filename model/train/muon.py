@@ -41,22 +41,26 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        wide = defaultdict(list)  # matrices of one shape together: few, large products
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(state["momentum"], group["momentum"])  # Nesterov's
+        alike = defaultdict(list)  # matrices of one shape together: few, large products
+        for number, group in enumerate(self.param_groups):
+            params = group["params"]
+            grads = [p.grad for p in params]
+            for p in params:
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum"] for p in params]
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            for p, update in zip(params, updates, strict=True):
                 matrices = update.view(-1, p.shape[-2] // group["parts"], p.shape[-1])
-                matrices = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
-                wide[matrices.shape[1:]].append((p, group, matrices))
-        for (_, columns), members in wide.items():
-            updates = orthogonalize(torch.cat([matrices.bfloat16() for *_, matrices in members]))
-            updates = updates.split([len(matrices) for *_, matrices in members])
-            for (p, group, _), update in zip(members, updates, strict=True):
-                rows = p.shape[-2] // group["parts"]
-                update = update if update.shape[1] == rows else update.mT
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.reshape(p.shape), alpha=-group["lr"] * UPDATE_RMS * columns**0.5)
+                tall = matrices.shape[1] > matrices.shape[2]
+                matrices = matrices.mT if tall else matrices
+                alike[*matrices.shape[1:], tall, number].append((p, matrices))
+        for (_, columns, tall, number), members in alike.items():
+            updates = orthogonalize(torch.cat([matrices for _, matrices in members]))
+            updates = (updates.mT if tall else updates).float().contiguous()
+            updates = updates.split([len(matrices) for _, matrices in members])
+            params = [p for p, _ in members]
+            updates = [update.view_as(p) for p, update in zip(params, updates, strict=True)]
+            torch._foreach_add_(params, updates, alpha=-self.param_groups[number]["lr"] * UPDATE_RMS * columns**0.5)
