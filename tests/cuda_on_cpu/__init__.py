@@ -23,7 +23,7 @@ KERNELS = Path(gpu.__file__).parent
 MAX_SHARED_BYTES, MAX_THREADS, MAX_GRID_YZ = 227 << 10, 1024, 65535  # of Hopper
 
 _HERE = Path(__file__).parent
-_FLAGS = ["-std=c++17", "-Og", "-w", "-fPIC", "-DCUDA_ON_CPU", "-fsanitize=alignment", f"-I{_HERE}", "-x", "c++"]
+_FLAGS = ["-std=c++17", "-Og", "-w", "-fPIC", "-DCUDA_ON_CPU", "-fsanitize=alignment", f"-I{_HERE}"]
 _FLAGS += ["-U_FORTIFY_SOURCE"]  # some compilers set it; a checked longjmp to another fiber aborts
 _ENTRY = """#include "{source}"
 extern "C" const char* launch(const unsigned* grid, const unsigned* block, unsigned long shared, void** values,
@@ -52,20 +52,38 @@ def _build(source: Path, name: str, constants: tuple[tuple[str, int], ...]) -> E
     cache_dir.mkdir(mode=0o700, exist_ok=True)
     path = cache_dir / f"{name}-{digest.hexdigest()}.so"
     if not path.exists():
+        flags = [*flags, "-include", str(_parsed_header(cache_dir))]
         with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
             _compile(_ENTRY.format(source=source, name=name), flags, Path(scratch))
             os.replace(Path(scratch) / "kernel.so", path)
     return EmulatedKernel(name, ctypes.CDLL(str(path)))
 
 
+def _parsed_header(cache_dir: Path) -> Path:
+    """A copy of standard.h with its precompiled form beside it; a compiler that cannot use that reads the copy."""
+    text = (_HERE / "standard.h").read_bytes()
+    header = cache_dir / f"standard-{hashlib.blake2b(text + str(_FLAGS).encode(), digest_size=12).hexdigest()}.h"
+    parsed = header.with_name(f"{header.name}.gch")
+    if not parsed.exists():
+        with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
+            (Path(scratch) / header.name).write_bytes(text)
+            _run_compiler([*_FLAGS, "-x", "c++-header", header.name, "-o", parsed.name], Path(scratch))
+            for path in (header, parsed):
+                os.replace(Path(scratch) / path.name, path)
+    return header
+
+
 def _compile(entry: str, flags: list[str], scratch: Path) -> None:
-    compiler = shutil.which("g++") or "c++"
     (scratch / "entry.cpp").write_text(entry)
     # linked apart, without the sanitizer: its one check calls the emulator, not its library
     for command in ([*flags, "-c", "entry.cpp", "-o", "entry.o"], ["-shared", "entry.o", "-o", "kernel.so"]):
-        done = subprocess.run([compiler, *command], cwd=scratch, capture_output=True, text=True)
-        if done.returncode:
-            raise EmulationError(done.stderr[-3000:])
+        _run_compiler(command, scratch)
+
+
+def _run_compiler(arguments: list[str], scratch: Path) -> None:
+    done = subprocess.run([shutil.which("g++") or "c++", *arguments], cwd=scratch, capture_output=True, text=True)
+    if done.returncode:
+        raise EmulationError(done.stderr[-3000:])
 
 
 class EmulatedKernel:

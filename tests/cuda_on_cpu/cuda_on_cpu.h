@@ -2,20 +2,10 @@
 // operations; blocks run one after the other. Stricter than the hardware where that finds bugs: shared memory starts as
 // NaN and is fenced, asynchronous copies land late or at once, threads run in either order, alignment is checked.
 #pragma once
-#include <math.h>
-#include <setjmp.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <ucontext.h>
+#include "standard.h"
 
-#include <type_traits>
-#include <utility>
-#include <vector>
-
-#define __global__
+// inline: those of a file that are not launched need no code; hidden: each library has its own __shared__ variables
+#define __global__ inline __attribute__((visibility("hidden")))
 #define __device__
 #define __host__
 #define __grid_constant__
