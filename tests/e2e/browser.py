@@ -30,7 +30,7 @@ CHROMIUM_FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-WAIT_S = 60
+WAIT_S, POLL_S = 60, 0.05
 
 
 class Page:
@@ -46,7 +46,7 @@ class Page:
         return [element for element in self.driver.find_elements(By.CSS_SELECTOR, selector) if element.is_displayed()]
 
     def wait(self, condition: Callable[[], object]) -> None:
-        wait = WebDriverWait(self.driver, WAIT_S, ignored_exceptions=[StaleElementReferenceException])
+        wait = WebDriverWait(self.driver, WAIT_S, POLL_S, [StaleElementReferenceException])
         try:
             wait.until(lambda _: condition())
         except TimeoutException:
@@ -80,14 +80,17 @@ class Page:
     def screen(self, width: int, height: int = 800, scheme: str = "light") -> Iterator[None]:
         """As on a screen of this size, for someone who likes light or dark."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        self.prefer(scheme)
         try:
             yield
         finally:
             self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
             self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+    def prefer(self, scheme: str) -> None:
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
 
     @contextmanager
     def slow_uploads(self) -> Iterator[None]:
