@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from app import embedding, main
 from app.main import create_app
 from app.settings import Settings, load_settings
 from model.train.tokenizer_cut import SPECIAL_TOKENS
@@ -26,6 +28,9 @@ LIGHTHOUSE = (
     "# The keeper\n\nThe keeper of the lighthouse is Moira Campbell. She has lived there since 1972.\n"
 )
 GARDEN = "# The garden\n\nThe garden holds 120 kinds of roses. Visitors come in June and pay four euros.\n"
+
+# the models that search are loaded once a process, not once a service: no service changes them
+main.open_embedder, embedding.MiniLMReranker = cache(main.open_embedder), cache(embedding.MiniLMReranker)
 
 
 def train_tiny_tokenizer() -> Tokenizer:
