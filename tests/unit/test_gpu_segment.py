@@ -31,8 +31,12 @@ def assert_equals_modules(model: Jamba, monkeypatch: pytest.MonkeyPatch, past: i
 @pytest.mark.parametrize("kind", KINDS)
 def test_segments_equal_the_modules(make, monkeypatch, kind: str) -> None:  # noqa: F811
     model = make(**KINDS[kind])
-    assert_equals_modules(model, monkeypatch, 70, [5, 2, 64, 5, 5])
+    assert_equals_modules(model, monkeypatch, 70, [5, 2, 9, 5, 5])
     assert model._gpu_segments is not None
+
+
+def test_a_segment_of_the_greatest_length(make, monkeypatch) -> None:  # noqa: F811
+    assert_equals_modules(make(), monkeypatch, 70, [5, gpu_segment.MAX_TOKENS, 5])
 
 
 def test_segments_of_a_new_sequence(make, monkeypatch) -> None:  # noqa: F811

@@ -28,14 +28,14 @@ def scan_inputs(b: int, t: int, e: int, n: int) -> dict[str, torch.Tensor]:
     return {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": torch.randn(e, device=DEVICE), "z": z}
 
 
-@pytest.fixture(params=[64, 256])
+@pytest.fixture(params=[32, 256])
 def segment(request, monkeypatch):
     """Rows in several segments without being long."""
     monkeypatch.setattr("model.kernels.selective_scan_triton.SEGMENT", request.param)
 
 
 @pytest.mark.usefixtures("segment")
-@pytest.mark.parametrize(("b", "t", "e", "n"), [(2, 37, 33, 16), (1, 64, 5, 4), (1, 1, 32, 17), (2, 193, 7, 3)])
+@pytest.mark.parametrize(("b", "t", "e", "n"), [(2, 37, 33, 16), (1, 64, 5, 4), (1, 1, 32, 17), (2, 97, 7, 3)])
 def test_scan_from_a_state_equals_the_definition(b, t, e, n):
     torch.manual_seed(t)
     inputs, state = scan_inputs(b, t, e, n), torch.randn(b, e, n, device=DEVICE)
@@ -47,7 +47,7 @@ def test_scan_from_a_state_equals_the_definition(b, t, e, n):
 
 
 @pytest.mark.usefixtures("segment")
-@pytest.mark.parametrize(("b", "t", "e", "n"), [(2, 37, 33, 16), (1, 65, 7, 5), (2, 193, 34, 4), (1, 128, 5, 2)])
+@pytest.mark.parametrize(("b", "t", "e", "n"), [(2, 37, 33, 16), (1, 65, 7, 5), (2, 97, 34, 4), (1, 128, 5, 2)])
 def test_gradients_of_the_scan_equal_those_of_the_definition(b, t, e, n):
     torch.manual_seed(t)
     inputs = {k: v.detach().requires_grad_() for k, v in scan_inputs(b, t, e, n).items()}

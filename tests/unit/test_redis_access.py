@@ -296,13 +296,21 @@ def empty_into(source: ValkeyServer, target: ValkeyServer) -> None:
     first, last = next(slots[:2] for slots in command(source, "CLUSTER", "SLOTS") if slots[2][2] == old)
     with source.client() as there, target.client() as here:
         here.execute_command("CLUSTER", "BUMPEPOCH")  # else the source's gossip takes back a slot before it knows
-        for slot in range(first, last + 1):
+        slots = range(first, last + 1)
+        with there.pipeline(transaction=False) as asked:
+            for slot in slots:
+                asked.execute_command("CLUSTER", "COUNTKEYSINSLOT", slot)
+            counts = asked.execute()
+        for slot in (slot for slot, count in zip(slots, counts, strict=True) if count):
+            here.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", old)
+            there.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", new)
             while keys := there.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 100):
-                here.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", old)
-                there.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", new)
                 there.execute_command("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
-            here.execute_command("CLUSTER", "SETSLOT", slot, "NODE", new)
-            there.execute_command("CLUSTER", "SETSLOT", slot, "NODE", new)
+        for client in (here, there):
+            with client.pipeline(transaction=False) as told:
+                for slot in slots:
+                    told.execute_command("CLUSTER", "SETSLOT", slot, "NODE", new)
+                told.execute()
 
 
 def test_a_server_that_leaves_the_cluster_is_not_asked_for_ever():
