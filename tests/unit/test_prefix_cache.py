@@ -87,7 +87,7 @@ def test_warm_answers_equal_cold_ones(make_engine, device, redis_store, below, d
     stores += [PinnedStateStore(150_000)] * ("memory" in below) + [redis_store] * ("redis" in below)
     warm, cold = make_engine(*stores, plan=settings), make_engine(plan=settings)
     cached, tiers = 0, set()
-    for i in range(10):
+    for i in range(14):
         sampling = {"temperature": 1.0, "seed": i} if i % 3 == 0 else {}
         one = random_request(rng, **sampling)
         answer = run_and_flush(warm, one)

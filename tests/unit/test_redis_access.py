@@ -306,7 +306,7 @@ def empty_into(source: ValkeyServer, target: ValkeyServer) -> None:
             there.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", new)
             while keys := there.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 100):
                 there.execute_command("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
-        for client in (here, there):
+        for client in (there, here):  # a server without slots becomes a replica, which cannot be told any more
             with client.pipeline(transaction=False) as told:
                 for slot in slots:
                     told.execute_command("CLUSTER", "SETSLOT", slot, "NODE", new)

@@ -166,7 +166,7 @@ def test_texts_are_the_same_with_and_without_sharing(engine_of_kernels, monkeypa
         upload(self, token_ids, states, shared)
 
     monkeypatch.setattr(GpuDecoder, "_upload", watch)
-    asked = [ask(i, new=4) for i in range(4)] + [ask(i, prompt(96, 7), new=4) for i in range(4, 6)]
+    asked = [ask(i, new=8) for i in range(4)] + [ask(i, prompt(96, 7), new=8) for i in range(4, 6)]
     run_all(engine, [ask(9, new=1), ask(9, prompt(96, 7), new=1)])  # stored: after this all can start at once
     steps.clear()
     shared = run_together(engine, asked)
