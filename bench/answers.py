@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import json
 import re
 import string
@@ -72,6 +73,15 @@ def token_f1(said: str, gold: str) -> float:
     return 2 * shared / (len(ours) + len(theirs)) if shared else float(ours == theirs)
 
 
+def evidence_of(passages: Sequence[tuple[str, str]]) -> Evidence:
+    """Titles and texts as evidence. A text is a document: what the prompt's format knows of one is never another's."""
+    spans = [
+        Passage(hashlib.sha256(text.encode()).hexdigest(), 1, "bench", i, title, title, text, 0, len(text))
+        for i, (title, text) in enumerate(passages, start=1)
+    ]
+    return Evidence(tuple(spans), "rag", 0)
+
+
 class Reader:
     """One checkpoint, asked about given passages; `advice` says how, as far as that makes a difference here."""
 
@@ -88,11 +98,7 @@ class Reader:
 
     def ask(self, question: str, passages: Sequence[tuple[str, str]]) -> tuple[AnswerWriter, float, int]:
         """The answer it would give, its margin towards none, and the prompt's tokens."""
-        spans = tuple(
-            Passage(f"d{i}", 1, "bench", i, title, title, text, 0, len(text))
-            for i, (title, text) in enumerate(passages, start=1)
-        )
-        evidence = Evidence(spans, "rag", 0)
+        evidence = evidence_of(passages)
         readings = split_passages(evidence) if self.advice.read_apart else [evidence]
         requests = [self._request(question, reading) for reading in readings]
         prompt_tokens = sum(len(request.token_ids) for request in requests)

@@ -1,0 +1,15 @@
+"""What bench.answers asks is what the question came with, whatever was asked before."""
+
+from app.prompting import QuoteFormat
+from app.quotes import TokenBytes
+from app.settings import SHIPPED_CHECKPOINT
+from bench.answers import evidence_of
+from model.tokenizer import Tokenizer
+
+
+def test_a_text_is_read_as_itself_behind_one_of_the_same_length():
+    tokenizer, vocabulary = Tokenizer.load(SHIPPED_CHECKPOINT), TokenBytes.read(SHIPPED_CHECKPOINT)
+    prompts = QuoteFormat(tokenizer, vocabulary, max_context_tokens=1000)
+    for colour in ("red", "old"):
+        prompt = prompts.build_prompt("Which lamp?", evidence_of([("Lamps", f"The lamp is {colour}.")]))
+        assert f"The lamp is {colour}." in tokenizer.decode(list(prompt.token_ids), skip_special=False)
