@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import hashlib
 import json
 import re
 import string
@@ -31,6 +30,7 @@ from app.likeliest import generate_likeliest
 from app.prompting import QuoteFormat
 from app.quotes import QuoteLimits, TokenBytes
 from app.reading import none_margin, split_passages
+from bench.asking import evidence_of
 from bench.runs import BenchRun
 from model import load_model
 from model.device_store import DeviceStateStore
@@ -41,7 +41,7 @@ from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
-from retrieval.types import Evidence, Passage
+from retrieval.types import Evidence
 
 SHIPPED = Path(__file__).parent.parent / "model" / "checkpoints" / "jamba-small"
 
@@ -71,15 +71,6 @@ def token_f1(said: str, gold: str) -> float:
     ours, theirs = normalize_answer(said).split(), normalize_answer(gold).split()
     shared = sum((Counter(ours) & Counter(theirs)).values())
     return 2 * shared / (len(ours) + len(theirs)) if shared else float(ours == theirs)
-
-
-def evidence_of(passages: Sequence[tuple[str, str]]) -> Evidence:
-    """Titles and texts as evidence. A text is a document: what the prompt's format knows of one is never another's."""
-    spans = [
-        Passage(hashlib.sha256(text.encode()).hexdigest(), 1, "bench", i, title, title, text, 0, len(text))
-        for i, (title, text) in enumerate(passages, start=1)
-    ]
-    return Evidence(tuple(spans), "rag", 0)
 
 
 class Reader:

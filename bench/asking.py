@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from app.main import LoadedModel, build_model
 from app.quotes import QuoteLimits
@@ -25,6 +27,15 @@ class Reply:
     seconds: float
 
 
+def evidence_of(passages: Sequence[tuple[str, str]], mode: Literal["rag", "full_context"] = "rag") -> Evidence:
+    """Titles and texts as evidence. A text is a document: what the prompt's format knows of one is never another's."""
+    spans = [
+        Passage(hashlib.sha256(text.encode()).hexdigest(), 1, "bench", i, title, title, text, 0, len(text))
+        for i, (title, text) in enumerate(passages, start=1)
+    ]
+    return Evidence(tuple(spans), mode, 0)
+
+
 class Asker:
     """One checkpoint. Checkpoints without the quote tokens are asked through their chat template."""
 
@@ -38,8 +49,7 @@ class Asker:
     def ask(self, question: str, text: str, max_new_tokens: int) -> Reply:
         """What the model answers when it reads `text` as one document. Raises ContextTooLong."""
         form, engine = self._model.format, self._model.engine
-        passage = Passage("doc", 1, "bench", 1, "text.txt", "Text", text, 0, len(text))
-        evidence = Evidence((passage,), "full_context", 0)
+        evidence = evidence_of([("Text", text)], "full_context")
         prompt = form.build_prompt(question, evidence)
         start = time.perf_counter()
         engine.add(

@@ -1,9 +1,9 @@
-"""What bench.answers asks is what the question came with, whatever was asked before."""
+"""What benchmarks ask about is what a question came with, whatever was asked before."""
 
 from app.prompting import QuoteFormat
 from app.quotes import TokenBytes
 from app.settings import SHIPPED_CHECKPOINT
-from bench.answers import evidence_of
+from bench.asking import evidence_of
 from model.tokenizer import Tokenizer
 
 
