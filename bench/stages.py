@@ -38,6 +38,7 @@ from retrieval.types import Chunk, Passage
 QUESTIONS = Path(__file__).parent.parent / "model" / "train" / "testsets" / "questions.jsonl"
 STAGES = ("not retrieved", "not packed", "refused", "not read", "read")
 READ_F1 = 0.5
+REFUSES_NOTHING = 50.0  # nats, the most that the setting takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +172,7 @@ async def measure(
                 if number % 20 == 0:
                     print(f"{budget} tokens: {number} of {len(asked)} questions", file=sys.stderr)
             for threshold in args.thresholds or [service.advice.none_margin]:
-                ended = refuse_from(outcomes, threshold)
+                ended = refuse_from(outcomes, threshold) if args.thresholds else outcomes
                 run.add(**summarize(ended, budget), none_margin=threshold, read_apart=service.advice.read_apart)
             if args.answers:
                 lines = ({"question": one.question, "answer": one.answer} | outcome for one, outcome in outcomes)
@@ -216,7 +217,7 @@ def main() -> None:
     questions = [json.loads(line) for line in QUESTIONS.read_text().splitlines()]
     with tempfile.TemporaryDirectory() as scratch:
         groups = {"model": {"path": args.model}, "redis": {"url": None}, "log": {"level": "warning"}}
-        none_margin = 50.0 if args.thresholds else args.none_margin
+        none_margin = REFUSES_NOTHING if args.thresholds else args.none_margin
         groups["answers"] = {"read_apart": args.read_apart, "none_margin": none_margin}
         settings = load_settings(env_file=None, data_dir=args.data_dir or Path(scratch) / "data", **groups)
         folder = Path(scratch) / "documents"
