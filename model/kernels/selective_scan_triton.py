@@ -19,8 +19,8 @@ from torch import Tensor
 
 CHUNK = 16
 SEGMENT = 256  # a multiple of CHUNK
-BLOCK_E = 32
-NUM_WARPS = 1
+BLOCK_E, NUM_WARPS = 32, 1  # channels of a program and its warps, forward
+BACK_E, BACK_WARPS = 32, 1  # and backward
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -315,14 +315,14 @@ class _SelectiveScan(torch.autograd.Function):
     def backward(ctx, dout):
         u, delta, A, B, C, D, z, saved, sums = ctx.saved_tensors
         (b, t, e), n, dout = u.shape, A.shape[1], dout.contiguous()
-        blocks, segments, gate = triton.cdiv(e, BLOCK_E), sums.shape[1], u if z is None else z
-        sizes = {"BLOCK": BLOCK_E, "N": triton.next_power_of_2(n), "num_warps": NUM_WARPS}
+        blocks, segments, gate = triton.cdiv(e, BACK_E), sums.shape[1], u if z is None else z
+        sizes = {"BLOCK": BACK_E, "N": triton.next_power_of_2(n), "num_warps": BACK_WARPS}
         du, ddelta = (torch.empty((b, t, e), dtype=x.dtype, device=x.device) for x in (u, delta))
         dz = None if z is None else torch.empty((b, t, e), dtype=z.dtype, device=z.device)
         dA, dD = torch.zeros((e, n), dtype=torch.float32, device=u.device), torch.zeros((e,), device=u.device)
         dB, dC = (torch.zeros((b, t, n), dtype=torch.float32, device=u.device) for _ in range(2))
         carries = torch.empty((b, segments, e, n), dtype=torch.float32, device=u.device)
-        scratch = torch.empty((b, segments, blocks, CHUNK, BLOCK_E, sizes["N"]), dtype=torch.float32, device=u.device)
+        scratch = torch.empty((b, segments, blocks, CHUNK, BACK_E, sizes["N"]), dtype=torch.float32, device=u.device)
         if segments > 1:
             _segment_gradient_kernel[(blocks, b, segments - 1)](
                 delta, gate, A, C, dout, carries, t, e, n, *_strides(delta, gate, C),

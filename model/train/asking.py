@@ -201,6 +201,8 @@ def main() -> None:
     parser.add_argument("--per-document", type=int, default=40)
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--part", type=int, default=0, help="which of `--parts` shares of the passages to ask about")
+    parser.add_argument("--parts", type=int, default=1, help="a process and device each")
     args = parser.parse_args()
     if not args.asked.exists():
         jobs = [(args.corpora, args.reader, i, args.workers, args.per_source, args.per_document)
@@ -209,7 +211,7 @@ def main() -> None:
             made = [a for part in pool.imap(passages_of, jobs) for a in part]
         args.asked.with_suffix(".part").write_text("".join(json.dumps(a) + "\n" for a in made))
         args.asked.with_suffix(".part").rename(args.asked)
-    asked = [Asked(*json.loads(line)) for line in args.asked.read_text().splitlines()]
+    asked = [Asked(*json.loads(line)) for line in args.asked.read_text().splitlines()[args.part :: args.parts]]
     print(f"{len(asked)} passages of {len({a.source for a in asked})} packages", flush=True)
     if args.seconds <= 0:
         return

@@ -33,7 +33,7 @@ from model.train.losses import attention_to, relative_error, vocabulary_loss
 from model.train.pair_contexts import load_pairs
 from model.train.surgery import build_student, build_teacher
 from model.train.tokens import read_texts
-from model.train.trainer import Cluster, Log, MasterOptimizer, cosine, load_into, worker_random
+from model.train.trainer import Clock, Cluster, Log, MasterOptimizer, cosine, load_into, worker_random
 from model.weights import load_model
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16_384)
@@ -256,22 +256,14 @@ class Run:
         accelerate(self.student)
         accelerate(self.teacher)
         self.items = evaluate.load_items(args.items, self.tokenizer, args.eval_items)
-        self.tuned, self.start, self.tokens, self.seconds = False, None, 0, args.seconds
+        self.tuned, self.clock, self.tokens, self.seconds = False, Clock(cluster), 0, args.seconds
         self.losses: list[Tensor] = []
         self.saved = self.scored = self.waited = 0.0
 
-    def elapsed(self) -> float:
-        """Seconds since the first call: the first rows and the compiler's work are not the stage's."""
-        self.start = self.start or time.monotonic()
-        seconds = time.monotonic() - self.start
-        if self.cluster.size == 1:
-            return seconds
-        return self.cluster.mean(torch.tensor(seconds, device=self.cluster.device)).item()
-
     def share(self) -> float:
-        """How far the schedule is."""
+        """How far the schedule is at the step that begins; the first rows and the compiler's work are not the stage's."""
         args = self.args
-        return args.from_share + (args.to_share - args.from_share) * self.elapsed() / self.seconds
+        return args.from_share + (args.to_share - args.from_share) * self.clock.tick() / self.seconds
 
     def step(self, step: int, share: float, batch: list[Tensor]) -> None:
         """One update; every 20 steps what is written, watched and saved."""
@@ -299,12 +291,12 @@ class Run:
             means[name] = sum(told) / max(1, len(told))
         use, waited, self.waited = self.student.expert_utilisation(), self.waited, 0.0
         self.log.write(stage="distill", step=step, share=share, tokens=self.tokens,
-                       tok_per_s=self.tokens / max(self.elapsed(), 1e-9), **means, waited=waited, norm=norm.item(),
+                       tok_per_s=self.tokens / max(self.clock.seconds, 1e-9), **means, waited=waited, norm=norm.item(),
                        tuned=int(self.tuned), expert_min=use.min().item(), expert_max=use.max().item())  # fmt: skip
 
     def watch(self, share: float) -> None:
         """Take up the tuned teacher, and from OUT/seconds another length of the run; score and save by the clock."""
-        args, now, told = self.args, self.elapsed(), self.args.out / "seconds"
+        args, now, told = self.args, self.clock.seconds, self.args.out / "seconds"
         if args.tuned is not None and not self.tuned and args.tuned.exists():
             load_into(self.teacher, args.tuned)
             self.tuned = True

@@ -73,6 +73,24 @@ class Cluster:
             dist.destroy_process_group()
 
 
+class Clock:
+    """Seconds since the first tick, the same in all processes, as of every tenth: to compare clocks, the processes wait
+    for each other, and the host for all that it has given its device to do."""
+
+    def __init__(self, cluster: Cluster, every: int = 10) -> None:
+        self.cluster, self.every, self.ticks, self.start, self.seconds = cluster, every, 0, 0.0, 0.0
+
+    def tick(self) -> float:
+        """Call it once a step; gives `seconds`."""
+        if self.ticks == 0:
+            self.start = time.monotonic()
+        elif self.ticks % self.every == 0:
+            passed = torch.tensor(time.monotonic() - self.start, dtype=torch.float64, device=self.cluster.device)
+            self.seconds = self.cluster.mean(passed).item()
+        self.ticks += 1
+        return self.seconds
+
+
 class MasterOptimizer:
     """AdamW on float32 masters of a model's parameters; the parameters themselves follow in their own dtype.
 

@@ -20,7 +20,7 @@ from model.train import evaluate
 from model.train.distill import Steps, Weights, step_loss
 from model.train.forward import accelerate
 from model.train.surgery import build_teacher
-from model.train.trainer import Cluster, Log, MasterOptimizer, cosine, load_into
+from model.train.trainer import Clock, Cluster, Log, MasterOptimizer, cosine, load_into
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -52,10 +52,9 @@ def main() -> None:
     loader = DataLoader(
         steps, batch_size=None, num_workers=args.workers, prefetch_factor=4, pin_memory=cluster.device.type == "cuda"
     )
-    start, tokens, losses = None, 0, []
+    clock, tokens, losses = Clock(cluster), 0, []
     for step, batch in enumerate(loader):
-        start = start or time.monotonic()
-        share = cluster.mean(torch.tensor((time.monotonic() - start) / args.seconds, device=cluster.device)).item()
+        share = clock.tick() / args.seconds
         if share >= 1:
             break
         steps.progress.value = share
@@ -70,7 +69,7 @@ def main() -> None:
         if step % 20 == 0:
             answer, losses = torch.stack(losses).mean().item(), []
             log.write(stage="tune", step=step, share=share, tokens=tokens, rate=rate, answer=answer, norm=norm.item(),
-                      tok_per_s=tokens / max(1e-9, time.monotonic() - start))  # fmt: skip
+                      tok_per_s=tokens / max(1e-9, clock.seconds))  # fmt: skip
     if cluster.rank == 0:
         optimizer.save(args.out / "tuned.safetensors")
         began = time.monotonic()

@@ -14,7 +14,7 @@ from model.jamba import Jamba
 from model.train import distill, surgery, tune
 from model.train.data import ANSWER, QUESTION, RUNNING
 
-SMALL = {"vocab_size": 64, "hidden_size": 36, "intermediate_size": 64, "num_hidden_layers": 4, "mamba_dt_rank": 4}
+SMALL = {"vocab_size": 64, "hidden_size": 72, "intermediate_size": 64, "num_hidden_layers": 4, "mamba_dt_rank": 4}
 SMALL |= {"num_attention_heads": 9, "num_key_value_heads": 3, "attn_layer_offset": 0}
 
 
