@@ -13,6 +13,8 @@ from retrieval.types import Passage
 
 NOT_FOUND_TEXT = "The documents do not answer this question."
 NO_DOCUMENTS_TEXT = "There are no documents to answer this from."
+NO_MATCH_TEXT = "No document has the metadata that the filters ask for."
+STILL_READING_TEXT = "The documents are still being read; ask again when they are ready."
 CUT_OFF_TEXT = "The answer was cut off before its first quote; allow more output tokens."
 _BETWEEN_QUOTES = "\n"
 

@@ -15,7 +15,7 @@ import typer
 from typer.completion import get_completion_script
 
 from app import render
-from app.cli_options import Collection, DataDirectory, Json, Key, Limit, PlainGroup, Url, choose_settings
+from app.cli_options import Collection, DataDirectory, Json, Key, Limit, Metadata, PlainGroup, Url, choose_settings
 from app.settings import SettingsError
 from retrieval.types import OnConflict, Status
 
@@ -85,7 +85,7 @@ def serve(
 def ingest(
     paths: Annotated[list[str], typer.Argument(help="Files, folders and globs.", metavar="PATH")],
     collection: Collection = "default",
-    metadata: Annotated[str | None, typer.Option(help="A JSON object kept with every document.")] = None,
+    metadata: Metadata = None,
     on_conflict: Annotated[OnConflict, typer.Option(help="Same bytes again: skip, replace or error.")] = "skip",
     url: Url = None,
     key: Key = None,
@@ -99,8 +99,6 @@ def ingest(
     from app.client import connect
     from app.ingesting import expand_paths, ingest_files
 
-    if metadata is not None and not _is_json_object(metadata):
-        raise typer.BadParameter("must be a JSON object, such as '{\"year\": 2024}'", param_hint="--metadata")
     files = expand_paths(paths)
     fields = {"collection": collection, "on_conflict": on_conflict, **({"metadata": metadata} if metadata else {})}
     try:
@@ -117,13 +115,6 @@ def ingest(
         render.err.print(f"{error['filename']}: {error['detail']}", style="red", markup=False)
     if result["errors"] or any(document["status"] == "failed" for document in result["data"]):
         raise typer.Exit(1)
-
-
-def _is_json_object(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except ValueError:
-        return False
 
 
 @app.command()
@@ -377,9 +368,8 @@ def restore(
 @app.command()
 def completion(shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="Whose script.")]) -> None:
     """Print the script that completes commands and options in a shell: eval "$(jamba-rag completion bash)"."""
-    sys.stdout.write(
-        get_completion_script(prog_name="jamba-rag", complete_var="_JAMBA_RAG_COMPLETE", shell=shell) + "\n"
-    )
+    script = get_completion_script(prog_name="jamba-rag", complete_var="_JAMBA_RAG_COMPLETE", shell=shell)
+    sys.stdout.write(script + "\n")
 
 
 def _fail(message: str) -> int:
@@ -397,3 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except (ValueError, RuntimeError, OSError) as error:  # the rooms' own errors: their messages say what to do
         sys.exit(_fail(str(error)))
+
+
+if __name__ == "__main__":  # `python -m app.cli`
+    main()

@@ -1,5 +1,6 @@
 """Options that commands of cli.py share, and the settings that follow from them."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,16 @@ def _directory(name: str) -> Path:
     return Path(name)
 
 
+def _json_object(text: str) -> str:
+    try:
+        is_object = isinstance(json.loads(text), dict)
+    except ValueError:
+        is_object = False
+    if not is_object:
+        raise typer.BadParameter("must be a JSON object, such as '{\"year\": 2024}'")
+    return text
+
+
 DataDirectory = Annotated[
     Path | None,
     typer.Option(
@@ -31,6 +42,9 @@ DataDirectory = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Collection = Annotated[str, typer.Option("--collection", "-c", help="Collection to work on.")]
+Metadata = Annotated[
+    str | None, typer.Option(parser=_json_object, metavar="JSON", help="A JSON object kept with every document.")
+]
 Limit = Annotated[int | None, typer.Option(min=0, help="Limit of this key; 0: none. Default: the service's.")]
 
 

@@ -42,7 +42,12 @@ async def known_query(request: Request) -> None:
     """Refuse query parameters that the route does not have, which it would otherwise ignore. Raises InvalidRequest."""
     known = [field.alias for field in request.scope["route"].dependant.query_params]
     if unknown := sorted(set(request.query_params) - set(known)):
-        there = f"takes {', '.join(known)}" if known else "takes none; other values belong in the body"
+        without = (
+            "takes none"
+            if request.method in ("GET", "HEAD", "DELETE")
+            else "takes none; other values belong in the body"
+        )
+        there = f"takes {', '.join(known)}" if known else without
         named = ", ".join(repr(name[:80]) for name in unknown[:5])
         raise InvalidRequest(f"no such query parameter: {named}; {request.method} {request.url.path} {there}")
 

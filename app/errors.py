@@ -3,6 +3,7 @@
 An exception lives beside the code that raises it; its message becomes `detail`, so it says what, the limit, what to do.
 """
 
+import difflib
 import errno
 import logging
 import re
@@ -201,25 +202,38 @@ def error_headers(error: Exception, status: int) -> dict[str, str]:
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    details = "; ".join(_describe_field(field) for field in error.errors()[:5])
+    details = "; ".join(_describe_field(field, _fields_of(request)) for field in error.errors()[:5])
     if error.errors()[0]["type"] == "model_attributes_type" and "json" not in request.headers.get("content-type", ""):
         details += "; send JSON with the header Content-Type: application/json"
     return problem_response(request.url.path, problem_body(ERRORS[InvalidRequest], details))
 
 
-def _describe_field(field: dict[str, Any]) -> str:
+def _fields_of(request: Request) -> list[str]:
+    """What the body of this call may hold."""
+    body = getattr(request.scope.get("route"), "body_field", None)
+    return list(getattr(body and body.field_info.annotation, "model_fields", ()))
+
+
+def _describe_field(field: dict[str, Any], known: Sequence[str] = ()) -> str:
     names = [str(part) for part in field["loc"] if part != "body"]
     place = ".".join(name for name in names if "[" not in name)  # brackets: which type of a union was tried
     if field["type"] == "json_invalid":
         return f"the body is not JSON: {field.get('ctx', {}).get('error', field['msg'])} at character {place}"
     message = field["msg"].removeprefix("Value error, ")
+    if field["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(place, known, n=1)
+        near = f"; the nearest is {nearest[0]!r}" if nearest else f"; those known are {', '.join(known)}"
+        return f"there is no field {place[:80]!r}{near if known and place in names else ''}"
+    if field["type"] in ("model_attributes_type", "model_type", "dict_type"):
+        return f"{place or 'body'}: must be a JSON object"
     if field["type"] == "string_pattern_mismatch":
         message = (
             "must be letters (a-z), digits, '.', '_' or '-', at most 64, a letter or digit first"  # of a collection
         )
     elif isinstance(field["input"], str):
         message = re.sub(r" (item|character)(s?) after validation", r" character\2", message)
-    return f"{place or 'body'}: {message}"
+    message = re.sub(r"^(?:Input|String|List|Value) should (be|have|match)", r"must \1", message)
+    return f"{place or 'body'}: {message.replace(' after validation', '')}"
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
@@ -230,10 +244,12 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
         return problem_response(request.url.path, describe_error(problem))
     phrase = HTTPStatus(error.status_code).phrase
     kind = ErrorKind(error.status_code, phrase.lower().replace(" ", "_"), phrase)
-    body = problem_body(kind, f"{request.method} {request.url.path}: {error.detail}")
-    headers = dict(error.headers or {})
+    detail, headers = str(error.detail), dict(error.headers or {})
+    if error.status_code == 404 and detail == phrase:
+        detail = "there is no such path; /docs lists all calls"
     if error.status_code == 405 and (allowed := _allowed(request)):
-        headers["Allow"] = allowed
+        headers["Allow"], detail = allowed, f"this path takes {allowed}"
+    body = problem_body(kind, f"{request.method} {request.url.path}: {detail}")
     return problem_response(request.url.path, body, headers)
 
 

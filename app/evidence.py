@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from app.advice import Advice
+from app.answering import NO_DOCUMENTS_TEXT, NO_MATCH_TEXT, STILL_READING_TEXT
 from app.auth import LOCAL_ADMIN, Principal
 from app.conversation import Turn, standalone_query
 from app.prompting import AnswerFormat
@@ -39,13 +40,17 @@ class Query:
 
 @dataclass(frozen=True)
 class Found:
-    """What a question is answered from. `may_widen`: there is more that would fit, should this not hold the answer."""
+    """What a question is answered from. `may_widen`: there is more that would fit, should this not hold the answer.
+
+    `nothing`: what to say when there is no passage.
+    """
 
     hits: Sequence[Hit]
     evidence: Evidence
     retrieval_ms: float
     pack_ms: float
     may_widen: bool
+    nothing: str = NO_DOCUMENTS_TEXT
 
     @property
     def document_ids(self) -> frozenset[str]:
@@ -88,7 +93,14 @@ class EvidenceFinder:
             1000 * (found - tried),
             1000 * (tried - start + packed - found),
             may_widen=not widened and query.mode == "auto" and evidence.mode == "rag",
+            nothing=NO_DOCUMENTS_TEXT if evidence.passages else self._explain_nothing(query),
         )
+
+    def _explain_nothing(self, query: Query) -> str:
+        """Why no document was read."""
+        if any(known.pending for known in self._store.list_collections() if known.name in query.collections):
+            return STILL_READING_TEXT
+        return NO_MATCH_TEXT if query.filters else NO_DOCUMENTS_TEXT
 
     def remember(self, evidence: Evidence) -> None:
         """The model has read this: other evidence may begin alike."""

@@ -15,15 +15,7 @@ from uuid import uuid4
 import anyio.to_thread
 
 from app import schemas
-from app.answering import (
-    CUT_OFF_TEXT,
-    NO_DOCUMENTS_TEXT,
-    NOT_FOUND_TEXT,
-    AnswerPart,
-    AnswerReader,
-    Quoted,
-    TextPiece,
-)
+from app.answering import CUT_OFF_TEXT, NOT_FOUND_TEXT, AnswerPart, AnswerReader, Quoted, TextPiece
 from app.errors import DocumentDeleted, describe_error
 from app.evidence import Found, Query, describe_scores
 from app.likeliest import generate_likeliest
@@ -244,7 +236,7 @@ class RunningAnswer:
 
     def _text_of(self, writer: AnswerReader) -> str:
         """The answer; without a quote in it, what the model said instead, or why there is nothing."""
-        nothing = NOT_FOUND_TEXT if self._measures.input_tokens else NO_DOCUMENTS_TEXT
+        nothing = self._found.nothing if self._found and not self._measures.input_tokens else NOT_FOUND_TEXT
         return writer.text or writer.unchecked_text or (CUT_OFF_TEXT if self._truncated else nothing)
 
     def _refuses(self, writer: AnswerReader) -> bool:

@@ -4,6 +4,7 @@ Start at `open_service`.
 """
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -34,7 +35,7 @@ class Service:
         try:
             response = self._send(method, path, **options)
         except httpx.HTTPError as error:
-            raise CommandFailed(f"{self._http.base_url} does not answer: {error}") from error
+            raise CommandFailed(f"{self._http.base_url} does not answer ({_plain(error)}): is it running?") from error
         _raise_for_problem(response)
         try:
             return response.json() if response.content else None
@@ -114,3 +115,8 @@ def sign_in(key: str | None) -> dict[str, str]:
     if key is not None and not (key.isascii() and key.isprintable()):
         raise CommandFailed("the key holds a character that keys do not have; copy it once more")
     return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+
+def _plain(error: httpx.HTTPError) -> str:
+    """What went wrong, without the number that the system gives it."""
+    return re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__

@@ -51,13 +51,15 @@ SUPPORTED = (
     "source code, text in any encoding, and ZIP or TAR archives of these"
 )
 
+_IMAGE_ADVICE = "save or print it as PDF and upload that: scanned pages are read where the service has OCR"
+
 # Formats that are often sent and that no parser here reads: the bytes they start with, and what to do instead.
 _FOREIGN = (
-    (b"\x89PNG", "a PNG image", "run OCR on it and upload the text"),
-    (b"\xff\xd8\xff", "a JPEG image", "run OCR on it and upload the text"),
-    (b"GIF8", "a GIF image", "run OCR on it and upload the text"),
-    (b"II*\x00", "a TIFF image", "run OCR on it and upload the text"),
-    (b"MM\x00*", "a TIFF image", "run OCR on it and upload the text"),
+    (b"\x89PNG", "a PNG image", _IMAGE_ADVICE),
+    (b"\xff\xd8\xff", "a JPEG image", _IMAGE_ADVICE),
+    (b"GIF8", "a GIF image", _IMAGE_ADVICE),
+    (b"II*\x00", "a TIFF image", _IMAGE_ADVICE),
+    (b"MM\x00*", "a TIFF image", _IMAGE_ADVICE),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it and upload the files"),
     (b"Rar!", "a RAR archive", "unpack it and upload the files"),
     (b"%!PS", "a PostScript file", "convert it to PDF"),

@@ -4,6 +4,7 @@ It gets the picture through a pipe and gives the text through another; nothing i
 """
 
 import os
+import re
 import shutil
 import subprocess
 from functools import cache
@@ -15,6 +16,7 @@ from ingest.parse import ParseError
 _DOTS_PER_INCH = 300
 _MAX_PIXELS = 40_000_000
 _PAGE_S = 60.0
+_TORN = re.compile(r"(?<=[\w,;])\n\n(?=[a-zà-öø-ÿ])")  # within a sentence
 
 
 @cache
@@ -43,4 +45,9 @@ def read_page(page: pdfium.PdfPage, program: str) -> str:
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error).encode()
         raise ParseError("ocr_failed", f"OCR failed: {detail.decode('utf-8', 'replace').strip()[:200]}") from error
-    return done.stdout.decode("utf-8", "replace").replace("\f", "").strip()
+    return join_lines(done.stdout.decode("utf-8", "replace").replace("\f", "").strip())
+
+
+def join_lines(text: str) -> str:
+    """With the lines of a sentence together: where they stand far apart, Tesseract makes paragraphs of them."""
+    return _TORN.sub("\n", text)

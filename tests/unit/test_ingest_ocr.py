@@ -68,3 +68,10 @@ def test_scanned_pages_are_read_inside_the_cage(tmp_path):
     want = set(parse(HANDBOOK).text[parse(HANDBOOK).pages[1].char_start : parse(HANDBOOK).pages[1].char_end].split())
     got = set(parsed.text[parsed.pages[1].char_start :].split())
     assert len(want & got) > 0.8 * len(want)
+
+
+def test_lines_far_apart_stay_one_sentence():
+    torn = "TERMS\n\nA guarantee of five years on\n\nall joints, but not\n\non varnish.\n\nPay within\n\n21 days"
+    assert ocr.join_lines(torn) == (
+        "TERMS\n\nA guarantee of five years on\nall joints, but not\non varnish.\n\nPay within\n\n21 days"
+    )

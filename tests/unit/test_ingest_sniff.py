@@ -77,7 +77,7 @@ def test_content_decides_and_the_name_breaks_ties(head, name, expected):
 @pytest.mark.parametrize(
     ("head", "name", "says"),
     [
-        (b"\x89PNG\r\n\x1a\n", "scan.pdf", "PNG image.*OCR"),
+        (b"\x89PNG\r\n\x1a\n", "scan.pdf", "PNG image.*save or print it as PDF.*OCR"),
         (b"\xff\xd8\xff\xe0", "x", "JPEG"),
         (b"7z\xbc\xaf\x27\x1c", "x.zip", "7z archive.*unpack"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + b"\0" * 99, "x.doc", "before 2007.*DOCX"),
