@@ -39,6 +39,7 @@ QUESTIONS = (
     "How long is a downgrade to 6.3 possible?",
 )
 _START_S = 600.0
+_WORDS = 1500  # of an uploaded document: a few pages
 
 
 @dataclass
@@ -81,11 +82,13 @@ async def ask(client: httpx.AsyncClient, question: str, collection: str, outcome
         outcomes.first_token.append(first)
 
 
-async def upload(client: httpx.AsyncClient, number: int, collection: str, outcomes: Outcomes) -> None:
-    """One document of a few pages that nobody else has."""
+async def upload(
+    client: httpx.AsyncClient, number: int, collection: str, outcomes: Outcomes, words: int = _WORDS
+) -> None:
+    """One document that nobody else has."""
     rng = random.Random(number)
-    words = " ".join(rng.choice(("tide", "pier", "rope", "lamp", "storm", "harbour", "keeper")) for _ in range(1500))
-    files = {"file": (f"{number}.txt", f"Document {number}.\n\n{words}".encode())}
+    text = " ".join(rng.choice(("tide", "pier", "rope", "lamp", "storm", "harbour", "keeper")) for _ in range(words))
+    files = {"file": (f"{number}.txt", f"Document {number}.\n\n{text}".encode())}
     try:
         reply = await client.post("/v1/documents", files=files, data={"collection": collection})
     except httpx.TransportError:
@@ -115,7 +118,9 @@ def arrivals(rate: float, duration_s: float, rng: random.Random) -> Iterator[flo
         at += rng.expovariate(rate)
 
 
-async def drive(client: httpx.AsyncClient, rate: float, uploads: float, duration_s: float, seed: int) -> Outcomes:
+async def drive(
+    client: httpx.AsyncClient, rate: float, uploads: float, duration_s: float, seed: int, words: int = _WORDS
+) -> Outcomes:
     """Send what arrives within `duration_s`, then wait for all replies."""
     rng, outcomes = random.Random(seed), Outcomes()
     collections = itertools.cycle([SHARED, *(f"user-{number}" for number in range(USERS))])
@@ -124,7 +129,7 @@ async def drive(client: httpx.AsyncClient, rate: float, uploads: float, duration
     ]
     numbers = itertools.count(seed * 1_000_000)
     due += [
-        (at, upload(client, next(numbers), f"user-{rng.randrange(USERS)}", outcomes))
+        (at, upload(client, next(numbers), f"user-{rng.randrange(USERS)}", outcomes, words))
         for at in arrivals(uploads, duration_s, rng)
     ]
     watching = asyncio.create_task(watch_memory(client, outcomes))

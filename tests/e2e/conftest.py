@@ -9,7 +9,7 @@ from selenium.webdriver import Chrome
 
 from tests.conftest import WriteJamba
 from tests.e2e.browser import Page, run_chromium
-from tests.e2e.service import RunningService, run_service, write_checkpoint
+from tests.e2e.service import RunningService, run_command, write_checkpoint
 
 HANDBOOK = """# Lighthouse handbook
 
@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, write_jamba: WriteJamba
 def service(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     """A random model would refuse or quote by chance; with this margin it always quotes."""
     data = tmp_path_factory.mktemp("data")
-    with run_service(checkpoint, data, ANSWERS__NONE_MARGIN="50", ANSWERS__MAX_QUOTE_TOKENS="24") as running:
+    with run_command(checkpoint, data, ANSWERS__NONE_MARGIN="50", ANSWERS__MAX_QUOTE_TOKENS="24") as running:
         yield running
 
 

@@ -14,6 +14,7 @@ from tests.e2e.service import RunningService, run_service
 pytestmark = [pytest.mark.e2e, pytest.mark.anyio]
 
 COLLECTIONS = ("shared", "user-0", "user-1", "user-2", "user-3")
+WORDS = 250  # of a document: more than one chunk
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ async def prepare(client: httpx.AsyncClient) -> None:
     outcomes = Outcomes()
     for number, name in enumerate(COLLECTIONS):
         (await client.post("/v1/collections", json={"name": name})).raise_for_status()
-        await upload(client, number, name, outcomes)
+        await upload(client, number, name, outcomes, WORDS)
     await settle(client, outcomes.accepted)
 
 
@@ -54,7 +55,7 @@ async def test_too_many_questions_are_refused_with_429_and_the_rest_answered(che
     with run_service(checkpoint, tmp_path / "data", **settings) as service:
         async with client_of(service) as client:
             await prepare(client)
-            outcomes = await drive(client, rate=60, uploads=2, duration_s=3, seed=1)
+            outcomes = await drive(client, rate=60, uploads=2, duration_s=3, seed=1, words=WORDS)
             assert set(outcomes.statuses) == {"200", "429"}
             assert len(outcomes.total) == outcomes.statuses["200"] >= 3
             assert set(outcomes.uploads) == {"202"}
@@ -76,7 +77,7 @@ async def test_what_was_accepted_survives_a_kill_of_the_service_and_of_redis_und
         with run_service(checkpoint, data, **settings) as service:
             async with client_of(service) as client:
                 await prepare(client)
-                load = asyncio.create_task(drive(client, rate=5, uploads=8, duration_s=3, seed=2))
+                load = asyncio.create_task(drive(client, rate=5, uploads=8, duration_s=3, seed=2, words=WORDS))
                 await asyncio.sleep(1.5)
                 os.kill(int((data / "lock").read_text()), signal.SIGKILL)
                 outcomes = await load
@@ -84,7 +85,7 @@ async def test_what_was_accepted_survives_a_kill_of_the_service_and_of_redis_und
                 accepted += outcomes.accepted
         with run_service(checkpoint, data, **settings) as service:
             async with client_of(service) as client:
-                load = asyncio.create_task(drive(client, rate=5, uploads=2, duration_s=3, seed=3))
+                load = asyncio.create_task(drive(client, rate=5, uploads=2, duration_s=3, seed=3, words=WORDS))
                 await asyncio.sleep(1.5)
                 redis.terminate()
                 outcomes = await load
