@@ -1,11 +1,12 @@
 """Kills an ingesting process at its n-th step towards the disk, for every n, and looks at what a restart makes of it.
 
-Run as a program: `crash_kit.py DIR kill|full|time|fill [START STOP STEP]`. It imports all once and forks: one child
+Run as a program, it takes lines `DIR kill|full|time|fill [START STOP STEP]`. It imports all once and forks: one child
 works until it meets its end, the next takes over what is left and checks it. `kill`: the child kills itself before its
-n-th SQL statement, file opened for writing, rename or removal. `full`: no file of it can grow over n bytes.
+n-th step: SQL that writes, a file opened for writing, a rename, a removal, before and behind the word index, which
+writes its own files. `full`: no file of it can grow over n bytes.
 `time`: the child uploads and deletes until it is killed, n milliseconds after it began. `fill`: n milliseconds after
 it has opened two lost indexes, which are made anew behind it.
-Prints a JSON line for each n; ends early when a child came through.
+Prints a JSON line for each n and an empty one at the end, which comes early when a child came through.
 """
 
 import json
@@ -36,6 +37,7 @@ OLD = "old tide words\n\nold harbour words"
 NEW = "new tide words\n\nnew harbour words"
 OTHER = "other mountain words\n\nother valley words"
 GONE = "gone river words"
+_READING = {"BEGIN", "SELECT", "ROLLBACK"}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -82,15 +84,25 @@ class Steps:
 
     def __init__(self, fatal: int) -> None:
         self._left = fatal
-        connect = Database._connection
+        connect, catch_up = Database._connection, WordIndex.catch_up
 
         def traced(database: Database):
             connection = connect(database)
-            connection.set_trace_callback(lambda statement: self._step())
+            connection.set_trace_callback(self._trace)
             return connection
 
-        Database._connection = traced
+        def stepping(words: WordIndex, *args) -> bool:
+            self._step()
+            changed = catch_up(words, *args)
+            self._step()
+            return changed
+
+        Database._connection, WordIndex.catch_up = traced, stepping
         sys.addaudithook(self._audit)
+
+    def _trace(self, statement: str) -> None:
+        if statement.split(None, 1)[0] not in _READING:  # killed there, the disk is as before the next that writes
+            self._step()
 
     def _audit(self, event: str, values: tuple) -> None:
         if event in ("os.rename", "os.remove") or (event == "open" and values[2] & _WRITING):
@@ -248,8 +260,7 @@ def in_child(job: Callable[[Callable[[str], None]], None]) -> tuple[int, list[st
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
 
 
-def main(directory: str, mode: str, first: str = "1", last: str = "1000", step: str = "1") -> None:
-    ingest.pipeline.parse_in_child = lambda path, media_type, *rest: parse_file(path, media_type)  # a fork each is slow
+def run(directory: str, mode: str, first: str = "1", last: str = "1000", step: str = "1") -> None:
     start = Path(directory) / "start"
     status, lines = in_child(lambda say: say(json.dumps(prepare(start))))
     assert status == 0, lines
@@ -262,10 +273,19 @@ def main(directory: str, mode: str, first: str = "1", last: str = "1000", step: 
         shutil.copytree(start, folder)
         status, said = in_child(lambda say, n=fatal, at=folder: live(mode, n, at, ids, say))
         checked, trouble = in_child(lambda say, at=folder, done=said: check(at, ids, done, say))
-        print(json.dumps({"step": fatal, "status": status, "said": said, "checked": checked, "trouble": trouble}))
+        row = {"step": fatal, "status": status, "said": said, "checked": checked, "trouble": trouble}
+        print(json.dumps(row), flush=True)
         if status == 0:
             return
 
 
+def main() -> None:
+    ingest.pipeline.parse_in_child = lambda path, media_type, *rest: parse_file(path, media_type)  # a fork each is slow
+    for line in iter(sys.stdin.readline, ""):
+        status, said = in_child(lambda say, given=line: run(*given.split()))  # a fork, since `fill` changes modules
+        assert status == 0, said
+        print(flush=True)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 import tomllib
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -20,14 +21,22 @@ OURS = {*ROOMS, "bench", "tests", "samples"}
 SQL_FREE = ("app", "ingest", "model")
 
 
+packages_of = cache(packages_distributions)
+
+
 def modules(room: str) -> list[Path]:
     return sorted((ROOT / room).rglob("*.py"))
+
+
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
 
 
 def imported(path: Path) -> set[str]:
     """Top-level packages that a module imports, anywhere in it; relative imports stay in its own room."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -61,7 +70,7 @@ def declared(*extras: str) -> set[str]:
     ],
 )
 def test_every_package_imported_is_declared(room, extras):
-    known, packages = declared(*extras), packages_distributions()
+    known, packages = declared(*extras), packages_of()
     kits = {path.stem for path in modules("tests")}
     paths = [path for path in modules(room) if room == "model/train" or "train" not in path.parts]
     names = set().union(*map(imported, paths)) - sys.stdlib_module_names - OURS - kits - {""}
@@ -82,7 +91,7 @@ def test_no_pickle_and_nothing_read_from_the_environment_outside_the_settings(ro
     allowed = {ROOT / "app" / "settings.py"}
     for path in modules(room):
         assert not imported(path) & {"pickle", "dill", "joblib", "shelve", "marshal"}, path
-        names = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+        names = {n.attr for n in nodes(path) if isinstance(n, ast.Attribute)}
         if path not in allowed and "train" not in path.parts:
             assert not names & {"environ", "getenv"}, path
 
@@ -90,9 +99,8 @@ def test_no_pickle_and_nothing_read_from_the_environment_outside_the_settings(ro
 @pytest.mark.parametrize("room", sorted(OURS))
 def test_files_and_functions_keep_to_their_size(room):
     for path in modules(room):
-        source = path.read_text()
-        assert len(source.splitlines()) <= 400, path
+        assert len(path.read_text().splitlines()) <= 400, path
         limit = 120 if path.name.endswith("_triton.py") else 60  # a kernel is one function
-        for node in ast.walk(ast.parse(source)):
+        for node in nodes(path):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert (node.end_lineno or 0) - node.lineno < limit, f"{path}: {node.name}"

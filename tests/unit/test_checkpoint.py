@@ -30,7 +30,7 @@ from model.tokenizer import Tokenizer
 from model.w8a8 import round_activations
 
 MIB = 1 << 20
-TOKENS_PER_DOCUMENT = 384
+TOKENS_PER_DOCUMENT = 192
 
 
 class Drift(NamedTuple):
@@ -40,14 +40,14 @@ class Drift(NamedTuple):
     agreement: float
 
 
-# measured over 1,675 positions, and here 1.5 times that distance:
-# int8 0.00173 and 97.6 %, bfloat16 0.00165 and 96.5 %, both together 0.00293 and 95.8 %
+# at least 1.5 times what is measured over 907 positions:
+# int8 0.00077 and 98.5 %, bfloat16 0.00056 and 97.8 %, both together 0.0013 and 96.6 %
 BOUNDS = {
     "int8": ({"quantize": "int8"}, Drift(0.0026, 0.963)),
     "bfloat16": ({"dtype": torch.bfloat16}, Drift(0.0025, 0.947)),
     "int8, bfloat16": ({"quantize": "int8", "dtype": torch.bfloat16}, Drift(0.0044, 0.937)),
 }
-W8A8_BOUND = Drift(0.011, 0.918)  # int8 activations beside int8 weights, stream turned: 0.0072 and 94.6 %
+W8A8_BOUND = Drift(0.011, 0.918)  # int8 activations beside int8 weights, stream turned: 0.0023 and 96.9 %
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +107,8 @@ def test_it_is_small_enough_to_ship():
 
 def test_transformers_continues_alike(fp32_folder: Path):
     ours, theirs = load_model(fp32_folder), load_transformers(fp32_folder)
-    for prompt in sample_prompts(8):
-        mine, expected = continue_ours(ours, prompt, 12), continue_theirs(theirs, prompt, 12)
+    for prompt in sample_prompts(4):
+        mine, expected = continue_ours(ours, prompt, 6), continue_theirs(theirs, prompt, 6)
         assert mine.token_ids == expected.token_ids
         assert relative_rms(mine, expected, len(prompt)) < 1e-5
 
