@@ -12,6 +12,7 @@ const NOT_FOUND = "This is not in your documents.";
 const STILL_READING = "Some documents of this collection were still being read: ask again when they are ready.";
 const UNSUPPORTED = "Dotted words have no quote in their sentence: nobody checked them.";
 const CLOSING_MARKS = "”’»\"";
+const ROW = / \| /; // of a table, as the service writes it
 const AROUND = 120; // characters shown before and after a quote
 const TIERS = { gpu: "GPU", host: "memory", redis: "Redis" };
 
@@ -23,6 +24,12 @@ export function describeProgress(progress) {
   const left = progress.seconds_left === null ? "" : `, about ${formatWait(progress.seconds_left)} left`;
   return `Reading: ${formatNumber(progress.done)} of ${formatNumber(progress.total)} tokens${left}`;
 }
+
+/** The line or lines of a text, counted in code points, that hold what stands between two places. */
+const lineAt = (text, start, end) => sliceText(text, 0, start).split("\n").at(-1) + sliceText(text, start, end) + sliceText(text, end).split("\n")[0];
+
+/** The text in one paragraph, but for the rows of tables. */
+const keepRows = (text) => text.replace(/([^\n]*)\n+(?=([^\n]*))/g, (_, line, next) => line + (ROW.test(line) || ROW.test(next) ? "\n" : " "));
 
 /** One question with its answer as far as it has come. */
 class Turn {
@@ -107,7 +114,7 @@ class Turn {
   showNotFound() {
     const said = this.answer.usage.input_tokens ? NOT_FOUND : this.answer.text; // there are no documents
     this.body.replaceChildren(h("p", { class: "not-found" }, said));
-    const entries = this.sources.slice(0, NEAREST).map((source) => this.passage(source, [h("span", { class: "quote" }, source.text)], "≈"));
+    const entries = this.sources.slice(0, NEAREST).map((source) => this.passage(source, [h("span", { class: "quote" }, keepRows(source.text))], "≈"));
     const nearest = entries.length > 0 && h("p", { class: "hint" }, "The nearest passages, in case the question was meant differently:");
     this.footer.replaceChildren(...(nearest ? [nearest, h("ol", { class: "passages", "aria-label": "Nearest passages" }, ...entries)] : []));
     this.sayIfEarly();
@@ -124,8 +131,9 @@ class Turn {
     const source = this.sources.find(({ chunk_id: other }) => other === id);
     if (!source) return [words];
     const [start, end] = [location.char_start, location.char_end].map((at) => at - source.location.char_start);
-    const before = sliceText(source.text, 0, start).split(/\n{2,}/).at(-1);
-    const after = sliceText(source.text, end).split(/\n{2,}/)[0];
+    const [inTable, above, below] = [ROW.test(lineAt(source.text, start, end)), sliceText(source.text, 0, start), sliceText(source.text, end)];
+    const before = above.split(inTable ? "\n" : /\n{2,}/).at(-1); // a row names its columns
+    const after = below.split(inTable ? "\n" : /\n{2,}/)[0];
     const [first, last] = [sliceText(before, -AROUND), sliceText(after, 0, AROUND)];
     const beginning = first === before ? first : `… ${first.replace(/^\S+\s+/, "")}`; // whole words only
     return [beginning, words, last === after ? last : `${last.replace(/\s+\S+$/, "")} …`];

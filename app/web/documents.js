@@ -186,7 +186,7 @@ export class DocumentsPanel {
     const ready = this.entries.filter((entry) => entry.document?.status === "ready").length;
     const counts = [counted(facts.documents, "document"), counted(facts.tokens, "token"), facts.documents > 0 && describeReading(facts)];
     if (facts.state_ready) counts.push("in memory already: the next one starts at once");
-    const waiting = [`${formatNumber(ready)} of ${counted(this.entries.length - failed, "document")} ready`]; // the counts come at the end
+    const waiting = [`${formatNumber(ready)} of ${counted(this.entries.length, "document")} ready`]; // the counts come at the end
     const parts = [...(this.isReading ? waiting : counts), failed > 0 && `${formatNumber(failed)} failed`];
     byId("collection-facts").textContent = parts.filter(Boolean).join(" · ");
     clearTimeout(this.factsTimer);

@@ -16,7 +16,7 @@ export class SourcePanel {
     this.request = 0;
     this.opener = null;
     this.pictures = []; // {page, url, boxes} of the pages that are shown, empty while it's the text
-    byId("source-view").addEventListener("click", () => (this.pictures.length ? this.showText() : this.showPages()));
+    byId("source-view").addEventListener("click", () => (this.pictures.length ? this.showText() : this.showPages(true)));
     byId("source-zoom").addEventListener("click", () => this.zoom(byId("source-zoom").getAttribute("aria-pressed") !== "true"));
     byId("source-close").addEventListener("click", () => this.close());
     byId("source-download").addEventListener("click", () => this.download());
@@ -47,8 +47,9 @@ export class SourcePanel {
     (byId("source-text").querySelector("mark") || byId("source-title")).focus({ preventScroll: true });
   }
 
-  /** Shows the passage's pages as pictures; false when there are none or the passage isn't found on them. */
-  async showPages() {
+  /** Shows the passage's pages as pictures; false when there are none or the passage isn't found on them. Then, as on a
+   * scan, the text has the mark and the pages can be chosen (`unmarked`). */
+  async showPages(unmarked = false) {
     const { page_start: first, page_end: last, char_start: start, char_end: end } = this.location;
     const pages = Array.from({ length: Math.min(MAX_PAGES, (last || first) - first + 1) }, (_, index) => first + index);
     const request = (this.request += 1);
@@ -59,11 +60,12 @@ export class SourcePanel {
       return request !== this.request; // the text then says what is wrong, if it is more than the picture
     }
     if (request !== this.request) return true; // something else was opened meanwhile
-    if (!images.some((image) => image.boxes.length)) return false;
+    byId("source-view").hidden = false;
+    if (!unmarked && !images.some((image) => image.boxes.length)) return false;
     this.empty();
     this.pictures = images.map(({ blob, boxes }, index) => ({ page: pages[index], url: URL.createObjectURL(blob), boxes }));
     byId("source-view").textContent = "Text";
-    byId("source-view").hidden = byId("source-zoom").hidden = false;
+    byId("source-zoom").hidden = false;
     const alt = ({ page, boxes }) => `Page ${page}${boxes.length ? `. Marked on it: ${this.quote}` : ""}`;
     const nodes = this.pictures.map((picture) => h("img", { class: "page-image", src: picture.url, alt: alt(picture) }));
     byId("source-text").append(...nodes);

@@ -55,20 +55,39 @@ def test_citation_shows_its_quote_among_the_words_around_it(page, handbook):
     assert " ".join(excerpt.strip("…").split()) in " ".join(handbook.read_text().split())
 
 
+def restore(page: Page, answer: dict) -> None:
+    """A conversation as the page keeps it."""
+    measured = {"usage": {"input_tokens": 9, "cached_input_tokens": 0}, "sources": []}
+    thread = [{"question": "How often?", "collection": "default", "answer": measured | answer}]
+    page.driver.execute_script("sessionStorage.setItem('jamba-rag.thread', arguments[0])", json.dumps(thread))
+    page.driver.refresh()
+    page.wait(lambda: page.find_all(".turn"))
+
+
+def test_tables_are_shown_row_by_row(page):
+    table = "Land | Cost\nLand: Spain | Cost: 7\nLand: Malta | Cost: 9\n\nA note\nbelow."
+    place = {"document_id": "d", "filename": "a.md", "chunk_id": "c"}
+    source = place | {"text": table, "location": {"char_start": 10, "char_end": 10 + len(table)}}
+    at = 10 + table.index("7")
+    cited = place | {"cited_text": "7", "location": {"char_start": at, "char_end": at + 1}, "start": 0, "end": 1}
+    restore(page, {"grounding": "answered", "text": "7", "citations": [cited], "sources": [source]})
+    assert page.find(".passage .excerpt").text == "Land: Spain | Cost: 7"
+    restore(page, {"grounding": "not_found", "text": "", "citations": [], "sources": [source]})
+    assert (
+        page.find(".passage .excerpt").text
+        == "Land | Cost\nLand: Spain | Cost: 7\nLand: Malta | Cost: 9\nA note below."
+    )
+
+
 def test_sentences_without_a_quote_are_marked(page):
-    """A conversation as the page keeps it, with an answer of a model that writes freely."""
+    """With an answer of a model that writes freely."""
     quote = {"document_id": "d", "filename": "a.md", "chunk_id": "c", "cited_text": "twice", "location": {}}
     answer = {
         "grounding": "answered",
         "text": "🌊 Sea air. The lamp is trimmed “twice”. At night.",
         "citations": [quote | {"start": 32, "end": 37}],
-        "sources": [],
-        "usage": {"input_tokens": 9, "cached_input_tokens": 0},
     }
-    thread = [{"question": "How often?", "collection": "default", "answer": answer}]
-    page.driver.execute_script("sessionStorage.setItem('jamba-rag.thread', arguments[0])", json.dumps(thread))
-    page.driver.refresh()
-    page.wait(lambda: page.find_all(".turn"))
+    restore(page, answer)
     assert [span.text for span in page.find_all(".unsupported")] == ["🌊 Sea air.", "At night."]
     assert "nobody checked them" in page.find(".turn .footer").text
     assert page.find(".turn .answer").text == "🌊 Sea air. The lamp is trimmed “twice”1. At night."
@@ -141,6 +160,23 @@ def test_page_without_a_picture_is_shown_as_text(page):
         assert not page.find_all(".page-image, #source-view")
     finally:
         page.driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": []})
+
+
+def test_page_on_which_the_words_are_not_found_can_be_looked_at(page):
+    page.add(PDF)
+    with page.service.client() as client:
+        (document,) = client.get(
+            "/v1/documents", params={"collection": page.find("#collection").get_property("value")}
+        ).json()["data"]
+    place = {"page_start": 1, "page_end": 1, "char_start": 0, "char_end": 0}
+    cited = {"document_id": document["id"], "filename": PDF.name, "chunk_id": "c", "cited_text": "x", "location": place}
+    restore(page, {"grounding": "answered", "text": "x", "citations": [cited | {"start": 0, "end": 1}]})
+    page.find(".cite").click()
+    page.wait(lambda: page.find_all("#source-view") and page.find("#source-view").text == "Page")
+    assert PDF.name in page.find("#source-title").text and not page.find_all(".page-image")
+    page.find("#source-view").click()
+    page.wait(lambda: page.find_all(".page-image"))
+    assert page.find("#source-view").text == "Text"
 
 
 def test_follow_up_takes_the_conversation_along(page, handbook):

@@ -37,6 +37,17 @@ def test_says_so_of_an_answer_too_and_counts_what_is_ready(page, tmp_path, handb
     page.wait(lambda: "1 document ·" in page.find("#collection-facts").text)
 
 
+def test_what_failed_counts_among_the_documents_too(page, tmp_path, handbook):
+    page.add(handbook)
+    empty, large = tmp_path / "empty.txt", tmp_path / "not-yet-here.txt"
+    empty.write_text("")
+    large.write_text("word " * 200_000)
+    with page.slow_uploads():
+        page.find("#files").send_keys(f"{empty}\n{large}")
+        page.wait(lambda: "1 of 3 documents ready · 1 failed" in page.find("#collection-facts").text)
+        page.find(f"button[aria-label='Cancel {large.name}']").click()
+
+
 def test_an_upload_can_be_cancelled(page, tmp_path, handbook):
     large = tmp_path / "large.txt"
     large.write_text("word " * 400_000)
