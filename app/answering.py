@@ -71,8 +71,10 @@ class AnswerWriter:
 
     unchecked_text = ""
 
-    def __init__(self, tokenizer: Tokenizer, tokens: QuoteTokens, passages: Sequence[Passage]) -> None:
-        self._tokenizer, self._tokens, self._passages = tokenizer, tokens, passages
+    def __init__(
+        self, tokenizer: Tokenizer, tokens: QuoteTokens, passages: Sequence[Passage], question: str = ""
+    ) -> None:
+        self._tokenizer, self._tokens, self._passages, self._question = tokenizer, tokens, passages, question
         self._state: Literal["outside", "quote", "document"] = "outside"
         self._decoder = StreamDecoder(tokenizer)
         self._base = 0  # length of the text before the quote
@@ -140,7 +142,8 @@ class AnswerWriter:
         quote = self._quote.rstrip()
         if not quote:  # cut off before its first word
             return
-        found = locate_quote(quote, self._passages, _ordinal(self._tokenizer.decode(self._document)))
+        ordinal = _ordinal(self._tokenizer.decode(self._document))
+        found = locate_quote(quote, self._passages, ordinal, self._question)
         if found is None:
             self.rejected += 1
             self.text = self.text[: self._base]

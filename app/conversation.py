@@ -49,9 +49,9 @@ def standalone_query(question: str, turns: Sequence[Turn]) -> str:
 
     A follow-up is a question with a pronoun or with fewer than four content words.
     """
-    asked = (_content_words(turn.text) for turn in reversed(turns) if turn.role == "user")
+    asked = (content_words(turn.text) for turn in reversed(turns) if turn.role == "user")
     before = next((words for words in asked if words), [])
-    own = _content_words(question)
+    own = content_words(question)
     if len(own) >= _FEW_WORDS and _PRONOUNS.isdisjoint(_words(question)):
         return question
     known = {word.lower() for word in own}
@@ -60,7 +60,7 @@ def standalone_query(question: str, turns: Sequence[Turn]) -> str:
 
 def missing_words(question: str, texts: Iterable[str]) -> float:
     """Share of the question's content words that stand in none of the texts in any form; 0 if it has none."""
-    wanted = {stem for word in _content_words(question) for stem in _stems(word)}
+    wanted = {stem for word in content_words(question) for stem in _stems(word)}
     return len(wanted - {stem for text in texts for stem in _stems(text)}) / max(1, len(wanted))
 
 
@@ -78,7 +78,7 @@ def _words(text: str) -> list[str]:
     return [word.lower() for word in _WORD.findall(text[:_MAX_READ_CHARS])]
 
 
-def _content_words(text: str) -> list[str]:
+def content_words(text: str) -> list[str]:
     """Words that say what a question is about, each once, in order."""
     words = dict.fromkeys(word for word in _WORD.findall(text[:_MAX_READ_CHARS]))
     return [word for word in words if word.lower() not in _FUNCTION_WORDS][:_MAX_ADDED_WORDS]

@@ -23,6 +23,7 @@ from app.progress import ReadingProgress
 from app.prompting import prompt_salt
 from app.quotes import QuoteLimits
 from app.reading import none_margin, read_at_once, reads_apart, split_passages
+from app.rows import OTHER_ROWS_NATS, AskedLines
 from app.schemas import Tier
 from app.sse import Event, with_pauses
 from model.engine_request import EngineRequest, StepOutput
@@ -170,7 +171,7 @@ class RunningAnswer:
             while True:
                 yield Event("answer.sources", {"sources": [h.model_dump() for h in show_hits(found.hits)]})
                 reading = await self._choose(found.evidence)
-                writer = self._service.format.read_answer(reading)
+                writer = self._service.format.read_answer(reading, self._query.question)
                 async for event in self._attempt(reading, writer):
                     yield event
                 if writer.quoted or not found.may_widen:
@@ -194,9 +195,11 @@ class RunningAnswer:
             return read_at_once(evidence)
         requests = [(await self._request(reading), reading) for reading in split_passages(evidence)]
         self._progress.begin(sum(len(request.token_ids) for request, _ in requests))
+        lines = await anyio.to_thread.run_sync(AskedLines, self._query.question, evidence.passages)
         weighed, read_tokens = [], 0
         for request, reading in requests:
-            weighed.append((await self._weigh(request, reading, read_tokens), reading))
+            demerit = OTHER_ROWS_NATS if lines.lacks(reading.passages) else 0
+            weighed.append((demerit + await self._weigh(request, reading, read_tokens), reading))
             read_tokens += len(request.token_ids)
         self._counted = True
         return min(weighed, key=lambda one: one[0])[1]
@@ -275,7 +278,11 @@ class RunningAnswer:
         self._progress.begin(len(request.token_ids))
         first, submitted, question = allow_none, time.perf_counter(), self._query.question
         quote_id = service.format.decision_ids[0] if service.format.decision_ids else -1
-        generated = generate_likeliest(service.engine, request, quote_id, service.advice.quote_beginnings, question)
+        lines = await anyio.to_thread.run_sync(AskedLines, question, reading.passages)
+        width = service.advice.quote_beginnings
+        rows = replace(reading, passages=tuple(lines.named()))
+        named = await anyio.to_thread.run_sync(service.format.constrain, rows, limits) if rows.passages else None
+        generated = generate_likeliest(service.engine, request, quote_id, width, question, lines.misses, named)
         async with aclosing(generated) as outputs:
             async for output in outputs:
                 self._check_alive()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from typing import Protocol
@@ -22,6 +22,7 @@ from model.engine_thread import TokenStream
 _LONG_QUESTION_TOKENS = 128  # behind the documents: worth a state of its own, from which the other beginnings go on
 _MAX_GAP = 5.0  # nats behind the likeliest beginning: what lies further back hardly ever wins
 _REPEATING_NATS = 3.0
+_MISSING_NATS = 12.0  # for the value of another row than the one asked about
 
 
 class GeneratesTokens(Protocol):
@@ -29,14 +30,21 @@ class GeneratesTokens(Protocol):
 
 
 async def generate_likeliest(
-    engine: GeneratesTokens, request: EngineRequest, quote_id: int, width: int, question: str = ""
+    engine: GeneratesTokens,
+    request: EngineRequest,
+    quote_id: int,
+    width: int,
+    question: str = "",
+    misses: Callable[[str], bool] = lambda quote: False,
+    named: QuoteConstraint | None = None,
 ) -> AsyncIterator[StepOutput]:
     """The outputs of `request`, or of an answer with another first quote that is likelier from there to its end.
 
-    `quote_id` opens a quote; at most `width` beginnings are tried. A quote that only repeats words of `question` counts
-    as less likely than it is. The first output comes at once, the others when all
-    answers have ended. Greedy requests with a `QuoteConstraint` only: others are generated as they are. Raises what
-    `engine.generate` does for the request itself; a beginning that the engine has no room for is left out.
+    `quote_id` opens a quote; at most `width` beginnings are tried. A quote that only repeats words of `question`, or
+    that `misses` what it asks about, counts as less likely than it is. `named`: quotes of what it asks about alone, of
+    which one is tried, too. The first output comes at once, the others when all answers have ended. Greedy requests
+    with a `QuoteConstraint` only: others are generated as they are. Raises what `engine.generate` does for the request
+    itself; a beginning that the engine has no room for is left out.
     """
     constraint = request.constraint
     searched = isinstance(constraint, QuoteConstraint) and request.sampling.temperature == 0 and width > 1
@@ -50,7 +58,7 @@ async def generate_likeliest(
             aclosing(engine.generate(replace(request, watch_tokens=(*request.watch_tokens, *first_ids))))
         )
         answer: list[StepOutput] = []
-        others: list[tuple[StepOutput, TokenStream]] = []
+        others: list[tuple[StepOutput | None, TokenStream]] = []
         async for output in greedy:
             beginnings = output.watch_logprobs[watched:]
             output = replace(output, watch_logprobs=output.watch_logprobs[:watched])
@@ -63,6 +71,9 @@ async def generate_likeliest(
                     begun = replace(output, token_id=token_id, logprob=logprob)
                     stream = engine.generate(_continued(request, constraint, (quote_id, token_id)))
                     others.append((begun, await streams.enter_async_context(aclosing(stream))))
+                if named is not None:
+                    stream = engine.generate(_continued(request, named, (quote_id,)))
+                    others.append((None, await streams.enter_async_context(aclosing(stream))))
         if not searched:
             return
         answers = [answer[1:], *await asyncio.gather(*(_read(begun, stream) for begun, stream in others))]
@@ -70,7 +81,10 @@ async def generate_likeliest(
 
         def likelihood(outputs: list[StepOutput]) -> float:
             quote = constraint.spell([output.token_id for output in outputs if output.token_id is not None])
-            return _total_logprob(outputs) - (_REPEATING_NATS if only_repeats(question, quote) else 0)
+            demerit = (_REPEATING_NATS if only_repeats(question, quote) else 0) + (
+                _MISSING_NATS if misses(quote) else 0
+            )
+            return _total_logprob(outputs) - demerit
 
         for output in max(whole, key=likelihood, default=answer[1:]):
             yield output
@@ -100,9 +114,9 @@ def _continued(request: EngineRequest, constraint: QuoteConstraint, begun: tuple
     )
 
 
-async def _read(begun: StepOutput, stream: TokenStream) -> list[StepOutput]:
+async def _read(begun: StepOutput | None, stream: TokenStream) -> list[StepOutput]:
     """An answer from its first token on; empty when the engine has no room for it."""
-    outputs = [begun]
+    outputs = [begun] if begun else []
     try:
         async for output in stream:
             outputs.append(output)

@@ -70,8 +70,8 @@ class AnswerFormat(Protocol):
         """What the model may answer from this evidence; None: anything."""
         ...
 
-    def read_answer(self, evidence: Evidence) -> AnswerReader:
-        """A reader of one answer from this evidence."""
+    def read_answer(self, evidence: Evidence, question: str = "") -> AnswerReader:
+        """A reader of one answer to the question from this evidence."""
         ...
 
     def forget(self) -> None:
@@ -134,8 +134,8 @@ class QuoteFormat(AnswerFormat):
             self._indexes.put(key, index, weight=1)
         return QuoteConstraint(index, self.answer_tokens(evidence), limits)
 
-    def read_answer(self, evidence: Evidence) -> AnswerWriter:
-        return AnswerWriter(self._tokenizer, self.answer_tokens(evidence), evidence.passages)
+    def read_answer(self, evidence: Evidence, question: str = "") -> AnswerWriter:
+        return AnswerWriter(self._tokenizer, self.answer_tokens(evidence), evidence.passages, question)
 
     def forget(self) -> None:
         self._texts.clear()

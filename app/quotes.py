@@ -16,6 +16,7 @@ from typing import Literal, Self
 
 import tokenizers
 
+from app.rows import choose_place, places_of
 from model.sampling import TokenConstraint
 from retrieval.types import Passage
 
@@ -287,15 +288,22 @@ class LocatedQuote:
     verification: Literal["exact", "normalized"]
 
 
-def locate_quote(quote: str, passages: Sequence[Passage], ordinal: int | None = None) -> LocatedQuote | None:
-    """Find `quote` in the passages, those of document d<ordinal> first; None when it stands in none of them."""
+def locate_quote(
+    quote: str, passages: Sequence[Passage], ordinal: int | None = None, question: str = ""
+) -> LocatedQuote | None:
+    """Find `quote` in the passages, those of document d<ordinal> first; None when it stands in none of them.
+
+    Of several places in one document the one whose line says most of what `question` does.
+    """
     wanted = quote.strip()
     if not wanted:
         return None
     ordered = sorted(passages, key=lambda passage: passage.ordinal != ordinal)
-    for passage in ordered:
-        if (start := _find_words(passage.text, wanted)) >= 0:
-            return _located(passage, start, start + len(wanted), "exact")
+    whole = _as_words(wanted)
+    for group in ([p for p in ordered if p.ordinal == ordinal], ordered):
+        for pattern in (whole, re.escape(wanted)):
+            if (place := choose_place(question, places_of(re.compile(pattern), group))) is not None:
+                return _located(place.passage, place.start, place.end, "exact")
     normalized = normalize(wanted)[0].strip()
     for passage in ordered if normalized else ():
         text, spans = normalize(passage.text)
@@ -306,9 +314,13 @@ def locate_quote(quote: str, passages: Sequence[Passage], ordinal: int | None = 
 
 def _find_words(text: str, wanted: str) -> int:
     """Where `wanted` stands as whole words, else where it stands at all, else -1."""
-    before, after = (r"(?<!\w)" if wanted[0].isalnum() else ""), (r"(?!\w)" if wanted[-1].isalnum() else "")
-    found = re.search(before + re.escape(wanted) + after, text)
+    found = re.search(_as_words(wanted), text)
     return found.start() if found else text.find(wanted)
+
+
+def _as_words(wanted: str) -> str:
+    before, after = (r"(?<!\w)" if wanted[0].isalnum() else ""), (r"(?!\w)" if wanted[-1].isalnum() else "")
+    return before + re.escape(wanted) + after
 
 
 def _located(passage: Passage, start: int, end: int, verification: Literal["exact", "normalized"]) -> LocatedQuote:

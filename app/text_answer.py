@@ -44,8 +44,9 @@ class TextAnswerReader:
         passages: Sequence[Passage],
         stop_ids: Collection[int] = (),
         stop_texts: Sequence[str] = (),
+        question: str = "",
     ) -> None:
-        self._passages, self._stop_ids = passages, frozenset(stop_ids)
+        self._passages, self._stop_ids, self._question = passages, frozenset(stop_ids), question
         self._decoder, self._stops = StreamDecoder(tokenizer), StopMatcher(tuple(stop_texts))
         self._stopped = False
         self._pending = ""  # not decided yet; from its first quotation mark on, or what may become the marker
@@ -134,10 +135,10 @@ class TextAnswerReader:
     def _cite(self, end: int, ordinal: int | None, after: str) -> Iterator[AnswerPart]:
         """Show the quotation pending[: end + 1] with the place it is from, or leave it out."""
         quote = self._pending[1:end].strip()
-        found = locate_quote(quote, self._passages, ordinal)
+        found = locate_quote(quote, self._passages, ordinal, self._question)
         if found is None and quote[-1:] in _PUNCTUATION:  # often put inside the marks without being in the document
             quote, after = quote[:-1].rstrip(), quote[-1:] + after
-            found = locate_quote(quote, self._passages, ordinal)
+            found = locate_quote(quote, self._passages, ordinal, self._question)
         if found is None:
             self.rejected += 1
             yield from self._show(OMITTED + after)

@@ -98,8 +98,8 @@ class TextFormat(AnswerFormat):
     def constrain(self, evidence: Evidence, limits: QuoteLimits) -> None:
         """Nothing: the model writes freely, and its quotes are checked."""
 
-    def read_answer(self, evidence: Evidence) -> TextAnswerReader:
-        return TextAnswerReader(self._tokenizer, evidence.passages, self.stop_ids, self.stop_texts)
+    def read_answer(self, evidence: Evidence, question: str = "") -> TextAnswerReader:
+        return TextAnswerReader(self._tokenizer, evidence.passages, self.stop_ids, self.stop_texts, question)
 
     def forget(self) -> None:
         """Drop everything kept, as when a document was deleted."""

@@ -15,6 +15,7 @@ _UNSPACED_CHAR = re.compile(f"[{_UNSPACED}]")
 _PIECE = re.compile(f'([{_UNSPACED}]+)|([^\\s,;()\\[\\]{{}}<>|?!"“”„«»…，。、？！{_UNSPACED}]+)')
 _WORD = re.compile(r"[^\W_]+")
 _MARKS = re.compile("[\u0300-\u036f]")
+_CODE = re.compile(r"[^\W\d_].*\d|\d.*[^\W\d_]")
 _IDENTIFIER = re.compile(r"[\d_.:@#=\\]")
 # Words in nearly every English passage: they cost most of a query's time and say nothing.
 _STOP_WORDS = frozenset(
@@ -47,6 +48,13 @@ def query_terms(text: str) -> list[str]:
             break
     wanted = [term for term in terms if term not in _STOP_WORDS] or list(terms)
     return wanted[:MAX_QUERY_TERMS]
+
+
+def query_identifiers(text: str) -> list[str]:
+    """Return those of its terms that are codes of letters and digits, such as `ERR-4012`: no other words mean them."""
+    pieces = (piece for _, piece in _PIECE.findall(unicodedata.normalize("NFKC", text[:_MAX_QUERY_CHARS])))
+    codes = (" ".join(_WORD.findall(piece.lower())) for piece in pieces if _CODE.search(piece))
+    return list(dict.fromkeys(codes))[:MAX_QUERY_TERMS]
 
 
 def _piece_terms(piece: str) -> list[str]:

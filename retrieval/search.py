@@ -13,7 +13,7 @@ import numpy as np
 
 from .embedder import Embedder
 from .index import VectorIndex
-from .lexical import query_terms
+from .lexical import query_identifiers, query_terms
 from .rerank import Reranker, rerank
 from .store import DocumentStore, Selection
 from .types import Fusion, Hit, SearchParams
@@ -21,6 +21,7 @@ from .words import WordIndex
 
 _RRF_OFFSET = 60  # Source: Cormack, Clarke, Buettcher 2009
 _KEPT_SELECTIONS = 16
+_RARE_CHUNKS = 10  # that have a code which the question names: embeddings hardly tell codes apart
 _COMMIT_EVERY_S = 2.0  # of the words of what is being ingested
 
 Scores = Mapping[int, float]
@@ -121,8 +122,9 @@ class Retriever:
     def _fuse(self, query: str, selection: Selection, dense: Scores, lexical: Scores) -> Scores:
         best = max(lexical.values(), default=0.0)
         expected = self._words.expected_score(query_terms(query), selection.collection_rows)
-        trust = self._words.share * self._weights.trust(best, expected)  # of what has no words yet, none were found
-        return fuse_scores(dense, lexical, self._weights, trust)
+        named = self._words.has_rare(query_identifiers(query), _RARE_CHUNKS, selection.collection_rows)
+        trust = 1.0 if named else self._weights.trust(best, expected)
+        return fuse_scores(dense, lexical, self._weights, self._words.share * trust)  # what has no words yet lacks some
 
     def _search_lexical(self, query: str, selection: Selection, limit: int) -> Scores:
         self._words.catch_up(self._store)

@@ -275,6 +275,11 @@ class WordIndex:
         chunks = self._count(searcher, among)
         return sum(_idf(self._holding(searcher, tokens, among), chunks) for tokens in self._analyze(terms))
 
+    def has_rare(self, terms: Sequence[str], most: int, collection_rows: Sequence[int] | None = None) -> bool:
+        """Whether one of the terms stands in some chunks, but in no more than `most`."""
+        searcher, among = self._index.searcher(), self._within("collection", collection_rows)
+        return any(0 < self._holding(searcher, tokens, among) <= most for tokens in self._analyze(terms))
+
     def _analyze(self, terms: Sequence[str]) -> list[list[str]]:
         return [tokens for term in terms if (tokens := self._analyzer.analyze(index_text(term)))]
 

@@ -13,7 +13,7 @@ from retrieval_kit import HashEmbedder, add, ingest, queue, sha
 
 from retrieval.embedder import MiniLMEmbedder
 from retrieval.index import FaissIndex, open_index
-from retrieval.lexical import query_terms
+from retrieval.lexical import query_identifiers, query_terms
 from retrieval.location import locate
 from retrieval.rerank import rerank
 from retrieval.search import FusionWeights, Retriever, fuse_scores
@@ -303,3 +303,20 @@ def test_what_the_reranker_does_not_read_stays_behind_and_the_search_has_its_say
     assert [hit.chunk for hit in ranked] == [hit.chunk for hit in hits]
     assert [hit.score for hit in ranked] == sorted((hit.score for hit in ranked), reverse=True)
     assert rerank(reranker, "apple", []) == []
+
+
+def test_a_code_leads_to_its_rows_whatever_the_other_words_are(store, retriever):
+    """Words that stand nowhere ("go", "ordered") let the words count for less, but codes have no other spelling."""
+    add(store, "\n\n".join(f"order ORD-{number} city Porto product lamp" for number in range(7000, 7060)))
+    for number in (7005, 7037, 7058):
+        query = f"Which town did the parcel that someone ordered as ORD-{number} finally go to?"
+        (hit,) = retriever.search(query, ["default"], SearchParams(1))
+        assert f"ORD-{number}" in hit.chunk.text
+
+
+def test_identifiers_are_codes_of_letters_and_digits():
+    assert query_identifiers("Is ORD-7020, v2.3 or B204 from 2024-01-02 (state-of-the-art)?") == [
+        "ord 7020",
+        "v2 3",
+        "b204",
+    ]
