@@ -51,7 +51,7 @@ async def test_a_question_of_any_length_is_too_long_for_the_context(client):
 
 async def test_text_that_is_too_long_is_counted_in_characters(client):
     detail = assert_problem(await client.post("/v1/search", json={"query": "a" * 40_000}), 422, "invalid_request")
-    assert detail["detail"] == "query: Value should have at most 32768 characters, not 40000"
+    assert detail["detail"] == "query: must have at most 32768 characters, not 40000"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ async def test_text_that_is_too_long_is_counted_in_characters(client):
             {"name": "../x"},
             "name: must be letters (a-z), digits, '.', '_' or '-', at most 64, a letter or digit first",
         ),
-        ("/v1/keys", {"name": ""}, "name: Value should have at least 1 character, not 0"),
+        ("/v1/keys", {"name": ""}, "name: must have at least 1 character, not 0"),
     ],
 )
 async def test_names_that_cannot_be_are_told_in_words(client, path, body, told):
