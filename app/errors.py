@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Match, Mount
 
 from app.auth import Forbidden, Unauthorized
+from app.field_checks import in_plain_words
 from app.limits import CollectionFull, RateLimited
 from app.log import request_id_var
 from app.uploads import BadUpload
@@ -219,7 +220,7 @@ def _describe_field(field: dict[str, Any], known: Sequence[str] = ()) -> str:
     place = ".".join(name for name in names if "[" not in name)  # brackets: which type of a union was tried
     if field["type"] == "json_invalid":
         return f"the body is not JSON: {field.get('ctx', {}).get('error', field['msg'])} at character {place}"
-    message = field["msg"].removeprefix("Value error, ")
+    message = field["msg"]
     if field["type"] == "extra_forbidden":
         nearest = difflib.get_close_matches(place, known, n=1)
         near = f"; the nearest is {nearest[0]!r}" if nearest else f"; those known are {', '.join(known)}"
@@ -232,8 +233,7 @@ def _describe_field(field: dict[str, Any], known: Sequence[str] = ()) -> str:
         )
     elif isinstance(field["input"], str):
         message = re.sub(r" (item|character)(s?) after validation", r" character\2", message)
-    message = re.sub(r"^(?:Input|String|List|Value) should (be|have|match)", r"must \1", message)
-    return f"{place or 'body'}: {message.replace(' after validation', '')}"
+    return f"{place or 'body'}: {in_plain_words(message)}"
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

@@ -5,6 +5,16 @@ import re
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+def in_plain_words(message: str) -> str:
+    """What pydantic says of a value, as a person would: "must be a whole number"."""
+    said = re.sub(
+        r"^(?:Input|String|List|Value) should (be|have|match)", r"must \1", message.removeprefix("Value error, ")
+    )
+    said = re.sub(r"a valid integer(, .*)?$", "a whole number", said.replace(" after validation", ""))
+    said = re.sub(r"a valid number(, .*)?$", "a number", re.sub(r"a valid boolean(, .*)?$", "true or false", said))
+    return said.replace("must be a valid string", "must be text").replace("must be a valid list", "must be a list")
+
+
 def plain(text: str) -> str:
     """Text that the database and JSON can hold."""
     if "\x00" in text:

@@ -16,6 +16,8 @@ from dotenv import dotenv_values
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from app.field_checks import in_plain_words
+
 PREFIX = "JAMBA_RAG_"
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 MIN_EVIDENCE_TOKENS = 64  # less holds no passage
@@ -331,7 +333,9 @@ def load_settings(env_file: Path | None = Path(".env"), **overrides: Any) -> Set
     try:
         settings = Settings(_env_file=env_file, **overrides)
     except ValidationError as error:
-        problems = "; ".join(f"{_env_name(e['loc'])}: {e['msg']}" for e in error.errors(include_input=False))
+        problems = "; ".join(
+            f"{_env_name(e['loc'])}: {in_plain_words(e['msg'])}" for e in error.errors(include_input=False)
+        )
         raise SettingsError(f"wrong setting: {problems}") from None
     _check_together(settings)
     return settings

@@ -19,6 +19,7 @@ from retrieval.store import DocumentStore, EmbedderMismatch, LeaseLost, StorageF
 from retrieval.types import Document
 
 _SMALL_BYTES = 256 << 10
+_STORAGE_SILENCE_S = 60.0
 _NO_ROOM_PAUSE_S = 30.0
 _LOG = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class IngestWorker:
         self._stopping = threading.Event()
         self._wake = threading.Condition()
         self._leases: set[_Lease] = set()
+        self._silent_until = 0.0  # about the disk
         limits_of_threads = [None] * threads + ([small_bytes] if threads and small_bytes else [])
         self._threads = [
             threading.Thread(target=self._work, args=(max_bytes,), name=f"ingest-{i}", daemon=True)
@@ -104,8 +106,8 @@ class IngestWorker:
         while not self._stopping.is_set():
             try:
                 document = self._store.lease_next(self.worker_id, self._lease_s, max_bytes)
-            except Exception:
-                _LOG.exception("cannot read the queue of uploads; trying again")
+            except Exception as error:
+                self._complain("cannot read the queue of uploads; trying again", error)
                 document = None
             if document is None:
                 with self._wake:
@@ -154,8 +156,8 @@ class IngestWorker:
             )
         except LeaseLost as lost:  # deleted or replaced meanwhile; or ready, and the error came after that
             _LOG.info("dropped: %s", lost, exc_info=error)
-        except Exception:
-            _LOG.exception("cannot write the end of document %s; it is taken up again after its lease", document.id)
+        except Exception as problem:
+            self._complain(f"cannot write the end of document {document.id}; it is taken up after its lease", problem)
 
     def _check(self, lease: _Lease) -> None:
         if lease.lost.is_set():
@@ -174,8 +176,16 @@ class IngestWorker:
             self._store.renew_lease(document.id, self.worker_id, self._lease_s, version=document.version)
         except LeaseLost:
             lease.lost.set()  # also when it has just been finished: nobody looks then
-        except Exception:
-            _LOG.exception("cannot renew the lease on document %s; trying again", document.id)
+        except Exception as error:
+            self._complain(f"cannot renew the lease on document {document.id}; trying again", error)
+
+    def _complain(self, what: str, error: Exception) -> None:
+        """Log what failed; of a disk without room, which fails all the time until there is some, a line a minute."""
+        if not isinstance(error, StorageFull | StorageUnwritable):
+            _LOG.error(what, exc_info=error)
+        elif (now := time.monotonic()) >= self._silent_until:
+            self._silent_until = now + _STORAGE_SILENCE_S
+            _LOG.warning("%s: %s", what, error)
 
 
 def _describe(error: Exception) -> tuple[str, str, bool, int | None]:

@@ -7,6 +7,7 @@ import pytest
 from app_kit import GARDEN
 
 from app.http_client import CommandFailed, Service, httpx
+from app.settings import SettingsError, load_settings
 
 pytestmark = pytest.mark.anyio
 
@@ -17,10 +18,13 @@ pytestmark = pytest.mark.anyio
         ({"question": "x", "colections": ["a"]}, "there is no field 'colections'; the nearest is 'collections'"),
         ({"question": "x", "zzz": 1}, "there is no field 'zzz'; those known are question, messages, collections"),
         ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "there is no field 'messages.0.name'"),
-        ({"question": 5}, "question: must be a valid string"),
+        ({"question": 5}, "question: must be text"),
         ({"question": "x", "mode": "best"}, "mode: must be 'auto', 'rag' or 'full_context'"),
         ({"question": "x", "messages": []}, "messages: must have at least 1 item, not 0"),
         ({"question": "x", "filters": []}, "filters: must be a JSON object"),
+        ({"question": "x", "collections": "a"}, "collections: must be a list"),
+        ({"question": "x", "seed": "a"}, "seed: must be a whole number"),
+        ({"question": "x", "stream": "often"}, "stream: must be true or false"),
         ([], "body: must be a JSON object"),
     ],
 )
@@ -67,3 +71,16 @@ def test_a_service_that_is_not_there_is_asked_after_without_numbers_of_the_syste
 def test_the_command_runs_as_a_module_too():
     done = subprocess.run([sys.executable, "-m", "app.cli", "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("jamba-rag ")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("SERVER__PORT", "http", "must be a whole number"),
+        ("SERVER__PORT", "99999", "must be less than or equal to 65535"),
+    ],
+)
+def test_a_wrong_setting_is_told_in_plain_words(monkeypatch, name, value, said):
+    monkeypatch.setenv(f"JAMBA_RAG_{name}", value)
+    with pytest.raises(SettingsError, match=f"JAMBA_RAG_{name}: {said}"):
+        load_settings(env_file=None)

@@ -18,7 +18,7 @@ from ingest.pipeline import IngestLimits, Job, ingest_document
 from ingest.sniff import DOCX, PDF
 from retrieval.embedder import MiniLMEmbedder
 from retrieval.index import FaissIndex, open_index
-from retrieval.store import DocumentStore, LeaseLost
+from retrieval.store import DocumentStore, LeaseLost, StorageFull
 from retrieval.types import Document
 
 T = TypeVar("T")
@@ -138,6 +138,21 @@ def test_a_full_disk_is_no_fault_of_the_documents_that_wait(place, start, monkey
     monkeypatch.setattr("ingest.files.shutil.disk_usage", lambda _: room)
     place.clock.now += 31
     assert place.wait(document.id, "ready", "failed").status == "ready"
+
+
+def test_a_disk_without_any_room_does_not_fill_the_log(place, start, monkeypatch, caplog):
+    asked = []
+
+    def no_room(*_: object) -> None:
+        asked.append(1)
+        raise StorageFull("no room on the disk; free some and try again")
+
+    monkeypatch.setattr(place.store, "lease_next", no_room)
+    start()
+    wait_for(lambda: len(asked) > 20)
+    told = [record for record in caplog.records if record.name == "ingest.jobs"]
+    assert [(record.levelname, record.exc_info) for record in told] == [("WARNING", None)]
+    assert "free some" in told[0].getMessage()
 
 
 def test_doing_it_again_changes_nothing(place, embedder):
