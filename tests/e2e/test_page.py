@@ -103,6 +103,12 @@ def test_says_what_a_question_will_read(page, handbook):
     assert "too long to be read whole" in describe(False, False)
 
 
+def test_sizes_have_three_digits_at_most(page):
+    script = "return (await import('/web/dom.js')).formatBytes(arguments[0])"
+    shown = [page.driver.execute_script(script, size) for size in (7, 999, 1000, 999_400, 999_977, 999_999_999)]
+    assert shown == ["7 bytes", "999 bytes", "1.0 KB", "999 KB", "1.0 MB", "1.0 GB"]
+
+
 def test_empty_collection_asks_for_documents_first(page, handbook):
     with page.screen(360):
         assert page.find("#welcome-empty").is_displayed()
