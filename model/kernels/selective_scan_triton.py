@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 16
+CHUNK = 8
 SEGMENT = 256  # a multiple of CHUNK
 BLOCK_E, NUM_WARPS = 32, 1  # channels of a program and its warps, forward
 BACK_E, BACK_WARPS = 32, 1  # and backward

@@ -261,7 +261,7 @@ class Run:
         self.saved = self.scored = self.waited = 0.0
 
     def share(self) -> float:
-        """How far the schedule is at the step that begins; the first rows and the compiler's work are not the stage's."""
+        """How far the schedule is, as a step begins; the first rows and the compiler's work are not the stage's."""
         args = self.args
         return args.from_share + (args.to_share - args.from_share) * self.clock.tick() / self.seconds
 
