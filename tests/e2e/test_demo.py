@@ -20,9 +20,14 @@ SAMPLES = ROOT / "samples"
 DEMO_IN = "import pathlib, sys; from app import demo; demo.DATA_DIR = pathlib.Path(sys.argv[1]); demo.main()"
 
 
-def test_demo_answers_with_page_and_cache(tmp_path):
-    """On a data dir of its own, so that nothing is there already."""
-    command = [sys.executable, "-W", "error::ResourceWarning", "-c", DEMO_IN, str(tmp_path / "demo")]
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data dir of its own, so that nothing is there already; the demo leaves the samples in it."""
+    return tmp_path_factory.mktemp("demo") / "data"
+
+
+def test_demo_answers_with_page_and_cache(data):
+    command = [sys.executable, "-W", "error::ResourceWarning", "-c", DEMO_IN, str(data)]
     environment = os.environ | {"COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
     demo = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=240, check=False
@@ -37,11 +42,11 @@ def test_demo_answers_with_page_and_cache(tmp_path):
     assert "there already" not in demo.stdout and "Traceback" not in demo.stderr
 
 
-def test_price_that_no_document_gives_is_not_found(tmp_path):
+def test_price_that_no_document_gives_is_not_found(data):
     """With default settings, over all samples. Not every near miss is refused: bench/answers.py says how many."""
     questions = json.loads((SAMPLES / "questions.json").read_text(encoding="utf-8"))["unanswerable"]
     question = next(item["question"] for item in questions if item["id"] == "u01")
-    settings = load_settings(None, data_dir=tmp_path / "data", url=None)
+    settings = load_settings(None, data_dir=data, url=None)
     with connect(settings) as service:
         ingest_files(service, expand_paths([str(SAMPLES / "documents")]), {"collection": "samples"})
         answer = service.request("POST", "/v1/answers", json={"question": question, "collections": ["samples"]})

@@ -28,15 +28,16 @@ def scan_inputs(b: int, t: int, e: int, n: int) -> dict[str, torch.Tensor]:
     return {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": torch.randn(e, device=DEVICE), "z": z}
 
 
-@pytest.fixture(params=[32, 256])
-def segment(request, monkeypatch):
-    """Rows in several segments without being long."""
-    monkeypatch.setattr("model.kernels.selective_scan_triton.SEGMENT", request.param)
+@pytest.fixture
+def cut(monkeypatch):
+    """cut(steps): segments of that length, so that rows have several without being long."""
+    return lambda steps: monkeypatch.setattr("model.kernels.selective_scan_triton.SEGMENT", steps)
 
 
-@pytest.mark.usefixtures("segment")
+@pytest.mark.parametrize("segment", [32, 256])
 @pytest.mark.parametrize(("b", "t", "e", "n"), [(2, 37, 33, 16), (1, 64, 5, 4), (1, 1, 32, 17), (2, 97, 7, 3)])
-def test_scan_from_a_state_equals_the_definition(b, t, e, n):
+def test_scan_from_a_state_equals_the_definition(cut, segment, b, t, e, n):
+    cut(segment)
     torch.manual_seed(t)
     inputs, state = scan_inputs(b, t, e, n), torch.randn(b, e, n, device=DEVICE)
     expected_state = state.double()
@@ -46,9 +47,19 @@ def test_scan_from_a_state_equals_the_definition(b, t, e, n):
     assert relative(state, expected_state) < 1e-6
 
 
-@pytest.mark.usefixtures("segment")
-@pytest.mark.parametrize(("b", "t", "e", "n"), [(2, 37, 33, 16), (1, 65, 7, 5), (2, 97, 34, 4), (1, 128, 5, 2)])
-def test_gradients_of_the_scan_equal_those_of_the_definition(b, t, e, n):
+@pytest.mark.parametrize(
+    ("segment", "b", "t", "e", "n"),
+    [
+        (256, 2, 37, 33, 16),
+        (256, 1, 65, 7, 5),
+        (32, 2, 37, 33, 16),
+        (32, 1, 65, 7, 5),
+        (32, 2, 97, 7, 4),
+        (32, 1, 128, 5, 2),
+    ],
+)
+def test_gradients_of_the_scan_equal_those_of_the_definition(cut, segment, b, t, e, n):
+    cut(segment)
     torch.manual_seed(t)
     inputs = {k: v.detach().requires_grad_() for k, v in scan_inputs(b, t, e, n).items()}
     exact = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}
