@@ -59,7 +59,12 @@ struct Thread {
     std::vector<std::vector<Copy>> groups;  // committed and not yet waited for
 };
 
+struct Warp {
+    unsigned waiting, gone;  // lanes that wait in an operation; that have ended, or were never there
+};
+
 static Thread threads[MAX_THREADS];
+static Warp warps[MAX_THREADS / WARP];
 static unsigned char* stacks;
 static int current, barrier_vote, barrier_result;
 static unsigned launches;
@@ -91,28 +96,29 @@ static void check_aligned(const void* pointer, const char* what) {
 // The last lane of `mask` to arrive does `op` for all of them.
 static void warp_operation(unsigned mask, WarpOp op, void* operands) {
     const int first = current / WARP * WARP;
+    const unsigned own = 1u << (current - first), others = mask & ~own;
     Thread& me = threads[current];
-    if (!(mask >> (current - first) & 1)) fail("a warp operation whose mask %08x leaves out its caller", mask);
+    Warp& warp = warps[current / WARP];
+    if (!(mask & own)) fail("a warp operation whose mask %08x leaves out its caller", mask);
+    if (others & warp.gone) fail("lane %d of the mask %08x is not there", __builtin_ctz(others & warp.gone), mask);
     me.mask = mask, me.op = op, me.operands = operands;
+    const bool complete = !(others & ~warp.waiting);
     void* lanes[WARP] = {};
-    bool complete = true;
-    const int total = blockDim.x * blockDim.y * blockDim.z;
-    for (int lane = 0; lane < WARP; ++lane) {
-        if (!(mask >> lane & 1) || first + lane == current) continue;
-        Thread& other = threads[first + lane];
-        if (first + lane >= total || other.state == DONE) fail("lane %d of the mask %08x is not there", lane, mask);
-        if (other.state != AT_WARP) {
-            complete = false;
-        } else if (other.mask != mask || other.op != op) {
-            fail("lane %d waits in another warp operation", lane);
-        }
-        lanes[lane] = other.operands;
-    }
     lanes[current - first] = operands;
-    if (!complete) return leave(AT_WARP);
+    for (unsigned left = others & warp.waiting; left; left &= left - 1) {
+        const int lane = __builtin_ctz(left);
+        Thread& other = threads[first + lane];
+        if (other.mask != mask || other.op != op) fail("lane %d waits in another warp operation", lane);
+        if (!complete) break;  // those that wait have been compared with each other
+        lanes[lane] = other.operands;
+        other.state = RUNNABLE;
+    }
+    if (!complete) {
+        warp.waiting |= own;
+        return leave(AT_WARP);
+    }
+    warp.waiting &= ~mask;
     op(lanes, mask);
-    for (int lane = 0; lane < WARP; ++lane)
-        if (mask >> lane & 1) threads[first + lane].state = RUNNABLE;
 }
 
 template <typename T>
@@ -192,10 +198,13 @@ static void multiply(void** lanes, unsigned) {
     }
 }
 
+// A thread of one block after the other, until an error leaves it somewhere inside.
 static void enter() {
-    run_thread(run_argument);
-    threads[current].state = DONE;
-    _longjmp(scheduler, 1);
+    for (;;) {
+        run_thread(run_argument);
+        warps[current / WARP].gone |= 1u << current % WARP;
+        leave(DONE);
+    }
 }
 
 static void resume(int index) {
@@ -232,9 +241,9 @@ static bool release_barrier(int total) {
 }
 
 static bool run_block(int total, bool backwards) {
+    for (int i = 0; i * WARP < total; ++i) warps[i] = {0, total - i * WARP < WARP ? ~0u << (total - i * WARP) : 0};
     for (int i = 0; i < total; ++i) {
         threads[i].state = RUNNABLE;
-        threads[i].started = false;
         threads[i].issued.clear();
         threads[i].groups.clear();
     }
@@ -294,6 +303,8 @@ static bool run_grid(size_t shared_bytes) {
                 good = run_block(total, number % 2) && fences_hold(shared_bytes);
             }
     free(room);
+    if (!good)
+        for (auto& thread : threads) thread.started = false;
     return good;
 }
 
