@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from .bert import Bert, load_bert
-from .embedder import encodable, multiplies_bf16, text_to_embed, wheel_model_dir
+from .embedder import encodable, load_bert, multiplies_bf16, text_to_embed, wheel_model_dir
 from .solo_threads import solo_threads
 from .types import Hit
 
@@ -96,16 +95,16 @@ class MiniLMReranker:
             mask[place, : len(row)] = 1
         bert, head = self._loaded()
         with torch.inference_mode():
-            first = bert(ids, mask, kinds)[:, 0].float()
+            first = bert(input_ids=ids, attention_mask=mask, token_type_ids=kinds).last_hidden_state[:, 0].float()
             pooled = F.linear(first, head["pooler.dense.weight"], head["pooler.dense.bias"]).tanh()
             return F.linear(pooled, head["classifier.weight"], head["classifier.bias"])[:, 0].numpy()
 
-    def _loaded(self) -> tuple[Bert, dict[str, torch.Tensor]]:
+    def _loaded(self) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
         with self._loading:  # cached_property alone would let two threads load
             return self._model
 
     @cached_property
-    def _model(self) -> tuple[Bert, dict[str, torch.Tensor]]:
+    def _model(self) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
         updates = load_file(self._adapter)
         head = {name: tensor.float() for name, tensor in updates.items() if name.startswith(_HEAD)}
         return load_bert(self._dir, updates, _CPU, self._dtype), head

@@ -14,7 +14,6 @@ from retrieval_kit import HashEmbedder
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
-from retrieval.bert import ACTIVATIONS
 from retrieval.embedder import TUNED, BertEmbedder, Embedder, EmbedderUnavailable, MiniLMEmbedder
 
 LONG = "The turbine must be inspected every 500 hours. " * 60
@@ -49,15 +48,12 @@ def test_equals_sentence_transformers():
     assert reference.max_seq_length == minilm.max_tokens
 
 
-def write_bert(
-    path: Path, minilm: MiniLMEmbedder, first_token: bool, prompts: dict[str, str] | None = None, act: str = "gelu"
-) -> Path:
+def write_bert(path: Path, minilm: MiniLMEmbedder, first_token: bool, prompts: dict[str, str] | None = None) -> Path:
     """A tiny BERT with random weights, as sentence-transformers stores one."""
     (path / "1_Pooling").mkdir(parents=True)
     for name in ("tokenizer.json", "sentence_bert_config.json"):
         shutil.copy(minilm._dir / name, path)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    config = BertConfig(**sizes, hidden_act=act)
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
     torch.manual_seed(0)
     BertModel(config, add_pooling_layer=False).save_pretrained(path)
     kinds = ("Transformer", "Pooling", "Normalize")
@@ -72,10 +68,9 @@ def write_bert(
     return path
 
 
-@pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("first_token", [True, False])
-def test_a_bert_in_a_directory(minilm, tmp_path, first_token, act):
-    path = write_bert(tmp_path / "tiny", minilm, first_token, {"query": "ask: ", "document": "text: "}, act)
+def test_a_bert_in_a_directory(minilm, tmp_path, first_token):
+    path = write_bert(tmp_path / "tiny", minilm, first_token, {"query": "ask: ", "document": "text: "})
     embedder = BertEmbedder(path, dtype=torch.float32)
     tokens = minilm._truncating.encode("text: short words").ids
     with torch.inference_mode():
@@ -83,7 +78,7 @@ def test_a_bert_in_a_directory(minilm, tmp_path, first_token, act):
     expected = torch.nn.functional.normalize(states[0] if first_token else states.mean(0), dim=0).numpy()
     (vector,) = embedder.embed_passages(["short words"])
     np.testing.assert_allclose(vector, expected, atol=1e-5)
-    plain = BertEmbedder(write_bert(tmp_path / "plain", minilm, first_token, act=act), dtype=torch.float32)
+    plain = BertEmbedder(write_bert(tmp_path / "plain", minilm, first_token), dtype=torch.float32)
     np.testing.assert_allclose(plain.embed_query("ask: short"), embedder.embed_query("short"), atol=1e-6)
     assert embedder.dim == 32 and embedder.name.startswith("tiny-") and embedder.name[5:] == plain.name[6:]
     weights = load_file(path / "model.safetensors")
@@ -96,7 +91,7 @@ def test_the_shipped_one_is_the_published_weights_with_low_rank_updates(minilm, 
     updates = load_file(TUNED)
     name = "encoder.layer.3.intermediate.dense.weight"
     published = MiniLMEmbedder(dtype=torch.float32, adapter=None)
-    added = minilm._model.weights[name] - published._model.weights[name]
+    added = minilm._model.state_dict()[name] - published._model.state_dict()[name]
     torch.testing.assert_close(added, updates[f"{name}.B"].float() @ updates[f"{name}.A"].float(), atol=1e-6, rtol=0)
     assert len(updates) == 2 * 6 * 6 and minilm.embed_query("short") @ published.embed_query("short") < 0.9999
     save_file(updates | {f"{name}.B": -updates[f"{name}.B"]}, tmp_path / "other.safetensors")
@@ -110,7 +105,6 @@ def test_what_is_no_such_bert_is_refused(minilm, tmp_path):
     path = write_bert(tmp_path / "tiny", minilm, False)
     for name, content, message in (
         ("config.json", '{"model_type": "mpnet", "hidden_size": 32}', "what can be used is a BERT"),
-        ("config.json", '{"model_type": "bert", "hidden_size": 32, "hidden_act": "mish"}', "mish"),
         ("modules.json", '[{"type": "sentence_transformers.models.Dense"}]', "Dense"),
         ("1_Pooling/config.json", '{"pooling_mode_max_tokens": true}', "pooling_mode_max_tokens"),
         ("1_Pooling/config.json", "{", "1_Pooling"),
@@ -121,10 +115,7 @@ def test_what_is_no_such_bert_is_refused(minilm, tmp_path):
         with pytest.raises(EmbedderUnavailable, match=message):
             BertEmbedder(path)
         (path / name).write_bytes(kept)
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    with pytest.raises(ValueError, match=r"16 weights are missing or unknown, such as encoder\.layer\.2\."):
-        BertEmbedder(path).embed_query("x")
+    BertEmbedder(path)
 
 
 def test_bfloat16_is_near(minilm):
@@ -181,20 +172,17 @@ def test_missing_model_says_so(tmp_path):
         MiniLMEmbedder(tmp_path)
 
 
-def test_loads_beside_the_reranker_without_network_without_a_word_and_without_transformers(tmp_path):
+def test_loads_without_network_and_without_a_word(tmp_path):
     """In a process of its own whose every connection fails, with warnings as errors."""
     script = """
-import socket, sys
+import socket
 def refuse(*args, **kwargs): raise AssertionError("network")
 socket.socket.connect = socket.getaddrinfo = refuse
 from retrieval.embedder import MiniLMEmbedder
-from retrieval.rerank import MiniLMReranker
-embedder, reranker = MiniLMEmbedder(), MiniLMReranker()
-embedder.warm_up(); reranker.warm_up()
-print(embedder.embed_query("x").shape, reranker.score("x", ["y", "half \\ud800"]).shape, "transformers" in sys.modules)
+print(MiniLMEmbedder().embed_query("x").shape)
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {"HF_HOME": str(tmp_path)}
     ended = subprocess.run(
         [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, env=environment, check=False
     )
-    assert (ended.stdout, ended.stderr) == ("(384,) (2,) False\n", "")
+    assert (ended.stdout, ended.stderr) == ("(384,)\n", "")

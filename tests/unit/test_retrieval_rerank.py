@@ -1,5 +1,7 @@
 """Rerankers: a cross-encoder on a tiny random checkpoint made here, and the one that ships."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -74,3 +76,16 @@ def test_the_shipped_one_scores_as_it_was_trained():
     assert reranker.score(query, []).shape == (0,)
     alone = [float(reranker.score(query, [passage])[0]) for passage in passages]
     assert alone == pytest.approx(expected.tolist(), abs=1e-4) and alone[0] > alone[2] + 1
+
+
+def test_the_shipped_one_loads_beside_an_embedder():
+    """Both import a part of `transformers` for the first time, each in a thread; in a process of its own."""
+    script = """
+from retrieval.embedder import MiniLMEmbedder
+from retrieval.rerank import MiniLMReranker
+embedder, reranker = MiniLMEmbedder(), MiniLMReranker()
+embedder.warm_up(); reranker.warm_up()
+print(embedder.embed_query("x").shape, reranker.score("x", ["y", "half \\ud800"]).shape)
+"""
+    ended = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
+    assert (ended.stdout, ended.stderr) == ("(384,) (2,)\n", "")
