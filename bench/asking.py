@@ -28,9 +28,10 @@ class Reply:
 
 
 def evidence_of(passages: Sequence[tuple[str, str]], mode: Literal["rag", "full_context"] = "rag") -> Evidence:
-    """Titles and texts as evidence. A text is a document: what the prompt's format knows of one is never another's."""
+    """Titles and texts as evidence. A text is a document, and has one number as every document has: what the prompt's
+    format knows of one is never another's."""
     spans = [
-        Passage(hashlib.sha256(text.encode()).hexdigest(), 1, "bench", i, title, title, text, 0, len(text))
+        Passage(hashlib.sha256(f"{i} {text}".encode()).hexdigest(), 1, "bench", i, title, title, text, 0, len(text))
         for i, (title, text) in enumerate(passages, start=1)
     ]
     return Evidence(tuple(spans), mode, 0)

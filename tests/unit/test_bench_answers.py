@@ -1,7 +1,7 @@
 """What benchmarks ask about is what a question came with, whatever was asked before."""
 
 from app.prompting import QuoteFormat
-from app.quotes import TokenBytes
+from app.quotes import QuoteLimits, TokenBytes
 from app.settings import SHIPPED_CHECKPOINT
 from bench.asking import evidence_of
 from model.tokenizer import Tokenizer
@@ -13,3 +13,15 @@ def test_a_text_is_read_as_itself_behind_one_of_the_same_length():
     for colour in ("red", "old"):
         prompt = prompts.build_prompt("Which lamp?", evidence_of([("Lamps", f"The lamp is {colour}.")]))
         assert f"The lamp is {colour}." in tokenizer.decode(list(prompt.token_ids), skip_special=False)
+
+
+def test_a_text_may_stand_first_in_one_evidence_and_second_in_another():
+    tokenizer, vocabulary = Tokenizer.load(SHIPPED_CHECKPOINT), TokenBytes.read(SHIPPED_CHECKPOINT)
+    prompts = QuoteFormat(tokenizer, vocabulary, max_context_tokens=1000)
+    lamp, owl = ("Lamps", "The lamp is red."), ("Owls", "An owl sees at night.")
+    for texts in ([owl, lamp], [lamp, owl]):
+        constraint = prompts.constrain(evidence_of(texts), QuoteLimits())
+        form = prompts.answer_tokens(evidence_of(texts))
+        quote = [form.quote, *tokenizer.encode("The lamp is red."), form.end_quote]
+        first = constraint.allowed(quote)
+        assert first[0] == form.document_ids[texts.index(lamp) + 1][0]
