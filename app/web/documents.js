@@ -173,7 +173,8 @@ export class DocumentsPanel {
     this.factsLooks = FACTS_LOOKS;
     const names = this.collections.map((collection) => collection.name);
     if (!names.length) names.push("default");
-    this.select.replaceChildren(...names.map((name) => h("option", { value: name }, name)));
+    if ([...this.select.options].map(({ value }) => value).join() !== names.join()) // a list that is open stays so
+      this.select.replaceChildren(...names.map((name) => h("option", { value: name }, name)));
     this.select.value = names.includes(chosen) ? chosen : names.includes("default") ? "default" : names[0];
     this.showFacts();
   }

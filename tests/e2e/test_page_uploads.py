@@ -73,6 +73,13 @@ def test_a_document_deleted_elsewhere_leaves_the_list(page, handbook):
     assert not page.find_all("#documents-error")
 
 
+def test_the_list_of_collections_stays_as_it_is_when_none_comes_or_goes(page, handbook):
+    facts, option = page.find("#collection-facts").text, page.find("#collection option:checked")
+    page.add(handbook)
+    page.wait(lambda: page.find("#collection-facts").text != facts)
+    assert option.is_selected()  # and is not another one in its place
+
+
 def test_an_upload_that_failed_is_still_there_after_a_look_at_another_collection(page, tmp_path):
     program = tmp_path / "program.bin"
     program.write_bytes(bytes(range(256)) * 40)
