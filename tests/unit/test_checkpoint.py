@@ -107,8 +107,8 @@ def test_it_is_small_enough_to_ship():
 
 def test_transformers_continues_alike(fp32_folder: Path):
     ours, theirs = load_model(fp32_folder), load_transformers(fp32_folder)
-    for prompt in sample_prompts(4):
-        mine, expected = continue_ours(ours, prompt, 6), continue_theirs(theirs, prompt, 6)
+    for prompt in sample_prompts(8):
+        mine, expected = continue_ours(ours, prompt, 12), continue_theirs(theirs, prompt, 12)
         assert mine.token_ids == expected.token_ids
         assert relative_rms(mine, expected, len(prompt)) < 1e-5
 
