@@ -38,17 +38,18 @@ class AskedLines:
     def __init__(self, question: str, passages: Sequence[Passage]) -> None:
         self._passages, self._wanted = passages, _keys(" ".join(content_words(question)))
         self._rows = [row for passage in passages for row in _rows_of(passage)] if self._wanted else []
-        self._rarity = self._weigh([row.text for row in self._rows])
-        self._weights = [self._weight(row.text) for row in self._rows]
+        said = [self._wanted.intersection(_keys(row.text)) for row in self._rows]
+        counts = Counter(stem for stems in said for stem in stems)
+        # the more rows have a word, the less it says; what all of them have says nothing
+        self._rarity = {stem: 1 / count for stem, count in counts.items() if count < len(said)}
+        self._weights = [self._weigh(stems) for stems in said]
         self._best = max(self._weights, default=0.0)
 
-    def _weigh(self, lines: Sequence[str]) -> dict[str, float]:
-        """The more of the lines have a word, the less it says; what all of them have says nothing."""
-        counts = Counter(stem for line in lines for stem in self._wanted.intersection(_keys(line)))
-        return {stem: 1 / count for stem, count in counts.items() if count < len(lines)}
+    def _weigh(self, stems: Iterable[str]) -> float:
+        return sum(self._rarity.get(stem, 0.0) for stem in stems)
 
     def _weight(self, line: str) -> float:
-        return sum(self._rarity.get(stem, 0.0) for stem in self._wanted.intersection(_keys(line)))
+        return self._weigh(self._wanted.intersection(_keys(line)))
 
     def named(self) -> list[Passage]:
         """The rows that the question names, each as a passage; none if it names none or many."""
