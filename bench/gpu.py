@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="comma-separated, in their order")
     parser.add_argument("--segments", help="prefill segment lengths, comma-separated")
-    parser.add_argument("--contexts", help="prefill lengths, comma-separated")
+    parser.add_argument("--contexts", help="lengths of prefills and of kept prefixes, comma-separated")
     parser.add_argument("--limit-s", type=float, default=75.0, help="longest time of one section")
     parser.add_argument("--quick", action="store_true", help="few rows of each section, 15 s at most")
     parser.add_argument("--w8a8", action="store_true", help="as quantize: w8a8")
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"no section {', '.join(sorted(strangers))}; there are {', '.join(SECTIONS)}")
     sizes = QUICK_SIZES if arguments.quick else Sizes()
     sizes = SMALL_SIZES if arguments.shape.startswith("small") else sizes
-    changed = {"segments": arguments.segments, "prefill": arguments.contexts}
+    changed = {"segments": arguments.segments, "prefill": arguments.contexts, "first_token": arguments.contexts}
     for field, text in changed.items():
         if text:
             sizes = replace(sizes, **{field: tuple(map(int, text.split(",")))})

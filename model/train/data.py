@@ -154,7 +154,7 @@ class QaRows:
     passages read, and questions that lead a search to it, most of them in vain.
     """
 
-    LONE: ClassVar = {256: 1.0, 512: 0.5}  # share of the rows of a length in which a passage stands alone
+    LONE: ClassVar = {256: 1.0, 512: 0.7}  # share of the rows of a length in which a passage stands alone
     LONE_INVENTED: ClassVar = 0.2  # of these: tables for the most part
     FIRST: ClassVar = {"cloze": 0.12, "templated": 0.18, "statements": 0.25, "pairs": 0.45}
     LAST: ClassVar = {"cloze": 0.04, "templated": 0.16, "statements": 0.2, "pairs": 0.6}
