@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class PrefixCache:
 
     `fingerprint` names the model (prefix_plan.state_fingerprint). A DeviceStateStore, which only the first may be, has
     a state at once; the others are written on a thread, which `close` ends. What is found in a slower store is copied
-    into the faster ones. The stores stay their owner's to close.
+    into the faster ones in the same way. The stores stay their owner's to close.
     """
 
     def __init__(
@@ -152,7 +153,7 @@ class PrefixCache:
             items.append(_describe(plan, plan.block_keys[i], (i + 1) * size, StateTensors((block,))))
         tail = state.read_kv(position - position % size, position)
         items.append(_describe(plan, key, position, StateTensors((*snapshot.tensors, tail))))
-        if not self._put(plan, [one for one in (self._device, self._behind) if one is not None], items):
+        if not self._put(plan, items, *(one.put_many for one in (self._device, self._behind) if one is not None)):
             return False
         state.origin = _origin(plan, position)
         with self._lock:
@@ -174,11 +175,11 @@ class PrefixCache:
             store.delete(tags=tags)
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until the stores below the device have all that was saved; False if it took longer."""
+        """Wait until the stores below the device have all that was saved or found; False if it took longer."""
         return self._behind is None or self._behind.flush(timeout_s)
 
     def close(self) -> None:
-        """Encode what waits for it. To be called before the stores are closed; twice does no harm."""
+        """Write what was saved. To be called before the stores are closed; twice does no harm."""
         if self._behind is not None:
             self._behind.close()
 
@@ -197,18 +198,19 @@ class PrefixCache:
         nearest = self._stores[0]
         if not start or nearest.tier == "redis":  # asking a server would make the answer wait
             return list(range(start, end))
+        waiting = self._behind.keys() if self._device is None and self._behind is not None else frozenset()
         there = nearest.contains_many(plan.block_keys[:start], peek=True)
-        return [i for i in range(end) if i >= start or not there[i]]
+        return [i for i in range(end) if i >= start or not (there[i] or plan.block_keys[i] in waiting)]
 
-    def _put(self, plan: PrefixPlan, stores: Sequence[StateStore | WriteBehind], items: Sequence[StateItem]) -> bool:
+    def _put(self, plan: PrefixPlan, items: Sequence[StateItem], *puts: Callable[[Sequence[StateItem]], None]) -> bool:
         """Put the items unless one of their documents was invalidated since the plan was made."""
         tags = frozenset().union(*(item.tags for item in items))
         with self._lock:  # an invalidation waits, and then deletes what was put
             if any(self._invalidated.get(tag, self._forgotten_epoch) > plan.epoch for tag in tags):
                 self._stats.refused += 1
                 return False
-            for store in stores:
-                store.put_many(items)
+            for put in puts:
+                put(items)
         return True
 
     def _locate(self, keys: Sequence[str], peek: bool) -> dict[str, int]:
@@ -277,18 +279,16 @@ class PrefixCache:
             return list(pool.map(decode, values))
 
     def _promote(self, plan: PrefixPlan, position: int, where: dict[str, int], loaded: dict[str, StateTensors]) -> None:
-        """Copy what came from slower stores into the faster ones."""
+        """Copy what came from slower stores to the device, and behind the answer to the stores between."""
         size = plan.block_tokens
         ends = [(key, (i + 1) * size) for i, key in enumerate(plan.block_keys[: position // size])]
         ends.append((plan.snapshot_keys[position], position))
-        for level in range(self._first + 1, len(self._stores)):
-            ends_here = [(key, end) for key, end in ends if where[key] == level]
-            for store in self._stores[self._first : level] if ends_here else ():
-                for key, _ in ends_here:  # from where the device reads them faster, too
-                    loaded[key] = loaded[key].pinned()
-                self._put(plan, [store], [_describe(plan, key, end, loaded[key]) for key, end in ends_here])
         if self._device is not None:
             self._bring_to_device(plan, self._device, ends, where, loaded)
+        for level in range(self._first + 1, len(self._stores)):
+            items = [_describe(plan, key, end, loaded[key]) for key, end in ends if where[key] == level]
+            if items and self._behind is not None:
+                self._put(plan, items, partial(self._behind.promote, levels=level - self._first, source=self._device))
 
     def _bring_to_device(
         self,
@@ -305,13 +305,15 @@ class PrefixCache:
             return
         try:
             for key in strangers:
-                loaded[key] = StateTensors(tuple(x.to(device.device, non_blocking=True) for x in loaded[key].tensors))
+                # what is not pinned was received into memory that is used again as soon as nobody has it
+                moved = (x.to(device.device, non_blocking=x.is_pinned()) for x in loaded[key].tensors)
+                loaded[key] = StateTensors(tuple(moved))
         except torch.OutOfMemoryError:
             _log.warning("no memory on %s to bring %d bytes of states there", device.device, nbytes)
             return
         there = device.contains_many([key for key, _ in ends], peek=True)  # less what has just made room
         missing = [end for end, kept in zip(ends, there, strict=True) if not kept]
-        self._put(plan, [device], [_describe(plan, key, end, loaded[key]) for key, end in missing])
+        self._put(plan, [_describe(plan, key, end, loaded[key]) for key, end in missing], device.put_many)
 
 
 def _describe(plan: PrefixPlan, key: str, end: int, value: StateTensors) -> StateItem:

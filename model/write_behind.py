@@ -1,7 +1,8 @@
-"""Brings states from where they are made to the stores below, on a thread of its own: no answer waits for these.
+"""Brings states from where they are to other stores on a thread of its own: no answer waits for these.
 
-They are encoded once for all stores that keep bytes, and copied for those that keep tensors. Start at
-`WriteBehind.put_many`; who reads the stores, and decides what is kept: prefix_cache.py.
+They are encoded once for all stores that keep bytes, and copied for those that keep tensors: memory that a GPU reads
+at full rate takes a second a GB to get. Start at `WriteBehind.put_many`, for what was made, and `WriteBehind.promote`,
+for what was found; who reads the stores, and decides what is kept: prefix_cache.py.
 """
 
 from __future__ import annotations
@@ -11,14 +12,26 @@ import threading
 from collections import deque
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 
+from model.device_store import StateTensors
 from model.state_codec import encode_value
 from model.state_store import StateItem, StateStore
 
-_BATCH_BYTES = 16 << 20
+_MAX_JOBS = 1 << 14  # that wait of a kind: a value that is still elsewhere weighs nothing here
 _log = logging.getLogger(__name__)
+
+
+class _Job(NamedTuple):
+    """`held` bytes of a value wait with it: none if it is to be taken from `source`, should that still have it."""
+
+    item: StateItem
+    stores: Sequence[StateStore]
+    held: int
+    source: StateStore | None = None
+    promotes: bool = False
 
 
 class WriteBehind:
@@ -30,8 +43,9 @@ class WriteBehind:
     def __init__(self, stores: Sequence[StateStore], layout: str, max_pending_bytes: int = 1 << 30) -> None:
         self._stores, self._layout, self._max_pending_bytes = tuple(stores), layout, max_pending_bytes
         self._stream: torch.cuda.Stream | None = None
-        self._pending: deque[StateItem] = deque()
-        self._writing: tuple[StateItem, ...] = ()
+        self._saves: deque[_Job] = deque()
+        self._promotions: deque[_Job] = deque()  # their turn is when nothing is left to save
+        self._writing: _Job | None = None
         self._pending_bytes = self._dropped = 0
         self._closed = False
         self._changed = threading.Condition()
@@ -39,81 +53,115 @@ class WriteBehind:
         self._thread.start()
 
     def put_many(self, items: Sequence[StateItem]) -> None:
-        with self._changed:
-            for item in items:
-                if self._closed or self._pending_bytes + len(item.value) > self._max_pending_bytes:
-                    self._dropped += 1
-                    continue
-                self._pending.append(item)
-                self._pending_bytes += len(item.value)
-            self._changed.notify_all()
+        self._add([_Job(item, self._stores, len(item.value)) for item in items])
+
+    def promote(self, items: Sequence[StateItem], levels: int, source: StateStore | None = None) -> None:
+        """Copy what was found further below into the first `levels` stores, but not what they have by then.
+
+        What `source`, a store that keeps tensors, has of the items is taken from there and does not wait here.
+        """
+        stores = self._stores[:levels]
+        there = source.contains_many([item.key for item in items], peek=True) if source else [False] * len(items)
+        jobs = []
+        for item, kept in zip(items, there, strict=True):
+            if kept:
+                jobs.append(_Job(item._replace(value=b""), stores, 0, source, promotes=True))
+            else:
+                jobs.append(_Job(item, stores, len(item.value), promotes=True))
+        self._add(jobs)
 
     def forget(self, tags: Collection[str]) -> None:
         """Drop what waits and has one of these tags; returns when nothing of the kind can still reach a store."""
         wanted = frozenset(tags)
         with self._changed:
-            self._pending = deque(item for item in self._pending if wanted.isdisjoint(item.tags))
-            self._pending_bytes = sum(len(item.value) for item in self._pending)
-            batch = self._writing
-            if not all(wanted.isdisjoint(item.tags) for item in batch):
-                self._changed.wait_for(lambda: self._writing is not batch)
+            self._saves = deque(job for job in self._saves if wanted.isdisjoint(job.item.tags))
+            self._promotions = deque(job for job in self._promotions if wanted.isdisjoint(job.item.tags))
+            self._pending_bytes = sum(job.held for job in (*self._saves, *self._promotions))
+            if (writing := self._writing) is not None and not wanted.isdisjoint(writing.item.tags):
+                self._changed.wait_for(lambda: self._writing is not writing)
             self._changed.notify_all()
+
+    def keys(self) -> frozenset[str]:
+        """Of what is on its way."""
+        with self._changed:
+            writing = () if self._writing is None else (self._writing,)
+            return frozenset(job.item.key for job in (*writing, *self._saves, *self._promotions))
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until everything put so far is written or dropped; False if that took longer than `timeout_s`."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._pending and not self._writing, timeout_s)
+            return self._changed.wait_for(lambda: not (self._saves or self._promotions or self._writing), timeout_s)
 
     def stats(self) -> dict[str, int]:
         with self._changed:
             return {"dropped": self._dropped, "pending_bytes": self._pending_bytes}
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Write what waits, for at most `timeout_s`, and end the thread. The stores stay open."""
-        self.flush(timeout_s)
+        """Write what was saved, for at most `timeout_s`, and end the thread. The stores stay open."""
         with self._changed:
             self._closed = True
-            self._dropped += len(self._pending)
-            self._pending.clear()
+            self._promotions.clear()
+            self._changed.wait_for(lambda: not self._saves and self._writing is None, timeout_s)
+            self._dropped += len(self._saves)
+            self._saves.clear()
             self._pending_bytes = 0
             self._changed.notify_all()
         self._thread.join(timeout_s)
 
-    def _run(self) -> None:
-        while batch := self._next_batch():
-            failed = 0
-            try:
-                self._write(batch)
-            except Exception:
-                _log.exception("the stores failed to take %d states; they are dropped", len(batch))
-                failed = len(batch)
-            with self._changed:
-                self._dropped += failed
-                self._writing = ()
-                self._changed.notify_all()
-
-    def _next_batch(self) -> tuple[StateItem, ...]:
-        """Wait for work; at least one item and at most about _BATCH_BYTES. Nothing once closed."""
+    def _add(self, jobs: Sequence[_Job]) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._pending or self._closed)
-            batch, size = [], 0
-            while self._pending and (not batch or size + len(self._pending[0].value) <= _BATCH_BYTES):
-                batch.append(self._pending.popleft())
-                size += len(batch[-1].value)
-            self._pending_bytes -= size
-            self._writing = tuple(batch)
+            for job in jobs:
+                queue = self._promotions if job.promotes else self._saves
+                full = len(queue) >= _MAX_JOBS or self._pending_bytes + job.held > self._max_pending_bytes
+                if self._closed or full:
+                    self._dropped += 1
+                    continue
+                queue.append(job)
+                self._pending_bytes += job.held
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while (job := self._next_job()) is not None:
+            written = False
+            try:
+                written = self._write(job)
+            except Exception:
+                _log.exception("the stores failed to take a state; it is dropped")
+            with self._changed:
+                self._dropped += not written
+                self._writing = None
+                self._changed.notify_all()
+            del job  # and with it the value, before the next one is waited for
+
+    def _next_job(self) -> _Job | None:
+        """Wait for work; None once closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._saves or self._promotions or self._closed)
+            queue = self._saves or self._promotions
+            self._writing = queue.popleft() if queue else None
+            if self._writing is not None:
+                self._pending_bytes -= self._writing.held
             return self._writing
 
     @torch.inference_mode()
-    def _write(self, items: Sequence[StateItem]) -> None:
-        for item in items:
-            with self._copying_from(item.value.device):
-                item = item._replace(value=item.value.pinned())
-            encoded = None
-            for store in self._stores:
-                if not store.keeps_tensors:
-                    encoded = encoded or encode_value(item.key, self._layout, item.value.tensors)
-                store.put_many([item if store.keeps_tensors else item._replace(value=encoded)])
+    def _write(self, job: _Job) -> bool:
+        """False if the value is gone by now."""
+        item, stores = job.item, job.stores
+        if job.promotes:
+            stores = [store for store in stores if not store.contains_many([item.key], peek=True)[0]]
+            if not stores:
+                return True
+        value = item.value if job.source is None else job.source.get_many([item.key])[0]
+        if not isinstance(value, StateTensors):
+            return False
+        with self._copying_from(value.device):
+            value = value.pinned()
+        encoded = None
+        for store in stores:
+            if not store.keeps_tensors:
+                encoded = encoded or encode_value(item.key, self._layout, value.tensors)
+            store.put_many([item._replace(value=value if store.keeps_tensors else encoded)])
+        return True
 
     def _copying_from(self, device: torch.device) -> AbstractContextManager[object]:
         if device.type != "cuda":

@@ -58,8 +58,10 @@ class Gate(MemoryStateStore):
     def __init__(self) -> None:
         super().__init__(1 << 26)
         self.entered, self.opened = threading.Event(), threading.Event()
+        self.puts: list[str] = []  # keys
 
     def put_many(self, items: Sequence[StateItem]) -> None:
+        self.puts += [item.key for item in items]
         self.entered.set()
         assert self.opened.wait(20)
         super().put_many(items)

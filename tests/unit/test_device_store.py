@@ -153,6 +153,54 @@ def test_a_slow_store_below_holds_up_no_answer_and_no_invalidated_state_reaches_
         assert not any(store.contains_many(seen))
 
 
+@pytest.mark.parametrize("device_bytes", [0, 1000, 1 << 26], ids=["no device", "no room there", "room there"])
+@pytest.mark.parametrize("deleted", [False, True])
+def test_what_is_brought_up_to_main_memory_holds_up_no_answer(make_engine, device, redis_store, device_bytes, deleted):
+    """And nothing of a document that is deleted before its turn gets there."""
+    one = doc_request(TOKENIZER, DOCUMENTS[:3], "why?")
+    filling = make_engine(redis_store)
+    first = run_one(filling, one)
+    assert filling.prefix_cache.flush(timeout_s=20)
+    filling.prefix_cache.close()
+    gate, above = Gate(), [named_store(device_bytes, device)] if device_bytes else []
+    engine = make_engine(*above, gate, redis_store)
+    cache, answer = engine.prefix_cache, run_one(engine, one)
+    assert (answer.end.tier, answer.end.cached_tokens) == ("redis", one.boundaries[-1])
+    assert_same_bits(answer, first)
+    assert gate.entered.wait(20)  # by a thread that still waits
+    plan, end = cache.plan(one.token_ids, one.boundaries), one.boundaries[-1]
+    needed = [*plan.block_keys[: end // plan.block_tokens], plan.snapshot_keys[end]]
+    seen = [key for key in needed if key not in plan.keys_deepest_first(one.boundaries[0])]
+    assert len(seen) > 3
+    assert not any(gate.contains_many(needed))
+    forgetting = threading.Thread(target=cache.invalidate, args=(set(DOCUMENTS[:3]) if deleted else (),))
+    forgetting.start()
+    while deleted and forgetting.is_alive() and any(job.item.tags for job in cache._behind._promotions):
+        forgetting.join(0.01)
+    gate.opened.set()
+    forgetting.join(20)
+    assert cache.flush(timeout_s=20)
+    if deleted:
+        assert not any(gate.contains_many(seen))
+    else:
+        assert all(gate.contains_many(needed))
+    assert len(gate.puts) == len(set(gate.puts))
+    engine.prefix_cache.close()
+
+
+def test_what_is_on_its_way_is_not_saved_again(make_engine, redis_store):
+    filling, gate = make_engine(redis_store), Gate()
+    run_one(filling, doc_request(TOKENIZER, DOCUMENTS[:3], "why?"))
+    assert filling.prefix_cache.flush(timeout_s=20)
+    filling.prefix_cache.close()
+    engine = make_engine(gate, redis_store)
+    assert run_one(engine, doc_request(TOKENIZER, DOCUMENTS[:4], "why?")).end.tier == "redis"
+    gate.opened.set()
+    assert engine.prefix_cache.flush(timeout_s=20)
+    assert len(gate.puts) == len(set(gate.puts)) > 3
+    engine.prefix_cache.close()
+
+
 @pytest.mark.parametrize("ends", [(0, 7), (0, 4, 8, 8), (0, 3, 3, 5, 300), (0, 0)])
 def test_a_state_restored_from_pieces_on_its_device_is_the_same(device, ends):
     layout = StateLayout(2, 1, 2, 4, 6, 3, 4, torch.bfloat16, torch.bfloat16)
@@ -186,5 +234,6 @@ def test_main_memory_below_a_gpu_keeps_tensors_and_redis_bytes(make_engine, devi
     host.close()
     engine = make_engine(host, redis_store)
     assert run_one(engine, doc_request(TOKENIZER, DOCUMENTS[:3], QUESTIONS[0])).text == answers["none"][0]
+    assert engine.prefix_cache.flush(10)
     assert host.stats()["items"] > 0  # brought up again
     engine.prefix_cache.close()

@@ -210,7 +210,7 @@ def test_a_restart_finds_the_states_below_and_brings_them_up(make_engine, device
     nearest, middle = DeviceStateStore(1 << 26, device), PinnedStateStore(1 << 26)
     nearest.tier = "gpu"
     restarted = make_engine(nearest, middle, redis_store)
-    answers = [run_one(restarted, one) for _ in range(2)]
+    answers = [run_and_flush(restarted, one) for _ in range(2)]
     assert [answer.end.tier for answer in answers] == ["redis", "gpu"]
     assert middle.stats()["items"] == nearest.stats()["items"]
     nearest.close()

@@ -141,6 +141,46 @@ def test_write_behind_never_waits_and_drops_what_is_too_much():
     behind.close()
 
 
+def test_what_is_brought_up_waits_in_bounded_memory_and_behind_what_is_saved():
+    """Values that their source still has take none; what it has lost by its turn is dropped."""
+    gate, source, skipped = Gate(), MemoryStateStore(1000), MemoryStateStore(1000)
+    behind = WriteBehind([gate, skipped], "layout", max_pending_bytes=100)
+    behind.promote([state("writing", 90)], levels=1)
+    assert gate.entered.wait(10)
+    there = [state("there", 500), state("evicted", 500)]
+    source.put_many(there)
+    behind.promote([*there, state("held", 60), state("too much", 60)], levels=1, source=source)
+    behind.put_many([state("saved", 40), state("too much, too", 1)])
+    assert behind.stats() == {"dropped": 2, "pending_bytes": 100}
+    source.delete(keys=["evicted"])
+    gate.opened.set()
+    assert behind.flush(timeout_s=10)
+    assert list(gate._items) == ["writing", "saved", "there", "held"]
+    assert gate.get_many(["there"])[0].tensors == there[0].value.tensors
+    assert list(skipped._items) == ["saved"]
+    assert behind.stats() == {"dropped": 3, "pending_bytes": 0}
+    behind.close()
+
+
+def test_nothing_is_brought_up_twice_or_while_closing():
+    gate, source = Gate(), MemoryStateStore(1000)
+    source.put_many([state("a", 1), state("b", 2)])
+    behind = WriteBehind([gate], "layout")
+    for item in (state("a", 1), state("a", 1), state("b", 2)):
+        behind.promote([item], levels=1, source=source)
+    assert gate.entered.wait(10)
+    gate.opened.set()
+    assert behind.flush(timeout_s=10)
+    assert gate.puts == ["a", "b"]
+    gate.entered.clear(), gate.opened.clear()
+    behind.promote([state("c", 3), state("d", 4)], levels=1)
+    assert gate.entered.wait(10)
+    behind.close(timeout_s=0.01)
+    gate.opened.set()
+    behind.close()
+    assert (list(gate._items), behind.stats()) == (["a", "b", "c"], {"dropped": 0, "pending_bytes": 0})
+
+
 def test_what_is_forgotten_is_neither_written_nor_on_its_way():
     gate = Gate()
     behind = WriteBehind([gate], "layout")
@@ -168,7 +208,7 @@ def test_write_behind_writes_on_close_and_survives_a_broken_store(caplog):
     behind = WriteBehind([inner], "layout")
     behind.put_many([state("bad", 1)])
     assert behind.flush(timeout_s=10)
-    assert "failed to take 1 states" in caplog.text
+    assert "failed to take a state" in caplog.text
     behind.put_many([state("good", 1)])
     behind.close()
     assert inner.contains_many(["good"]) == [True]
