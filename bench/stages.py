@@ -186,8 +186,11 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.6 * len(rows)), layout="constrained")
-    names = [f"{row['budget_tokens']} tokens{', apart' if row['read_apart'] else ''}" for row in rows]
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.7 * len(rows)), layout="constrained")
+    names = [
+        f"{row['budget_tokens']} tokens{', apart' if row['read_apart'] else ''}\nrefused from {row['none_margin']:g}"
+        for row in rows
+    ]
     left = [0.0] * len(rows)
     for stage, colour in zip(STAGES, ("#7f7f7f", "#c7a76c", "#8c6bb1", "#d6604d", "#4393c3"), strict=True):
         widths = [row[f"{stage} %"] for row in rows]

@@ -12,6 +12,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+STYLES = ("-", "--", "-.", ":")
 SCORES = ("dev1/EM", "dev3/EM", "dev8/EM", "hand1/EM", "hand8/EM")
 SCORES += ("pairs1/exact", "pairs3/exact", "pairs8/exact", "templated4/exact", "none3/refused")  # of older logs
 
@@ -27,36 +28,40 @@ def draw_alignment(axis: Axes, path: Path) -> None:
     axis.set(title="Aligning Mamba to attention", ylabel="NMSE of the output", ylim=(0, 1))
 
 
-def draw_losses(axis: Axes, paths: list[Path]) -> None:
+def draw_lines(axis: Axes, paths: list[Path], stages: tuple[str, ...], names: dict[str, str]) -> float:
+    """A colour each name, a style each log; the highest value behind the first twentieth."""
     highest = 0.0
-    for path in paths:
-        rows, run = read_log(path, "tune", "distill"), path.stem
-        for name, label in (("answer", "answers"), ("kl", "KL to the teacher, text")):
+    for path, style in zip(paths, STYLES, strict=False):
+        rows = read_log(path, *stages)
+        for colour, (name, label) in enumerate(names.items()):
             known = [row for row in rows if row.get(name)]
             if known:
-                highest = max(highest, *(row[name] for row in known))
-                axis.plot([row["tokens"] / 1e6 for row in known], [row[name] for row in known], label=f"{run}: {label}")
+                values = [row[name] for row in known]
+                highest = max(highest, *values[len(values) // 20 :])
+                axis.plot([row["tokens"] / 1e6 for row in known], values, style, color=f"C{colour}",
+                          label=f"{path.stem}: {label}")  # fmt: skip
+    return highest
+
+
+def draw_losses(axis: Axes, paths: list[Path]) -> None:
+    names = {"answer": "answers", "kl": "KL to the teacher, text", "kl_qa": "likewise, questions"}
+    highest = draw_lines(axis, paths, ("tune", "distill"), names)
     axis.set(title="End to end", ylabel="nats a token", ylim=(0, min(3.0, 1.1 * highest)))
 
 
 def draw_attention(axis: Axes, paths: list[Path]) -> None:
-    for path in paths:
-        rows = read_log(path, "distill")
-        for name, label in (("find", "finds the sentence"), ("copy", "copies the token")):
-            known = [row for row in rows if row.get(name)]
-            axis.plot(
-                [row["tokens"] / 1e6 for row in known], [row[name] for row in known], label=f"{path.stem}: {label}"
-            )
+    draw_lines(axis, paths, ("distill",), {"find": "finds the sentence", "copy": "copies the token"})
     axis.set(title="Attention where it should be", ylabel="-log of the best head's share")
 
 
 def draw_scores(axis: Axes, paths: list[Path]) -> None:
-    for path in paths:
+    for path, style, marker in zip(paths, STYLES, "osD^", strict=False):
         steps, scores = read_log(path, "tune", "distill"), read_log(path, "eval")
         at = [min(steps, key=lambda row, score=score: abs(row["seconds"] - score["seconds"])) for score in scores]
-        for name in (name for name in SCORES if scores and name in scores[0]):
+        for colour, name in enumerate(name for name in SCORES if scores and name in scores[0]):
             shares = [row[name] * (100 if "/EM" not in name else 1) for row in scores]
-            axis.plot([row["tokens"] / 1e6 for row in at], shares, marker="o", label=f"{path.stem}: {name}")
+            axis.plot([row["tokens"] / 1e6 for row in at], shares, style, marker=marker, color=f"C{colour}",
+                      label=f"{path.stem}: {name}")  # fmt: skip
     axis.set(title="Held-out questions", ylabel="%", ylim=(0, 100))
 
 
@@ -72,7 +77,6 @@ def main() -> None:
     panels = [(draw, source) for draw, source in panels if source]
     figure, axes = plt.subplots(1, len(panels), figsize=(4.7 * len(panels), 4.8), layout="constrained", squeeze=False)
     for (draw, source), axis in zip(panels, axes[0], strict=True):
-        axis.set_prop_cycle(color=plt.colormaps["tab20"].colors)
         draw(axis, source)
     for axis in axes[0]:
         axis.set_xlabel("million tokens")
