@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import re
-import string
 import sys
 import time
 from collections import Counter, defaultdict
@@ -41,6 +39,7 @@ from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
+from model.train.scoring import normalize_answer, token_f1
 from retrieval.types import Evidence
 
 SHIPPED = Path(__file__).parent.parent / "model" / "checkpoints" / "jamba-small"
@@ -58,19 +57,6 @@ class Outcome:
     margin: float
     prompt_tokens: int
     said: str
-
-
-def normalize_answer(text: str) -> str:
-    """Lower case, no punctuation, no articles, single blanks. Source: SQuAD's evaluate-v1.1.py."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def token_f1(said: str, gold: str) -> float:
-    """Harmonic mean of precision and recall of words."""
-    ours, theirs = normalize_answer(said).split(), normalize_answer(gold).split()
-    shared = sum((Counter(ours) & Counter(theirs)).values())
-    return 2 * shared / (len(ours) + len(theirs)) if shared else float(ours == theirs)
 
 
 class Reader:

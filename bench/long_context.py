@@ -12,6 +12,7 @@ import argparse
 import difflib
 import json
 import re
+import string
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.settings import SHIPPED_CHECKPOINT
-from bench.answers import normalize_answer, token_f1
 from bench.asking import Asker, open_asker
 from bench.runs import BenchRun
+from model.train.scoring import normalize_answer, token_f1
 
 _PROMPT_TOKENS = 1024
 
@@ -64,8 +65,14 @@ def rouge_l(said: str, gold: str) -> float:
     return 2 * row[-1] / (len(ours) + len(theirs)) if row[-1] else 0.0
 
 
+def word_f1(said: str, gold: str) -> float:
+    """LongBench's qa_f1_score: of punctuation it drops what is ASCII."""
+    return token_f1(said, gold, string.punctuation.__contains__)
+
+
 def exact(said: str, gold: str) -> float:
-    return float(normalize_answer(said) == normalize_answer(gold))
+    ours, theirs = (normalize_answer(text, string.punctuation.__contains__) for text in (said, gold))
+    return float(ours == theirs)
 
 
 def choice(said: str, gold: str) -> float:
@@ -101,7 +108,7 @@ def judge(item: Item, said: str) -> float:
         named = [one for one in item.classes if one in said]
         named = [one for one in named if not any(one in other for other in item.answers if one != other)]
         return 1 / len(named) if any(answer in named for answer in item.answers) else 0.0
-    metric = METRICS.get(item.set, token_f1)
+    metric = METRICS.get(item.set, word_f1)
     return max((metric(said, answer) for answer in item.answers), default=0.0)
 
 
@@ -137,7 +144,7 @@ def add_rows(run: BenchRun, scores: dict[str, Sequence[float]]) -> None:
     """A row for each set, and their mean."""
     means = {name: 100 * sum(values) / len(values) for name, values in scores.items()}
     for name, mean in means.items():
-        run.add(set=name, metric=METRICS.get(name, token_f1).__name__, questions=len(scores[name]), score=mean)
+        run.add(set=name, metric=METRICS.get(name, word_f1).__name__, questions=len(scores[name]), score=mean)
     run.add(set="mean", questions=sum(map(len, scores.values())), score=sum(means.values()) / len(means))
 
 

@@ -31,8 +31,8 @@ from app.ingesting import expand_paths, ingest_files
 from app.main import create_app
 from app.service import RagService
 from app.settings import SHIPPED_CHECKPOINT, Settings, load_settings
-from bench.answers import normalize_answer, token_f1
 from bench.runs import BenchRun
+from model.train.scoring import normalize_answer, token_f1
 from retrieval.types import Chunk, Passage
 
 QUESTIONS = Path(__file__).parent.parent / "model" / "train" / "testsets" / "questions.jsonl"

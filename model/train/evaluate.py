@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import string
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +22,7 @@ from model.jamba import Jamba
 from model.tokenizer import Tokenizer
 from model.train.data import covering_tokens
 from model.train.forward import forward_hidden, set_rope
+from model.train.scoring import normalize_answer, token_f1
 from model.train.surgery import STUDENT, TEACHER
 from model.train.trainer import load_into
 
@@ -148,9 +147,9 @@ def _family(name: str) -> str:
 def _mark(tokenizer: Tokenizer, item: Item) -> tuple[float, float, float]:
     """Exact match, F1 of words, and whether the right passage is cited."""
     quote, cited = said_of(tokenizer, item)
-    ours, gold = normalize_answer(quote).split(), normalize_answer(item.answer or "").split()
-    shared = sum((Counter(ours) & Counter(gold)).values())
-    return float(ours == gold), 2 * shared / max(1, len(ours) + len(gold)), float(cited == f"d{item.ordinal}")
+    gold = item.answer or ""
+    exact = float(normalize_answer(quote) == normalize_answer(gold))
+    return exact, token_f1(quote, gold), float(cited == f"d{item.ordinal}")
 
 
 def said_of(tokenizer: Tokenizer, item: Item) -> tuple[str, str]:
@@ -158,12 +157,6 @@ def said_of(tokenizer: Tokenizer, item: Item) -> tuple[str, str]:
     end = tokenizer.special("<|/quote|>")
     cut = item.said.index(end) if end in item.said else len(item.said)
     return tokenizer.decode(item.said[:cut]).strip(), tokenizer.decode(item.said[cut + 1 :]).strip()
-
-
-def normalize_answer(text: str) -> str:
-    """Lower case, no punctuation, no articles, single blanks. Source: SQuAD's evaluate-v1.1.py."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def table(scores: dict[str, float]) -> str:
