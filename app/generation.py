@@ -102,8 +102,8 @@ class RunningAnswer:
         self._service, self._query = service, query
         self._found: Found | None = None
         self._failure: Exception | None = None
-        self._measures = _Measures()
-        self._progress = ReadingProgress()
+        self._measures, self._progress = _Measures(), ReadingProgress()
+        self._room_tokens = query.max_output_tokens  # what the generations to come may add to the answer, all together
         self._citations: list[schemas.Citation] = []
         self._truncated = False
         self._counted = False  # whether what is generated next is from a prompt that was counted
@@ -174,7 +174,7 @@ class RunningAnswer:
                 writer = self._service.format.read_answer(reading, self._query.question)
                 async for event in self._attempt(reading, writer):
                     yield event
-                if writer.quoted or not found.may_widen:
+                if writer.quoted or not self._room_tokens or not found.may_widen:
                     break
                 found = await self.prepare(widened=True)
             if not writer.text:
@@ -233,7 +233,7 @@ class RunningAnswer:
             return
         async for event in self._generate(reading, writer, allow_none=True):
             yield event
-        if writer.said_none and not self._refuses(writer):
+        if writer.said_none and self._room_tokens and not self._refuses(writer):
             async for event in self._generate(reading, writer, allow_none=False):
                 yield event
 
@@ -252,7 +252,7 @@ class RunningAnswer:
             token_ids=prompt.token_ids,
             boundaries=prompt.boundaries,
             sampling=SamplingParams(
-                max_new_tokens=query.max_output_tokens,
+                max_new_tokens=self._room_tokens,
                 temperature=query.temperature,
                 seed=query.seed,
                 stop=service.format.stop_texts,
@@ -316,6 +316,7 @@ class RunningAnswer:
 
     def _note(self, output: StepOutput) -> None:
         self._measures.output_tokens += output.token_id is not None
+        self._room_tokens -= output.token_id is not None
         self._truncated = output.finish_reason == "length"
         _check_finish(output)
 

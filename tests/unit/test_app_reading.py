@@ -128,3 +128,13 @@ def test_a_passage_that_is_read_alone_stands_under_the_heading_that_it_does_not_
         replace(both, passages=()),
     ]
     assert read_at_once(Evidence((replace(fill, headings=()),), "rag", 5)).passages[0].title == "Car"
+
+
+@pytest.mark.anyio
+async def test_an_answer_has_no_more_tokens_than_allowed_however_often_it_is_tried(tiny_checkpoint, tmp_path):
+    limits = {"none_margin": 50, "rag_evidence_tokens": 64, "max_evidence_tokens": 300}
+    async with running_service(make_settings(tiny_checkpoint, tmp_path / "data", answers=limits)) as client:
+        for number in range(8):
+            await client.upload(f"{number}.md", f"# Owl {number}\n\nOwl number {number} lives in tree {number}.\n" * 4)
+        answer = await client.ask("Where does owl 3 live?", max_output_tokens=1)
+        assert answer["truncated"] and answer["usage"]["output_tokens"] == 1
