@@ -113,7 +113,8 @@ def ingest(
         render.show_documents(result["data"])
     for error in result["errors"]:
         render.err.print(f"{error['filename']}: {error['detail']}", style="red", markup=False)
-    if result["errors"] or any(document["status"] == "failed" for document in result["data"]):
+    _exit_if_failed(result["data"])
+    if result["errors"]:
         raise typer.Exit(1)
 
 
@@ -244,8 +245,7 @@ def retry_documents(
         queued = [service.request("POST", path) for path in paths]
         done = wait_for(service, queued)
     _print_json({"object": "list", "data": done}) if as_json else render.show_documents(done)
-    if any(document["status"] == "failed" for document in done):
-        raise typer.Exit(1)
+    _exit_if_failed(done)
 
 
 @keys.command("create")
@@ -322,8 +322,8 @@ def doctor(url: Url = None, key: Key = None, data_dir: DataDirectory = None, as_
     else:
         rows = [("ok" if f.ok else "FAULT", f.name, f.detail) for f in findings]
         render.show_table(("", "check", "finding"), rows)
-    if not all(finding.ok for finding in findings):
-        raise typer.Exit(1)
+    if faults := [finding.name for finding in findings if not finding.ok]:
+        raise typer.Exit(_fail(f"{len(faults)} of {len(findings)} checks found a fault: {', '.join(faults)}"))
 
 
 @app.command()
@@ -370,6 +370,12 @@ def completion(shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(h
     """Print the script that completes commands and options in a shell: eval "$(jamba-rag completion bash)"."""
     script = get_completion_script(prog_name="jamba-rag", complete_var="_JAMBA_RAG_COMPLETE", shell=shell)
     sys.stdout.write(script + "\n")
+
+
+def _exit_if_failed(documents: Sequence[dict[str, Any]]) -> None:
+    """What is printed on stdout says why."""
+    if failed := [render.tame(document["filename"]) for document in documents if document["status"] == "failed"]:
+        raise typer.Exit(_fail(f"{len(failed)} of {len(documents)} documents failed: {', '.join(failed)}"))
 
 
 def _fail(message: str) -> int:

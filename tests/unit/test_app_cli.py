@@ -127,10 +127,11 @@ def test_a_file_that_fails_is_exit_1_and_is_named(run, tmp_path):
     code, out, err = run("ingest", tmp_path / "*.???", *data)
     assert code == 1 and "good.txt" in out and "bad.png" in err and "PNG image" in err
     (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.4 nothing")
-    code, out, _ = run("ingest", tmp_path / "broken.pdf", "--json", *data)
+    code, out, err = run("ingest", tmp_path / "broken.pdf", "--json", *data)
     document = json.loads(out)["data"][0]
-    assert code == 1 and document["status"] == "failed"
-    assert run("documents", "retry", document["id"], *data)[0] == 1
+    assert code == 1 and document["status"] == "failed" and "1 of 1 documents failed: broken.pdf" in err
+    code, _, err = run("documents", "retry", document["id"], *data)
+    assert code == 1 and "broken.pdf" in err
 
 
 @pytest.mark.parametrize(
@@ -274,9 +275,9 @@ def test_doctor_finds_what_is_wrong(run, monkeypatch, corpus, tmp_path):
     assert run("ingest", corpus, "--data-dir", data)[0] == 0
 
     def faults(*, code: int) -> dict[str, str]:
-        got, out, _ = run("doctor", "--json", "--data-dir", data)
+        got, out, err = run("doctor", "--json", "--data-dir", data)
         report = json.loads(out)
-        assert got == code and report["ok"] == (code == 0)
+        assert got == code and report["ok"] == (code == 0) == ("found a fault" not in err)
         return {check["name"]: check["detail"] for check in report["checks"] if not check["ok"]}
 
     assert faults(code=0) == {}
