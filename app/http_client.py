@@ -18,7 +18,11 @@ ANSWER_TIMEOUT_S = 600.0
 
 
 class CommandFailed(RuntimeError):
-    """The work of a command failed; the message is for people."""
+    """The work of a command failed; the message is for people. `code`: of the service's problem, if it told one."""
+
+    def __init__(self, message: str, code: str = "failed") -> None:
+        self.code = code
+        super().__init__(message)
 
 
 class Service:
@@ -85,10 +89,11 @@ def _raise_for_problem(response: httpx.Response) -> None:
     if response.is_success:
         return
     try:
-        detail = response.json()["detail"]
+        problem = response.json()
+        detail, code = problem["detail"], problem.get("code", "failed")
     except (ValueError, KeyError):
-        detail = response.text[:500] or response.reason_phrase
-    raise CommandFailed(f"{detail} (status {response.status_code})")
+        detail, code = response.text[:500] or response.reason_phrase, "failed"
+    raise CommandFailed(f"{detail} (status {response.status_code})", code)
 
 
 def _read_events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -48,7 +48,9 @@ def ingest_files(service: Service, files: Sequence[Path], fields: dict[str, str]
             try:
                 uploaded += service.upload(file, fields)["data"]
             except (CommandFailed, OSError, UnicodeError) as error:  # a name can hold bytes that are no text
-                errors.append({"filename": os.fsencode(file).decode(errors="replace"), "detail": str(error)})
+                code = error.code if isinstance(error, CommandFailed) else "unreadable_file"
+                name = os.fsencode(file).decode(errors="replace")
+                errors.append({"filename": name, "code": code, "detail": str(error)})
     return {"object": "list", "data": wait_for(service, uploaded), "errors": errors}
 
 

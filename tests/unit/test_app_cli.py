@@ -126,6 +126,8 @@ def test_a_file_that_fails_is_exit_1_and_is_named(run, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     code, out, err = run("ingest", tmp_path / "*.???", *data)
     assert code == 1 and "good.txt" in out and "bad.png" in err and "PNG image" in err
+    errors = json.loads(run("ingest", tmp_path / "*.???", "--json", *data)[1])["errors"]
+    assert [error["code"] for error in errors] == ["unsupported_media_type"]
     (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.4 nothing")
     code, out, err = run("ingest", tmp_path / "broken.pdf", "--json", *data)
     document = json.loads(out)["data"][0]
