@@ -21,7 +21,7 @@ from app.embedding import has_untuned, open_embedder, open_reranker
 from app.main import check_checkpoint, choose_device
 from app.settings import Settings, hide_password
 from ingest.parse import ocr
-from ingest.parse.cage import parse_in_child
+from ingest.parse.cage import find_way_out, parse_in_child
 from ingest.parse.child import ParseLimits
 from model import JambaConfig
 from model.kernels.cpu_build import load_library
@@ -191,7 +191,9 @@ def _check_parsers(settings: Settings) -> str:
         file.write_text("<h1>Test</h1><p>It works.</p>")
         parse_in_child(file, "text/html", limits)
     scans = "scans are read with tesseract" if ocr.find_program() else "scans are not read: there is no tesseract"
-    return f"child processes start, with up to {settings.ingest.parse_max_bytes >> 20} MiB; {scans}"
+    way_out = find_way_out(limits)
+    network = "without a network" if way_out is None else f"but not kept off the network ({way_out})"
+    return f"child processes start, with up to {settings.ingest.parse_max_bytes >> 20} MiB, {network}; {scans}"
 
 
 def _check_embedder(settings: Settings) -> str:

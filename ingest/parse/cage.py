@@ -1,13 +1,14 @@
 """Runs a parser in a child process that can be stopped, starved and killed without harm to the service.
 
 This is the parent's half, child.py the child's: apart, since each child imports its half anew, and the start of a child
-is most of what a small document costs. The child gets an empty environment, a session of its own and hard limits; it
-answers in JSON lines on its standard output: any number of progress lines, then one result. Other work on files from
-outside stands on `run_in_child` too. Start at `parse_in_child`.
+is most of what a small document costs. The child gets an empty environment, a session of its own, hard limits and no
+network (seccomp.py); it answers in JSON lines on its standard output: any number of progress lines, then one result.
+Other work on files from outside stands on `run_in_child` too. Start at `parse_in_child`.
 """
 
 import contextlib
 import json
+import logging
 import os
 import selectors
 import signal
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from ingest.parse.child import ParseLimits, memory_exceeded, output_too_large
 from ingest.parse.wire import from_json
 from retrieval.parsed import ParsedDocument
 
+_LOG = logging.getLogger(__name__)
 _ROOT = Path(__file__).resolve().parents[2]
 # The child starts without `site`, whose .pth files take a third of its start; so it is told where packages are.
 _PATHS = json.dumps([str(_ROOT), *site.getsitepackages()])
@@ -63,6 +66,11 @@ def parse_in_child(
     return from_json(run_in_child("ingest.parse.child", arguments, limits or ParseLimits(), report, check))
 
 
+def find_way_out(limits: ParseLimits | None = None) -> str | None:
+    """None when a child of this service has no network, tried by one; else why it has. Raises ParseError."""
+    return run_in_child("ingest.parse.way_out", [], limits or ParseLimits())
+
+
 def run_in_child(
     module: str,
     arguments: Sequence[str],
@@ -90,6 +98,8 @@ def run_in_child(
             if "progress" in message:
                 if report is not None:
                     report(*message["progress"])
+            elif "exposed" in message:
+                _warn_of_network(message["exposed"])
             elif "error" in message:
                 raise ParseError(**message["error"])
             else:
@@ -101,6 +111,12 @@ def run_in_child(
         raise ParseError("parser_crashed", "the parser wrote something that is no result; report this file") from error
     finally:
         _kill_group(child)
+
+
+@cache
+def _warn_of_network(reason: str) -> None:
+    """Once for each reason: it is the same for every document."""
+    _LOG.warning("parsers are not kept off the network here: %s", reason)
 
 
 def _read_lines(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from ingest.parse import ParseError, parse_file
+from ingest.parse.seccomp import REFUSED, block_network
 from ingest.parse.wire import to_json
 
 
@@ -36,6 +37,12 @@ def memory_exceeded(limits: ParseLimits) -> ParseError:
     )
 
 
+def network_refused() -> ParseError:
+    return ParseError(
+        "network_refused", "the document asks for something on the network, which no parser may reach; embed it instead"
+    )
+
+
 def _set_limits(limits: ParseLimits) -> None:
     """Limit this process for good. The alarm ends it even when the parent is gone and nobody counts wall time."""
     for what, value in (
@@ -59,12 +66,21 @@ def main(path: str, media_type: str, raw_limits: str) -> None:
 
 
 def answer_parent(limits: ParseLimits, work: Callable[[], Any]) -> NoReturn:
-    """Do the child's work within the limits, write its result or error to standard output, and end the process."""
+    """Do the child's work within the limits, write its result or error to standard output, and end the process.
+
+    Without a network, where that can be had; else the parent hears why not, and the work is done all the same.
+    """
     _set_limits(limits)
+    if (exposed := block_network()) is not None:
+        _send({"exposed": exposed})
     try:
         answer: dict[str, Any] = {"result": work()}
     except ParseError as error:
         answer = {"error": _error_json(error)}
+    except OSError as error:
+        if error.errno != REFUSED:
+            raise
+        answer = {"error": _error_json(network_refused())}
     except MemoryError:
         answer = {"error": _error_json(memory_exceeded(limits))}
     line = json.dumps(answer, ensure_ascii=False).encode() + b"\n"
@@ -76,7 +92,11 @@ def answer_parent(limits: ParseLimits, work: Callable[[], Any]) -> NoReturn:
 
 
 def _send_progress(done: int, total: int) -> None:
-    sys.stdout.buffer.write(json.dumps({"progress": [done, total]}).encode() + b"\n")
+    _send({"progress": [done, total]})
+
+
+def _send(message: dict[str, Any]) -> None:
+    sys.stdout.buffer.write(json.dumps(message).encode() + b"\n")
     sys.stdout.buffer.flush()
 
 

@@ -97,6 +97,15 @@ def test_a_parser_that_cannot_work_under_its_limits(settings):
     assert set(faults(change(settings, "ingest", parse_timeout_s=0.001))) == {"parsers"}
 
 
+def test_parsers_that_are_not_kept_off_the_network_are_no_fault_but_named(settings, monkeypatch):
+    def said() -> str:
+        return next(finding.detail for finding in doctor.examine(settings) if finding.name == "parsers" and finding.ok)
+
+    assert ("without a network" in said()) == (doctor.find_way_out() is None)
+    monkeypatch.setattr(doctor, "find_way_out", lambda limits: "it is an old kernel")
+    assert "not kept off the network (it is an old kernel)" in said()
+
+
 def test_a_disk_that_is_nearly_full(settings, monkeypatch):
     monkeypatch.setattr(doctor, "_MIN_FREE_BYTES", 1 << 60)
     assert "free some" in faults(settings)["disk"]
