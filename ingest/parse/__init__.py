@@ -9,6 +9,7 @@ from pathlib import Path
 from retrieval.parsed import ParsedDocument
 
 Report = Callable[[int, int], None]  # (pages done, pages in all)
+MAX_OUTPUT_BYTES = 256 * 1024**2  # text of one document, the marks of pages and headings counted
 Source = Path | bytes  # where a parser reads from: most read a file piece by piece
 
 
@@ -23,6 +24,12 @@ class ParseError(ValueError):
         self.code = code
         self.page = page
         self.retryable = retryable
+
+
+def output_too_large(max_bytes: int = MAX_OUTPUT_BYTES) -> ParseError:
+    return ParseError(
+        "output_too_large", f"the document holds more than {max_bytes} bytes of text; split it into parts"
+    )
 
 
 def parse_file(path: Path, media_type: str, *, max_pages: int = 20_000, report: Report | None = None) -> ParsedDocument:

@@ -2,6 +2,7 @@
 
 import re
 
+from ingest.parse import MAX_OUTPUT_BYTES, output_too_large
 from ingest.parse.decode import normalize_text
 from retrieval.parsed import Heading, Page, ParsedDocument
 
@@ -9,7 +10,10 @@ _SPACE = re.compile(r"\s+")
 
 
 class BlockWriter:
-    """Text goes in piecewise; blocks are separated by an empty line, lines within a block by a line feed."""
+    """Text goes in piecewise; blocks are separated by an empty line, lines within a block by a line feed.
+
+    Raises ParseError output_too_large as soon as it is: a few cells that all rows repeat make any amount of text.
+    """
 
     def __init__(self) -> None:
         self._text: list[str] = []
@@ -68,6 +72,8 @@ class BlockWriter:
             self._text += (self._gap, line)
             self._length += len(self._gap) + len(line)
             self._gap = "\n"
+            if self._length > MAX_OUTPUT_BYTES:
+                raise output_too_large()
 
     def add_document(self, parsed: ParsedDocument, depth: int) -> None:
         """Write the text of a parsed document as it is; its headings open sections `depth` levels further in."""
@@ -94,7 +100,7 @@ class BlockWriter:
 
 def table_row_text(header: list[str], cells: list[str]) -> str:
     """One row as a line that can be read alone: "Country: France | Per day: 60 EUR"; without header, the cells."""
-    cells = [_SPACE.sub(" ", cell).strip() for cell in cells]
+    cells = [" ".join(cell.split()) for cell in cells]
     if header:
         cells = [f"{name}: {cell}" if name and cell else cell for name, cell in zip(header, cells, strict=True)]
     return " | ".join(cell for cell in cells if cell)

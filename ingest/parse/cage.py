@@ -22,8 +22,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ingest.parse import ParseError, Report
-from ingest.parse.child import ParseLimits, memory_exceeded, output_too_large
+from ingest.parse import ParseError, Report, output_too_large
+from ingest.parse.child import ParseLimits, memory_exceeded
 from ingest.parse.wire import from_json
 from retrieval.parsed import ParsedDocument
 
@@ -147,7 +147,7 @@ def _read_lines(
                 else:
                     received += len(data)
                     if received > limits.output_bytes:
-                        raise output_too_large(limits)
+                        raise output_too_large(limits.output_bytes)
                     rest += data
                     if b"\n" in data:
                         *lines, last = bytes(rest).split(b"\n")

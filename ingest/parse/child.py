@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from ingest.parse import ParseError, parse_file
+from ingest.parse import MAX_OUTPUT_BYTES, ParseError, output_too_large, parse_file
 from ingest.parse.seccomp import REFUSED, block_network
 from ingest.parse.wire import to_json
 
@@ -20,14 +20,8 @@ class ParseLimits(NamedTuple):
     wall_s: float = 300.0
     cpu_s: int = 240
     memory_bytes: int = 2 * 1024**3  # address space of the child
-    output_bytes: int = 256 * 1024**2
+    output_bytes: int = MAX_OUTPUT_BYTES
     pages: int = 20_000
-
-
-def output_too_large(limits: ParseLimits) -> ParseError:
-    return ParseError(
-        "output_too_large", f"the document holds more than {limits.output_bytes} bytes of text; split it into parts"
-    )
 
 
 def memory_exceeded(limits: ParseLimits) -> ParseError:
@@ -85,7 +79,7 @@ def answer_parent(limits: ParseLimits, work: Callable[[], Any]) -> NoReturn:
         answer = {"error": _error_json(memory_exceeded(limits))}
     line = json.dumps(answer, ensure_ascii=False).encode() + b"\n"
     if len(line) > limits.output_bytes:
-        line = json.dumps({"error": _error_json(output_too_large(limits))}).encode() + b"\n"
+        line = json.dumps({"error": _error_json(output_too_large(limits.output_bytes))}).encode() + b"\n"
     sys.stdout.buffer.write(line)
     sys.stdout.buffer.flush()
     os._exit(0)  # no time spent on tearing down; nothing is left to flush
