@@ -37,6 +37,7 @@ from retrieval.store import (
     DocumentNotReady,
     DuplicateDocument,
     IdempotencyConflict,
+    StorageBusy,
     StorageFull,
     StorageUnwritable,
 )
@@ -128,6 +129,7 @@ ERRORS: dict[type[Exception], ErrorKind] = {
     EngineOverloaded: ErrorKind(429, "overloaded", "The service is busy"),
     RateLimited: ErrorKind(429, "rate_limited", "The key has used up its limit"),
     EngineStopped: ErrorKind(503, "unavailable", "The service is stopping"),
+    StorageBusy: ErrorKind(503, "storage_busy", "Another program is writing to the database"),
     StorageUnwritable: ErrorKind(503, "storage_not_writable", "The data directory cannot be written"),
     CollectionFull: ErrorKind(507, "collection_full", "The collection is full"),
     StorageFull: ErrorKind(507, "storage_full", "The disk is full"),

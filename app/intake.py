@@ -58,20 +58,21 @@ class UploadOptions:
 async def receive_form(
     request: Request, service: RagService, principal: Principal, limits: IngestSettings
 ) -> UploadForm:
-    """Read the whole form. Raises BadUpload, StorageFull, RateLimited; then none of its files is kept."""
+    """Read the whole form. Raises BadUpload, StorageFull, StorageBusy, RateLimited; then none of its files is kept."""
     form = UploadForm()
     await anyio.to_thread.run_sync(service.meter.charge_bytes, principal, 0)
     try:
-        async for part in read_parts(request):
-            await _receive_part(part, form, service, principal, limits)
-        if not form.files:
-            raise BadUpload("the form has no part named `file`; send at least one")
+        try:
+            async for part in read_parts(request):
+                await _receive_part(part, form, service, principal, limits)
+            if not form.files:
+                raise BadUpload("the form has no part named `file`; send at least one")
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(service.meter.save, principal)
     except BaseException:
         await _drop(service, form)
         raise
-    finally:
-        with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(service.meter.save, principal)
     return form
 
 

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from ingest.files import FileStore
 from ingest.parse import ParseError
 from ingest.pipeline import Index, IngestEmbedder, IngestLimits, Job, ingest_document
-from retrieval.store import DocumentStore, EmbedderMismatch, LeaseLost, StorageFull, StorageUnwritable
+from retrieval.store import DocumentStore, EmbedderMismatch, LeaseLost, StorageBusy, StorageFull, StorageUnwritable
 from retrieval.types import Document
 
 _SMALL_BYTES = 256 << 10
 _STORAGE_SILENCE_S = 60.0
 _NO_ROOM_PAUSE_S = 30.0
+_STORAGE_FAULTS = StorageBusy | StorageFull | StorageUnwritable
 _LOG = logging.getLogger(__name__)
 
 
@@ -140,7 +141,7 @@ class IngestWorker:
                 self._store.release_lease(document.id, self.worker_id, version=document.version)
                 return
             code, message, retryable, page = _describe(error)
-            if isinstance(error, StorageFull | StorageUnwritable):  # whatever the document: it waits for better times
+            if isinstance(error, _STORAGE_FAULTS):  # whatever the document: it waits for better times
                 self._store.postpone_document(
                     *(document.id, code, message, _NO_ROOM_PAUSE_S), version=document.version, worker_id=self.worker_id
                 )
@@ -180,8 +181,8 @@ class IngestWorker:
             self._complain(f"cannot renew the lease on document {document.id}; trying again", error)
 
     def _complain(self, what: str, error: Exception) -> None:
-        """Log what failed; of a disk without room, which fails all the time until there is some, a line a minute."""
-        if not isinstance(error, StorageFull | StorageUnwritable):
+        """Log what failed; of storage that takes no writes, which fails all the time until it does, a line a minute."""
+        if not isinstance(error, _STORAGE_FAULTS):
             _LOG.error(what, exc_info=error)
         elif (now := time.monotonic()) >= self._silent_until:
             self._silent_until = now + _STORAGE_SILENCE_S
@@ -195,6 +196,8 @@ def _describe(error: Exception) -> tuple[str, str, bool, int | None]:
             return error.code, str(error), error.retryable, error.page
         case StorageFull():
             return "storage_full", str(error), True, None
+        case StorageBusy():
+            return "storage_busy", str(error), True, None
         case StorageUnwritable():
             return "storage_not_writable", str(error), True, None
         case EmbedderMismatch():

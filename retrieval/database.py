@@ -12,6 +12,8 @@ from pathlib import Path
 
 from .migrations import migrate
 
+_BUSY_TIMEOUT_S = 30.0  # how long a writer waits for its turn
+_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _UNWRITABLE = {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM}
 
 
@@ -25,8 +27,14 @@ class StorageUnwritable(RuntimeError):
     retry_after_s = 30
 
 
+class StorageBusy(RuntimeError):
+    """Another process has kept the database to itself for too long; nothing of the write was kept."""
+
+    retry_after_s = 5
+
+
 class StoreUnusable(RuntimeError):
-    """The database file cannot be opened: damaged, not a database, or written by a newer version."""
+    """The database file cannot be opened: damaged, not a database, written by a newer version, or kept by another."""
 
 
 class _Connection(sqlite3.Connection):
@@ -39,9 +47,8 @@ class _Connection(sqlite3.Connection):
 class Database:
     """Thread safe. Writers of all processes take turns (`BEGIN IMMEDIATE`); readers see a snapshot and never wait."""
 
-    def __init__(self, path: Path | str, busy_timeout_s: float = 30.0) -> None:
+    def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._busy_timeout_s = busy_timeout_s
         self._local = threading.local()
         self._open: weakref.WeakSet[_Connection] = weakref.WeakSet()
         self._lock = threading.Lock()
@@ -50,7 +57,8 @@ class Database:
             migrate(self._connection())
         except sqlite3.DatabaseError as error:
             self.close()
-            raise StoreUnusable(f"{self.path} cannot be used as a database: {error}; restore a backup of it") from error
+            advice = "stop the program that has it open" if _kind(error) in _BUSY else "restore a backup of it"
+            raise StoreUnusable(f"{self.path} cannot be used as a database: {error}; {advice}") from error
         except ValueError as error:
             self.close()
             raise StoreUnusable(f"{self.path}: {error}") from error
@@ -73,8 +81,8 @@ class Database:
     def write(self) -> Iterator[sqlite3.Connection]:
         """Give a connection whose changes are all on disk when the block ends, or none if it raises.
 
-        Raises StorageFull when the disk is, StorageUnwritable when it takes no writes. Not inside `read`: a snapshot
-        cannot be written to.
+        Raises StorageFull when the disk is, StorageUnwritable when it takes no writes, StorageBusy when another process
+        writes for too long. Not inside `read`: a snapshot cannot be written to.
         """
         connection = self._connection()
         if connection.in_transaction:
@@ -84,7 +92,9 @@ class Database:
             yield connection
             connection.execute("COMMIT")
         except sqlite3.OperationalError as error:
-            kind = error.sqlite_errorcode & 0xFF  # what is above says more of it
+            kind = _kind(error)
+            if kind in _BUSY:
+                raise StorageBusy(f"another program is writing to {self.path}; try again, or stop it") from error
             if kind == sqlite3.SQLITE_FULL:
                 raise StorageFull(f"no room on the disk of {self.path}; free some and try again") from error
             if kind in _UNWRITABLE:
@@ -108,7 +118,7 @@ class Database:
         if connection is None:
             connection = sqlite3.connect(
                 self.path,
-                timeout=self._busy_timeout_s,
+                timeout=_BUSY_TIMEOUT_S,
                 isolation_level=None,
                 check_same_thread=False,
                 factory=_Connection,
@@ -122,3 +132,8 @@ class Database:
             for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "cache_size=-8192"):
                 connection.execute(f"PRAGMA {pragma}").fetchall()
         return connection
+
+
+def _kind(error: sqlite3.Error) -> int:
+    """SQLite's code for it; what stands above the last byte says more of the same."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF

@@ -19,7 +19,7 @@ from . import store_documents as documents
 from . import store_jobs as jobs
 from . import store_search as searching
 from .clock import ForwardClock
-from .database import Database, StorageFull, StorageUnwritable, StoreUnusable
+from .database import Database, StorageBusy, StorageFull, StorageUnwritable, StoreUnusable
 from .store_access import IdempotencyConflict
 from .store_documents import CollectionExists, CollectionNotFound, DocumentNotFound, DocumentNotReady, DuplicateDocument
 from .store_embedder import EmbedderMismatch
@@ -52,6 +52,7 @@ __all__ = [
     "IdempotencyConflict",
     "LeaseLost",
     "Selection",
+    "StorageBusy",
     "StorageFull",
     "StorageUnwritable",
     "StoreUnusable",
