@@ -1,4 +1,4 @@
-# make demo | test | serve | lint | audit | clean. Everything is installed into .venv, once: the stamps there make a re-run instant.
+# make demo | test | serve | lint | audit | lock | clean. Everything is installed into .venv, once: the stamps there make a re-run instant.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo serve test lint audit clean
+.PHONY: demo serve test lint audit lock clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m app.demo
@@ -32,6 +32,15 @@ audit: $(VENV)/installed $(VENV)/audit
 $(VENV)/audit: | $(BIN)/python
 	$(PYTHON) -m venv $@
 	$@/bin/pip install --quiet pip-audit==2.10.1
+
+# Exact versions for the images. What is pinned stays as long as pyproject.toml allows it; LOCK=--upgrade takes the newest.
+lock: | $(VENV)/lock
+	$(VENV)/lock/bin/uv pip compile pyproject.toml --universal --python-version 3.11 --no-annotate --quiet $(LOCK) \
+		--custom-compile-command 'make lock' --output-file deploy/constraints.txt
+
+$(VENV)/lock: | $(BIN)/python
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet uv==0.13.9
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis .schemathesis .mypy_cache

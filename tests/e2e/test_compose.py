@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from packaging.utils import canonicalize_name
 
 from tests.e2e.service import free_port
 
@@ -25,6 +26,8 @@ FIRST_RELEASE = "6515160"  # its database has the first schema
 BUILD_S, HEALTHY_S = 1800, 60
 UPGRADE_S = 300  # two starts, of which only a plain `up` has to be healthy within HEALTHY_S
 SCHEMA = "import sqlite3; print(*sqlite3.connect('/data/rag.sqlite3').execute('PRAGMA user_version').fetchone())"
+BASE = "python:3.11-slim-bookworm"  # of the Dockerfile
+INSTALLED = "from importlib.metadata import distributions; print(*(f'{d.name}=={d.version}' for d in distributions()))"
 MAX_BYTES_ABOVE_BASE = 2_000_000_000  # PyTorch for the CPU is a third of it
 
 pytestmark = [
@@ -130,7 +133,18 @@ def test_serves_the_page(stack):
 
 
 def test_the_image_is_small(stack):
-    assert inspect("jamba-rag:cpu")["Size"] - inspect("python:3.11-slim")["Size"] < MAX_BYTES_ABOVE_BASE
+    assert inspect("jamba-rag:cpu")["Size"] - inspect(BASE)["Size"] < MAX_BYTES_ABOVE_BASE
+
+
+def test_the_image_holds_the_versions_of_the_constraints(stack):
+    lines = (ROOT / "deploy" / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.partition(" ")[0].split("==") for line in lines if not line.startswith("#"))
+    found = dict(item.split("==") for item in stack.inside("api", "python", "-c", INSTALLED).split())
+    found = {canonicalize_name(name): version.partition("+")[0] for name, version in found.items()}
+    beside = {"jamba-rag", "pip"}  # ours, and what comes with Python
+    assert {name: version for name, version in found.items() if name not in beside} == {
+        name: pinned.get(name) for name in found if name not in beside
+    }
 
 
 @pytest.mark.parametrize("name", ["api", "redis"])
