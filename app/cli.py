@@ -58,6 +58,7 @@ def serve(
 
     from app.log import configure_logging
     from app.main import create_app
+    from app.serving import SteadyServer
 
     server = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = choose_settings(None, None, data_dir, **({"server": server} if server else {}))
@@ -71,7 +72,7 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=settings.server.shutdown_s,
     )
-    running = uvicorn.Server(config)
+    running = SteadyServer(config, settings.server.stall_s)
     try:
         running.run()
     except SystemExit:  # its own codes; what failed is logged

@@ -41,6 +41,7 @@ class ServerSettings(_Group):
     port: int = _setting(8000, "Port to listen on.", ge=0, le=65535)
     max_requests_in_flight: int = _setting(512, "Open HTTP requests after which new ones get 429.", "requests", ge=1)
     keepalive_s: float = _setting(15.0, "Pause after which an idle event stream sends a comment.", "seconds", gt=0)
+    stall_s: int = _setting(60, "Time after which a client that takes nothing is cut off (Linux).", "seconds", ge=1)
     shutdown_s: int = _setting(10, "Longest wait for open requests when the service stops.", "seconds", ge=0)
 
 
@@ -333,9 +334,8 @@ def load_settings(env_file: Path | None = Path(".env"), **overrides: Any) -> Set
     try:
         settings = Settings(_env_file=env_file, **overrides)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{_env_name(e['loc'])}: {in_plain_words(e['msg'])}" for e in error.errors(include_input=False)
-        )
+        errors = error.errors(include_input=False)
+        problems = "; ".join(f"{_env_name(e['loc'])}: {in_plain_words(e['msg'])}" for e in errors)
         raise SettingsError(f"wrong setting: {problems}") from None
     _check_together(settings)
     return settings

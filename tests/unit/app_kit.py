@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -14,10 +15,12 @@ from typing import Any
 import httpx
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from app import embedding, main
 from app.main import create_app
+from app.serving import SteadyServer
 from app.settings import Settings, load_settings
 from model.train.tokenizer_cut import SPECIAL_TOKENS
 
@@ -114,15 +117,22 @@ class ServiceClient(httpx.AsyncClient):
 @contextmanager
 def serving(settings: Settings) -> Iterator[str]:
     """A whole service behind a real socket, in a thread; gives its URL."""
-    app = create_app(settings)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
+    with listening(create_app(settings), settings.server.stall_s) as (url, _):
+        yield url
+
+
+@contextmanager
+def listening(app: ASGIApp, stall_s: float) -> Iterator[tuple[str, socket.socket]]:
+    """An application behind a real socket, in a thread; gives its URL and the socket that listens."""
+    server = SteadyServer(uvicorn.Config(app, port=0, log_config=None, access_log=False), stall_s)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        listener = server.servers[0].sockets[0]
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", listener
     finally:
         server.should_exit = True
         thread.join()
