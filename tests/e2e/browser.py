@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -92,16 +92,23 @@ class Page:
         media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
 
-    @contextmanager
-    def slow_uploads(self) -> Iterator[None]:
+    def slow_uploads(self) -> AbstractContextManager[None]:
         """20 KB a second leave the browser."""
-        network = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": 20_000}
+        return self._network(uploadThroughput=20_000)
+
+    def offline(self) -> AbstractContextManager[None]:
+        """Nothing leaves the browser."""
+        return self._network(offline=True)
+
+    @contextmanager
+    def _network(self, **conditions: object) -> Iterator[None]:
+        usual = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
         self.driver.execute_cdp_cmd("Network.enable", {})
-        self.driver.execute_cdp_cmd("Network.emulateNetworkConditions", network)
+        self.driver.execute_cdp_cmd("Network.emulateNetworkConditions", usual | conditions)
         try:
             yield
         finally:
-            self.driver.execute_cdp_cmd("Network.emulateNetworkConditions", network | {"uploadThroughput": -1})
+            self.driver.execute_cdp_cmd("Network.emulateNetworkConditions", usual)
 
     def barriers(self) -> list[str]:
         """What axe finds wrong with the page as it is now."""
