@@ -212,7 +212,7 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
         wake_workers=worker.notify,
         checks=make_checks(store, files, index, words, engine_thread),
     )
-    store.on_replaced = service.on_replaced
+    store.on_replaced, model.cache.on_moved = service.on_replaced, metrics.observe_states
     store.on_stage, store.on_ingested = metrics.observe_ingest, metrics.count_ingested
     metrics.watch(service.read_gauges)
     audit = AuditLog(data_dir.audit, settings.log.audit_max_bytes, settings.log.audit_files)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -76,25 +77,20 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        histogram = partial(Histogram, buckets=_SECONDS, registry=registry)
         self.requests = Counter(
             "jamba_rag_http_requests_total", "HTTP requests.", ["method", "route", "status"], registry=registry
         )
-        self.request_seconds = Histogram(
-            "jamba_rag_http_request_seconds",
-            "Time to the last byte of a response.",
-            ["route"],
-            buckets=_SECONDS,
-            registry=registry,
+        self.request_seconds = histogram(
+            "jamba_rag_http_request_seconds", "Time to the last byte of a response.", ["route"]
         )
         self.requests_in_flight = Gauge("jamba_rag_http_requests_in_flight", "Open HTTP requests.", registry=registry)
         self.answers = Counter("jamba_rag_answers_total", "Finished answers.", ["grounding", "mode"], registry=registry)
         self.answers_pending = Gauge("jamba_rag_answers_pending", "Answers running or waiting.", registry=registry)
-        self.answer_stage_seconds = Histogram(
+        self.answer_stage_seconds = histogram(
             "jamba_rag_answer_stage_seconds",
             "Time of an answer by stage, and by the tier its prefix came from.",
             ["stage", "tier"],
-            buckets=_SECONDS,
-            registry=registry,
         )
         self.tokens = Counter(
             "jamba_rag_tokens_total", "Tokens by kind: input, cached_input, output.", ["kind"], registry=registry
@@ -104,6 +100,11 @@ class Metrics:
             "Answers by the tier their prefix came from.",
             ["tier"],
             registry=registry,
+        )
+        self.state_seconds = histogram(
+            "jamba_rag_state_seconds",
+            "Time to bring prefix states into a tier (save) or out of it (load).",
+            ["what", "tier"],
         )
         self.prefetches = Counter(
             "jamba_rag_prefetches_total",
@@ -119,12 +120,10 @@ class Metrics:
         )
         self.uploads = Counter("jamba_rag_uploads_total", "Files received.", ["outcome"], registry=registry)
         self.upload_bytes = Counter("jamba_rag_upload_bytes_total", "Bytes of files stored.", registry=registry)
-        self.ingest_stage_seconds = Histogram(
+        self.ingest_stage_seconds = histogram(
             "jamba_rag_ingest_stage_seconds",
             "Time of a document by stage of its ingestion; `queued` is the wait before.",
             ["stage"],
-            buckets=_SECONDS,
-            registry=registry,
         )
         self.ingested = Counter(
             "jamba_rag_ingested_total", "Documents that became ready or failed.", ["outcome"], registry=registry
@@ -137,6 +136,10 @@ class Metrics:
 
     def observe_ingest(self, stage: str, seconds: float) -> None:
         self.ingest_stage_seconds.labels(stage).observe(seconds)
+
+    def observe_states(self, what: str, tier: str, seconds: float) -> None:
+        """`what`: save or load."""
+        self.state_seconds.labels(what, tier).observe(seconds)
 
     def count_ingested(self, outcome: str) -> None:
         self.ingested.labels(outcome).inc()

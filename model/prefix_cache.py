@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -58,7 +59,8 @@ class PrefixCache:
 
     `fingerprint` names the model (prefix_plan.state_fingerprint). A DeviceStateStore, which only the first may be, has
     a state at once; the others are written on a thread, which `close` ends. What is found in a slower store is copied
-    into the faster ones in the same way. The stores stay their owner's to close.
+    into the faster ones in the same way. The stores stay their owner's to close. `on_moved("save" or "load", tier,
+    seconds)` is called, from any thread, whenever a store was given states or asked for them.
     """
 
     def __init__(
@@ -70,7 +72,9 @@ class PrefixCache:
         self._stores, self._fingerprint, self._layout = tuple(stores), fingerprint, fingerprint.hex()
         self._device = stores[0] if stores and isinstance(stores[0], DeviceStateStore) else None
         slower = self._stores[self._first :]
-        self._behind = WriteBehind(slower, self._layout) if slower else None
+        self.on_moved: Callable[[str, str, float], None] = lambda what, tier, seconds: None
+        on_saved = lambda tier, seconds: self.on_moved("save", tier, seconds)
+        self._behind = WriteBehind(slower, self._layout, on_saved=on_saved) if slower else None
         self._stats = CacheStats()
         self._epoch = 0
         self._invalidated: dict[str, int] = {}  # tag -> epoch that its invalidation began, the oldest first
@@ -153,7 +157,8 @@ class PrefixCache:
             items.append(_describe(plan, plan.block_keys[i], (i + 1) * size, StateTensors((block,))))
         tail = state.read_kv(position - position % size, position)
         items.append(_describe(plan, key, position, StateTensors((*snapshot.tensors, tail))))
-        if not self._put(plan, items, *(one.put_many for one in (self._device, self._behind) if one is not None)):
+        puts = [self._put_on_device] if self._device is not None else []
+        if not self._put(plan, items, *puts, *([self._behind.put_many] if self._behind is not None else [])):
             return False
         state.origin = _origin(plan, position)
         with self._lock:
@@ -213,6 +218,12 @@ class PrefixCache:
                 put(items)
         return True
 
+    def _put_on_device(self, items: Sequence[StateItem]) -> None:
+        assert self._device is not None
+        started = time.perf_counter()
+        self._device.put_many(items)
+        self.on_moved("save", self._device.tier, time.perf_counter() - started)
+
     def _locate(self, keys: Sequence[str], peek: bool) -> dict[str, int]:
         """key -> the fastest store that has it; what no store has is absent."""
         where: dict[str, int] = {}
@@ -244,8 +255,10 @@ class PrefixCache:
         """Add to `loaded` what can be had of `keys`, values of that many tensors; the rest leaves `where`."""
         for level, store in enumerate(self._stores):
             asked = [key for key in keys if where.get(key) == level]
-            encoded = []
-            for key, value in zip(asked, store.get_many(asked) if asked else (), strict=True):
+            if not asked:
+                continue
+            encoded, started = [], time.perf_counter()
+            for key, value in zip(asked, store.get_many(asked), strict=True):
                 if value is None:  # evicted since it was located
                     del where[key]
                 elif isinstance(value, StateTensors):
@@ -261,6 +274,7 @@ class PrefixCache:
                 del where[key]
                 with self._lock:
                     self._stats.damaged += 1
+            self.on_moved("load", store.tier, time.perf_counter() - started)
 
     def _decode_all(self, values: Sequence[tuple[str, Buffer]], tensors: int) -> list[StateTensors | DamagedValue]:
         """Side by side, for a state of a long prompt is gigabytes to check."""
@@ -313,7 +327,7 @@ class PrefixCache:
             return
         there = device.contains_many([key for key, _ in ends], peek=True)  # less what has just made room
         missing = [end for end, kept in zip(ends, there, strict=True) if not kept]
-        self._put(plan, [_describe(plan, key, end, loaded[key]) for key, end in missing], device.put_many)
+        self._put(plan, [_describe(plan, key, end, loaded[key]) for key, end in missing], self._put_on_device)
 
 
 def _describe(plan: PrefixPlan, key: str, end: int, value: StateTensors) -> StateItem:

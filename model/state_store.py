@@ -60,7 +60,8 @@ class StateStore(Protocol):
         ...
 
     def stats(self) -> dict[str, int]:
-        """Counters and sizes; every implementation has at least `dropped`, the values it could not take."""
+        """Counters and sizes; every implementation has at least `dropped`, the values it could not take, `read_bytes`
+        and `written_bytes`, of those it gave and took."""
         ...
 
 
@@ -74,7 +75,7 @@ class MemoryStateStore:
         self._policy = policy or LeastValuable()
         self._items: dict[str, StateItem] = {}
         self._keys_of_tag: dict[str, set[str]] = {}
-        self._evicted = self._dropped = 0
+        self._evicted = self._dropped = self._read_bytes = self._written_bytes = 0
         self._lock = threading.Lock()
 
     def contains_many(self, keys: Sequence[str], peek: bool = False) -> list[bool]:
@@ -85,7 +86,9 @@ class MemoryStateStore:
 
     def get_many(self, keys: Sequence[str]) -> list[Buffer | StateTensors | None]:
         with self._lock:
-            return [item.value if (item := self._items.get(key)) else None for key in keys]
+            values = [item.value if (item := self._items.get(key)) else None for key in keys]
+            self._read_bytes += sum(len(value) for value in values if value is not None)
+            return values
 
     def put_many(self, items: Sequence[StateItem]) -> None:
         with self._lock:
@@ -107,6 +110,8 @@ class MemoryStateStore:
                 "max_bytes": self._max_bytes,
                 "evicted": self._evicted,
                 "dropped": self._dropped,
+                "read_bytes": self._read_bytes,
+                "written_bytes": self._written_bytes,
             }
 
     def close(self) -> None:
@@ -125,6 +130,7 @@ class MemoryStateStore:
         self._forget(item.key)
         self._items[item.key] = item
         self._bytes += len(item.value)
+        self._written_bytes += len(item.value)
         self._policy.add(item.key, Entry(len(item.value), item.after, item.saves_tokens, item.ends_prompt))
         for tag in item.tags:
             self._keys_of_tag.setdefault(tag, set()).add(item.key)

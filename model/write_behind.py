@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -37,10 +38,18 @@ class _Job(NamedTuple):
 class WriteBehind:
     """Puts StateTensors into `stores`. Thread safe. At most `max_pending_bytes` wait; what comes on top is dropped.
 
-    On a GPU the copies have a stream of their own, so that the model's work does not queue up behind them.
+    On a GPU the copies have a stream of their own, so that the model's work does not queue up behind them. `on_saved`
+    is told the tier and the seconds of each value: encoding and copying count for the store that they are done for.
     """
 
-    def __init__(self, stores: Sequence[StateStore], layout: str, max_pending_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self,
+        stores: Sequence[StateStore],
+        layout: str,
+        max_pending_bytes: int = 1 << 30,
+        on_saved: Callable[[str, float], None] = lambda tier, seconds: None,
+    ) -> None:
+        self._on_saved = on_saved
         self._stores, self._layout, self._max_pending_bytes = tuple(stores), layout, max_pending_bytes
         self._stream: torch.cuda.Stream | None = None
         self._saves: deque[_Job] = deque()
@@ -146,7 +155,7 @@ class WriteBehind:
     @torch.inference_mode()
     def _write(self, job: _Job) -> bool:
         """False if the value is gone by now."""
-        item, stores = job.item, job.stores
+        item, stores, started = job.item, job.stores, time.perf_counter()
         if job.promotes:
             stores = [store for store in stores if not store.contains_many([item.key], peek=True)[0]]
             if not stores:
@@ -161,6 +170,8 @@ class WriteBehind:
             if not store.keeps_tensors:
                 encoded = encoded or encode_value(item.key, self._layout, value.tensors)
             store.put_many([item._replace(value=value if store.keeps_tensors else encoded)])
+            before, started = started, time.perf_counter()
+            self._on_saved(store.tier, started - before)
         return True
 
     def _copying_from(self, device: torch.device) -> AbstractContextManager[object]:

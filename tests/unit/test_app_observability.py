@@ -51,6 +51,9 @@ async def test_metrics_say_where_the_time_of_answers_and_documents_went(client):
     assert guessed["accepted"] > 0 and guessed.keys() == {"accepted", "rejected"}
     stores = {(labels["tier"], labels["what"]): value for labels, value in found["jamba_rag_state_store"]}
     assert 0 < stores["host", "bytes"] < stores["host", "max_bytes"]
+    assert stores["host", "read_bytes"] > 0 and stores["host", "written_bytes"] == stores["host", "bytes"]
+    moved = {(labels["what"], labels["tier"]): n for labels, n in found["jamba_rag_state_seconds_count"]}
+    assert moved.keys() == {("save", "host"), ("load", "host")}
     assert found["jamba_rag_http_requests_in_flight"] == [({}, 1)]
     assert found["process_resident_memory_bytes"][0][1] > 1e6
 

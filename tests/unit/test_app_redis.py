@@ -45,6 +45,10 @@ async def test_int8_snapshots_come_back_after_a_restart_and_are_not_read_by_a_se
             async with running_service(settings) as client:
                 await client.upload("lighthouse.md", LIGHTHOUSE)
                 answers.append(await client.ask("When was it built?"))
+                client.app.state.service.cache.flush(10)
+                metrics = (await client.get("/metrics")).text
+                assert 'jamba_rag_state_seconds_count{tier="redis",what="save"}' in metrics or len(answers) == 2
+                assert ('jamba_rag_state_seconds_count{tier="redis",what="load"}' in metrics) == (len(answers) == 2)
         first, again, without = answers
         assert first["cache"]["tier"] == without["cache"]["tier"] == "none"
         assert again["cache"]["tier"] == "redis" and again["usage"]["cached_input_tokens"] > 0
