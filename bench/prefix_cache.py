@@ -188,7 +188,7 @@ def measure_state(run: BenchRun, url: str, num_tokens: int, repeats: int) -> Non
         with redis.Redis.from_url(url) as client:
             client.flushall()
         marks = [time.perf_counter()]
-        if not cache.save(plan, state):
+        if not cache.save(plan, state) or not cache.flush(60):
             raise SystemExit("the state was not saved")
         marks.append(time.perf_counter())
         hit = cache.longest_prefix(plan)
@@ -201,6 +201,7 @@ def measure_state(run: BenchRun, url: str, num_tokens: int, repeats: int) -> Non
         del hit, empty
         for name, start, end in zip(times_s, marks, marks[1:], strict=False):
             times_s[name].append(end - start)
+    cache.close()
     store.close()
     gb = num_tokens * 16_384 / 1e9
     columns = {f"{name}_s": median(times) for name, times in times_s.items()}
