@@ -20,6 +20,12 @@ from tests.e2e.service import RunningService
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 CHROMEDRIVER = shutil.which("chromedriver")
+IN_CHROMIUM = [  # the marks of a module whose tests need it
+    pytest.mark.e2e,
+    pytest.mark.skipif(
+        not (CHROMIUM and CHROMEDRIVER), reason="no Chromium here; on Debian: apt-get install chromium chromium-driver"
+    ),
+]
 CHROMIUM_FLAGS = (
     "--headless",
     "--no-sandbox",

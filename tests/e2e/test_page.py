@@ -5,19 +5,13 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-from tests.e2e.browser import CHROMEDRIVER, CHROMIUM, Page, tab_through
+from tests.e2e.browser import IN_CHROMIUM, Page, tab_through
 
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.skipif(
-        not (CHROMIUM and CHROMEDRIVER), reason="no Chromium here; on Debian: apt-get install chromium chromium-driver"
-    ),
-]
+pytestmark = IN_CHROMIUM
 
 WIDTHS = (1440, 1000, 768, 320)
 PDF = Path(__file__).resolve().parents[2] / "samples" / "documents" / "fr12-handbook.pdf"

@@ -2,16 +2,9 @@
 
 from pathlib import Path
 
-import pytest
+from tests.e2e.browser import IN_CHROMIUM, Page
 
-from tests.e2e.browser import CHROMEDRIVER, CHROMIUM, Page
-
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.skipif(
-        not (CHROMIUM and CHROMEDRIVER), reason="no Chromium here; on Debian: apt-get install chromium chromium-driver"
-    ),
-]
+pytestmark = IN_CHROMIUM
 
 # remembers every state that a line of the list was in
 WATCH = """

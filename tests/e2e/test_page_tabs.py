@@ -6,14 +6,9 @@ import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.select import Select
 
-from tests.e2e.browser import CHROMEDRIVER, CHROMIUM, Page
+from tests.e2e.browser import IN_CHROMIUM, Page
 
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.skipif(
-        not (CHROMIUM and CHROMEDRIVER), reason="no Chromium here; on Debian: apt-get install chromium chromium-driver"
-    ),
-]
+pytestmark = IN_CHROMIUM
 
 
 def collection_of(page: Page) -> str:

@@ -1,17 +1,11 @@
 """The page while files are on their way: cancelled, failed, deleted elsewhere, asked about too early."""
 
-import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.select import Select
 
-from tests.e2e.browser import CHROMEDRIVER, CHROMIUM
+from tests.e2e.browser import IN_CHROMIUM
 
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.skipif(
-        not (CHROMIUM and CHROMEDRIVER), reason="no Chromium here; on Debian: apt-get install chromium chromium-driver"
-    ),
-]
+pytestmark = IN_CHROMIUM
 
 
 def test_says_when_documents_that_may_hold_the_answer_are_still_on_their_way(page, tmp_path):

@@ -3,14 +3,9 @@
 import pytest
 from selenium.webdriver.common.keys import Keys
 
-from tests.e2e.browser import CHROMEDRIVER, CHROMIUM
+from tests.e2e.browser import IN_CHROMIUM
 
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.skipif(
-        not (CHROMIUM and CHROMEDRIVER), reason="no Chromium here; on Debian: apt-get install chromium chromium-driver"
-    ),
-]
+pytestmark = IN_CHROMIUM
 KEEP_WORDS = """
 window.said = [];
 const keep = () => document.querySelectorAll(".waiting").forEach((words) => window.said.push(words.textContent));
