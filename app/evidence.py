@@ -1,9 +1,10 @@
 """One question to what the model reads for it: search, mode, budget, packing. Start at `EvidenceFinder.find`."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from app import schemas
 from app.advice import Advice
 from app.answering import NO_DOCUMENTS_TEXT, NO_MATCH_TEXT, STILL_READING_TEXT
 from app.auth import LOCAL_ADMIN, Principal
@@ -186,3 +187,20 @@ class EvidenceFinder:
 def describe_scores(scores: Mapping[str, float]) -> dict[str, float | None]:
     """The four scores of a hit as the API names them; None where one was not computed."""
     return {name: scores.get(name) for name in ("dense", "lexical", "fused", "rerank")}
+
+
+def show_hits(hits: Iterable[Hit]) -> list[schemas.Hit]:
+    """Search results as the API has them."""
+    return [
+        schemas.Hit(
+            document_id=hit.document_id,
+            filename=hit.filename,
+            chunk_id=hit.chunk.id,
+            text=hit.chunk.text,
+            score=hit.score,
+            scores=schemas.Scores(**describe_scores(hit.scores)),
+            location=schemas.Location.model_validate(hit.location),
+            attributes=dict(hit.attributes),
+        )
+        for hit in hits
+    ]

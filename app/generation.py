@@ -17,7 +17,7 @@ import anyio.to_thread
 from app import schemas
 from app.answering import CUT_OFF_TEXT, NOT_FOUND_TEXT, AnswerPart, AnswerReader, Quoted, TextPiece
 from app.errors import DocumentDeleted, describe_error
-from app.evidence import Found, Query, describe_scores
+from app.evidence import Found, Query, show_hits
 from app.likeliest import generate_likeliest
 from app.progress import ReadingProgress
 from app.prompting import prompt_salt
@@ -30,7 +30,7 @@ from model.engine_request import EngineRequest, StepOutput
 from model.sampling import SamplingParams
 from retrieval.location import locate
 from retrieval.store import DocumentNotFound, DocumentNotReady
-from retrieval.types import Evidence, Hit
+from retrieval.types import Evidence
 
 if TYPE_CHECKING:
     from app.service import RagService
@@ -106,7 +106,7 @@ class RunningAnswer:
         self._room_tokens = query.max_output_tokens  # what the generations to come may add to the answer, all together
         self._citations: list[schemas.Citation] = []
         self._truncated = False
-        self._counted = False  # whether what is generated next is from a prompt that was counted
+        self._counted: set[tuple[int, ...]] = set()  # prompts: another generation from one costs nothing worth telling
         self._epoch = 0  # of the prefix cache, before the documents were chosen,
         self._gone: set[str] = set()  # and what was deleted since
 
@@ -188,7 +188,7 @@ class RunningAnswer:
 
     async def _choose(self, evidence: Evidence) -> Evidence:
         """All of the evidence, or, where passages are read apart, the one that most likely holds the answer."""
-        service, self._counted = self._service, False
+        service, self._counted = self._service, set()
         if not service.advice.read_apart or evidence.mode != "rag" or not service.format.decision_ids:
             return evidence
         if not reads_apart(evidence, await anyio.to_thread.run_sync(self._count_question)):
@@ -201,7 +201,6 @@ class RunningAnswer:
             demerit = OTHER_ROWS_NATS if lines.lacks(reading.passages) else 0
             weighed.append((demerit + await self._weigh(request, reading, read_tokens), reading))
             read_tokens += len(request.token_ids)
-        self._counted = True
         return min(weighed, key=lambda one: one[0])[1]
 
     def _count_question(self) -> int:
@@ -212,6 +211,7 @@ class RunningAnswer:
     async def _weigh(self, request: EngineRequest, reading: Evidence, read_tokens: int) -> float:
         """The `none_margin` of this reading, before which others were read."""
         note, submitted = self._progress.note, time.perf_counter()
+        self._counted.add(request.token_ids)
         request = replace(
             request, sampling=SamplingParams(max_new_tokens=1), on_read=lambda own: note(read_tokens + own)
         )
@@ -245,9 +245,12 @@ class RunningAnswer:
     def _refuses(self, writer: AnswerReader) -> bool:
         return writer.none_margin > self._service.advice.none_margin
 
-    async def _request(self, reading: Evidence) -> EngineRequest:
+    async def _request(self, reading: Evidence, again: bool = False) -> EngineRequest:
+        """`again`: read once more behind the question, if that is short and the context holds it."""
         service, query = self._service, self._query
-        prompt = await anyio.to_thread.run_sync(service.format.build_prompt, query.question, reading, query.turns)
+        room = service.format.max_context_tokens - self._room_tokens if again else 0
+        build = service.format.build_prompt
+        prompt = await anyio.to_thread.run_sync(build, query.question, reading, query.turns, room)
         return EngineRequest(
             token_ids=prompt.token_ids,
             boundaries=prompt.boundaries,
@@ -269,11 +272,13 @@ class RunningAnswer:
     async def _generate(self, reading: Evidence, writer: AnswerReader, allow_none: bool) -> AsyncIterator[Event]:
         self._check_alive()
         self._truncated = False
-        service, counted = self._service, not self._counted
-        self._counted = True  # a second generation from the same prompt costs nothing worth telling
+        service = self._service
         limits = QuoteLimits(service.settings.max_quote_tokens, service.settings.max_quotes, allow_none)
         constraint = await anyio.to_thread.run_sync(service.format.constrain, reading, limits)
-        request = await self._request(reading)
+        again = service.advice.read_again and reading.mode == "rag" and len(reading.passages) == 1
+        request = await self._request(reading, again)
+        counted = request.token_ids not in self._counted
+        self._counted.add(request.token_ids)
         request = replace(request, constraint=constraint, counted=counted, on_read=self._progress.note)
         self._progress.begin(len(request.token_ids))
         first, submitted, question = allow_none, time.perf_counter(), self._query.question
@@ -381,20 +386,3 @@ class RunningAnswer:
 def _check_finish(output: StepOutput) -> None:
     if output.finish_reason in ("error", "abort"):
         raise GenerationFailed(f"the generation ended with {output.finish_reason!r}: {output.error or 'no reason'}")
-
-
-def show_hits(hits: Iterable[Hit]) -> list[schemas.Hit]:
-    """Search results as the API has them."""
-    return [
-        schemas.Hit(
-            document_id=hit.document_id,
-            filename=hit.filename,
-            chunk_id=hit.chunk.id,
-            text=hit.chunk.text,
-            score=hit.score,
-            scores=schemas.Scores(**describe_scores(hit.scores)),
-            location=schemas.Location.model_validate(hit.location),
-            attributes=dict(hit.attributes),
-        )
-        for hit in hits
-    ]

@@ -171,8 +171,7 @@ class AnswerSettings(_Group):
     )
     recent_evidence_tokens: int | None = _setting(
         None,
-        "Most evidence of `rag` that begins with what was read lately; unset: as the checkpoint advises, else twice "
-        "what it packs at first.",
+        "Most evidence of `rag` that begins with what was read lately; unset: as advised, else twice what is packed.",
         "tokens",
         ge=MIN_EVIDENCE_TOKENS,
     )
@@ -188,16 +187,14 @@ class AnswerSettings(_Group):
     )
     missing_words_nats: float | None = _setting(
         None,
-        "Added to that difference for a question none of whose words stand in what was read, a share of it for a share "
-        "of them; unset: as the checkpoint advises, else 0.",
+        "Added to that for a question of which no word was read, a share of it for a share; unset: as advised, else 0.",
         "nats",
         ge=0,
         le=50,
     )
     quote_beginnings: int | None = _setting(
         None,
-        "Make the quotes that begin with each of so many likely tokens and take the likeliest; 1: only the greedy one; "
-        "unset: as the checkpoint advises, else 1.",
+        "Make the quotes of so many likely beginnings and take the likeliest; 1: the greedy one; unset: as advised.",
         "quotes",
         ge=1,
         le=32,
@@ -206,6 +203,9 @@ class AnswerSettings(_Group):
         None,
         "Read each passage of `rag` evidence alone and answer from the one that most likely holds the answer; unset: "
         "as the checkpoint advises, else all together. Not for checkpoints that write freely.",
+    )
+    read_again: bool | None = _setting(
+        None, "Read a passage that is answered from alone once more behind the question; unset: as advised, else not."
     )
     prefetch_after_s: float = _setting(
         2.0,

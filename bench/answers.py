@@ -4,7 +4,7 @@ Questions come as JSON lines: {set, passages: [[title, text], ...], question, an
 the number of the passage that holds the answer. Every question is answered once without the way out of `<|none|>`, and
 the margin log P(none) − log P(quote) of its first step is kept: so one run gives the scores at every threshold.
 With `--apart` each passage is read alone and the one with the least margin answered from, as `read_apart` does;
-`--missing-words` is the service's `missing_words_nats`.
+`--missing-words` is the service's `missing_words_nats`, and `--again` its `read_again`.
 Run: `python -m bench.answers QUESTIONS.jsonl --threshold 0`.
 """
 
@@ -43,6 +43,7 @@ from model.train.scoring import normalize_answer, token_f1
 from retrieval.types import Evidence
 
 SHIPPED = Path(__file__).parent.parent / "model" / "checkpoints" / "jamba-small"
+CONTEXT_TOKENS, ANSWER_TOKENS = 65_536, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +68,9 @@ class Reader:
     ) -> None:
         model = load_model(checkpoint, dtype=dtype, quantize=quantize)
         self.tokenizer = Tokenizer.load(checkpoint)
-        self.format = QuoteFormat(self.tokenizer, TokenBytes.read(checkpoint), 65_536)
+        self.format = QuoteFormat(self.tokenizer, TokenBytes.read(checkpoint), CONTEXT_TOKENS)
         cache = PrefixCache([DeviceStateStore(1 << 28)], b"bench", PlanSettings())
-        self.engine = EngineThread(JambaEngine(model, self.tokenizer, cache, max_context_tokens=65_536))
+        self.engine = EngineThread(JambaEngine(model, self.tokenizer, cache, max_context_tokens=CONTEXT_TOKENS))
         self.advice = advice
         self.limits = QuoteLimits(max_quotes=max_quotes, allow_none=False)
 
@@ -84,21 +85,24 @@ class Reader:
             weighed = [self._generate(_one_token(request), 1)[0] for request in requests]
             margins = [self._margin(question, *those) for those in zip(readings, weighed, strict=True)]
             best = margins.index(min(margins))
-        reading = readings[best]
+        reading, request = readings[best], requests[best]
+        if self.advice.read_again and len(reading.passages) == 1:
+            request = self._request(question, reading, room_again=CONTEXT_TOKENS - ANSWER_TOKENS)
+            prompt_tokens += len(request.token_ids)
         writer = AnswerWriter(self.tokenizer, self.format.answer_tokens(reading), reading.passages)
-        outputs = self._generate(requests[best], self.advice.quote_beginnings, question)
+        outputs = self._generate(request, self.advice.quote_beginnings, question)
         for output in outputs:
             if output.token_id is not None:
                 list(writer.push(output.token_id))
         list(writer.finish())
         return writer, self._margin(question, reading, outputs[0]), prompt_tokens
 
-    def _request(self, question: str, reading: Evidence) -> EngineRequest:
-        prompt = self.format.build_prompt(question, reading)
+    def _request(self, question: str, reading: Evidence, room_again: int = 0) -> EngineRequest:
+        prompt = self.format.build_prompt(question, reading, room_again=room_again)
         return EngineRequest(
             prompt.token_ids,
             prompt.boundaries,
-            SamplingParams(max_new_tokens=256, stop_token_ids=self.format.stop_ids),
+            SamplingParams(max_new_tokens=ANSWER_TOKENS, stop_token_ids=self.format.stop_ids),
             constraint=self.format.constrain(reading, self.limits),
             watch_tokens=self.format.decision_ids,
         )
@@ -170,10 +174,16 @@ def main() -> None:
     parser.add_argument("--max-quotes", type=int, default=1)
     parser.add_argument("--beginnings", type=int, default=1, help="quotes tried, of which the likeliest is taken")
     parser.add_argument("--apart", action="store_true", help="read each passage alone")
+    parser.add_argument("--again", action="store_true", help="read the passage answered from once more")
     parser.add_argument("--missing-words", type=float, default=0.0, help="nats for a question of unread words")
     parser.add_argument("--outcomes", type=Path, help="write every answer there, as JSON lines")
     args = parser.parse_args()
-    advice = Advice(quote_beginnings=args.beginnings, read_apart=args.apart, missing_words_nats=args.missing_words)
+    advice = Advice(
+        quote_beginnings=args.beginnings,
+        read_apart=args.apart,
+        read_again=args.again,
+        missing_words_nats=args.missing_words,
+    )
     reader = Reader(args.model, getattr(torch, args.dtype), args.quantize, args.max_quotes, advice)
     items, counts, outcomes = [], Counter(), []
     for item in map(json.loads, args.questions.read_text().splitlines()):

@@ -173,7 +173,9 @@ async def measure(
                     print(f"{budget} tokens: {number} of {len(asked)} questions", file=sys.stderr)
             for threshold in args.thresholds or [service.advice.none_margin]:
                 ended = refuse_from(outcomes, threshold) if args.thresholds else outcomes
-                run.add(**summarize(ended, budget), none_margin=threshold, read_apart=service.advice.read_apart)
+                advice = service.advice
+                asked_as = {"none_margin": threshold, "read_apart": advice.read_apart, "read_again": advice.read_again}
+                run.add(**summarize(ended, budget), **asked_as)
             if args.answers:
                 lines = ({"question": one.question, "answer": one.answer} | outcome for one, outcome in outcomes)
                 args.answers.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -211,6 +213,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=[300])
     parser.add_argument("--limit", type=int, help="so many questions, drawn at random")
     parser.add_argument("--read-apart", action=argparse.BooleanOptionalAction, help="instead of what is advised")
+    parser.add_argument("--read-again", action=argparse.BooleanOptionalAction, help="instead of what is advised")
     parser.add_argument("--none-margin", type=float, help="instead of what is advised")
     parser.add_argument("--thresholds", type=float, nargs="+", help="a row each, of one run that refuses nothing")
     parser.add_argument("--answers", type=Path, help="what was said to each question, JSON lines")
@@ -221,7 +224,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         groups = {"model": {"path": args.model}, "redis": {"url": None}, "log": {"level": "warning"}}
         none_margin = REFUSES_NOTHING if args.thresholds else args.none_margin
-        groups["answers"] = {"read_apart": args.read_apart, "none_margin": none_margin}
+        groups["answers"] = {"read_apart": args.read_apart, "read_again": args.read_again, "none_margin": none_margin}
         settings = load_settings(env_file=None, data_dir=args.data_dir or Path(scratch) / "data", **groups)
         folder = Path(scratch) / "documents"
         folder.mkdir()

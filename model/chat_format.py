@@ -44,6 +44,14 @@ class ChatFormat:
         """The question, up to where the model begins to answer."""
         return [self.question, *self.tokenizer.encode(question), self.answer]
 
+    def ask_again(self, question: str, documents: Sequence[int]) -> list[int]:
+        """The question, the tokens of the documents once more, and the question as `ask` has it.
+
+        What a state of fixed size keeps of a text depends on what it is read for: now on what is asked. Source: Just
+        Read Twice (arXiv 2407.05483).
+        """
+        return [self.question, *self.tokenizer.encode(question), *documents, *self.ask(question)]
+
     def citation(self, ordinal: int) -> list[int]:
         """What follows a quote: the document it is from."""
         return self.tokenizer.encode(f"d{ordinal}")

@@ -5,7 +5,7 @@ from fastapi import APIRouter
 from app import schemas
 from app.deps import KnownQuery, Reader, ServiceDep
 from app.errors import InvalidRequest
-from app.generation import show_hits
+from app.evidence import show_hits
 from retrieval.types import SearchParams
 
 router = APIRouter(prefix="/v1", tags=["search"], dependencies=[KnownQuery])

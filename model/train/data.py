@@ -39,6 +39,9 @@ class Place(NamedTuple):
     document: int
     passage: int
 
+    def moved(self, shift: int) -> Place:
+        return Place(self.ordinal, self.document + shift, self.passage + shift)
+
 
 def covering_tokens(tokenizer: Tokenizer, text: str, start: int, end: int) -> tuple[list[int], int, int] | None:
     """Tokens of `text` and the range of them that covers text[start:end]; None when they cover more than white space
@@ -57,16 +60,19 @@ class ContextRenderer:
     def __init__(self, tokenizer: Tokenizer, rephrase: bool = False) -> None:
         self.format, self.tokenizer, self.rephrase = ChatFormat(tokenizer), tokenizer, rephrase
 
-    def render(self, context: Context, max_tokens: int, rng: random.Random) -> tuple[list[int], list[float], list[int]]:
+    def render(
+        self, context: Context, max_tokens: int, rng: random.Random, again: bool = False
+    ) -> tuple[list[int], list[float], list[int]]:
         """Token ids and, for each, its kind and its source: the place of the token it repeats, or NO_SOURCE.
 
-        Questions that no longer fit are left out.
+        Questions that no longer fit are left out. `again`: each has the passages read once more, and repeats those.
         """
         passages = [self.tokenizer.encode(text) for _, text in context.passages]
         groups = self._group_passages(context, rng)
         ceiling = 10 ** rng.uniform(0.0, 3.0)
         ordinals = sorted(rng.sample(range(1, max(int(ceiling), len(groups) + 1)), len(groups)))
         ids, places = self.format.system(), dict[int, Place]()
+        first = len(ids)
         for ordinal, group in zip(ordinals, groups, strict=True):
             start = len(ids)
             ids += self.format.document(ordinal, context.passages[group[0]][0], [passages[i] for i in group])
@@ -74,14 +80,21 @@ class ContextRenderer:
             for i in reversed(group):
                 places[i] = Place(ordinal, start, end - len(passages[i]))
                 end = places[i].passage - 1  # a gap between two
+        documents, shift = ids[first:], 0
         kinds, sources = [TEXT] * len(ids), [NO_SOURCE] * len(ids)
         for question in context.questions:
-            asked = self.format.ask(rephrase(question.text, rng) if self.rephrase else question.text)
-            answer = self._answer(context, question, places)
+            text = rephrase(question.text, rng) if self.rephrase else question.text
+            asked = self.format.ask(text)
+            marks = [QUESTION] * len(asked)
+            if again:
+                shift = len(ids) + len(asked) - 1 - first  # without <|answer|> the first time
+                asked = self.format.ask_again(text, documents)
+                marks = marks[1:] + [TEXT] * len(documents) + marks
+            answer = self._answer(context, question, {i: place.moved(shift) for i, place in places.items()})
             if answer is None or len(ids) + len(asked) + len(answer[0]) > max_tokens:
                 continue
             ids += [*asked, *answer[0]]
-            kinds += [QUESTION] * len(asked) + self._kinds(answer[0])
+            kinds += marks + self._kinds(answer[0])
             sources += [NO_SOURCE] * len(asked) + answer[1]
         return ids[:max_tokens], kinds[:max_tokens], sources[:max_tokens]
 
@@ -151,10 +164,12 @@ class QaRows:
     Blanks teach to find and to copy, invented facts to tell like from like, statements and pairs what people ask: the
     shares move from the first to the last over the training (`progress`, 0 to 1). Early passages are short: many
     documents in few tokens, and so many choices to learn from. Some rows have a passage alone, as the service has
-    passages read, and questions that lead a search to it, most of them in vain.
+    passages read, and questions that lead a search to it, most of them in vain; or a passage that is read again with
+    each question, as the service reads the one it answers from.
     """
 
     LONE: ClassVar = {256: 1.0, 512: 0.7}  # share of the rows of a length in which a passage stands alone
+    AGAIN: ClassVar = {512: 0.8, 1024: 0.5}  # share of the rows in which it does, and is read again with each question
     LONE_INVENTED: ClassVar = 0.2  # of these: tables for the most part
     FIRST: ClassVar = {"cloze": 0.12, "templated": 0.18, "statements": 0.25, "pairs": 0.45}
     LAST: ClassVar = {"cloze": 0.04, "templated": 0.16, "statements": 0.2, "pairs": 0.6}
@@ -169,15 +184,16 @@ class QaRows:
         ids, kinds, sources = [], [], []
         while max(kinds, default=TEXT) < ANSWER:
             chars = int(length * rng.uniform(1.8, 2.6) if length <= 512 else length * rng.uniform(2.6, 3.4))
-            if rng.random() < self.LONE.get(length, 0.0):
+            again = rng.random() < self.AGAIN.get(length, 0.0)
+            if again or rng.random() < self.LONE.get(length, 0.0):
                 if rng.random() < self.LONE_INVENTED:
                     context = templated_context(rng, 0, num_passages=1, tables=0.7)
-                else:
-                    context = self.pairs.draw_lone(rng, int(3.5 * length))
-                context = ask_more(context, rng) if rng.random() < 0.6 else context
+                else:  # few fit where the passage is read again with each, and so one in vain
+                    context = self.pairs.draw_lone(rng, 0 if again else int(3.5 * length))
+                context = ask_more(context, rng) if rng.random() < (0.3 if again else 0.6) else context
             else:
                 context = self._context(rng, shares, chars, shortest=60 if rng.random() > progress else 250)
-            ids, kinds, sources = self.renderer.render(context, length + 1, rng)
+            ids, kinds, sources = self.renderer.render(context, length + 1, rng, again)
         row = np.zeros(length + 1, dtype=np.int64)
         marks = np.full(length + 1, PADDING, dtype=np.float32)
         origins = np.full(length + 1, NO_SOURCE, dtype=np.int64)

@@ -37,8 +37,8 @@ from model.train.trainer import Clock, Cluster, Log, MasterOptimizer, cosine, lo
 from model.weights import load_model
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16_384)
-LENGTH_SHARES = (0.36, 0.2, 0.2, 0.12, 0.07, 0.05, 0.0)  # a passage alone often, as the service reads
-LATE_SHARES = (0.36, 0.17, 0.15, 0.1, 0.07, 0.07, 0.08)  # from --long-from on: needles far away, too
+LENGTH_SHARES = (0.22, 0.36, 0.22, 0.09, 0.06, 0.05, 0.0)  # a passage alone often, as the service reads
+LATE_SHARES = (0.22, 0.35, 0.17, 0.07, 0.06, 0.06, 0.07)  # from --long-from on: needles far away, too
 TAPS = (5, 11, 17, 23, 29)
 FINDING, COPYING = 12, 20  # attention layers; the second came to copy by itself
 QUERIES = {FINDING: 1024, COPYING: 2048}  # a step, at most

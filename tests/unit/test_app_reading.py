@@ -8,6 +8,7 @@ from app_kit import GARDEN, LIGHTHOUSE, make_settings, running_service
 from app.conversation import missing_words, only_repeats
 from app.reading import none_margin, read_at_once, reads_apart, split_passages
 from app.render import measures_of
+from model.tokenizer import Tokenizer
 from retrieval.types import Evidence, Heading, Passage
 
 EVIDENCE = Evidence(
@@ -138,3 +139,30 @@ async def test_an_answer_has_no_more_tokens_than_allowed_however_often_it_is_tri
             await client.upload(f"{number}.md", f"# Owl {number}\n\nOwl number {number} lives in tree {number}.\n" * 4)
         answer = await client.ask("Where does owl 3 live?", max_output_tokens=1)
         assert answer["truncated"] and answer["usage"]["output_tokens"] == 1
+
+
+@pytest.mark.anyio
+async def test_the_passage_answered_from_is_read_again_behind_the_question(tiny_checkpoint, tmp_path):
+    answers = {"read_apart": True, "read_again": True, "rag_evidence_tokens": 900, "quote_beginnings": 3}
+    async with running_service(make_settings(tiny_checkpoint, tmp_path / "data", answers=answers)) as client:
+        for number in range(3):
+            await client.upload(f"{number}.md", f"# {number}\n\nThe owl sleeps in hole {number}, far from here.\n" * 2)
+        service, asked = client.app.state.service, []
+        generate, tokenizer = service.engine.generate, Tokenizer.load(tiny_checkpoint)
+        service.engine.generate = lambda request: (asked.append(request), generate(request))[1]
+        answer = await client.ask("Where does the owl sleep?", mode="rag")
+        texts = [tokenizer.decode(request.token_ids, skip_special=False) for request in asked]
+        weighed, written, others = texts[:3], texts[3], texts[4:]
+        assert all(text.count("<|doc|>") == text.count("<|question|>") == 1 for text in weighed)
+        system, document, question = *written.partition("<|doc|>")[::2], "<|question|>Where does the owl sleep?"
+        document = "<|doc|>" + document.partition("<|question|>")[0]
+        assert written == f"{system}{document}{question}{document}{question}<|answer|>"
+        assert f"{system}{document}{question}<|answer|>" in weighed
+        assert all(text.startswith(f"{written}<|quote|>") for text in others)
+        assert answer["usage"]["input_tokens"] == sum(len(request.token_ids) for request in asked[:4])
+        cited = {citation["cited_text"] for citation in answer["citations"]}
+        assert cited and all(quote in document for quote in cited)
+        whole = await client.ask("Where does the owl sleep?", mode="full_context")
+        assert "<|question|>" in written and len(asked) > 4 and whole["citations"]
+        once = tokenizer.decode(asked[-1].token_ids, skip_special=False)
+        assert once.count("<|question|>") == 1

@@ -195,18 +195,39 @@ def test_a_rendered_context_quotes_its_passage_and_cites_its_document(tokenizer)
     assert kinds[0] == TEXT and len(ids) == len(kinds)
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_each_token_of_a_quote_and_a_citation_knows_what_it_repeats(tokenizer, seed):
+def test_each_token_of_a_quote_and_a_citation_knows_what_it_repeats(tokenizer, seed, again):
     passages = tuple((f"Part {i}", f"The pump P{i} weighs {31 + i} kg. It opens at {i} bar.") for i in range(5))
     questions = tuple(Question(f"How heavy is P{i}?", f"{31 + i} kg", i, 20) for i in range(5))
     questions += (Question("Who makes V2?", None, -1, -1),)
-    ids, kinds, sources = ContextRenderer(tokenizer).render(Context(passages, questions), 4096, random.Random(seed))
-    assert len(sources) == len(ids)
+    rng = random.Random(seed)
+    ids, kinds, sources = ContextRenderer(tokenizer).render(Context(passages, questions), 4096, rng, again)
+    assert len(sources) == len(ids) == len(kinds)
     answers = tokenizer.decode(ids, skip_special=False).split("<|quote|>")[1:]
     repeated = [at for at, source in enumerate(sources) if source != NO_SOURCE]
     assert all(ids[at] == ids[sources[at]] and sources[at] < at and kinds[at] >= ANSWER for at in repeated)
     quoted = tokenizer.decode([ids[at] for at in repeated]).replace(" ", "")
     assert quoted == "".join(re.sub(r"<\|/quote\|>|<\|im_end\|>.*| ", "", answer, flags=re.S) for answer in answers)
+
+
+def test_what_is_read_again_stands_behind_the_question_and_is_what_an_answer_repeats(tokenizer):
+    text = "The P-7 pump weighs 31 kg."
+    questions = (Question("How heavy is the P-7?", "31 kg", 0, 20), Question("Who makes V2?", None, -1, -1))
+    context = Context((("Pumps", text),), questions)
+    ids, kinds, sources = ContextRenderer(tokenizer).render(context, 4096, random.Random(3), again=True)
+    prompts = ChatFormat(tokenizer)
+    document = ids[len(prompts.system()) : ids.index(prompts.doc_end) + 1]
+    tokens, start, end = covering_tokens(tokenizer, text, 20, 25)
+    said = prompts.quoted_answer(tokens[start:end], int(re.search(r"d(\d+)", tokenizer.decode(document))[1]))
+    first = [*prompts.system(), *document, *prompts.ask_again(questions[0].text, document)]
+    assert ids == [*first, *said, *prompts.ask_again(questions[1].text, document), *prompts.no_answer()]
+    again = len(first) - len(prompts.ask(questions[0].text)) - len(document)
+    repeated = [source for source in sources if source != NO_SOURCE]
+    assert repeated and all(again <= source < again + len(document) for source in repeated)
+    assert [kind for kind in kinds[again : again + len(document)] if kind != TEXT] == []
+    find = findings(tuple(map(np.array, (ids, kinds, sources))), 4)[0]
+    assert find[0] == len(first) - 1 and again <= find[1] < find[2] <= len(first)
 
 
 def rendered_row(tokenizer, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
