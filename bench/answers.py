@@ -3,9 +3,12 @@
 Questions come as JSON lines: {set, passages: [[title, text], ...], question, answer or null, gold or null}; `gold` is
 the number of the passage that holds the answer. Every question is answered once without the way out of `<|none|>`, and
 the margin log P(none) − log P(quote) of its first step is kept: so one run gives the scores at every threshold.
-With `--apart` each passage is read alone and the one with the least margin answered from, as `read_apart` does;
-`--missing-words` is the service's `missing_words_nats`, and `--again` its `read_again`.
-Run: `python -m bench.answers QUESTIONS.jsonl --threshold 0`.
+
+Modes: `rag` reads all passages in one prompt, `rag-apart` each alone and answers from the one with the least margin, as
+`read_apart` does; `full_context` has them all as one document of one text, each under its title.
+`--missing-words` is the service's `missing_words_nats`, and `--again` its `read_again`, for modes of `rag`.
+What the scores are: bench/answer_scores.py. Run: `python -m bench.answers QUESTIONS.jsonl --threshold 0`, or with
+`--modes rag-apart rag full_context --picture answers.png`.
 """
 
 from __future__ import annotations
@@ -15,10 +18,11 @@ import asyncio
 import json
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +32,7 @@ from app.likeliest import generate_likeliest
 from app.prompting import QuoteFormat
 from app.quotes import QuoteLimits, TokenBytes
 from app.reading import none_margin, split_passages
+from bench.answer_scores import GoldPlace, Outcome, draw, tabulate
 from bench.asking import evidence_of
 from bench.runs import BenchRun
 from model import load_model
@@ -44,24 +49,11 @@ from retrieval.types import Evidence
 
 SHIPPED = Path(__file__).parent.parent / "model" / "checkpoints" / "jamba-small"
 CONTEXT_TOKENS, ANSWER_TOKENS = 65_536, 256
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one question: scores of the quote it would give, and how much it would rather say none."""
-
-    set: str
-    answerable: bool
-    exact: float
-    f1: float
-    cited: bool
-    margin: float
-    prompt_tokens: int
-    said: str
+MODES = ("rag-apart", "rag", "full_context")
 
 
 class Reader:
-    """One checkpoint, asked about given passages; `advice` says how, as far as that makes a difference here."""
+    """One checkpoint, asked about given passages; `advice` says how, but for reading apart, which is a mode here."""
 
     def __init__(
         self, checkpoint: Path, dtype: torch.dtype, quantize: str | None, max_quotes: int, advice: Advice
@@ -74,10 +66,9 @@ class Reader:
         self.advice = advice
         self.limits = QuoteLimits(max_quotes=max_quotes, allow_none=False)
 
-    def ask(self, question: str, passages: Sequence[tuple[str, str]]) -> tuple[AnswerWriter, float, int]:
+    def ask(self, question: str, evidence: Evidence, apart: bool = False) -> tuple[AnswerWriter, float, int]:
         """The answer it would give, its margin towards none, and the prompt's tokens."""
-        evidence = evidence_of(passages)
-        readings = split_passages(evidence) if self.advice.read_apart else [evidence]
+        readings = split_passages(evidence) if apart else [evidence]
         requests = [self._request(question, reading) for reading in readings]
         prompt_tokens = sum(len(request.token_ids) for request in requests)
         best = 0
@@ -86,16 +77,20 @@ class Reader:
             margins = [self._margin(question, *those) for those in zip(readings, weighed, strict=True)]
             best = margins.index(min(margins))
         reading, request = readings[best], requests[best]
-        if self.advice.read_again and len(reading.passages) == 1:
+        if self.advice.read_again and reading.mode == "rag" and len(reading.passages) == 1:
             request = self._request(question, reading, room_again=CONTEXT_TOKENS - ANSWER_TOKENS)
             prompt_tokens += len(request.token_ids)
-        writer = AnswerWriter(self.tokenizer, self.format.answer_tokens(reading), reading.passages)
+        writer = AnswerWriter(self.tokenizer, self.format.answer_tokens(reading), reading.passages, question)
         outputs = self._generate(request, self.advice.quote_beginnings, question)
         for output in outputs:
             if output.token_id is not None:
                 list(writer.push(output.token_id))
         list(writer.finish())
         return writer, self._margin(question, reading, outputs[0]), prompt_tokens
+
+    def count_evidence(self, passages: Sequence[tuple[str, str]]) -> int:
+        """Tokens of the passages as the service counts them, each a document, whatever mode they are read in."""
+        return sum(self.format.count_tokens([passage]) for passage in evidence_of(passages).passages)
 
     def _request(self, question: str, reading: Evidence, room_again: int = 0) -> EngineRequest:
         prompt = self.format.build_prompt(question, reading, room_again=room_again)
@@ -123,44 +118,72 @@ def _one_token(request: EngineRequest) -> EngineRequest:
     return replace(request, sampling=SamplingParams(max_new_tokens=1))
 
 
-def judge(reader: Reader, item: dict) -> Outcome:
-    """Ask one question and compare."""
-    writer, margin, prompt_tokens = reader.ask(item["question"], [tuple(p) for p in item["passages"]])
-    answers = item["answer"] if isinstance(item["answer"], list) else [item["answer"] or ""]
-    first = writer.quoted[0].quote.text if writer.quoted else writer.text
-    cited = bool(writer.quoted) and writer.quoted[0].quote.passage.ordinal == (item.get("gold") or 0) + 1
-    exact = max(float(normalize_answer(first) == normalize_answer(gold)) for gold in answers)
-    f1 = max(token_f1(first, gold) for gold in answers)
-    return Outcome(item["set"], item["answer"] is not None, exact, f1, cited, margin, prompt_tokens, writer.text)
+def lay_out(item: dict[str, Any], mode: str) -> tuple[Evidence, GoldPlace | None]:
+    """An item's passages as a mode reads them, and where its gold answer stands in that."""
+    passages = [(title, text) for title, text in item["passages"]]
+    titled = [f"{title}\n\n{text}" for title, text in passages]
+    whole = mode == "full_context"
+    evidence = evidence_of(
+        [("Documents", "\n\n".join(titled))] if whole else passages, "full_context" if whole else "rag"
+    )
+    if item["answer"] is None:
+        return evidence, None
+    number, text = item.get("gold") or 0, passages[item.get("gold") or 0][1]
+    start = len("\n\n".join(titled[: number + 1])) - len(text) if whole else 0
+    return evidence, GoldPlace.find(1 if whole else number + 1, start, text, _answers(item))
 
 
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")
+def _answers(item: dict[str, Any]) -> list[str]:
+    return item["answer"] if isinstance(item["answer"], list) else [item["answer"] or ""]
 
 
-def summarize(name: str, outcomes: Sequence[Outcome], threshold: float) -> dict[str, float | str | int]:
-    """Scores of one set when margins over `threshold` mean "not in the documents"."""
-    held = [o for o in outcomes if o.answerable]
-    row: dict[str, float | str | int] = {"set": name, "questions": len(outcomes)}
-    row["tokens"] = round(mean([o.prompt_tokens for o in outcomes]))
-    if held:
-        given = [o if o.margin <= threshold else None for o in held]
-        row |= {
-            "EM": 100 * mean([o.exact if o else 0.0 for o in given]),
-            "F1": 100 * mean([o.f1 if o else 0.0 for o in given]),
-            "EM if answered": 100 * mean([o.exact for o in held]),
-            "cited right": 100 * mean([float(o.cited) for o in held]),
-            "refused wrongly": 100 * mean([float(o is None) for o in given]),
-        }
-    else:
-        row["refused"] = 100 * mean([float(o.margin > threshold) for o in outcomes])
-    return row
+def judge(reader: Reader, item: dict[str, Any], mode: str = "rag") -> Outcome:
+    """Ask one question in one mode and compare."""
+    evidence, gold = lay_out(item, mode)
+    writer, margin, prompt_tokens = reader.ask(item["question"], evidence, apart=mode == "rag-apart")
+    quotes = [quoted.quote for quoted in writer.quoted]
+    first = quotes[0].text if quotes else writer.text
+    return Outcome(
+        set=item["set"],
+        answerable=item["answer"] is not None,
+        exact=max(float(normalize_answer(first) == normalize_answer(answer)) for answer in _answers(item)),
+        f1=max(token_f1(first, answer) for answer in _answers(item)),
+        cited=bool(quotes) and gold is not None and gold.in_passage(quotes[0]),
+        margin=margin,
+        prompt_tokens=prompt_tokens,
+        said=writer.text,
+        mode=mode,
+        citations=tuple(gold is not None and gold.is_supported_by(quote) for quote in quotes),
+        evidence_tokens=reader.count_evidence(item["passages"]),
+    )
 
 
-def calibrate(outcomes: Sequence[Outcome], false_refusals: float) -> float:
-    """The threshold at which `false_refusals` of the answerable questions are refused."""
-    margins = sorted((o.margin for o in outcomes if o.answerable), reverse=True)
-    return margins[int(false_refusals * len(margins))] if margins else 0.0
+def read_items(path: Path, limit: int | None) -> list[dict[str, Any]]:
+    """The questions of a file, the first `limit` of each set."""
+    items, counts = [], Counter[str]()
+    for item in map(json.loads, path.read_text().splitlines()):
+        counts[item["set"]] += 1
+        if limit is None or counts[item["set"]] <= limit:
+            items.append(item)
+    return items
+
+
+def ask_all(reader: Reader, items: Sequence[dict[str, Any]], modes: Sequence[str]) -> list[Outcome]:
+    """All questions in each mode, mode by mode."""
+    outcomes, start = [], time.monotonic()
+    for mode in modes:
+        for i, item in enumerate(items, start=1):
+            outcomes.append(judge(reader, item, mode))
+            if sys.stderr.isatty() or i % 50 == 0:
+                print(f"{mode}: {i}/{len(items)} questions, {time.monotonic() - start:.0f} s", file=sys.stderr)
+    return outcomes
+
+
+def write_outcomes(items: Sequence[dict[str, Any]], outcomes: Sequence[Outcome], path: Path) -> None:
+    """A JSON line an answer; the items stand in each mode once."""
+    kept = ("mode", "said", "margin", "exact", "f1", "cited", "citations", "evidence_tokens")
+    lines = (items[i % len(items)] | {name: getattr(o, name) for name in kept} for i, o in enumerate(outcomes))
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def main() -> None:
@@ -173,40 +196,30 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="at most so many questions a set")
     parser.add_argument("--max-quotes", type=int, default=1)
     parser.add_argument("--beginnings", type=int, default=1, help="quotes tried, of which the likeliest is taken")
-    parser.add_argument("--apart", action="store_true", help="read each passage alone")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--modes", choices=MODES, nargs="+", default=["rag"])
+    modes.add_argument(
+        "--apart", action="store_const", const=["rag-apart"], dest="modes", help="read each passage alone: rag-apart"
+    )
     parser.add_argument("--again", action="store_true", help="read the passage answered from once more")
     parser.add_argument("--missing-words", type=float, default=0.0, help="nats for a question of unread words")
+    parser.add_argument("--evidence-tokens", type=int, nargs="+", default=[256, 512, 1024, 2048], help="upper bounds")
     parser.add_argument("--outcomes", type=Path, help="write every answer there, as JSON lines")
+    parser.add_argument("--picture", type=Path, help="PNG of the scores by evidence size; needs matplotlib")
     args = parser.parse_args()
-    advice = Advice(
-        quote_beginnings=args.beginnings,
-        read_apart=args.apart,
-        read_again=args.again,
-        missing_words_nats=args.missing_words,
-    )
+    advice = Advice(quote_beginnings=args.beginnings, read_again=args.again, missing_words_nats=args.missing_words)
     reader = Reader(args.model, getattr(torch, args.dtype), args.quantize, args.max_quotes, advice)
-    items, counts, outcomes = [], Counter(), []
-    for item in map(json.loads, args.questions.read_text().splitlines()):
-        counts[item["set"]] += 1
-        if args.limit is None or counts[item["set"]] <= args.limit:
-            items.append(item)
-    start = time.monotonic()
-    for i, item in enumerate(items, start=1):
-        outcomes.append(judge(reader, item))
-        if sys.stderr.isatty() or i % 50 == 0:
-            print(f"{i}/{len(items)} questions, {time.monotonic() - start:.0f} s", file=sys.stderr)
+    items = read_items(args.questions, args.limit)
+    outcomes = ask_all(reader, items, args.modes)
     asyncio.run(reader.engine.close())
-    threshold = calibrate(outcomes, 0.08) if args.threshold is None else args.threshold
-    run, sets = BenchRun("answers", argv=sys.argv), defaultdict(list)
-    for outcome in outcomes:
-        sets[outcome.set].append(outcome)
-    for name, members in sets.items():
-        run.add(**summarize(name, members, threshold), threshold=threshold)
+    run = BenchRun("answers", argv=sys.argv)
+    for row in tabulate(outcomes, args.threshold, sorted(args.evidence_tokens)):
+        run.add(**row)
     run.finish()
     if args.outcomes:
-        lines = [{**item, "said": o.said, "margin": o.margin, "exact": o.exact, "f1": o.f1, "cited": o.cited}
-                 for item, o in zip(items, outcomes, strict=True)]  # fmt: skip
-        args.outcomes.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_outcomes(items, outcomes, args.outcomes)
+    if args.picture:
+        draw(run.rows, args.picture)
 
 
 if __name__ == "__main__":
