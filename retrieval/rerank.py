@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from .embedder import encodable, load_bert, multiplies_bf16, text_to_embed, wheel_model_dir
+from .bert import Bert, load_bert
+from .embedder import encodable, multiplies_bf16, text_to_embed, wheel_model_dir
 from .solo_threads import solo_threads
 from .types import Hit
 
@@ -46,6 +47,9 @@ class Reranker(Protocol):
     @property
     def prior(self) -> float:
         """What the search's own score is worth beside its own, where the best hit of the search has 1."""
+
+    def load(self) -> None:
+        """All that a question needs, now and not at the first one."""
 
     def score(self, query: str, passages: Sequence[str]) -> np.ndarray:
         """(len(passages),) float32, higher is better; comparable for one query only."""
@@ -81,9 +85,9 @@ class MiniLMReranker:
             scores[part] = found
         return scores
 
-    def warm_up(self) -> None:
-        """Begin to load the model, so that the first question doesn't wait for it."""
-        self._pool[0].submit(self._loaded)
+    def load(self) -> None:
+        self._loaded()
+        self._tokenizers  # noqa: B018 - is read here
 
     def _score(self, rows: Sequence[Sequence[int]], question_tokens: int) -> np.ndarray:
         """Of rows of token ids, the longest first, that all begin with the question."""
@@ -95,16 +99,16 @@ class MiniLMReranker:
             mask[place, : len(row)] = 1
         bert, head = self._loaded()
         with torch.inference_mode():
-            first = bert(input_ids=ids, attention_mask=mask, token_type_ids=kinds).last_hidden_state[:, 0].float()
+            first = bert(ids, mask, kinds)[:, 0].float()
             pooled = F.linear(first, head["pooler.dense.weight"], head["pooler.dense.bias"]).tanh()
             return F.linear(pooled, head["classifier.weight"], head["classifier.bias"])[:, 0].numpy()
 
-    def _loaded(self) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    def _loaded(self) -> tuple[Bert, dict[str, torch.Tensor]]:
         with self._loading:  # cached_property alone would let two threads load
             return self._model
 
     @cached_property
-    def _model(self) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    def _model(self) -> tuple[Bert, dict[str, torch.Tensor]]:
         updates = load_file(self._adapter)
         head = {name: tensor.float() for name, tensor in updates.items() if name.startswith(_HEAD)}
         return load_bert(self._dir, updates, _CPU, self._dtype), head
@@ -144,6 +148,10 @@ class CrossEncoderReranker:
         self._max_tokens = max_tokens
         self._batch = batch
         self._lock = threading.Lock()  # tokenizers keep truncation as state
+
+    def load(self) -> None:
+        with self._lock:
+            self._model  # noqa: B018 - is read here
 
     def score(self, query: str, passages: Sequence[str]) -> np.ndarray:
         if not passages:

@@ -10,7 +10,6 @@ import sys
 from typing import Any, NoReturn
 
 import uvicorn  # noqa: F401
-from transformers import BertModel  # noqa: F401
 
 import app.log
 import app.main  # noqa: F401

@@ -79,12 +79,13 @@ def test_the_shipped_one_scores_as_it_was_trained():
 
 
 def test_the_shipped_one_loads_beside_an_embedder():
-    """Both import a part of `transformers` for the first time, each in a thread; in a process of its own."""
+    """For the first time, each in a thread, while both are used; in a process of its own."""
     script = """
+from threading import Thread
 from retrieval.embedder import MiniLMEmbedder
 from retrieval.rerank import MiniLMReranker
 embedder, reranker = MiniLMEmbedder(), MiniLMReranker()
-embedder.warm_up(); reranker.warm_up()
+Thread(target=embedder.load).start(); Thread(target=reranker.load).start()
 print(embedder.embed_query("x").shape, reranker.score("x", ["y", "half \\ud800"]).shape)
 """
     ended = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)

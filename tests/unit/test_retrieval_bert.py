@@ -1,0 +1,111 @@
+"""Our BERT computes what that of `transformers` does, bit for bit, from the same checkpoint, without importing it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from retrieval.bert import Bert, UnsupportedBert, load_bert
+from retrieval.embedder import TUNED, BertEmbedder, EmbedderUnavailable, wheel_model_dir
+from retrieval.rerank import ADAPTER
+
+CPU = torch.device("cpu")
+SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 80}
+
+
+def write_bert(path: Path, **fields: object) -> transformers.BertModel:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=97, max_position_embeddings=50, **SIZES, **fields)
+    model = transformers.BertModel(config, add_pooling_layer=False).eval()
+    model.save_pretrained(path)
+    return model
+
+
+def make_batch(tokens: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, mask and kinds of five texts; all but the first are padded, the last to one token."""
+    draw = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(0, vocab_size, (5, tokens), generator=draw)
+    lengths = torch.tensor([tokens, tokens - 1, tokens // 2, tokens // 3, 1]).clamp(min=1)
+    mask = (torch.arange(tokens) < lengths[:, None]).long()
+    return ids, mask, torch.randint(0, 2, (5, tokens), generator=draw)
+
+
+def assert_same_bits(ours: Bert, theirs: transformers.BertModel, tokens: int, vocab_size: int = 97) -> None:
+    ids, mask, kinds = make_batch(tokens, vocab_size)
+    theirs.load_state_dict(ours.state_dict(), assign=True)  # one row is summed as its weights lie in memory
+    with torch.inference_mode():
+        for rows, named in ((slice(None), {}), (slice(None), {"token_type_ids": kinds}), (slice(1), {})):
+            there = mask[rows].bool()
+            expected = theirs(input_ids=ids[rows], attention_mask=mask[rows], **named).last_hidden_state
+            got = ours(ids[rows], mask[rows], named.get("token_type_ids"))
+            assert torch.equal(got[there], expected[there])
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_as_the_library(tmp_path, dtype, tokens):
+    theirs = write_bert(tmp_path).to(dtype)
+    assert_same_bits(load_bert(tmp_path, {}, CPU, dtype), theirs, tokens)
+
+
+@pytest.mark.parametrize("fields", [{"hidden_act": "relu"}, {"hidden_act": "silu"}, {"layer_norm_eps": 0.1}])
+def test_what_config_json_says_is_done(tmp_path, fields):
+    theirs = write_bert(tmp_path, **fields)
+    assert_same_bits(load_bert(tmp_path, {}, CPU, torch.float32), theirs, 19)
+
+
+@pytest.mark.parametrize("adapter", [None, TUNED, ADAPTER])
+def test_the_shipped_weights_give_the_same_bits(adapter):
+    updates = load_file(adapter) if adapter else {}
+    ours = load_bert(wheel_model_dir(), updates, CPU, torch.float32)
+    theirs = transformers.BertModel.from_pretrained(wheel_model_dir(), add_pooling_layer=False).eval()
+    assert_same_bits(ours, theirs, 61, vocab_size=30_000)
+
+
+def test_the_first_files_of_bert_lack_two_fields(tmp_path):
+    theirs = write_bert(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("hidden_act", "layer_norm_eps"):
+        del config[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_same_bits(load_bert(tmp_path, {}, CPU, torch.float32), theirs, 19)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "swish7"}, "hidden_act is 'swish7', not one of gelu"),
+        ({"is_decoder": True}, "a decoder"),
+        ({"num_attention_heads": None, "vocab_size": None}, "lacks vocab_size, num_attention_heads"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused(tmp_path, change, message):
+    write_bert(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    with pytest.raises(UnsupportedBert, match=message):
+        load_bert(tmp_path, {}, CPU, torch.float32)
+    (tmp_path / "modules.json").write_text('[{"type": "sentence_transformers.models.Pooling"}]')
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    with pytest.raises(EmbedderUnavailable, match=message):
+        BertEmbedder(tmp_path)
+
+
+def test_a_service_that_searches_imports_no_other_framework():
+    """Seconds of CPU that a first question waited for; in a process of its own."""
+    script = """
+import sys
+import app.main
+from retrieval.embedder import MiniLMEmbedder
+from retrieval.rerank import MiniLMReranker
+print(MiniLMEmbedder().embed_query("x").shape, MiniLMReranker().score("x", ["y", "z"]).shape)
+print([name for name in ("transformers", "sentence_transformers", "torch._dynamo", "sympy") if name in sys.modules])
+"""
+    ended = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
+    assert (ended.stdout, ended.stderr) == ("(384,) (2,)\n[]\n", "")
