@@ -4,22 +4,30 @@ Default: every `--every`-th of the manuals of bench/retrieval_sets.py (HTML, PDF
 service's, for each of `--workers` in turn, beside the embedder alone on the same chunks, all of them together.
 `--upload`: a text of so many bytes is sent to a service over HTTP; then the service reads it, or says why it can't.
 `--small`: so many small documents parsed one after the other, each in its process: what these cost.
+`--parse`: PDF pages a second, parsed and no more, in one process and in two, and as a service does, each document in a
+limited process of its own. The PDFs are the sample, the manuals if they were fetched, and those (also as .gz) in the
+folders named, of several pages each.
 `--bulk`: so many chunks with stand-ins for their vectors, the worker stopped and started on the way.
     python -m bench.ingest [--workers 1 2 3] [--every 50] [--suffix .pdf]
     python -m bench.ingest --upload 1_000_000_000
     python -m bench.ingest --bulk 100_000 [--stops 5]
     python -m bench.ingest --small 100
+    python -m bench.ingest --parse [/usr/share/doc ...]
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import resource
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,6 +40,7 @@ from bench.retrieval_sets import manual_paths
 from bench.runs import BenchRun, time_interleaved
 from ingest.files import FileStore
 from ingest.jobs import IngestWorker
+from ingest.parse import ParseError, parse_file
 from ingest.parse.cage import parse_in_child
 from ingest.sniff import SNIFF_BYTES, sniff_media_type
 from retrieval.embedder import MiniLMEmbedder, text_to_embed
@@ -39,6 +48,9 @@ from retrieval.index import FaissIndex
 from retrieval.store import DocumentStore
 
 BLOCK_BYTES = 1 << 20
+PDF = "application/pdf"
+PARSED_PAGES = 1000  # of one measurement, at least
+ROOT = Path(__file__).parent.parent
 BULK_WORDS = 200_000  # of a document of the bulk: about 1,000 chunks
 
 
@@ -249,6 +261,70 @@ def measure_small(run: BenchRun, number: int) -> None:
             )
 
 
+def find_pdfs(folders: Sequence[Path], unpacked: Path) -> dict[Path, int]:
+    """Those that can be read and have several pages, with how many; packed ones are unpacked into `unpacked`."""
+    paths = [path for folder in (ROOT / "samples", *folders) for path in sorted(folder.rglob("*.pdf"))]
+    with suppress(ValueError):  # not fetched
+        paths += [path for _, path in manual_paths() if path.suffix == ".pdf"]
+    for number, packed in enumerate(path for folder in folders for path in sorted(folder.rglob("*.pdf.gz"))):
+        paths.append(unpacked / f"{number}.pdf")
+        paths[-1].write_bytes(gzip.decompress(packed.read_bytes()))
+    found = {}
+    for path in paths:
+        with suppress(ParseError):
+            if (pages := parse_pages(path)[0]) > 1:
+                found[path] = pages
+    return found
+
+
+def parse_pages(path: Path) -> tuple[int, float]:
+    """Its pages, and the processor's seconds for them."""
+    before = time.process_time()
+    pages = len(parse_file(path, PDF).pages)
+    return pages, time.process_time() - before
+
+
+def parse_pages_caged(path: Path) -> tuple[int, float]:
+    """As `parse_pages`, in a process that takes its seconds with it."""
+    return len(parse_in_child(path, PDF).pages), 0.0
+
+
+def measure_parsing(run: BenchRun, folders: Sequence[Path], repeats: int) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        time_parsing(run, find_pdfs(folders, Path(directory)), repeats)
+
+
+def time_parsing(run: BenchRun, pdfs: dict[Path, int], repeats: int) -> None:
+    """Each document is read several times, the long ones first, so that two processes are busy to the end."""
+    rounds = -(-PARSED_PAGES // sum(pdfs.values()))
+    tasks, pages = sorted(pdfs, key=lambda path: -pdfs[path]) * rounds, sum(pdfs.values()) * rounds
+    cases, cpu_s = {}, defaultdict(list)
+    with ExitStack() as stack:
+        for number in (1, 2):
+            bare = stack.enter_context(ProcessPoolExecutor(number, get_context("spawn")))
+            caged = stack.enter_context(ThreadPoolExecutor(number))
+            for name, pool, work in (("bare", bare, parse_pages), ("as a service", caged, parse_pages_caged)):
+
+                def parse(name: str = f"{name}, {number} at once", pool: Executor = pool, work: Any = work) -> None:
+                    before = cpu_seconds()
+                    told_s = sum(seconds for _, seconds in pool.map(work, tasks))
+                    cpu_s[name].append(told_s + cpu_seconds() - before)
+
+                cases[f"{name}, {number} at once"] = parse
+        times_s = time_interleaved(cases, repeats=repeats)
+    for name, seconds in times_s.items():
+        run.add(
+            what=name,
+            documents=len(pdfs),
+            of_pages=sum(pdfs.values()),
+            times=rounds,
+            median_s=median(seconds),
+            worst_s=max(seconds),
+            pages_per_s=pages / median(seconds),
+            pages_per_cpu_s=pages / median(cpu_s[name][1:]),
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 3])
@@ -258,6 +334,7 @@ def main() -> None:
     parser.add_argument("--upload", type=int, metavar="BYTES")
     parser.add_argument("--bulk", type=int, metavar="CHUNKS")
     parser.add_argument("--stops", type=int, default=5)
+    parser.add_argument("--parse", type=Path, nargs="*", metavar="FOLDER")
     parser.add_argument("--small", type=int, metavar="DOCUMENTS")
     args = parser.parse_args()
     if args.upload:
@@ -266,6 +343,8 @@ def main() -> None:
         measure_bulk(run := BenchRun("ingest-bulk", sys.argv), args.bulk, args.stops)
     elif args.small:
         measure_small(run := BenchRun("ingest-small", sys.argv), args.small)
+    elif args.parse is not None:
+        measure_parsing(run := BenchRun("ingest-parse", sys.argv), args.parse, args.repeats)
     else:
         paths = [path for _, path in manual_paths() if path.name.endswith(args.suffix)][:: args.every]
         measure_speed(run := BenchRun("ingest", sys.argv), paths, args.workers, args.repeats)
