@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Encoding, Tokenizer
 
-from .bert import Bert, BertConfig, UnsupportedBert, load_bert
+from .bert import Bert, UnsupportedBert, load_bert, read_config
 from .solo_threads import solo_threads
 from .types import Chunk
 
@@ -105,7 +105,7 @@ class BertEmbedder:
         prompts = _read_json(self._dir / "config_sentence_transformers.json", {}).get("prompts", {})
         self._prompts = prompts.get("query", ""), next((prompts[k] for k in _PASSAGE_PROMPTS if k in prompts), "")
         try:
-            self.dim = BertConfig.from_json(self._dir / "config.json").hidden_size
+            self.dim = read_config(self._dir / "config.json")["hidden_size"]
         except UnsupportedBert as error:
             raise EmbedderUnavailable(str(error)) from error
         self.name = f"{self._dir.resolve().name}-{_digest(path)}"
