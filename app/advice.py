@@ -15,7 +15,8 @@ class Advice:
     """`auto_evidence_tokens` None: whole documents as far as the context reaches. `recent_evidence_tokens` None: twice
     `rag_evidence_tokens`. `none_margin` in nats. `quote_beginnings`: of so many the likeliest quote is taken.
     `read_apart`: each passage of `rag` evidence is read alone, and the likeliest one is answered from.
-    `read_again`: a passage that is answered from alone is read once more behind the question.
+    `unsure_nats`: an answer from one passage that is less likely than e^-this is made anew from the passage read once
+    more behind the question; None: never.
     `missing_words_nats`: added to none's margin when no word of the question was read, a share of it for a share."""
 
     auto_evidence_tokens: int | None = None
@@ -24,7 +25,7 @@ class Advice:
     recent_evidence_tokens: int | None = None
     quote_beginnings: int = 1
     read_apart: bool = False
-    read_again: bool = False
+    unsure_nats: float | None = None
     missing_words_nats: float = 0.0
 
 

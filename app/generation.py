@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, cast
 from uuid import uuid4
 
@@ -18,7 +19,7 @@ from app import schemas
 from app.answering import CUT_OFF_TEXT, NOT_FOUND_TEXT, AnswerPart, AnswerReader, Quoted, TextPiece
 from app.errors import DocumentDeleted, describe_error
 from app.evidence import Found, Query, show_hits
-from app.likeliest import generate_likeliest
+from app.likeliest import Again, generate_likeliest
 from app.progress import ReadingProgress
 from app.prompting import prompt_salt
 from app.quotes import QuoteLimits
@@ -106,7 +107,7 @@ class RunningAnswer:
         self._room_tokens = query.max_output_tokens  # what the generations to come may add to the answer, all together
         self._citations: list[schemas.Citation] = []
         self._truncated = False
-        self._counted: set[tuple[int, ...]] = set()  # prompts: another generation from one costs nothing worth telling
+        self._counted = False  # whether what is generated next is from a prompt that was counted
         self._epoch = 0  # of the prefix cache, before the documents were chosen,
         self._gone: set[str] = set()  # and what was deleted since
 
@@ -188,7 +189,7 @@ class RunningAnswer:
 
     async def _choose(self, evidence: Evidence) -> Evidence:
         """All of the evidence, or, where passages are read apart, the one that most likely holds the answer."""
-        service, self._counted = self._service, set()
+        service, self._counted = self._service, False
         if not service.advice.read_apart or evidence.mode != "rag" or not service.format.decision_ids:
             return evidence
         if not reads_apart(evidence, await anyio.to_thread.run_sync(self._count_question)):
@@ -201,6 +202,7 @@ class RunningAnswer:
             demerit = OTHER_ROWS_NATS if lines.lacks(reading.passages) else 0
             weighed.append((demerit + await self._weigh(request, reading, read_tokens), reading))
             read_tokens += len(request.token_ids)
+        self._counted = True
         return min(weighed, key=lambda one: one[0])[1]
 
     def _count_question(self) -> int:
@@ -211,7 +213,6 @@ class RunningAnswer:
     async def _weigh(self, request: EngineRequest, reading: Evidence, read_tokens: int) -> float:
         """The `none_margin` of this reading, before which others were read."""
         note, submitted = self._progress.note, time.perf_counter()
-        self._counted.add(request.token_ids)
         request = replace(
             request, sampling=SamplingParams(max_new_tokens=1), on_read=lambda own: note(read_tokens + own)
         )
@@ -247,9 +248,8 @@ class RunningAnswer:
 
     async def _request(self, reading: Evidence, again: bool = False) -> EngineRequest:
         """`again`: read once more behind the question, if that is short and the context holds it."""
-        service, query = self._service, self._query
+        service, query, build = self._service, self._query, self._service.format.build_prompt
         room = service.format.max_context_tokens - self._room_tokens if again else 0
-        build = service.format.build_prompt
         prompt = await anyio.to_thread.run_sync(build, query.question, reading, query.turns, room)
         return EngineRequest(
             token_ids=prompt.token_ids,
@@ -272,13 +272,11 @@ class RunningAnswer:
     async def _generate(self, reading: Evidence, writer: AnswerReader, allow_none: bool) -> AsyncIterator[Event]:
         self._check_alive()
         self._truncated = False
-        service = self._service
+        service, counted = self._service, not self._counted
+        self._counted = True  # a second generation from the same prompt costs nothing worth telling
         limits = QuoteLimits(service.settings.max_quote_tokens, service.settings.max_quotes, allow_none)
         constraint = await anyio.to_thread.run_sync(service.format.constrain, reading, limits)
-        again = service.advice.read_again and reading.mode == "rag" and len(reading.passages) == 1
-        request = await self._request(reading, again)
-        counted = request.token_ids not in self._counted
-        self._counted.add(request.token_ids)
+        request = await self._request(reading)
         request = replace(request, constraint=constraint, counted=counted, on_read=self._progress.note)
         self._progress.begin(len(request.token_ids))
         first, submitted, question = allow_none, time.perf_counter(), self._query.question
@@ -287,7 +285,8 @@ class RunningAnswer:
         width = service.advice.quote_beginnings
         rows = replace(reading, passages=tuple(lines.named()))
         named = await anyio.to_thread.run_sync(service.format.constrain, rows, limits) if rows.passages else None
-        generated = generate_likeliest(service.engine, request, quote_id, width, question, lines.misses, named)
+        again = await self._read_again(reading, request)
+        generated = generate_likeliest(service.engine, request, quote_id, width, question, lines.misses, named, again)
         async with aclosing(generated) as outputs:
             async for output in outputs:
                 self._check_alive()
@@ -308,6 +307,19 @@ class RunningAnswer:
                         yield event
         async for event in self._show(writer.finish()):
             yield event
+
+    async def _read_again(self, reading: Evidence, once: EngineRequest) -> Again | None:
+        """For an unsure answer from one passage: that read once more behind the question."""
+        service, unsure_nats = self._service, self._service.advice.unsure_nats
+        if unsure_nats is None or reading.mode != "rag" or len(reading.passages) != 1 or self._room_tokens < 2:
+            return None
+        limits = QuoteLimits(service.settings.max_quote_tokens, service.settings.max_quotes, allow_none=False)
+        constraint = await anyio.to_thread.run_sync(service.format.constrain, reading, limits)
+        request = await self._request(reading, again=True)
+        left = replace(request.sampling, max_new_tokens=self._room_tokens - 1)  # the first answer's mark is one
+        request = replace(request, constraint=constraint, sampling=left)
+        on_start = partial(self._measures.add_start, len(request.token_ids), queue_ms=0.0)
+        return Again(request, unsure_nats, on_start) if request.token_ids != once.token_ids else None
 
     def _trace_start(self, submitted: float, output: StepOutput) -> float:
         """Tell the tracing how the time to the first token was spent; returns the milliseconds of waiting in it."""

@@ -12,7 +12,7 @@ import heapq
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from app.conversation import only_repeats
 from app.quotes import QuoteConstraint
@@ -29,6 +29,14 @@ class GeneratesTokens(Protocol):
     def generate(self, request: EngineRequest) -> TokenStream: ...
 
 
+class Again(NamedTuple):
+    """Another prompt, for an answer less likely than e^-`unsure_nats`; `on_start` gets its first output."""
+
+    request: EngineRequest
+    unsure_nats: float
+    on_start: Callable[[StepOutput], None]
+
+
 async def generate_likeliest(
     engine: GeneratesTokens,
     request: EngineRequest,
@@ -37,26 +45,25 @@ async def generate_likeliest(
     question: str = "",
     misses: Callable[[str], bool] = lambda quote: False,
     named: QuoteConstraint | None = None,
+    again: Again | None = None,
 ) -> AsyncIterator[StepOutput]:
     """The outputs of `request`, or of an answer with another first quote that is likelier from there to its end.
 
     `quote_id` opens a quote; at most `width` beginnings are tried. A quote that only repeats words of `question`, or
-    that `misses` what it asks about, counts as less likely than it is. `named`: quotes of what it asks about alone, of
-    which one is tried, too. The first output comes at once, the others when all answers have ended. Greedy requests
-    with a `QuoteConstraint` only: others are generated as they are. Raises what `engine.generate` does for the request
-    itself; a beginning that the engine has no room for is left out.
+    that `misses` what it asks about, counts as less likely than it is. One of those of `named` is tried, too. `again`:
+    asked where the likeliest answer is not likely enough; its outputs follow then, from the first on. The first output
+    comes at once, the others when all answers have ended. Requests that are not greedy, or without a `QuoteConstraint`,
+    are generated as they are. Raises what `engine.generate` does for them; beginnings without room there are left out.
     """
     constraint = request.constraint
     searched = isinstance(constraint, QuoteConstraint) and request.sampling.temperature == 0 and width > 1
     first_ids = constraint.first_ids if searched else ()
-    prompt_tokens = len(request.token_ids)
-    if searched and prompt_tokens - max(request.boundaries, default=0) >= _LONG_QUESTION_TOKENS:
-        request = replace(request, boundaries=(*request.boundaries, prompt_tokens))
+    if searched and (end := len(request.token_ids)) - max(request.boundaries, default=0) >= _LONG_QUESTION_TOKENS:
+        request = replace(request, boundaries=(*request.boundaries, end))
     watched = len(request.watch_tokens)
     async with AsyncExitStack() as streams:
-        greedy = await streams.enter_async_context(
-            aclosing(engine.generate(replace(request, watch_tokens=(*request.watch_tokens, *first_ids))))
-        )
+        watching = replace(request, watch_tokens=(*request.watch_tokens, *first_ids))
+        greedy = await streams.enter_async_context(aclosing(engine.generate(watching)))
         answer: list[StepOutput] = []
         others: list[tuple[StepOutput | None, TokenStream]] = []
         async for output in greedy:
@@ -81,12 +88,14 @@ async def generate_likeliest(
 
         def likelihood(outputs: list[StepOutput]) -> float:
             quote = constraint.spell([output.token_id for output in outputs if output.token_id is not None])
-            demerit = (_REPEATING_NATS if only_repeats(question, quote) else 0) + (
-                _MISSING_NATS if misses(quote) else 0
-            )
-            return _total_logprob(outputs) - demerit
+            doubts = _REPEATING_NATS * only_repeats(question, quote) + _MISSING_NATS * misses(quote)
+            return sum(output.logprob for output in outputs if output.logprob is not None) - doubts
 
-        for output in max(whole, key=likelihood, default=answer[1:]):
+        best = max(whole, key=likelihood, default=answer[1:])
+        if again is not None and likelihood(best) < -again.unsure_nats:
+            anew = generate_likeliest(engine, again.request, quote_id, width, question, misses, named)
+            best = await _read_again(again, await streams.enter_async_context(aclosing(anew))) or best
+        for output in best:
             yield output
 
 
@@ -114,7 +123,7 @@ def _continued(request: EngineRequest, constraint: QuoteConstraint, begun: tuple
     )
 
 
-async def _read(begun: StepOutput | None, stream: TokenStream) -> list[StepOutput]:
+async def _read(begun: StepOutput | None, stream: AsyncIterator[StepOutput]) -> list[StepOutput]:
     """An answer from its first token on; empty when the engine has no room for it."""
     outputs = [begun] if begun else []
     try:
@@ -125,5 +134,9 @@ async def _read(begun: StepOutput | None, stream: TokenStream) -> list[StepOutpu
     return outputs
 
 
-def _total_logprob(outputs: list[StepOutput]) -> float:
-    return sum(output.logprob for output in outputs if output.logprob is not None)
+async def _read_again(again: Again, stream: AsyncIterator[StepOutput]) -> list[StepOutput]:
+    """Its whole answer; empty when there is none."""
+    outputs = await _read(None, stream)
+    for first in outputs[:1]:
+        again.on_start(first)
+    return outputs if outputs and outputs[-1].finish_reason == "stop" else []

@@ -204,8 +204,8 @@ class AnswerSettings(_Group):
         "Read each passage of `rag` evidence alone and answer from the one that most likely holds the answer; unset: "
         "as the checkpoint advises, else all together. Not for checkpoints that write freely.",
     )
-    read_again: bool | None = _setting(
-        None, "Read a passage that is answered from alone once more behind the question; unset: as advised, else not."
+    unsure_nats: float | None = _setting(
+        None, "Read the passage again for an answer with a probability under e^-this; unset: as advised.", "nats", ge=0
     )
     prefetch_after_s: float = _setting(
         2.0,

@@ -6,7 +6,7 @@ the margin log P(none) − log P(quote) of its first step is kept: so one run gi
 
 Modes: `rag` reads all passages in one prompt, `rag-apart` each alone and answers from the one with the least margin, as
 `read_apart` does; `full_context` has them all as one document of one text, each under its title.
-`--missing-words` is the service's `missing_words_nats`, and `--again` its `read_again`, for modes of `rag`.
+`--missing-words` is the service's `missing_words_nats`, and `--unsure` its `unsure_nats`, for modes of `rag`.
 What the scores are: bench/answer_scores.py. Run: `python -m bench.answers QUESTIONS.jsonl --threshold 0`, or with
 `--modes rag-apart rag full_context --picture answers.png`.
 """
@@ -28,7 +28,7 @@ import torch
 
 from app.advice import Advice
 from app.answering import AnswerWriter
-from app.likeliest import generate_likeliest
+from app.likeliest import Again, generate_likeliest
 from app.prompting import QuoteFormat
 from app.quotes import QuoteLimits, TokenBytes
 from app.reading import none_margin, split_passages
@@ -77,11 +77,13 @@ class Reader:
             margins = [self._margin(question, *those) for those in zip(readings, weighed, strict=True)]
             best = margins.index(min(margins))
         reading, request = readings[best], requests[best]
-        if self.advice.read_again and reading.mode == "rag" and len(reading.passages) == 1:
-            request = self._request(question, reading, room_again=CONTEXT_TOKENS - ANSWER_TOKENS)
-            prompt_tokens += len(request.token_ids)
+        anew, begun = None, list[StepOutput]()
+        if self.advice.unsure_nats is not None and reading.mode == "rag" and len(reading.passages) == 1:
+            again = self._request(question, reading, room_again=CONTEXT_TOKENS - ANSWER_TOKENS)
+            anew = Again(again, self.advice.unsure_nats, begun.append)
         writer = AnswerWriter(self.tokenizer, self.format.answer_tokens(reading), reading.passages, question)
-        outputs = self._generate(request, self.advice.quote_beginnings, question)
+        outputs = self._generate(request, self.advice.quote_beginnings, question, anew)
+        prompt_tokens += len(anew.request.token_ids) if anew and begun else 0
         for output in outputs:
             if output.token_id is not None:
                 list(writer.push(output.token_id))
@@ -102,10 +104,12 @@ class Reader:
             watch_tokens=self.format.decision_ids,
         )
 
-    def _generate(self, request: EngineRequest, beginnings: int, question: str = "") -> list[StepOutput]:
+    def _generate(
+        self, request: EngineRequest, beginnings: int, question: str = "", anew: Again | None = None
+    ) -> list[StepOutput]:
         async def generate() -> list[StepOutput]:
             quote = self.format.decision_ids[0]
-            made = generate_likeliest(self.engine, request, quote, beginnings, question)
+            made = generate_likeliest(self.engine, request, quote, beginnings, question, again=anew)
             return [output async for output in made]
 
         return asyncio.run(generate())
@@ -201,13 +205,13 @@ def main() -> None:
     modes.add_argument(
         "--apart", action="store_const", const=["rag-apart"], dest="modes", help="read each passage alone: rag-apart"
     )
-    parser.add_argument("--again", action="store_true", help="read the passage answered from once more")
+    parser.add_argument("--unsure", type=float, help="nats from which on a passage is read again; default: never")
     parser.add_argument("--missing-words", type=float, default=0.0, help="nats for a question of unread words")
     parser.add_argument("--evidence-tokens", type=int, nargs="+", default=[256, 512, 1024, 2048], help="upper bounds")
     parser.add_argument("--outcomes", type=Path, help="write every answer there, as JSON lines")
     parser.add_argument("--picture", type=Path, help="PNG of the scores by evidence size; needs matplotlib")
     args = parser.parse_args()
-    advice = Advice(quote_beginnings=args.beginnings, read_again=args.again, missing_words_nats=args.missing_words)
+    advice = Advice(quote_beginnings=args.beginnings, unsure_nats=args.unsure, missing_words_nats=args.missing_words)
     reader = Reader(args.model, getattr(torch, args.dtype), args.quantize, args.max_quotes, advice)
     items = read_items(args.questions, args.limit)
     outcomes = ask_all(reader, items, args.modes)

@@ -174,7 +174,11 @@ async def measure(
             for threshold in args.thresholds or [service.advice.none_margin]:
                 ended = refuse_from(outcomes, threshold) if args.thresholds else outcomes
                 advice = service.advice
-                asked_as = {"none_margin": threshold, "read_apart": advice.read_apart, "read_again": advice.read_again}
+                asked_as = {
+                    "none_margin": threshold,
+                    "read_apart": advice.read_apart,
+                    "unsure_nats": advice.unsure_nats,
+                }
                 run.add(**summarize(ended, budget), **asked_as)
             if args.answers:
                 lines = ({"question": one.question, "answer": one.answer} | outcome for one, outcome in outcomes)
@@ -213,7 +217,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=[300])
     parser.add_argument("--limit", type=int, help="so many questions, drawn at random")
     parser.add_argument("--read-apart", action=argparse.BooleanOptionalAction, help="instead of what is advised")
-    parser.add_argument("--read-again", action=argparse.BooleanOptionalAction, help="instead of what is advised")
+    parser.add_argument("--unsure-nats", type=float, help="instead of what is advised")
     parser.add_argument("--none-margin", type=float, help="instead of what is advised")
     parser.add_argument("--thresholds", type=float, nargs="+", help="a row each, of one run that refuses nothing")
     parser.add_argument("--answers", type=Path, help="what was said to each question, JSON lines")
@@ -224,7 +228,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         groups = {"model": {"path": args.model}, "redis": {"url": None}, "log": {"level": "warning"}}
         none_margin = REFUSES_NOTHING if args.thresholds else args.none_margin
-        groups["answers"] = {"read_apart": args.read_apart, "read_again": args.read_again, "none_margin": none_margin}
+        groups["answers"] = {"read_apart": args.read_apart, "unsure_nats": args.unsure_nats, "none_margin": none_margin}
         settings = load_settings(env_file=None, data_dir=args.data_dir or Path(scratch) / "data", **groups)
         folder = Path(scratch) / "documents"
         folder.mkdir()

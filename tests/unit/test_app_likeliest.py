@@ -7,7 +7,7 @@ import pytest
 import torch
 from app_kit import GARDEN, LIGHTHOUSE
 
-from app.likeliest import generate_likeliest
+from app.likeliest import Again, generate_likeliest
 from app.prompting import QuoteFormat
 from app.quotes import QuoteLimits, TokenBytes
 from model import load_model
@@ -62,11 +62,19 @@ def make_request(form, question: str, **sampling) -> EngineRequest:
     return EngineRequest(prompt.token_ids, prompt.boundaries, SamplingParams(**params), constraint=constraint)
 
 
-def answer(engine: JambaEngine, request: EngineRequest, quote_id: int, width: int, question: str = "") -> list:
+def answer(
+    engine: JambaEngine,
+    request: EngineRequest,
+    quote_id: int,
+    width: int,
+    question: str = "",
+    again: Again | None = None,
+) -> list:
     async def read() -> list:
         thread = EngineThread(engine)
         try:
-            return [output async for output in generate_likeliest(thread, request, quote_id, width, question)]
+            made = generate_likeliest(thread, request, quote_id, width, question, again=again)
+            return [output async for output in made]
         finally:
             await thread.close()
 
@@ -98,6 +106,24 @@ def test_gives_the_likeliest_of_the_quotes_that_begin_most_likely(make_engine, m
     assert [output.watch_logprobs for output in outputs] == [()] * len(outputs)
     greedy = answer(make_engine(), request, quote_id, width=1)
     assert tuple(output.token_id for output in greedy) == answers[0][1]
+
+
+def test_an_answer_that_is_not_likely_enough_is_made_from_the_other_prompt(make_engine, form):
+    request, quote_id = make_request(form, "Who keeps the lighthouse?"), form.decision_ids[0]
+    other = make_request(form, "How many visitors come to the garden?")
+    engine, started = make_engine(), []
+    once, anew = (answer(engine, one, quote_id, width=5) for one in (request, other))
+    ids = [[output.token_id for output in outputs] for outputs in (once, anew)]
+    nats = -sum(output.logprob for output in once[1:])
+    assert ids[0] != ids[1]
+    sure = answer(engine, request, quote_id, 5, again=Again(other, nats + 0.01, started.append))
+    assert [output.token_id for output in sure] == ids[0] and not started
+    unsure = answer(engine, request, quote_id, 5, again=Again(other, nats - 0.01, started.append))
+    assert [output.token_id for output in unsure] == [quote_id, *ids[1]]
+    assert [output.token_id for output in started] == [quote_id]
+    cut = replace(other, sampling=replace(other.sampling, max_new_tokens=2))  # ends before its answer does
+    kept = answer(engine, request, quote_id, 5, again=Again(cut, nats - 0.01, started.append))
+    assert [output.token_id for output in kept] == ids[0] and len(started) == 2
 
 
 def test_some_question_has_a_likelier_quote_than_the_greedy_one(make_engine, form):
