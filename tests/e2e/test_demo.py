@@ -34,7 +34,7 @@ def test_demo_answers_with_page_and_cache(data):
     )
     assert demo.returncode == 0, demo.stderr
     first, second, third = re.split(r"^Question \d, ", demo.stdout, flags=re.MULTILINE)[1:]
-    assert "“6 hours”" in first
+    assert "“at most 6 hours”" in first
     assert "“Tuesday at 10:00" in second
     assert "“9 October 2017”" in third and "page 2" in third
     cached = re.search(r"(\d+) of (\d+) prompt tokens came from the cache", second)
