@@ -52,6 +52,11 @@ class ChatFormat:
         """
         return [self.question, *self.tokenizer.encode(question), *documents, *self.ask(question)]
 
+    def ask_back(self, quote: Sequence[int], question: str) -> tuple[list[int], list[int]]:
+        """A quote, and the question that it answers: how likely that is behind the documents, tells one quote from
+        another. Source: noisy channel (Lewis and Fan, Generative Question Answering, 2019)."""
+        return [self.quote, *quote, self.quote_end, self.question], [*self.tokenizer.encode(question), self.answer]
+
     def citation(self, ordinal: int) -> list[int]:
         """What follows a quote: the document it is from."""
         return self.tokenizer.encode(f"d{ordinal}")

@@ -13,15 +13,23 @@ import time
 from collections import deque
 from collections.abc import Collection
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from model.admission import StateBudget
 from model.drafting import DraftCounts, PromptLookup, draft_all, score_pieces
-from model.engine_request import ContextTooLong, EngineOverloaded, EngineRequest, RequestTimings, StepOutput
-from model.generation import FinishReason, Generated, Generation, Likeliest, score
+from model.engine_request import (
+    MAX_SCORED_TOKENS,
+    ContextTooLong,
+    EngineOverloaded,
+    EngineRequest,
+    RequestTimings,
+    StepOutput,
+)
+from model.engine_sequence import RunningSequence
+from model.generation import FinishReason, Generated, Generation, Likeliest, logprob_of, score
 from model.jamba import Jamba
 from model.layered_prefill import LayeredPrefill
 from model.prefix_cache import PrefixCache, PrefixHit
@@ -33,35 +41,6 @@ _LOAD_WAIT_S = 0.05  # how long a step without anything else to do waits for a s
 _WHOLE_TOKENS = {"cpu": 512, "cuda": 64}  # longest segment that no decode step interrupts
 _PREFILL_PER_DECODE = 2.0  # of a longer one, time between two decode steps in times of such a step
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    request_id: str
-    request: EngineRequest
-    plan: PrefixPlan
-    generation: Generation
-    lookup: PromptLookup
-    added_s: float
-    state: HybridState | None = None  # with room for prompt and answer, from when it need not wait any more
-    kept_tokens: int = 0  # how many tokens' KV the cache has
-    cached_tokens: int = 0
-    tier: str = "none"
-    timings: RequestTimings = field(default_factory=RequestTimings)
-    segment: LayeredPrefill | None = None  # begun and not yet computed to the end
-
-    @property
-    def position(self) -> int:
-        return 0 if self.state is None else self.state.num_tokens
-
-    @property
-    def max_tokens(self) -> int:
-        """How long prompt and answer may become together."""
-        return self.plan.num_tokens + self.request.sampling.max_new_tokens
-
-    def tell(self, read_tokens: int) -> None:
-        if self.request.on_read is not None:
-            self.request.on_read(read_tokens)
 
 
 class JambaEngine:
@@ -95,12 +74,12 @@ class JambaEngine:
         self.max_context_tokens = max_context_tokens if fitting is None else min(fitting, max_context_tokens)
         self._device = model.embed_tokens.weight.device
         self._ids = (f"seq-{number}" for number in itertools.count(1))
-        self._sequences: dict[str, _Sequence] = {}  # all of them, in order of arrival
+        self._sequences: dict[str, RunningSequence] = {}  # all of them, in order of arrival
         self._aborted: set[str] = set()
-        self._waiting: deque[_Sequence] = deque()
-        self._loading: dict[_Sequence, Future[tuple[PrefixHit | None, float]]] = {}
-        self._prefilling: deque[_Sequence] = deque()
-        self._decoding: list[_Sequence] = []
+        self._waiting: deque[RunningSequence] = deque()
+        self._loading: dict[RunningSequence, Future[tuple[PrefixHit | None, float]]] = {}
+        self._prefilling: deque[RunningSequence] = deque()
+        self._decoding: list[RunningSequence] = []
         self._decode_s = 0.0  # of the last batch
         self._piece_s: dict[str, float] = {}  # of LayeredPrefill
         self._preparing = model.prepare(max_batch)
@@ -112,7 +91,7 @@ class JambaEngine:
         plan = self.prefix_cache.plan(request.token_ids, request.boundaries, request.salt, tags, request.epoch)
         generation = Generation(self._tokenizer, request.sampling, request.constraint, request.watch_tokens)
         lookup = PromptLookup(request.token_ids, generation, self.drafts)
-        sequence = _Sequence(next(self._ids), request, plan, generation, lookup, time.perf_counter())
+        sequence = RunningSequence(next(self._ids), request, plan, generation, lookup, time.perf_counter())
         self._sequences[sequence.request_id] = sequence
         bisect.insort(self._waiting, sequence, key=lambda one: one.request.turn)
         return sequence.request_id
@@ -159,6 +138,8 @@ class JambaEngine:
         for token_id in (min(request.token_ids), max(request.token_ids), *request.watch_tokens):
             if token_id not in vocabulary:
                 raise ValueError(f"token {token_id} is outside the vocabulary of {len(vocabulary)}")
+        if not 0 <= request.scored_tokens <= min(MAX_SCORED_TOKENS, prompt_tokens - 1):
+            raise ValueError(f"scored_tokens of {request.scored_tokens}: at most {MAX_SCORED_TOKENS}, and not all")
         if len(self._waiting) >= self._max_waiting:
             raise EngineOverloaded(f"{len(self._waiting)} requests wait already, which is the limit; try again later")
 
@@ -202,7 +183,7 @@ class JambaEngine:
             raise
         return state
 
-    def _coming_prefix(self, sequence: _Sequence) -> int | None:
+    def _coming_prefix(self, sequence: RunningSequence) -> int | None:
         """How far another request has read that will pass a snapshot this one could start from; None: none will."""
         if not self.prefix_cache.keeps_states:
             return None
@@ -231,13 +212,13 @@ class JambaEngine:
         for sequence in [sequence for sequence, future in self._loading.items() if future.done()]:
             hit, load_ms = self._loading.pop(sequence).result()
             start = time.perf_counter()
-            if hit is not None:
+            if hit is not None and hit.num_tokens <= sequence.scored_from:
                 self._restore(sequence, hit)
             sequence.timings = RequestTimings(state_load_ms=load_ms + _ms_since(start))
             self._prefilling.append(sequence)
             sequence.tell(sequence.position)
 
-    def _restore(self, sequence: _Sequence, hit: PrefixHit) -> None:
+    def _restore(self, sequence: RunningSequence, hit: PrefixHit) -> None:
         try:
             self.prefix_cache.restore(hit, sequence.state)
         except (ValueError, torch.OutOfMemoryError):
@@ -270,10 +251,14 @@ class JambaEngine:
         sequence.timings = replace(sequence.timings, ttft_ms=_ms_since(sequence.added_s))
         return [self._advance(sequence, scores)]
 
-    def _advance_segment(self, sequence: _Sequence) -> Tensor | Likeliest | None:
+    def _advance_segment(self, sequence: RunningSequence) -> Tensor | Likeliest | None:
         """What the generation needs when the segment is at its end, None before that."""
         if sequence.segment is None:
             begin, end = sequence.position, sequence.plan.next_cut(sequence.position)
+            if end > sequence.scored_from:
+                if end - begin <= MAX_SCORED_TOKENS + 1:
+                    return self._score_prompt(sequence, end)
+                end = sequence.scored_from
             piece = sequence.request.token_ids[begin:end]
             if len(piece) <= _WHOLE_TOKENS[self._device.type]:
                 return self._forward([piece], [sequence])[0]
@@ -285,7 +270,15 @@ class JambaEngine:
         sequence.segment = None
         return score(logits, [sequence.generation])[0]
 
-    def _keep(self, sequence: _Sequence) -> None:
+    def _score_prompt(self, sequence: RunningSequence, end: int) -> Tensor | Likeliest:
+        """As `_advance_segment` up to `end`, with the log-probabilities that are asked for of what stands behind."""
+        begin, given = sequence.position, torch.tensor(sequence.request.token_ids, device=self._device)
+        logits = self._model.forward_packed(given[begin:end], [end - begin], [sequence.state], logits="all")
+        first = max(begin, sequence.scored_from)
+        sequence.prompt_logprob += logprob_of(logits[first - begin :], given[first + 1 : end + 1])
+        return score(logits[-1:], [sequence.generation])[0]
+
+    def _keep(self, sequence: RunningSequence) -> None:
         """Save the state if the plan wants that here; an answer does not fail because its state cannot be kept."""
         try:
             if self.prefix_cache.save(sequence.plan, sequence.state, sequence.kept_tokens):
@@ -308,14 +301,14 @@ class JambaEngine:
             _log.warning("a batch of %d failed (%s); decoding one by one", len(batch), error)
         return [output for sequence in batch for output in self._decode_alone(sequence)]
 
-    def _decode_alone(self, sequence: _Sequence) -> list[StepOutput]:
+    def _decode_alone(self, sequence: RunningSequence) -> list[StepOutput]:
         """Find out who made a batch fail: a forward pass of several commits their states only when all is computed."""
         try:
             return self._decode([sequence])
         except Exception as error:
             return [self._fail(sequence, error)]
 
-    def _decode(self, batch: list[_Sequence]) -> list[StepOutput]:
+    def _decode(self, batch: list[RunningSequence]) -> list[StepOutput]:
         """The next token of each sequence, and those behind it that were guessed right."""
         drafts = draft_all([one.lookup for one in batch], self._draft_tokens if self._model.can_try else 0)
         pieces = [[one.generation.token_ids[-1], *draft] for one, draft in zip(batch, drafts, strict=True)]
@@ -329,7 +322,9 @@ class JambaEngine:
         trial.keep([len(own) for own in outputs])
         return list(itertools.chain(*outputs))
 
-    def _advance_all(self, sequence: _Sequence, scores: list[Tensor | Likeliest], draft: list[int]) -> list[StepOutput]:
+    def _advance_all(
+        self, sequence: RunningSequence, scores: list[Tensor | Likeliest], draft: list[int]
+    ) -> list[StepOutput]:
         """Choose a token by each of the scores in turn, up to the first that was not guessed or ends the answer."""
         outputs = []
         for own, guess in zip(scores, [*draft, None], strict=True):
@@ -339,14 +334,14 @@ class JambaEngine:
         sequence.lookup.learn(len(outputs) - 1)
         return outputs
 
-    def _forward(self, pieces: list[Collection[int]], batch: list[_Sequence]) -> list[Tensor | Likeliest]:
+    def _forward(self, pieces: list[Collection[int]], batch: list[RunningSequence]) -> list[Tensor | Likeliest]:
         """Advance each sequence by its piece of tokens; what each generation needs to choose the next one."""
         token_ids = torch.tensor(list(itertools.chain.from_iterable(pieces)), device=self._device)
         states = [sequence.state for sequence in batch]
         logits = self._model.forward_packed(token_ids, [len(piece) for piece in pieces], states, logits="last")
         return score(logits, [sequence.generation for sequence in batch])
 
-    def _advance(self, sequence: _Sequence, scores: Tensor | Likeliest) -> StepOutput:
+    def _advance(self, sequence: RunningSequence, scores: Tensor | Likeliest) -> StepOutput:
         try:
             generated = sequence.generation.advance(scores)
         except Exception as error:
@@ -355,25 +350,26 @@ class JambaEngine:
             self._forget(sequence)
         return self._output(sequence, generated)
 
-    def _fail(self, sequence: _Sequence, error: Exception) -> StepOutput:
+    def _fail(self, sequence: RunningSequence, error: Exception) -> StepOutput:
         """End this request alone, unless the device is lost to the process: then no other would fare better."""
         if isinstance(error, torch.AcceleratorError):
             raise error
         _log.error("request %s failed", sequence.request_id, exc_info=error)
         return self._end(sequence, "error", f"{type(error).__name__}: {error}")
 
-    def _end(self, sequence: _Sequence, reason: FinishReason, error: str | None = None) -> StepOutput:
+    def _end(self, sequence: RunningSequence, reason: FinishReason, error: str | None = None) -> StepOutput:
         """End a request without a token."""
         self._forget(sequence)
         cached, tier, timings = sequence.cached_tokens, sequence.tier, sequence.timings
         return StepOutput(sequence.request_id, None, None, "", reason, cached, tier, timings, error=error)
 
-    def _output(self, sequence: _Sequence, generated: Generated) -> StepOutput:
+    def _output(self, sequence: RunningSequence, generated: Generated) -> StepOutput:
         token_id, logprob, watched, text, reason = generated
         cached, tier, timings = sequence.cached_tokens, sequence.tier, sequence.timings
-        return StepOutput(sequence.request_id, token_id, logprob, text, reason, cached, tier, timings, watched)
+        known = sequence.prompt_logprob if sequence.request.scored_tokens else None
+        return StepOutput(sequence.request_id, token_id, logprob, text, reason, cached, tier, timings, watched, known)
 
-    def _forget(self, sequence: _Sequence) -> None:
+    def _forget(self, sequence: RunningSequence) -> None:
         del self._sequences[sequence.request_id]
         self._loading.pop(sequence, None)
         for group in (self._waiting, self._prefilling, self._decoding):

@@ -9,6 +9,8 @@ from typing import Protocol
 from model.generation import FinishReason
 from model.sampling import SamplingParams, TokenConstraint
 
+MAX_SCORED_TOKENS = 512
+
 
 class ContextTooLong(ValueError):
     """A request that does not fit into the context, whatever else is running."""
@@ -35,6 +37,8 @@ class EngineRequest:
     chosen. The log-probabilities of `watch_tokens` come with every step. `counted`: whether somebody asked; what the
     service does of its own accord says nothing of how often states are of use, and stays out of the cache's figures.
     `turn`: of those that wait, the least goes first, else the oldest; several requests of one purpose share one.
+    `scored_tokens`: of so many at the prompt's end the log-probability comes with the first output; at most
+    `MAX_SCORED_TOKENS`, and not all of the prompt.
     `on_read`: called between steps, on the engine's thread, with how many tokens of the prompt are read; also while
     another request reads them, or when they came from the cache. It must be quick and not raise.
     """
@@ -50,6 +54,7 @@ class EngineRequest:
     watch_tokens: tuple[int, ...] = ()
     counted: bool = True
     turn: float = 0.0
+    scored_tokens: int = 0
     on_read: Callable[[int], object] | None = None
 
 
@@ -79,6 +84,7 @@ class StepOutput:
     tier: str  # "gpu", "host", "redis" or "none"
     timings: RequestTimings
     watch_logprobs: tuple[float, ...] = ()
+    prompt_logprob: float | None = None  # of the request's `scored_tokens` together
     error: str | None = None
 
 

@@ -61,11 +61,12 @@ class ContextRenderer:
         self.format, self.tokenizer, self.rephrase = ChatFormat(tokenizer), tokenizer, rephrase
 
     def render(
-        self, context: Context, max_tokens: int, rng: random.Random, again: bool = False
+        self, context: Context, max_tokens: int, rng: random.Random, again: bool = False, back: float = 0.0
     ) -> tuple[list[int], list[float], list[int]]:
         """Token ids and, for each, its kind and its source: the place of the token it repeats, or NO_SOURCE.
 
         Questions that no longer fit are left out. `again`: each has the passages read once more, and repeats those.
+        Of a share `back` of them the answer is given, and the question is what is to be said.
         """
         passages = [self.tokenizer.encode(text) for _, text in context.passages]
         groups = self._group_passages(context, rng)
@@ -84,6 +85,13 @@ class ContextRenderer:
         kinds, sources = [TEXT] * len(ids), [NO_SOURCE] * len(ids)
         for question in context.questions:
             text = rephrase(question.text, rng) if self.rephrase else question.text
+            if question.answer is not None and rng.random() < back:
+                given, said = self._asked_back(context, question, text)
+                if len(ids) + len(given) + len(said) <= max_tokens:
+                    ids += [*given, *said]
+                    kinds += [TEXT] * len(given) + [ANSWER] * len(said)
+                    sources += [NO_SOURCE] * (len(given) + len(said))
+                continue
             asked = self.format.ask(text)
             marks = [QUESTION] * len(asked)
             if again:
@@ -114,6 +122,12 @@ class ContextRenderer:
         cited = range(place.document + 1, place.document + 1 + len(self.format.citation(place.ordinal)))
         sources = [NO_SOURCE, *range(place.passage + first, place.passage + last), NO_SOURCE, *cited, NO_SOURCE]
         return answer, sources
+
+    def _asked_back(self, context: Context, question: Question, text: str) -> tuple[list[int], list[int]]:
+        """The answer, given, and the question, to be said; nothing where the answer is no whole tokens."""
+        passage, end = context.passages[question.passage][1], question.start + len(question.answer)
+        found = covering_tokens(self.tokenizer, passage, question.start, end)
+        return self.format.ask_back(found[0][found[1] : found[2]], text) if found else ([], [])
 
     def _kinds(self, answer: list[int]) -> list[float]:
         """Decisive: quote or none, the quote's first token and its end, and the citation."""
@@ -171,6 +185,7 @@ class QaRows:
     LONE: ClassVar = {256: 1.0, 512: 0.7}  # share of the rows of a length in which a passage stands alone
     AGAIN: ClassVar = {512: 0.8, 1024: 0.5}  # share of the rows in which it does, and is read again with each question
     LONE_INVENTED: ClassVar = 0.2  # of these: tables for the most part
+    BACK: ClassVar = {256: 0.35, 512: 0.35, 1024: 0.25}  # share of what is answered that is asked back
     FIRST: ClassVar = {"cloze": 0.12, "templated": 0.18, "statements": 0.25, "pairs": 0.45}
     LAST: ClassVar = {"cloze": 0.04, "templated": 0.16, "statements": 0.2, "pairs": 0.6}
 
@@ -193,7 +208,7 @@ class QaRows:
                 context = ask_more(context, rng) if rng.random() < (0.3 if again else 0.6) else context
             else:
                 context = self._context(rng, shares, chars, shortest=60 if rng.random() > progress else 250)
-            ids, kinds, sources = self.renderer.render(context, length + 1, rng, again)
+            ids, kinds, sources = self.renderer.render(context, length + 1, rng, again, self.BACK.get(length, 0.1))
         row = np.zeros(length + 1, dtype=np.int64)
         marks = np.full(length + 1, PADDING, dtype=np.float32)
         origins = np.full(length + 1, NO_SOURCE, dtype=np.int64)

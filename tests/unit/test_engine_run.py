@@ -130,6 +130,21 @@ def test_watched_tokens_come_with_the_model_s_own_logprobs(make_engine):
     assert again.outputs[0].watch_logprobs == (chosen.logprob,)
 
 
+@pytest.mark.parametrize("boundaries", [(), (40,), (40, 95), (99,)])
+@pytest.mark.parametrize("scored", [1, 20, 99])
+def test_the_end_of_a_prompt_is_as_likely_as_for_the_plain_model(model, make_engine, scored, boundaries):
+    one, engine = replace(request(100), boundaries=boundaries), make_engine(DeviceStateStore(1 << 24))
+    with torch.inference_mode():
+        logprobs = model(torch.tensor([one.token_ids]))[0].log_softmax(-1)
+    expected = sum(float(logprobs[at - 1, one.token_ids[at]]) for at in range(100 - scored, 100))
+    plain, first, second = (run_one(engine, replace(one, scored_tokens=n)) for n in (0, scored, scored))
+    for answer in (first, second):  # the second one, and the first, may go on from a state that was kept
+        assert answer.outputs[0].prompt_logprob == pytest.approx(expected, abs=1e-3)
+        assert answer.token_ids == plain.token_ids
+        assert answer.outputs[0].cached_tokens < 100 - scored
+    assert plain.outputs[0].prompt_logprob is None
+
+
 def test_abort_ends_within_one_step(make_engine):
     engine = make_engine()
     decoding = engine.add(request(10, max_new_tokens=50))
@@ -158,7 +173,13 @@ def test_too_long_says_by_how_much(make_engine):
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"token_ids": ()}, "no tokens"), ({"token_ids": (5, 512)}, "512"), ({"watch_tokens": (-1,)}, "-1")],
+    [
+        ({"token_ids": ()}, "no tokens"),
+        ({"token_ids": (5, 512)}, "512"),
+        ({"watch_tokens": (-1,)}, "-1"),
+        ({"scored_tokens": 40}, "scored_tokens of 40"),
+        ({"scored_tokens": -1}, "scored_tokens of -1"),
+    ],
 )
 def test_requests_that_make_no_sense_are_refused(make_engine, wrong, message):
     engine = make_engine()

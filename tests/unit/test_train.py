@@ -230,6 +230,20 @@ def test_what_is_read_again_stands_behind_the_question_and_is_what_an_answer_rep
     assert find[0] == len(first) - 1 and again <= find[1] < find[2] <= len(first)
 
 
+def test_what_is_asked_back_has_its_answer_given_and_its_question_to_say(tokenizer):
+    text = "The P-7 pump weighs 31 kg."
+    questions = (Question("Who makes V2?", None, -1, -1), Question("How heavy is the P-7?", "31 kg", 0, 20))
+    context = Context((("Pumps", text),), questions)
+    ids, kinds, sources = ContextRenderer(tokenizer).render(context, 4096, random.Random(3), back=1.0)
+    prompts = ChatFormat(tokenizer)
+    tokens, start, end = covering_tokens(tokenizer, text, 20, 25)
+    given, said = prompts.ask_back(tokens[start:end], "How heavy is the P-7?")
+    before = [*prompts.ask("Who makes V2?"), *prompts.no_answer()]  # where there is no answer there is none to give
+    assert ids[-len(before + given + said) :] == [*before, *given, *said]
+    assert kinds[-len(given + said) :] == [TEXT] * len(given) + [ANSWER] * len(said)
+    assert set(sources) == {NO_SOURCE}
+
+
 def rendered_row(tokenizer, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     passages = tuple((f"Part {i}", f"The pump P{i} weighs {31 + i} kg. It opens at {i} bar.") for i in range(5))
     questions = (Question("Who makes V2?", None, -1, -1), Question("How heavy is P3?", "34 kg", 3, 20))
