@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.settings import AnswerSettings
+from app.setting_groups import AnswerSettings
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Advice:
     `read_apart`: each passage of `rag` evidence is read alone, and the likeliest one is answered from.
     `unsure_nats`: an answer from one passage that is less likely than e^-this is made anew from the passage read once
     more behind the question; None: never.
+    `ask_back`: weight of log P(question | quote) beside log P(quote | question), for quotes that are nearly as likely.
     `missing_words_nats`: added to none's margin when no word of the question was read, a share of it for a share."""
 
     auto_evidence_tokens: int | None = None
@@ -26,6 +27,7 @@ class Advice:
     quote_beginnings: int = 1
     read_apart: bool = False
     unsure_nats: float | None = None
+    ask_back: float = 0.0
     missing_words_nats: float = 0.0
 
 

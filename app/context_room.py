@@ -1,7 +1,8 @@
 """Whether the context that is left for a prompt can hold a question at all: looked at before the service starts."""
 
 from app.prompting import AnswerFormat
-from app.settings import MIN_EVIDENCE_TOKENS, Settings, SettingsError
+from app.setting_groups import MIN_EVIDENCE_TOKENS
+from app.settings import Settings, SettingsError
 
 
 def check_room(prompt_format: AnswerFormat, settings: Settings) -> None:

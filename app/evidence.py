@@ -10,7 +10,7 @@ from app.answering import NO_DOCUMENTS_TEXT, NO_MATCH_TEXT, STILL_READING_TEXT
 from app.auth import LOCAL_ADMIN, Principal
 from app.conversation import Turn, standalone_query
 from app.prompting import AnswerFormat
-from app.settings import AnswerSettings
+from app.setting_groups import AnswerSettings
 from retrieval.packing import BudgetTooSmall, EvidenceTooLarge, RecentEvidence, pack_evidence, rank_documents
 from retrieval.search import Retriever
 from retrieval.store import DocumentStore

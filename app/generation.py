@@ -8,9 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import anyio.to_thread
@@ -19,13 +19,13 @@ from app import schemas
 from app.answering import CUT_OFF_TEXT, NOT_FOUND_TEXT, AnswerPart, AnswerReader, Quoted, TextPiece
 from app.errors import DocumentDeleted, describe_error
 from app.evidence import Found, Query, show_hits
-from app.likeliest import Again, generate_likeliest
+from app.likeliest import Again, AskedBack, QuoteSearch, generate_likeliest
+from app.measures import Measures
 from app.progress import ReadingProgress
 from app.prompting import prompt_salt
 from app.quotes import QuoteLimits
 from app.reading import none_margin, read_at_once, reads_apart, split_passages
 from app.rows import OTHER_ROWS_NATS, AskedLines
-from app.schemas import Tier
 from app.sse import Event, with_pauses
 from model.engine_request import EngineRequest, StepOutput
 from model.sampling import SamplingParams
@@ -43,53 +43,6 @@ class GenerationFailed(RuntimeError):
     """The engine gave up on an answer."""
 
 
-@dataclass
-class _Measures:
-    """What an answer cost, summed over its generations."""
-
-    started: float = field(default_factory=time.perf_counter)
-    retrieval_ms: float = 0.0
-    pack_ms: float = 0.0
-    state_load_ms: float = 0.0
-    prefill_ms: float = 0.0
-    queue_ms: float = 0.0
-    ttft_ms: float = 0.0
-    first_token: float | None = None
-    input_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
-    tier: Tier = "none"
-
-    def add_search(self, found: Found) -> None:
-        self.retrieval_ms += found.retrieval_ms
-        self.pack_ms += found.pack_ms
-
-    def add_start(self, prompt_tokens: int, output: StepOutput, queue_ms: float) -> None:
-        """The first output behind a prompt: what the prompt cost, and how long it waited for its turn."""
-        self.input_tokens += prompt_tokens
-        self.cached_tokens += output.cached_tokens
-        if output.cached_tokens:
-            self.tier = cast(Tier, output.tier)
-        self.state_load_ms += output.timings.state_load_ms
-        self.prefill_ms += output.timings.prefill_ms
-        self.queue_ms += queue_ms
-
-    def add_first_token(self) -> None:
-        if self.first_token is None:
-            self.first_token = time.perf_counter()
-            self.ttft_ms = 1000 * (self.first_token - self.started)
-
-    @property
-    def computed_tokens(self) -> int:
-        return self.input_tokens - self.cached_tokens + self.output_tokens
-
-    def timings(self) -> schemas.Timings:
-        generation_ms = 0.0 if self.first_token is None else 1000 * (time.perf_counter() - self.first_token)
-        values = (self.retrieval_ms, self.pack_ms, self.state_load_ms, self.prefill_ms, self.ttft_ms, generation_ms)
-        names = ("retrieval_ms", "pack_ms", "state_load_ms", "prefill_ms", "ttft_ms", "generation_ms")
-        return schemas.Timings(**{name: round(value, 3) for name, value in zip(names, values, strict=True)})
-
-
 class RunningAnswer:
     """Use once: `events` or `collect`. `document_ids` are those the model reads; `completed`: it came to its end.
 
@@ -103,7 +56,7 @@ class RunningAnswer:
         self._service, self._query = service, query
         self._found: Found | None = None
         self._failure: Exception | None = None
-        self._measures, self._progress = _Measures(), ReadingProgress()
+        self._measures, self._progress = Measures(), ReadingProgress()
         self._room_tokens = query.max_output_tokens  # what the generations to come may add to the answer, all together
         self._citations: list[schemas.Citation] = []
         self._truncated = False
@@ -285,9 +238,9 @@ class RunningAnswer:
         width = service.advice.quote_beginnings
         rows = replace(reading, passages=tuple(lines.named()))
         named = await anyio.to_thread.run_sync(service.format.constrain, rows, limits) if rows.passages else None
-        again = await self._read_again(reading, request)
-        generated = generate_likeliest(service.engine, request, quote_id, width, question, lines.misses, named, again)
-        async with aclosing(generated) as outputs:
+        back, again = self._ask_back(), await self._read_again(reading, request)
+        search = QuoteSearch(quote_id, width, question, lines.misses, named, back, again)
+        async with aclosing(generate_likeliest(service.engine, request, search)) as outputs:
             async for output in outputs:
                 self._check_alive()
                 if first:
@@ -307,6 +260,11 @@ class RunningAnswer:
                         yield event
         async for event in self._show(writer.finish()):
             yield event
+
+    def _ask_back(self) -> AskedBack | None:
+        service, question = self._service, self._query.question
+        weight = service.advice.ask_back
+        return AskedBack(weight, lambda quote: service.format.ask_back(quote, question)) if weight else None
 
     async def _read_again(self, reading: Evidence, once: EngineRequest) -> Again | None:
         """For an unsure answer from one passage: that read once more behind the question."""

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 from app.conversation import only_repeats
 from app.quotes import QuoteConstraint
-from model.engine_request import EngineOverloaded, EngineRequest, StepOutput
+from model.engine_request import ContextTooLong, EngineOverloaded, EngineRequest, StepOutput
 from model.engine_thread import TokenStream
+from model.sampling import SamplingParams
 
 _LONG_QUESTION_TOKENS = 128  # behind the documents: worth a state of its own, from which the other beginnings go on
 _MAX_GAP = 5.0  # nats behind the likeliest beginning: what lies further back hardly ever wins
@@ -37,27 +38,46 @@ class Again(NamedTuple):
     on_start: Callable[[StepOutput], None]
 
 
+class AskedBack(NamedTuple):
+    """`weight`: of the log-probability of the question, given a quote, to that of the quote. `pieces`: of a quote, the
+    tokens that stand behind the documents, and those of the question behind them."""
+
+    weight: float
+    pieces: Callable[[Sequence[int]], tuple[Sequence[int], Sequence[int]]]
+
+
+@dataclass(frozen=True)
+class QuoteSearch:
+    """What is tried, and how it is judged.
+
+    At most `width` beginnings, behind the token `quote_id`, and one of the quotes of `named`. A quote that only repeats
+    words of `question`, or that `misses` what it asks about, counts as less likely than it is. `back`: of quotes that
+    are nearly as likely, the one that most likely is asked for by the question. `again`: asked where the likeliest
+    answer is not likely enough; its outputs follow then, from the first on.
+    """
+
+    quote_id: int
+    width: int = 1
+    question: str = ""
+    misses: Callable[[str], bool] = lambda quote: False
+    named: QuoteConstraint | None = None
+    back: AskedBack | None = None
+    again: Again | None = None
+
+
 async def generate_likeliest(
-    engine: GeneratesTokens,
-    request: EngineRequest,
-    quote_id: int,
-    width: int,
-    question: str = "",
-    misses: Callable[[str], bool] = lambda quote: False,
-    named: QuoteConstraint | None = None,
-    again: Again | None = None,
+    engine: GeneratesTokens, request: EngineRequest, search: QuoteSearch
 ) -> AsyncIterator[StepOutput]:
     """The outputs of `request`, or of an answer with another first quote that is likelier from there to its end.
 
-    `quote_id` opens a quote; at most `width` beginnings are tried. A quote that only repeats words of `question`, or
-    that `misses` what it asks about, counts as less likely than it is. One of those of `named` is tried, too. `again`:
-    asked where the likeliest answer is not likely enough; its outputs follow then, from the first on. The first output
-    comes at once, the others when all answers have ended. Requests that are not greedy, or without a `QuoteConstraint`,
-    are generated as they are. Raises what `engine.generate` does for them; beginnings without room there are left out.
+    The first output comes at once, the others when all answers have ended. Requests that are not greedy, or without a
+    `QuoteConstraint`, are generated as they are. Raises what `engine.generate` does for them; what the engine has no
+    room for beside them is left out.
     """
-    constraint = request.constraint
-    searched = isinstance(constraint, QuoteConstraint) and request.sampling.temperature == 0 and width > 1
+    constraint, quote_id = request.constraint, search.quote_id
+    searched = isinstance(constraint, QuoteConstraint) and request.sampling.temperature == 0 and search.width > 1
     first_ids = constraint.first_ids if searched else ()
+    asked = request
     if searched and (end := len(request.token_ids)) - max(request.boundaries, default=0) >= _LONG_QUESTION_TOKENS:
         request = replace(request, boundaries=(*request.boundaries, end))
     watched = len(request.watch_tokens)
@@ -74,29 +94,86 @@ async def generate_likeliest(
                 yield output
                 searched = searched and output.token_id == quote_id and output.finish_reason is None
             elif len(answer) == 2 and output.finish_reason is None:
-                for token_id, logprob in _likeliest(first_ids, beginnings, output.token_id, width - 1):
+                for token_id, logprob in _likeliest(first_ids, beginnings, output.token_id, search.width - 1):
                     begun = replace(output, token_id=token_id, logprob=logprob)
                     stream = engine.generate(_continued(request, constraint, (quote_id, token_id)))
                     others.append((begun, await streams.enter_async_context(aclosing(stream))))
-                if named is not None:
-                    stream = engine.generate(_continued(request, named, (quote_id,)))
+                if search.named is not None:
+                    stream = engine.generate(_continued(request, search.named, (quote_id,)))
                     others.append((None, await streams.enter_async_context(aclosing(stream))))
         if not searched:
             return
         answers = [answer[1:], *await asyncio.gather(*(_read(begun, stream) for begun, stream in others))]
-        whole = [outputs for outputs in answers if outputs and outputs[-1].finish_reason == "stop"]
-
-        def likelihood(outputs: list[StepOutput]) -> float:
-            quote = constraint.spell([output.token_id for output in outputs if output.token_id is not None])
-            doubts = _REPEATING_NATS * only_repeats(question, quote) + _MISSING_NATS * misses(quote)
-            return sum(output.logprob for output in outputs if output.logprob is not None) - doubts
-
-        best = max(whole, key=likelihood, default=answer[1:])
-        if again is not None and likelihood(best) < -again.unsure_nats:
-            anew = generate_likeliest(engine, again.request, quote_id, width, question, misses, named)
-            best = await _read_again(again, await streams.enter_async_context(aclosing(anew))) or best
-        for output in best:
+        judged = [
+            _judge(outputs, constraint, search)
+            for outputs in answers
+            if outputs and outputs[-1].finish_reason == "stop"
+        ]
+        best = max(judged, key=lambda one: one.nats, default=_Judged(answer[1:], (), "", 0.0))
+        if search.again is not None and best.nats < -search.again.unsure_nats:
+            anew = generate_likeliest(engine, search.again.request, replace(search, again=None))
+            read = await _read_again(search.again, await streams.enter_async_context(aclosing(anew)))
+        else:
+            read = []
+        if not read and search.back is not None:
+            best = await _ask_back(engine, asked, search.back, judged) or best
+        for output in read or best.outputs:
             yield output
+
+
+class _Judged(NamedTuple):
+    """An answer from its first token on, its quote's tokens and text, and how likely it counts as."""
+
+    outputs: list[StepOutput]
+    quote: tuple[int, ...]
+    text: str
+    nats: float
+
+
+def _judge(outputs: list[StepOutput], constraint: QuoteConstraint, search: QuoteSearch) -> _Judged:
+    quote = constraint.quote_of([output.token_id for output in outputs if output.token_id is not None])
+    text = constraint.spell(quote)
+    doubts = _REPEATING_NATS * only_repeats(search.question, text) + _MISSING_NATS * search.misses(text)
+    nats = sum(output.logprob for output in outputs if output.logprob is not None) - doubts
+    return _Judged(outputs, quote, text.strip(), nats)
+
+
+async def _ask_back(
+    engine: GeneratesTokens, request: EngineRequest, back: AskedBack, judged: Sequence[_Judged]
+) -> _Judged | None:
+    """Of the quotes that are nearly as likely as the likeliest, the best by both; None where there is no choice."""
+    best, rivals = max((one.nats for one in judged), default=0.0), dict[str, _Judged]()
+    for one in sorted(judged, key=lambda one: -one.nats):
+        if one.nats > best - _MAX_GAP:
+            rivals.setdefault(one.text, one)
+    if len(rivals) < 2:
+        return None
+    try:
+        told = await asyncio.gather(*(_nats_of_question(engine, request, back, one) for one in rivals.values()))
+    except (EngineOverloaded, ContextTooLong):
+        return None
+    return max(zip(told, rivals.values(), strict=True), key=lambda pair: pair[1].nats + back.weight * pair[0])[1]
+
+
+async def _nats_of_question(engine: GeneratesTokens, request: EngineRequest, back: AskedBack, answer: _Judged) -> float:
+    """Log-probability of the question behind the documents and this answer's quote."""
+    end = max(request.boundaries, default=0)  # of the documents
+    given, said = back.pieces(answer.quote)
+    scored = replace(
+        request,
+        token_ids=(*request.token_ids[:end], *given, *said),
+        sampling=SamplingParams(max_new_tokens=1),
+        constraint=None,
+        watch_tokens=(),
+        scored_tokens=len(said),
+        counted=False,
+        on_read=None,
+    )
+    async with aclosing(engine.generate(scored)) as outputs:
+        async for output in outputs:
+            if output.prompt_logprob is not None:
+                return output.prompt_logprob
+    raise EngineOverloaded("the engine ended without a word of the question")
 
 
 def _likeliest(

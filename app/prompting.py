@@ -74,6 +74,11 @@ class AnswerFormat(Protocol):
         """What the model may answer from this evidence; None: anything."""
         ...
 
+    def ask_back(self, quote: Sequence[int], question: str) -> tuple[Sequence[int], Sequence[int]]:
+        """What stands behind the documents when a quote, its tokens, is given and the question is to be said, and the
+        tokens of the question behind that. Asked only where `constrain` gives a `QuoteConstraint`."""
+        ...
+
     def read_answer(self, evidence: Evidence, question: str = "") -> AnswerReader:
         """A reader of one answer to the question from this evidence."""
         ...
@@ -143,6 +148,9 @@ class QuoteFormat(AnswerFormat):
             index = QuoteIndex(evidence.passages, self._vocabulary)
             self._indexes.put(key, index, weight=1)
         return QuoteConstraint(index, self.answer_tokens(evidence), limits)
+
+    def ask_back(self, quote: Sequence[int], question: str) -> tuple[Sequence[int], Sequence[int]]:
+        return self._format.ask_back(quote, question)
 
     def read_answer(self, evidence: Evidence, question: str = "") -> AnswerWriter:
         return AnswerWriter(self._tokenizer, self.answer_tokens(evidence), evidence.passages, question)

@@ -176,9 +176,13 @@ class QuoteConstraint:
         """What a quote may begin with."""
         return self._index.first_ids
 
+    def quote_of(self, answer: Sequence[int]) -> tuple[int, ...]:
+        """The tokens of a quote up to its closing mark."""
+        return tuple(takewhile(lambda token_id: token_id != self._tokens.end_quote, answer))
+
     def spell(self, quote: Sequence[int]) -> str:
         """The text of a quote; its tokens go on as far as its closing mark."""
-        ids = takewhile(lambda token_id: token_id != self._tokens.end_quote, quote)
+        ids = self.quote_of(quote)
         return b"".join(self._index.vocabulary.bytes_of[token_id] or b"" for token_id in ids).decode(errors="replace")
 
     def after(self, begun: Sequence[int]) -> TokenConstraint:

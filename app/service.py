@@ -22,7 +22,7 @@ from app.pace import Pace
 from app.prefetch import Prefetch
 from app.prompting import AnswerFormat
 from app.schemas import AnswerRequest
-from app.settings import AnswerSettings
+from app.setting_groups import AnswerSettings
 from app.tracing import Tracing
 from ingest.files import FileStore, clean_filename
 from ingest.sniff import SNIFF_BYTES, sniff_media_type

@@ -9,249 +9,38 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from app.field_checks import in_plain_words
+from app.setting_groups import (
+    MIN_EVIDENCE_TOKENS,
+    SHIPPED_CHECKPOINT,
+    AnswerSettings,
+    AuthSettings,
+    CacheSettings,
+    Group,
+    IngestSettings,
+    LimitSettings,
+    LogSettings,
+    ModelSettings,
+    RedisSettings,
+    RetrievalSettings,
+    ServerSettings,
+    TelemetrySettings,
+    setting,
+)
 
 PREFIX = "JAMBA_RAG_"
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
-MIN_EVIDENCE_TOKENS = 64  # less holds no passage
-SHIPPED_CHECKPOINT = Path(__file__).resolve().parent.parent / "model" / "checkpoints" / "jamba-small"
 
 
 class SettingsError(ValueError):
     """A setting that doesn't exist, has a wrong value or contradicts another."""
-
-
-def _setting(default: Any, description: str, unit: str = "", **limits: Any) -> Any:
-    return Field(default, description=description, json_schema_extra={"unit": unit}, **limits)
-
-
-class _Group(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
-
-
-class ServerSettings(_Group):
-    host: str = _setting("127.0.0.1", "Address to listen on.", min_length=1)
-    port: int = _setting(8000, "Port to listen on.", ge=0, le=65535)
-    max_requests_in_flight: int = _setting(512, "Open HTTP requests after which new ones get 429.", "requests", ge=1)
-    keepalive_s: float = _setting(15.0, "Pause after which an idle event stream sends a comment.", "seconds", gt=0)
-    stall_s: int = _setting(60, "Time after which a client that takes nothing is cut off (Linux).", "seconds", ge=1)
-    shutdown_s: int = _setting(10, "Longest wait for open requests when the service stops.", "seconds", ge=0)
-
-
-class AuthSettings(_Group):
-    enabled: bool = _setting(True, "Require an API key. May be false only on a loopback host.")
-
-
-class ModelSettings(_Group):
-    path: Path = _setting(SHIPPED_CHECKPOINT, "Checkpoint directory in Hugging Face layout.")
-    device: str = _setting("auto", "`auto`, `cpu`, `cuda` or `cuda:<n>`; `auto` takes a GPU when there is one.")
-    dtype: Literal["auto", "float32", "bfloat16"] = _setting("auto", "Type of activations; `auto` fits the device.")
-    quantize: Literal["none", "int8", "w8a8"] = _setting(
-        "int8",
-        "How linear weights are kept: as stored, or in int8 rows; `w8a8` rounds the activations of prefills too, which "
-        "makes them a third faster on an H100.",
-    )
-    threads: int = _setting(0, "CPU threads of the model; 0 takes all cores.", "threads", ge=0)
-    max_context_tokens: int = _setting(
-        0, "Longest prompt plus answer; 0 takes the checkpoint's `max_position_embeddings`.", "tokens", ge=0
-    )
-    segment_tokens: int = _setting(
-        0, "Longest piece of a prefill between two decode steps; 0 takes 512 on a CPU, 16384 on a GPU.", "tokens", ge=0
-    )
-    max_batch: int = _setting(8, "Sequences decoded together.", "sequences", ge=1)
-    draft_tokens: int = _setting(
-        3,
-        "On a CPU: tokens of an answer that are guessed from its prompt and checked in one step, which is faster and "
-        "changes no answer; 0: none.",
-        "tokens",
-        ge=0,
-        le=7,
-    )
-    state_max_bytes: int = _setting(
-        0,
-        "Memory of answers under way; what does not fit waits. 0: on a GPU what prefix states leave, on a CPU any.",
-        "bytes",
-        ge=0,
-    )
-
-
-class CacheSettings(_Group):
-    gpu_max_bytes: int | None = _setting(
-        None,
-        "Memory of the GPU for prefix states; unset: what answers of the longest context leave, half at most; 0: none.",
-        "bytes",
-        ge=0,
-    )
-    host_max_bytes: int | None = _setting(
-        None,
-        "Main memory for prefix states in this process; unset: 1 GiB, beside a GPU a quarter of what the machine has; "
-        "0: none.",
-        "bytes",
-        ge=0,
-    )
-    block_tokens: int = _setting(256, "Length of a stored run of KV.", "tokens", ge=1)
-    snapshot_tokens: int | None = _setting(
-        None,
-        "Ends of documents nearer than this share a snapshot of the state; unset: 512 on a CPU, 2048 on a GPU.",
-        "tokens",
-        ge=0,
-    )
-    sparse_snapshots: int | None = _setting(
-        None,
-        "Prefill segments between snapshots where no document ends; unset: 16 on a CPU, 2 on a GPU; 0: none.",
-        "segments",
-        ge=0,
-    )
-    snapshot_dtype: Literal["float32", "int8"] = _setting(
-        "float32", "Form of snapshots; int8 is a third of the size and changes answers by less than int8 weights do."
-    )
-
-
-class RedisSettings(_Group):
-    url: SecretStr | None = _setting(None, "Redis or Valkey that keeps prefix states over restarts; unset: none.")
-    key_prefix: str = _setting("jamba-rag:", "First part of every key written to Redis.")
-    timeout_s: float = _setting(
-        0.08, "Longest wait for each reply of Redis; then it is done without, for 5 s.", "seconds", gt=0
-    )
-    ttl_s: int = _setting(7 * 86_400, "Time after which a prefix state leaves Redis.", "seconds", ge=1)
-
-
-class IngestSettings(_Group):
-    max_file_bytes: int = _setting(1 << 30, "Largest file accepted.", "bytes", ge=1)
-    max_files_per_request: int = _setting(1000, "Most files in one upload request.", "files", ge=1)
-    chunk_tokens: int = _setting(256, "Length a chunk is cut to.", "tokens of the embedder", ge=16)
-    workers: int = _setting(
-        2,
-        "Documents ingested at once; one more thread takes small files alone, unless this is 0: then nothing is "
-        "ingested.",
-        "threads",
-        ge=0,
-    )
-    lease_s: float = _setting(30.0, "Time after which a job of a dead worker is taken over.", "seconds", gt=0)
-    parse_timeout_s: float = _setting(300.0, "Longest time to parse one file.", "seconds", gt=0)
-    parse_max_bytes: int = _setting(2 << 30, "Memory limit of the process that parses one file.", "bytes", ge=1 << 28)
-
-
-class RetrievalSettings(_Group):
-    dense_weight: float = _setting(0.3, "Weight of the embedding score in hybrid search.", ge=0)
-    lexical_weight: float = _setting(0.7, "Weight of the BM25 score in hybrid search.", ge=0)
-    embedder_path: Path | None = _setting(
-        None,
-        "Embedder (a BERT as sentence-transformers stores it); unset: the one that ships. See `jamba-rag reembed`.",
-    )
-    rerank: bool = _setting(True, "Let a model that reads question and passage together order the best hits anew.")
-    reranker_path: Path | None = _setting(
-        None, "That model (a cross-encoder in Hugging Face layout), for the 50 best hits; unset: the one that ships."
-    )
-    evidence_hits: int = _setting(24, "Hits that `rag` answers pack evidence from.", "hits", ge=1, le=200)
-
-
-class AnswerSettings(_Group):
-    max_evidence_tokens: int = _setting(
-        0, "Most evidence in a prompt unless the request says less; 0 takes what the context leaves.", "tokens", ge=0
-    )
-    auto_evidence_tokens: int | None = _setting(
-        None,
-        "Most evidence that `auto` takes whole, and that it widens to; unset: as the checkpoint advises, else all.",
-        "tokens",
-        ge=MIN_EVIDENCE_TOKENS,
-    )
-    rag_evidence_tokens: int | None = _setting(
-        None,
-        "Most evidence that `rag` packs at first; one passage at least; unset: as the checkpoint advises, else 4096.",
-        "tokens",
-        ge=MIN_EVIDENCE_TOKENS,
-    )
-    recent_evidence_tokens: int | None = _setting(
-        None,
-        "Most evidence of `rag` that begins with what was read lately; unset: as advised, else twice what is packed.",
-        "tokens",
-        ge=MIN_EVIDENCE_TOKENS,
-    )
-    max_output_tokens: int = _setting(256, "Most tokens of an answer, unless a request says its own.", "tokens", ge=1)
-    max_quote_tokens: int = _setting(96, "Longest quote the model may make.", "tokens", ge=1)
-    max_quotes: int = _setting(4, "Most quotes in an answer.", "quotes", ge=1)
-    none_margin: float | None = _setting(
-        None,
-        "Answer `not_found` when log P(none) - log P(quote) exceeds this; unset: as the checkpoint advises, else 0.",
-        "nats",
-        ge=-50,
-        le=50,
-    )
-    missing_words_nats: float | None = _setting(
-        None,
-        "Added to that for a question of which no word was read, a share of it for a share; unset: as advised, else 0.",
-        "nats",
-        ge=0,
-        le=50,
-    )
-    quote_beginnings: int | None = _setting(
-        None,
-        "Make the quotes of so many likely beginnings and take the likeliest; 1: the greedy one; unset: as advised.",
-        "quotes",
-        ge=1,
-        le=32,
-    )
-    read_apart: bool | None = _setting(
-        None,
-        "Read each passage of `rag` evidence alone and answer from the one that most likely holds the answer; unset: "
-        "as the checkpoint advises, else all together. Not for checkpoints that write freely.",
-    )
-    unsure_nats: float | None = _setting(
-        None, "Read the passage again for an answer with a probability under e^-this; unset: as advised.", "nats", ge=0
-    )
-    prefetch_after_s: float = _setting(
-        2.0,
-        "A collection that `auto` takes whole is read ahead of its first question, while nobody asks, when nothing has "
-        "changed for so long; 0: never.",
-        "seconds",
-        ge=0,
-    )
-    max_wait_s: float = _setting(
-        30.0,
-        "A question gets 429 while those before it would keep it waiting longer, by the time that answers took lately; "
-        "0: any.",
-        "seconds",
-        ge=0,
-    )
-    max_pending: int = _setting(
-        64, "Answers running or waiting, after which new ones get 429 however fast they are.", "answers", ge=1
-    )
-
-
-class LimitSettings(_Group):
-    requests_per_minute: int = _setting(
-        0, "Requests of one key, unless it has its own limit; 0: any.", "requests", ge=0
-    )
-    tokens_per_minute: int = _setting(
-        0, "Tokens computed for one key: prompts without what the cache gave, and answers; 0: any.", "tokens", ge=0
-    )
-    upload_bytes_per_day: int = _setting(0, "Bytes one key may upload in a day (UTC); 0: any.", "bytes", ge=0)
-    documents_per_collection: int = _setting(
-        0, "Documents in a collection, after which a key adds no more; 0: any.", "documents", ge=0
-    )
-
-
-class LogSettings(_Group):
-    level: Literal["debug", "info", "warning", "error"] = _setting("info", "Least severe message written.")
-    format: Literal["text", "json"] = _setting("text", "Lines for people or for machines.")
-    audit_max_bytes: int = _setting(10 << 20, "Size after which the audit log begins a new file.", "bytes", ge=4096)
-    audit_files: int = _setting(10, "Files of the audit log that are kept.", "files", ge=1)
-
-
-class TelemetrySettings(_Group):
-    otlp_endpoint: str | None = _setting(
-        None,
-        "Base URL of an OpenTelemetry collector (OTLP over HTTP) that gets traces; unset: none.",
-        pattern="^https?://.",
-    )
 
 
 class Settings(BaseSettings):
@@ -267,9 +56,9 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,
     )
 
-    data_dir: Path = _setting(Path("data"), "Directory of the database, the originals and the index.")
-    url: str | None = _setting(None, "Service that the command line talks to; unset: in process on the data dir.")
-    key: SecretStr | None = _setting(None, "API key the command line sends to that service.")
+    data_dir: Path = setting(Path("data"), "Directory of the database, the originals and the index.")
+    url: str | None = setting(None, "Service that the command line talks to; unset: in process on the data dir.")
+    key: SecretStr | None = setting(None, "API key the command line sends to that service.")
     server: ServerSettings = ServerSettings()
     auth: AuthSettings = AuthSettings()
     model: ModelSettings = ModelSettings()
@@ -300,7 +89,7 @@ def describe_settings() -> list[SettingInfo]:
 
 def _describe(model: type[BaseModel], prefix: str) -> Iterator[SettingInfo]:
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, _Group):
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Group):
             yield from _describe(field.annotation, f"{prefix}{name.upper()}__")
             continue
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}

@@ -6,7 +6,7 @@ the margin log P(none) − log P(quote) of its first step is kept: so one run gi
 
 Modes: `rag` reads all passages in one prompt, `rag-apart` each alone and answers from the one with the least margin, as
 `read_apart` does; `full_context` has them all as one document of one text, each under its title.
-`--missing-words` is the service's `missing_words_nats`, and `--unsure` its `unsure_nats`, for modes of `rag`.
+`--missing-words`, `--unsure` and `--ask-back` are the service's settings of these names, the second for modes of `rag`.
 What the scores are: bench/answer_scores.py. Run: `python -m bench.answers QUESTIONS.jsonl --threshold 0`, or with
 `--modes rag-apart rag full_context --picture answers.png`.
 """
@@ -28,7 +28,7 @@ import torch
 
 from app.advice import Advice
 from app.answering import AnswerWriter
-from app.likeliest import Again, generate_likeliest
+from app.likeliest import Again, AskedBack, QuoteSearch, generate_likeliest
 from app.prompting import QuoteFormat
 from app.quotes import QuoteLimits, TokenBytes
 from app.reading import none_margin, split_passages
@@ -109,7 +109,10 @@ class Reader:
     ) -> list[StepOutput]:
         async def generate() -> list[StepOutput]:
             quote = self.format.decision_ids[0]
-            made = generate_likeliest(self.engine, request, quote, beginnings, question, again=anew)
+            weight = self.advice.ask_back
+            back = AskedBack(weight, lambda quote: self.format.ask_back(quote, question)) if weight else None
+            search = QuoteSearch(quote, beginnings, question, back=back, again=anew)
+            made = generate_likeliest(self.engine, request, search)
             return [output async for output in made]
 
         return asyncio.run(generate())
@@ -206,12 +209,20 @@ def main() -> None:
         "--apart", action="store_const", const=["rag-apart"], dest="modes", help="read each passage alone: rag-apart"
     )
     parser.add_argument("--unsure", type=float, help="nats from which on a passage is read again; default: never")
+    parser.add_argument(
+        "--ask-back", type=float, default=0.0, help="weight of the question's likelihood, given a quote"
+    )
     parser.add_argument("--missing-words", type=float, default=0.0, help="nats for a question of unread words")
     parser.add_argument("--evidence-tokens", type=int, nargs="+", default=[256, 512, 1024, 2048], help="upper bounds")
     parser.add_argument("--outcomes", type=Path, help="write every answer there, as JSON lines")
     parser.add_argument("--picture", type=Path, help="PNG of the scores by evidence size; needs matplotlib")
     args = parser.parse_args()
-    advice = Advice(quote_beginnings=args.beginnings, unsure_nats=args.unsure, missing_words_nats=args.missing_words)
+    advice = Advice(
+        quote_beginnings=args.beginnings,
+        unsure_nats=args.unsure,
+        missing_words_nats=args.missing_words,
+        ask_back=args.ask_back,
+    )
     reader = Reader(args.model, getattr(torch, args.dtype), args.quantize, args.max_quotes, advice)
     items = read_items(args.questions, args.limit)
     outcomes = ask_all(reader, items, args.modes)

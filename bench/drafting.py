@@ -30,7 +30,8 @@ from app.ingesting import expand_paths, ingest_files
 from app.main import create_app
 from app.quotes import QuoteLimits
 from app.service import RagService
-from app.settings import SHIPPED_CHECKPOINT, Settings, load_settings
+from app.setting_groups import SHIPPED_CHECKPOINT
+from app.settings import Settings, load_settings
 from bench.runs import BenchRun
 from model import load_model
 from model.device_store import DeviceStateStore

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.settings import SHIPPED_CHECKPOINT
+from app.setting_groups import SHIPPED_CHECKPOINT
 from bench.asking import Asker, open_asker
 from bench.runs import BenchRun
 from model.train.scoring import normalize_answer, token_f1

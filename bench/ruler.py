@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from app.settings import SHIPPED_CHECKPOINT
+from app.setting_groups import SHIPPED_CHECKPOINT
 from bench.asking import Asker, open_asker
 from bench.runs import BenchRun
 

@@ -30,7 +30,8 @@ from app.evidence import Query
 from app.ingesting import expand_paths, ingest_files
 from app.main import create_app
 from app.service import RagService
-from app.settings import SHIPPED_CHECKPOINT, Settings, load_settings
+from app.setting_groups import SHIPPED_CHECKPOINT
+from app.settings import Settings, load_settings
 from bench.runs import BenchRun
 from model.train.scoring import normalize_answer, token_f1
 from retrieval.types import Chunk, Passage

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from app.advice import Advice, take_advice
-from app.settings import AnswerSettings
+from app.setting_groups import AnswerSettings
 
 
 def write(folder, **advice):

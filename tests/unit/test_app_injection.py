@@ -10,7 +10,7 @@ from app.answering import NOT_FOUND_TEXT
 from app.chat_template import PLAIN_TEMPLATE, ChatTemplate
 from app.prompting import QuoteFormat
 from app.quotes import TokenBytes
-from app.settings import SHIPPED_CHECKPOINT
+from app.setting_groups import SHIPPED_CHECKPOINT
 from app.text_answer import TextAnswerReader
 from app.text_format import TextFormat
 from model.tokenizer import Tokenizer

@@ -7,13 +7,13 @@ import pytest
 import torch
 from app_kit import GARDEN, LIGHTHOUSE
 
-from app.likeliest import Again, generate_likeliest
+from app.likeliest import Again, AskedBack, QuoteSearch, generate_likeliest
 from app.prompting import QuoteFormat
 from app.quotes import QuoteLimits, TokenBytes
 from model import load_model
 from model.device_store import DeviceStateStore
 from model.engine import JambaEngine
-from model.engine_request import EngineRequest
+from model.engine_request import EngineOverloaded, EngineRequest
 from model.engine_thread import EngineThread
 from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings
@@ -68,12 +68,12 @@ def answer(
     quote_id: int,
     width: int,
     question: str = "",
-    again: Again | None = None,
+    **judged: object,
 ) -> list:
     async def read() -> list:
         thread = EngineThread(engine)
         try:
-            made = generate_likeliest(thread, request, quote_id, width, question, again=again)
+            made = generate_likeliest(thread, request, QuoteSearch(quote_id, width, question, **judged))
             return [output async for output in made]
         finally:
             await thread.close()
@@ -208,3 +208,50 @@ def test_a_quote_that_only_repeats_the_question_gives_way(make_engine, form, mon
         asked = request.constraint.spell(ids[1:-1])
         again = [output.token_id for output in answer(make_engine(), request, quote_id, width, question=asked)]
         assert (again != ids) == is_other
+
+
+def test_of_quotes_nearly_as_likely_the_one_whose_question_is_likelier_is_given(make_engine, model, form, monkeypatch):
+    monkeypatch.setattr("app.likeliest._MAX_GAP", 1000.0)
+    question = "Who keeps the lighthouse?"
+    request, quote_id = make_request(form, question), form.decision_ids[0]
+    documents = request.token_ids[: max(request.boundaries)]
+
+    def nats_back(quote: tuple[int, ...]) -> float:
+        given, said = form.ask_back(quote, question)
+        ids = [*documents, *given, *said]
+        logprobs = model(torch.tensor([ids]))[0].log_softmax(-1)
+        return sum(logprobs[at - 1, ids[at]].item() for at in range(len(documents) + len(given), len(ids)))
+
+    with torch.inference_mode():
+        logprobs = model(torch.tensor([[*request.token_ids, quote_id]]))[0, -1].log_softmax(-1)
+        first_ids = sorted(request.constraint.first_ids, key=lambda token_id: -logprobs[token_id].item())
+        answers = [total_after(model, form, request, (quote_id, first)) for first in first_ids[:5]]
+        answers = list(
+            {request.constraint.spell(ids[1:]).strip(): (nats, ids) for nats, ids in sorted(answers)}.values()
+        )
+        backs = [nats_back(request.constraint.quote_of(ids[1:])) for _, ids in answers]
+    chosen = set()
+    for weight in (0.05, 1.0, 1000.0):
+        back = AskedBack(weight, lambda quote: form.ask_back(quote, question))
+        outputs = answer(make_engine(), request, quote_id, 5, back=back)
+        totals = [nats + weight * told for (nats, _), told in zip(answers, backs, strict=True)]
+        assert tuple(output.token_id for output in outputs) == answers[totals.index(max(totals))][1]
+        chosen.add(tuple(output.token_id for output in outputs))
+    assert len(chosen) > 1
+
+
+def test_where_nothing_can_be_asked_back_the_likeliest_quote_stays(make_engine, form):
+    request, quote_id = make_request(form, "Who keeps the lighthouse?"), form.decision_ids[0]
+    engine = make_engine()
+    plain = answer(engine, request, quote_id, 5)
+    add = engine.add
+
+    def crowded(one: EngineRequest) -> str:
+        if one.scored_tokens:
+            raise EngineOverloaded("full")
+        return add(one)
+
+    engine.add = crowded
+    back = AskedBack(1000.0, lambda quote: form.ask_back(quote, "Who keeps the lighthouse?"))
+    full = answer(engine, request, quote_id, 5, back=back)
+    assert [output.token_id for output in full] == [output.token_id for output in plain]

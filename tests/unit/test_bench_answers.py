@@ -3,7 +3,7 @@
 from app.prompting import QuoteFormat
 from app.quotes import QuoteLimits, TokenBytes
 from app.reading import split_passages
-from app.settings import SHIPPED_CHECKPOINT
+from app.setting_groups import SHIPPED_CHECKPOINT
 from bench.asking import evidence_of
 from model.tokenizer import Tokenizer
 

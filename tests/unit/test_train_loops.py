@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import IterableDataset
 
-from app.settings import SHIPPED_CHECKPOINT
+from app.setting_groups import SHIPPED_CHECKPOINT
 from model.config import JambaConfig
 from model.jamba import Jamba
 from model.train import distill, surgery, tune

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from app.settings import SHIPPED_CHECKPOINT
+from app.setting_groups import SHIPPED_CHECKPOINT
 from bench.long_context import word_f1
 from model.tokenizer import Tokenizer
 from model.train.evaluate import load_items
