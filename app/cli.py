@@ -341,7 +341,7 @@ def reembed(
     from app.embedding import reembed_all
 
     with render.progress("chunks") as show:
-        name = reembed_all(choose_settings(None, None, data_dir).data_dir, path, show)
+        name = reembed_all(choose_settings(None, None, data_dir), path, show)
     setting = f"with JAMBA_RAG_RETRIEVAL__EMBEDDER_PATH={path.resolve()}" if path else "without an embedder's path"
     render.err.print(f"all chunks have vectors of {name}; start the service anew {setting} to use them", markup=False)
 

@@ -197,7 +197,7 @@ def _check_parsers(settings: Settings) -> str:
 
 
 def _check_embedder(settings: Settings) -> str:
-    embedder = open_embedder(settings.retrieval.embedder_path)
+    embedder = open_embedder(settings.retrieval)
     return f"{embedder.name}, {len(embedder.embed_query('test'))} numbers a passage"
 
 
@@ -334,7 +334,7 @@ def _all(store: DocumentStore) -> Iterator[Document]:
 
 
 def _check_index(store: DocumentStore, settings: Settings) -> str:
-    embedder, directory = open_embedder(settings.retrieval.embedder_path), settings.data_dir / "faiss"
+    embedder, directory = open_embedder(settings.retrieval), settings.data_dir / "faiss"
     if has_untuned(store, embedder):
         return f"vectors of an older version; `jamba-rag reembed` makes those of {embedder.name}, which find more"
     if not store.adopts(embedder.name, embedder.dim):

@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from app.datadir import DataDir
-from app.settings import RetrievalSettings, SettingsError
+from app.setting_groups import RetrievalSettings
+from app.settings import Settings, SettingsError
 from ingest.reembedding import reembed
 from retrieval.embedder import BertEmbedder, EmbedderUnavailable, MiniLMEmbedder
 from retrieval.rerank import CrossEncoderReranker, MiniLMReranker, Reranker
@@ -21,12 +23,15 @@ _AT_START = 2000  # chunks without a vector that a start makes itself: what came
 _UNASKED = 500  # of them, where nobody gave the command: half a minute
 
 
-def open_embedder(path: Path | None) -> BertEmbedder:
-    """The one at `path`, or the one that ships. Raises SettingsError when it cannot be used."""
+def open_embedder(settings: RetrievalSettings) -> BertEmbedder:
+    """The one that was set, or the one that ships. Raises SettingsError when it cannot be used."""
+    path, device = settings.embedder_path, settings.embedder_device
+    if device != "cpu" and (torch.device(device).index or 0) >= (gpus := torch.cuda.device_count()):
+        raise SettingsError(f"JAMBA_RAG_RETRIEVAL__EMBEDDER_DEVICE={device}: PyTorch sees {gpus} GPUs here; set cpu")
     if path is None:
-        return MiniLMEmbedder(device="cpu")
+        return MiniLMEmbedder(device=device)
     try:
-        return BertEmbedder(path)
+        return BertEmbedder(path, device)
     except EmbedderUnavailable as error:
         raise SettingsError(f"JAMBA_RAG_RETRIEVAL__EMBEDDER_PATH={path}: {error}") from error
 
@@ -84,7 +89,7 @@ def take_over(store: DocumentStore, embedder: BertEmbedder) -> BertEmbedder:
             "the service runs, and start anew",
             *(MiniLMEmbedder.name, embedder.name),
         )
-        embedder = MiniLMEmbedder(device="cpu", adapter=None)
+        embedder = MiniLMEmbedder(device=str(embedder.device), adapter=None)
     store.require_embedder(embedder.name, embedder.dim)
     return embedder
 
@@ -98,15 +103,16 @@ def has_untuned(store: DocumentStore, embedder: BertEmbedder) -> bool:
     )
 
 
-def reembed_all(data_dir: Path, path: Path | None, report: Callable[[int, int], None]) -> str:
+def reembed_all(settings: Settings, path: Path | None, report: Callable[[int, int], None]) -> str:
     """Make all vectors of the embedder at `path` beside those in use; returns its name. Needs no lock.
 
     Raises SettingsError when there is no database or embedder, or its vectors are those in use.
     """
+    data_dir = settings.data_dir
     database = DataDir.database_in(data_dir)
     if not database.is_file():
         raise SettingsError(f"{data_dir} holds no {database.name}: there is nothing to embed")
-    embedder = open_embedder(path)
+    embedder = open_embedder(settings.retrieval.model_copy(update={"embedder_path": path}))
     with closing(DocumentStore(database)) as store:
         if store.uses(embedder.name, embedder.dim):
             raise SettingsError(f"{embedder.name} is the embedder in use; name another one's directory")

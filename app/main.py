@@ -165,7 +165,7 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
     authenticator = Authenticator(store, settings.auth.enabled)
     authenticator.ensure_admin_key(data_dir.path)
     chosen = settings.retrieval
-    opened, reranker = open_embedder(chosen.embedder_path), open_reranker(chosen)
+    opened, reranker = open_embedder(chosen), open_reranker(chosen)
     with loading(opened, reranker) if answering else nullcontext():  # what asks nothing may need neither
         model = build_model(settings, stack, answering, _kept_secret(store, "document_nonce", 6))
     embedder = take_over(store, opened)

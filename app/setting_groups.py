@@ -130,6 +130,11 @@ class RetrievalSettings(Group):
         None,
         "Embedder (a BERT as sentence-transformers stores it); unset: the one that ships. See `jamba-rag reembed`.",
     )
+    embedder_device: str = setting(
+        "cpu",
+        "`cpu`, `cuda` or `cuda:<n>`: where passages and questions become vectors.",
+        pattern=r"^(cpu|cuda(:\d+)?)$",
+    )
     rerank: bool = setting(True, "Let a model that reads question and passage together order the best hits anew.")
     reranker_path: Path | None = setting(
         None, "That model (a cross-encoder in Hugging Face layout), for the 50 best hits; unset: the one that ships."

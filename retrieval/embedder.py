@@ -82,8 +82,8 @@ class BertEmbedder:
         """
         self._dir = model_dir
         self._read_kind()
-        self._device = torch.device(device)
-        self.dtype = dtype or (torch.bfloat16 if multiplies_bf16(self._device) else torch.float32)
+        self.device = torch.device(device)
+        self.dtype = dtype or (torch.bfloat16 if multiplies_bf16(self.device) else torch.float32)
         self._loading = threading.Lock()
         self._starting = threading.Lock()
 
@@ -120,7 +120,7 @@ class BertEmbedder:
 
     def embed_passages(self, texts: Sequence[str]) -> np.ndarray:
         encodings = self._truncating.encode_batch(encodable([self._prompts[1] + text for text in texts]))
-        max_tokens = _CORE_TOKENS if self._device.type == "cpu" else _DEVICE_TOKENS
+        max_tokens = _CORE_TOKENS if self.device.type == "cpu" else _DEVICE_TOKENS
         batches = _batches([len(encoding.ids) for encoding in encodings], max_tokens)
         vectors = np.empty((len(encodings), self.dim), dtype=np.float32)
         parts = self._pools[0].map(lambda batch: self._embed([encodings[i] for i in batch]), batches)
@@ -146,8 +146,8 @@ class BertEmbedder:
             mask[row, : len(encoding.ids)] = 1
         model = self._loaded()
         with torch.inference_mode():
-            token_mask = torch.from_numpy(mask).to(self._device)
-            states = model(torch.from_numpy(ids).to(self._device), token_mask).float()
+            token_mask = torch.from_numpy(mask).to(self.device)
+            states = model(torch.from_numpy(ids).to(self.device), token_mask).float()
             weights = token_mask[:, :, None].float()
             pooled = states[:, 0] if self._first_token else (states * weights).sum(1) / weights.sum(1)
             return torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
@@ -164,13 +164,13 @@ class BertEmbedder:
 
     @cached_property
     def _started_pools(self) -> tuple[Executor, Executor]:
-        cores = torch.get_num_threads() if self._device.type == "cpu" else 1
+        cores = torch.get_num_threads() if self.device.type == "cpu" else 1
         return solo_threads(cores, "embed"), solo_threads(1, "embed-query")
 
     @cached_property
     def _model(self) -> Bert:
         updates = load_file(self._adapter) if self._adapter is not None else {}
-        return load_bert(self._dir, updates, self._device, self.dtype)
+        return load_bert(self._dir, updates, self.device, self.dtype)
 
     @cached_property
     def _counter(self) -> Tokenizer:

@@ -45,8 +45,8 @@ build_model = main.build_model
 @pytest.fixture
 def loads(monkeypatch) -> Loads:
     loads = Loads()
-    monkeypatch.setattr(main, "open_embedder", lambda _: loads.watch(MiniLMEmbedder(), "embedder"))
-    monkeypatch.setattr(main, "open_reranker", lambda _: loads.watch(MiniLMReranker(), "reranker"))
+    monkeypatch.setattr(main, "open_embedder", lambda *_: loads.watch(MiniLMEmbedder(), "embedder"))
+    monkeypatch.setattr(main, "open_reranker", lambda *_: loads.watch(MiniLMReranker(), "reranker"))
     monkeypatch.setattr(main, "build_model", loads.build_model)
     return loads
 

@@ -19,9 +19,10 @@ import ingest.reembedding
 from app import cli
 from app.client import open_service
 from app.doctor import examine
-from app.embedding import has_untuned, reembed_all, take_over
+from app.embedding import has_untuned, open_embedder, reembed_all, take_over
 from app.ingesting import ingest_files
 from app.main import create_app
+from app.setting_groups import RetrievalSettings
 from app.settings import SettingsError
 from ingest.reembedding import reembed
 from retrieval.embedder import MiniLMEmbedder, text_to_embed
@@ -205,4 +206,12 @@ def test_a_running_service_goes_on_and_the_next_one_takes_the_new_embedder(tiny_
     with pytest.raises(EmbedderMismatch, match="jamba-rag reembed"):
         create_app(settings)
     with pytest.raises(SettingsError, match="is the embedder in use"):
-        reembed_all(settings.data_dir, other, lambda done, total: None)
+        reembed_all(settings, other, lambda done, total: None)
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "cuda"])
+def test_a_device_that_is_not_there_is_named(device, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(SettingsError, match=f"EMBEDDER_DEVICE={device}: PyTorch sees 0 GPUs"):
+        open_embedder(RetrievalSettings(embedder_device=device))
+    assert open_embedder(RetrievalSettings()).device.type == "cpu"

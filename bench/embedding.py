@@ -1,0 +1,73 @@
+"""Chunks a second that an embedder turns into vectors, on each device in turn, and how far apart the vectors are.
+
+Chunks are of 256 tokens, as the service cuts them. On a CPU `--threads` cores work (default 2, what the goals are set
+for). `--embedder`: a directory as sentence-transformers has them; default: the one that ships. Copies are in times.
+    python -m bench.embedding --devices cpu cuda [--chunks 4096]
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from bench.runs import BenchRun, time_interleaved
+from retrieval.embedder import BertEmbedder, MiniLMEmbedder
+
+TOKENS = 256  # of a chunk, the special ones counted
+CPU_CHUNKS = 256  # of one time on a CPU: as many as a GPU gets would take it minutes
+WORDS = Path(__file__).parent / "data" / "followups.json"  # what the chunks are mixed from: English
+
+
+def make_chunks(count: int) -> list[str]:
+    """Texts that are cut after `TOKENS` tokens, no two alike."""
+    words, rng = WORDS.read_text().split(), random.Random(7)
+    return [" ".join(rng.choices(words, k=TOKENS)) for _ in range(count)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--devices", nargs="+", default=["cpu"])
+    parser.add_argument("--chunks", type=int, default=4096, help="of one time on a GPU")
+    parser.add_argument("--threads", type=int, default=2, help="cores that a CPU works with")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--embedder", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    def load(device: str, dtype: torch.dtype | None = None) -> BertEmbedder:
+        if args.embedder is None:
+            return MiniLMEmbedder(device=device, dtype=dtype)
+        return BertEmbedder(args.embedder, device, dtype)
+
+    embedders = {device: load(device) for device in args.devices}
+    chunks = make_chunks(args.chunks)
+    asked = {device: chunks[: CPU_CHUNKS if device == "cpu" else None] for device in embedders}
+    cases = {name: lambda name=name: embedders[name].embed_passages(asked[name]) for name in embedders}
+    times_s = time_interleaved(cases, warmup=1, repeats=args.repeats)
+    exact = (
+        MiniLMEmbedder(dtype=torch.float32)
+        if args.embedder is None
+        else BertEmbedder(args.embedder, "cpu", torch.float32)
+    )
+    wanted = exact.embed_passages(chunks[:64])
+    run, first = BenchRun("embedding", argv=sys.argv), 0.0
+    for device, embedder in embedders.items():
+        rate = len(asked[device]) / median(times_s[device])
+        first = first or rate
+        cosines = np.einsum("ij,ij->i", embedder.embed_passages(chunks[:64]), wanted)
+        run.add(
+            device=device,
+            dtype=str(embedder.dtype).removeprefix("torch."),
+            **{"chunks/s": rate, "times the first": rate / first, "least cosine to float32": float(cosines.min())},
+        )
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()
