@@ -183,7 +183,7 @@ class QaRows:
     """
 
     LONE: ClassVar = {256: 1.0, 512: 0.7}  # share of the rows of a length in which a passage stands alone
-    AGAIN: ClassVar = {512: 0.8, 1024: 0.5}  # share of the rows in which it does, and is read again with each question
+    AGAIN: ClassVar = {512: 0.5, 1024: 0.3}  # share of the rows in which it does, and is read again with each question
     LONE_INVENTED: ClassVar = 0.2  # of these: tables for the most part
     BACK: ClassVar = {256: 0.35, 512: 0.35, 1024: 0.25}  # share of what is answered that is asked back
     FIRST: ClassVar = {"cloze": 0.12, "templated": 0.18, "statements": 0.25, "pairs": 0.45}
