@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 
 from app.conversation import only_repeats
 from app.quotes import QuoteConstraint
-from model.engine_request import ContextTooLong, EngineOverloaded, EngineRequest, StepOutput
+from model.engine_request import Branches, ContextTooLong, EngineOverloaded, EngineRequest, StepOutput
 from model.engine_thread import TokenStream
 from model.sampling import SamplingParams
 
@@ -40,7 +40,7 @@ class Again(NamedTuple):
 
 class AskedBack(NamedTuple):
     """`weight`: of the log-probability of the question, given a quote, to that of the quote. `pieces`: of a quote, the
-    tokens that stand behind the documents, and those of the question behind them."""
+    tokens that stand behind the documents, the first of them the same for all, and those of the question behind."""
 
     weight: float
     pieces: Callable[[Sequence[int]], tuple[Sequence[int], Sequence[int]]]
@@ -148,32 +148,36 @@ async def _ask_back(
             rivals.setdefault(one.text, one)
     if len(rivals) < 2:
         return None
-    try:
-        told = await asyncio.gather(*(_nats_of_question(engine, request, back, one) for one in rivals.values()))
-    except (EngineOverloaded, ContextTooLong):
+    told = await _nats_of_question(engine, request, back, list(rivals.values()))
+    if not told:
         return None
     return max(zip(told, rivals.values(), strict=True), key=lambda pair: pair[1].nats + back.weight * pair[0])[1]
 
 
-async def _nats_of_question(engine: GeneratesTokens, request: EngineRequest, back: AskedBack, answer: _Judged) -> float:
-    """Log-probability of the question behind the documents and this answer's quote."""
+async def _nats_of_question(
+    engine: GeneratesTokens, request: EngineRequest, back: AskedBack, answers: Sequence[_Judged]
+) -> tuple[float, ...]:
+    """Log-probability of the question behind the documents and each answer's quote; empty when there is no room."""
     end = max(request.boundaries, default=0)  # of the documents
-    given, said = back.pieces(answer.quote)
+    given, said = zip(*(back.pieces(answer.quote) for answer in answers), strict=True)
+    branches = tuple((*before[1:], *after) for before, after in zip(given, said, strict=True))
     scored = replace(
         request,
-        token_ids=(*request.token_ids[:end], *given, *said),
+        token_ids=(*request.token_ids[:end], given[0][0]),
         sampling=SamplingParams(max_new_tokens=1),
         constraint=None,
         watch_tokens=(),
-        scored_tokens=len(said),
+        branches=Branches(branches, tuple(map(len, said))),
         counted=False,
         on_read=None,
     )
-    async with aclosing(engine.generate(scored)) as outputs:
-        async for output in outputs:
-            if output.prompt_logprob is not None:
-                return output.prompt_logprob
-    raise EngineOverloaded("the engine ended without a word of the question")
+    try:
+        async with aclosing(engine.generate(scored)) as outputs:
+            async for output in outputs:
+                return output.branch_logprobs
+    except (EngineOverloaded, ContextTooLong):
+        pass
+    return ()
 
 
 def _likeliest(

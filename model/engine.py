@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from model.admission import StateBudget
+from model.branches import score_branches
 from model.drafting import DraftCounts, PromptLookup, draft_all, score_pieces
 from model.engine_request import (
-    MAX_SCORED_TOKENS,
+    MAX_BRANCH_TOKENS,
     ContextTooLong,
     EngineOverloaded,
     EngineRequest,
@@ -29,7 +30,7 @@ from model.engine_request import (
     StepOutput,
 )
 from model.engine_sequence import RunningSequence
-from model.generation import FinishReason, Generated, Generation, Likeliest, logprob_of, score
+from model.generation import FinishReason, Generated, Generation, Likeliest, score
 from model.jamba import Jamba
 from model.layered_prefill import LayeredPrefill
 from model.prefix_cache import PrefixCache, PrefixHit
@@ -138,10 +139,17 @@ class JambaEngine:
         for token_id in (min(request.token_ids), max(request.token_ids), *request.watch_tokens):
             if token_id not in vocabulary:
                 raise ValueError(f"token {token_id} is outside the vocabulary of {len(vocabulary)}")
-        if not 0 <= request.scored_tokens <= min(MAX_SCORED_TOKENS, prompt_tokens - 1):
-            raise ValueError(f"scored_tokens of {request.scored_tokens}: at most {MAX_SCORED_TOKENS}, and not all")
+        if request.branches is not None:
+            self._check_branches(*request.branches)
         if len(self._waiting) >= self._max_waiting:
             raise EngineOverloaded(f"{len(self._waiting)} requests wait already, which is the limit; try again later")
+
+    def _check_branches(self, branches: tuple[tuple[int, ...], ...], scored_tokens: tuple[int, ...]) -> None:
+        if len(branches) != len(scored_tokens) or sum(map(len, branches)) > MAX_BRANCH_TOKENS:
+            raise ValueError(f"branches need a number of scored tokens each, and {MAX_BRANCH_TOKENS} tokens at most")
+        for ids, scored in zip(branches, scored_tokens, strict=True):
+            if not 0 < scored < len(ids) or not 0 <= min(ids) <= max(ids) < self._model.config.vocab_size:
+                raise ValueError(f"a branch of {len(ids)} tokens, {scored} of them scored, or outside the vocabulary")
 
     def _end_aborted(self) -> list[StepOutput]:
         ended = [self._sequences[request_id] for request_id in self._aborted if request_id in self._sequences]
@@ -212,7 +220,7 @@ class JambaEngine:
         for sequence in [sequence for sequence, future in self._loading.items() if future.done()]:
             hit, load_ms = self._loading.pop(sequence).result()
             start = time.perf_counter()
-            if hit is not None and hit.num_tokens <= sequence.scored_from:
+            if hit is not None:
                 self._restore(sequence, hit)
             sequence.timings = RequestTimings(state_load_ms=load_ms + _ms_since(start))
             self._prefilling.append(sequence)
@@ -247,6 +255,11 @@ class JambaEngine:
         if sequence.position < sequence.plan.num_tokens:
             self._prefilling.append(sequence)
             return []
+        if sequence.request.branches is not None:
+            try:
+                sequence.branch_logprobs = score_branches(self._model, sequence.state, sequence.request.branches)
+            except Exception as error:
+                return [self._fail(sequence, error)]
         self._decoding.append(sequence)
         sequence.timings = replace(sequence.timings, ttft_ms=_ms_since(sequence.added_s))
         return [self._advance(sequence, scores)]
@@ -255,10 +268,6 @@ class JambaEngine:
         """What the generation needs when the segment is at its end, None before that."""
         if sequence.segment is None:
             begin, end = sequence.position, sequence.plan.next_cut(sequence.position)
-            if end > sequence.scored_from:
-                if end - begin <= MAX_SCORED_TOKENS + 1:
-                    return self._score_prompt(sequence, end)
-                end = sequence.scored_from
             piece = sequence.request.token_ids[begin:end]
             if len(piece) <= _WHOLE_TOKENS[self._device.type]:
                 return self._forward([piece], [sequence])[0]
@@ -269,14 +278,6 @@ class JambaEngine:
             return None
         sequence.segment = None
         return score(logits, [sequence.generation])[0]
-
-    def _score_prompt(self, sequence: RunningSequence, end: int) -> Tensor | Likeliest:
-        """As `_advance_segment` up to `end`, with the log-probabilities that are asked for of what stands behind."""
-        begin, given = sequence.position, torch.tensor(sequence.request.token_ids, device=self._device)
-        logits = self._model.forward_packed(given[begin:end], [end - begin], [sequence.state], logits="all")
-        first = max(begin, sequence.scored_from)
-        sequence.prompt_logprob += logprob_of(logits[first - begin :], given[first + 1 : end + 1])
-        return score(logits[-1:], [sequence.generation])[0]
 
     def _keep(self, sequence: RunningSequence) -> None:
         """Save the state if the plan wants that here; an answer does not fail because its state cannot be kept."""
@@ -366,8 +367,8 @@ class JambaEngine:
     def _output(self, sequence: RunningSequence, generated: Generated) -> StepOutput:
         token_id, logprob, watched, text, reason = generated
         cached, tier, timings = sequence.cached_tokens, sequence.tier, sequence.timings
-        known = sequence.prompt_logprob if sequence.request.scored_tokens else None
-        return StepOutput(sequence.request_id, token_id, logprob, text, reason, cached, tier, timings, watched, known)
+        told, sequence.branch_logprobs = sequence.branch_logprobs, ()
+        return StepOutput(sequence.request_id, token_id, logprob, text, reason, cached, tier, timings, watched, told)
 
     def _forget(self, sequence: RunningSequence) -> None:
         del self._sequences[sequence.request_id]

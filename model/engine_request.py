@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from model.generation import FinishReason
 from model.sampling import SamplingParams, TokenConstraint
 
-MAX_SCORED_TOKENS = 512
+MAX_BRANCH_TOKENS = 4096
 
 
 class ContextTooLong(ValueError):
@@ -28,6 +28,14 @@ class EngineOverloaded(RuntimeError):
     """More requests wait than the engine accepts; the same request may succeed later."""
 
 
+class Branches(NamedTuple):
+    """Given continuations of a prompt, each from its end, and how many tokens at the end of each are asked for: how
+    likely these are together, given all before them. At most `MAX_BRANCH_TOKENS`, and not all of a branch."""
+
+    token_ids: tuple[tuple[int, ...], ...]
+    scored_tokens: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
     """`boundaries`: positions where prompts that begin alike may part, ascending or not; states are kept there.
@@ -37,8 +45,7 @@ class EngineRequest:
     chosen. The log-probabilities of `watch_tokens` come with every step. `counted`: whether somebody asked; what the
     service does of its own accord says nothing of how often states are of use, and stays out of the cache's figures.
     `turn`: of those that wait, the least goes first, else the oldest; several requests of one purpose share one.
-    `scored_tokens`: of so many at the prompt's end the log-probability comes with the first output; at most
-    `MAX_SCORED_TOKENS`, and not all of the prompt.
+    `branches`: their log-probabilities come with the first output.
     `on_read`: called between steps, on the engine's thread, with how many tokens of the prompt are read; also while
     another request reads them, or when they came from the cache. It must be quick and not raise.
     """
@@ -54,7 +61,7 @@ class EngineRequest:
     watch_tokens: tuple[int, ...] = ()
     counted: bool = True
     turn: float = 0.0
-    scored_tokens: int = 0
+    branches: Branches | None = None
     on_read: Callable[[int], object] | None = None
 
 
@@ -84,7 +91,7 @@ class StepOutput:
     tier: str  # "gpu", "host", "redis" or "none"
     timings: RequestTimings
     watch_logprobs: tuple[float, ...] = ()
-    prompt_logprob: float | None = None  # of the request's `scored_tokens` together
+    branch_logprobs: tuple[float, ...] = ()
     error: str | None = None
 
 

@@ -28,7 +28,7 @@ class RunningSequence:
     tier: str = "none"
     timings: RequestTimings = field(default_factory=RequestTimings)
     segment: LayeredPrefill | None = None  # begun and not yet computed to the end
-    prompt_logprob: float = 0.0  # of what was asked for so far
+    branch_logprobs: tuple[float, ...] = ()  # that nobody was told yet
 
     @property
     def position(self) -> int:
@@ -38,11 +38,6 @@ class RunningSequence:
     def max_tokens(self) -> int:
         """How long prompt and answer may become together."""
         return self.plan.num_tokens + self.request.sampling.max_new_tokens
-
-    @property
-    def scored_from(self) -> int:
-        """The token before the first whose log-probability is asked for; the prompt's end where none is."""
-        return self.plan.num_tokens - (1 + self.request.scored_tokens if self.request.scored_tokens else 0)
 
     def tell(self, read_tokens: int) -> None:
         if self.request.on_read is not None:

@@ -112,11 +112,5 @@ def score(logits: Tensor, generations: Sequence[Generation]) -> list[Tensor | Li
     return scores
 
 
-def logprob_of(logits: Tensor, token_ids: Tensor) -> float:
-    """Of all the tokens (n,) together, each behind the logits in its row of the first n of (…, v)."""
-    logprobs = logits[: len(token_ids)].float().log_softmax(-1)
-    return float(logprobs.gather(1, token_ids[:, None]).sum())
-
-
 def _rows(logits: Tensor, rows: list[int]) -> Tensor:
     return logits if len(rows) == len(logits) else logits[rows]

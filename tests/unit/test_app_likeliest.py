@@ -247,7 +247,7 @@ def test_where_nothing_can_be_asked_back_the_likeliest_quote_stays(make_engine, 
     add = engine.add
 
     def crowded(one: EngineRequest) -> str:
-        if one.scored_tokens:
+        if one.branches:
             raise EngineOverloaded("full")
         return add(one)
 

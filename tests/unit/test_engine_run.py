@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_kit import TOKENIZER, Answer, prompt, request, run_all, run_one, step
+from engine_kit import TOKENIZER, Answer, assert_same_bits, prompt, request, run_all, run_one, step
 
 from model import Jamba
 from model.device_store import DeviceStateStore
-from model.engine_request import ContextTooLong, EngineOverloaded
+from model.engine_request import Branches, ContextTooLong, EngineOverloaded
 
 
 @torch.inference_mode()
@@ -130,19 +130,34 @@ def test_watched_tokens_come_with_the_model_s_own_logprobs(make_engine):
     assert again.outputs[0].watch_logprobs == (chosen.logprob,)
 
 
-@pytest.mark.parametrize("boundaries", [(), (40,), (40, 95), (99,)])
-@pytest.mark.parametrize("scored", [1, 20, 99])
-def test_the_end_of_a_prompt_is_as_likely_as_for_the_plain_model(model, make_engine, scored, boundaries):
+@pytest.mark.parametrize("boundaries", [(), (40,), (40, 99)])
+def test_branches_are_as_likely_as_for_the_plain_model(model, make_engine, boundaries):
     one, engine = replace(request(100), boundaries=boundaries), make_engine(DeviceStateStore(1 << 24))
+    branches = Branches((prompt(2, 5), prompt(40, 6), prompt(7, 7)), (1, 39, 3))
     with torch.inference_mode():
-        logprobs = model(torch.tensor([one.token_ids]))[0].log_softmax(-1)
-    expected = sum(float(logprobs[at - 1, one.token_ids[at]]) for at in range(100 - scored, 100))
-    plain, first, second = (run_one(engine, replace(one, scored_tokens=n)) for n in (0, scored, scored))
-    for answer in (first, second):  # the second one, and the first, may go on from a state that was kept
-        assert answer.outputs[0].prompt_logprob == pytest.approx(expected, abs=1e-3)
-        assert answer.token_ids == plain.token_ids
-        assert answer.outputs[0].cached_tokens < 100 - scored
-    assert plain.outputs[0].prompt_logprob is None
+        expected = []
+        for ids, scored in zip(*branches, strict=True):
+            whole = [*one.token_ids, *ids]
+            logprobs = model(torch.tensor([whole]))[0].log_softmax(-1)
+            expected.append(sum(float(logprobs[i - 1, whole[i]]) for i in range(len(whole) - scored, len(whole))))
+    plain, first, second = (run_one(engine, replace(one, branches=given)) for given in (None, branches, branches))
+    for answer in (first, second):
+        assert answer.outputs[0].branch_logprobs == pytest.approx(expected, abs=1e-3)
+        assert [output.branch_logprobs for output in answer.outputs[1:]] == [()] * (len(answer.outputs) - 1)
+        assert_same_bits(answer, plain)
+    assert second.outputs[0].branch_logprobs == first.outputs[0].branch_logprobs
+    assert plain.outputs[0].branch_logprobs == ()
+
+
+def test_branches_without_room_end_their_own_request_alone(make_engine, monkeypatch):
+    def fail(*_: object) -> tuple[float, ...]:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("model.engine.score_branches", fail)
+    branched = replace(request(40), branches=Branches((prompt(4, 5),), (2,)))
+    answer, other = run_all(make_engine(), [branched, request(40, 1)])
+    assert (answer.end.finish_reason, answer.end.branch_logprobs) == ("error", ())
+    assert other.end.finish_reason == "length"
 
 
 def test_abort_ends_within_one_step(make_engine):
@@ -177,8 +192,10 @@ def test_too_long_says_by_how_much(make_engine):
         ({"token_ids": ()}, "no tokens"),
         ({"token_ids": (5, 512)}, "512"),
         ({"watch_tokens": (-1,)}, "-1"),
-        ({"scored_tokens": 40}, "scored_tokens of 40"),
-        ({"scored_tokens": -1}, "scored_tokens of -1"),
+        ({"branches": Branches(((5, 6),), (2,))}, "2 tokens, 2 of them scored"),
+        ({"branches": Branches(((5, 6), (5, 6)), (1,))}, "scored tokens each"),
+        ({"branches": Branches(((5, 512),), (1,))}, "outside the vocabulary"),
+        ({"branches": Branches(((5,) * 5000,), (1,))}, "4096 tokens at most"),
     ],
 )
 def test_requests_that_make_no_sense_are_refused(make_engine, wrong, message):

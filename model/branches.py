@@ -1,0 +1,35 @@
+"""How likely given continuations of one prompt are, all in one forward from copies of its state."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from model.engine_request import Branches
+from model.jamba import Jamba
+from model.state import HybridState
+
+
+def score_branches(model: Jamba, state: HybridState, branches: Branches) -> tuple[float, ...]:
+    """Log-probability of the last `scored_tokens` of each branch behind `state`, which stays as it is.
+
+    A branch's bits depend on the branches beside it, and on nothing else that the engine does.
+    """
+    lengths, device = [len(ids) for ids in branches.token_ids], model.embed_tokens.weight.device
+    given = torch.tensor(list(itertools.chain(*branches.token_ids)), device=device)
+    states = [_copy(model, state, length) for length in lengths]
+    logits = model.forward_packed(given, lengths, states, logits="all")
+    told, end = [], 0
+    for length, scored in zip(lengths, branches.scored_tokens, strict=True):
+        end += length
+        logprobs = logits[end - scored - 1 : end - 1].float().log_softmax(-1)
+        told.append(logprobs.gather(1, given[end - scored : end, None]).sum())
+    return tuple(torch.stack(told).tolist())
+
+
+def _copy(model: Jamba, state: HybridState, room: int) -> HybridState:
+    copy = model.new_state()
+    copy.reserve(state.num_tokens + room)
+    copy.restore(state.snapshot(), [state.read_kv(0, state.num_tokens)])
+    return copy
