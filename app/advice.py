@@ -15,8 +15,6 @@ class Advice:
     """`auto_evidence_tokens` None: whole documents as far as the context reaches. `recent_evidence_tokens` None: twice
     `rag_evidence_tokens`. `none_margin` in nats. `quote_beginnings`: of so many the likeliest quote is taken.
     `read_apart`: each passage of `rag` evidence is read alone, and the likeliest one is answered from.
-    `unsure_nats`: an answer from one passage that is less likely than e^-this is made anew from the passage read once
-    more behind the question; None: never.
     `ask_back`: weight of log P(question | quote) beside log P(quote | question), for quotes that are nearly as likely.
     `missing_words_nats`: added to none's margin when no word of the question was read, a share of it for a share."""
 
@@ -26,7 +24,6 @@ class Advice:
     recent_evidence_tokens: int | None = None
     quote_beginnings: int = 1
     read_apart: bool = False
-    unsure_nats: float | None = None
     ask_back: float = 0.0
     missing_words_nats: float = 0.0
 

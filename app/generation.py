@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -19,7 +18,7 @@ from app import schemas
 from app.answering import CUT_OFF_TEXT, NOT_FOUND_TEXT, AnswerPart, AnswerReader, Quoted, TextPiece
 from app.errors import DocumentDeleted, describe_error
 from app.evidence import Found, Query, show_hits
-from app.likeliest import Again, AskedBack, QuoteSearch, generate_likeliest
+from app.likeliest import AskedBack, QuoteSearch, generate_likeliest
 from app.measures import Measures
 from app.progress import ReadingProgress
 from app.prompting import prompt_salt
@@ -199,11 +198,9 @@ class RunningAnswer:
     def _refuses(self, writer: AnswerReader) -> bool:
         return writer.none_margin > self._service.advice.none_margin
 
-    async def _request(self, reading: Evidence, again: bool = False) -> EngineRequest:
-        """`again`: read once more behind the question, if that is short and the context holds it."""
+    async def _request(self, reading: Evidence) -> EngineRequest:
         service, query, build = self._service, self._query, self._service.format.build_prompt
-        room = service.format.max_context_tokens - self._room_tokens if again else 0
-        prompt = await anyio.to_thread.run_sync(build, query.question, reading, query.turns, room)
+        prompt = await anyio.to_thread.run_sync(build, query.question, reading, query.turns)
         return EngineRequest(
             token_ids=prompt.token_ids,
             boundaries=prompt.boundaries,
@@ -238,8 +235,7 @@ class RunningAnswer:
         width = service.advice.quote_beginnings
         rows = replace(reading, passages=tuple(lines.named()))
         named = await anyio.to_thread.run_sync(service.format.constrain, rows, limits) if rows.passages else None
-        back, again = self._ask_back(), await self._read_again(reading, request)
-        search = QuoteSearch(quote_id, width, question, lines.misses, named, back, again)
+        search = QuoteSearch(quote_id, width, question, lines.misses, named, self._ask_back())
         async with aclosing(generate_likeliest(service.engine, request, search)) as outputs:
             async for output in outputs:
                 self._check_alive()
@@ -265,19 +261,6 @@ class RunningAnswer:
         service, question = self._service, self._query.question
         weight = service.advice.ask_back
         return AskedBack(weight, lambda quote: service.format.ask_back(quote, question)) if weight else None
-
-    async def _read_again(self, reading: Evidence, once: EngineRequest) -> Again | None:
-        """For an unsure answer from one passage: that read once more behind the question."""
-        service, unsure_nats = self._service, self._service.advice.unsure_nats
-        if unsure_nats is None or reading.mode != "rag" or len(reading.passages) != 1 or self._room_tokens < 2:
-            return None
-        limits = QuoteLimits(service.settings.max_quote_tokens, service.settings.max_quotes, allow_none=False)
-        constraint = await anyio.to_thread.run_sync(service.format.constrain, reading, limits)
-        request = await self._request(reading, again=True)
-        left = replace(request.sampling, max_new_tokens=self._room_tokens - 1)  # the first answer's mark is one
-        request = replace(request, constraint=constraint, sampling=left)
-        on_start = partial(self._measures.add_start, len(request.token_ids), queue_ms=0.0)
-        return Again(request, unsure_nats, on_start) if request.token_ids != once.token_ids else None
 
     def _trace_start(self, submitted: float, output: StepOutput) -> float:
         """Tell the tracing how the time to the first token was spent; returns the milliseconds of waiting in it."""

@@ -30,14 +30,6 @@ class GeneratesTokens(Protocol):
     def generate(self, request: EngineRequest) -> TokenStream: ...
 
 
-class Again(NamedTuple):
-    """Another prompt, for an answer less likely than e^-`unsure_nats`; `on_start` gets its first output."""
-
-    request: EngineRequest
-    unsure_nats: float
-    on_start: Callable[[StepOutput], None]
-
-
 class AskedBack(NamedTuple):
     """`weight`: of the log-probability of the question, given a quote, to that of the quote. `pieces`: of a quote, the
     tokens that stand behind the documents, the first of them the same for all, and those of the question behind."""
@@ -52,8 +44,7 @@ class QuoteSearch:
 
     At most `width` beginnings, behind the token `quote_id`, and one of the quotes of `named`. A quote that only repeats
     words of `question`, or that `misses` what it asks about, counts as less likely than it is. `back`: of quotes that
-    are nearly as likely, the one that most likely is asked for by the question. `again`: asked where the likeliest
-    answer is not likely enough; its outputs follow then, from the first on.
+    are nearly as likely, the one that most likely is asked for by the question.
     """
 
     quote_id: int
@@ -62,7 +53,6 @@ class QuoteSearch:
     misses: Callable[[str], bool] = lambda quote: False
     named: QuoteConstraint | None = None
     back: AskedBack | None = None
-    again: Again | None = None
 
 
 async def generate_likeliest(
@@ -110,14 +100,9 @@ async def generate_likeliest(
             if outputs and outputs[-1].finish_reason == "stop"
         ]
         best = max(judged, key=lambda one: one.nats, default=_Judged(answer[1:], (), "", 0.0))
-        if search.again is not None and best.nats < -search.again.unsure_nats:
-            anew = generate_likeliest(engine, search.again.request, replace(search, again=None))
-            read = await _read_again(search.again, await streams.enter_async_context(aclosing(anew)))
-        else:
-            read = []
-        if not read and search.back is not None:
+        if search.back is not None:
             best = await _ask_back(engine, asked, search.back, judged) or best
-        for output in read or best.outputs:
+        for output in best.outputs:
             yield output
 
 
@@ -213,11 +198,3 @@ async def _read(begun: StepOutput | None, stream: AsyncIterator[StepOutput]) -> 
     except EngineOverloaded:
         return []
     return outputs
-
-
-async def _read_again(again: Again, stream: AsyncIterator[StepOutput]) -> list[StepOutput]:
-    """Its whole answer; empty when there is none."""
-    outputs = await _read(None, stream)
-    for first in outputs[:1]:
-        again.on_start(first)
-    return outputs if outputs and outputs[-1].finish_reason == "stop" else []

@@ -25,7 +25,6 @@ from model.tokenizer import Tokenizer
 from retrieval.types import Evidence, Passage
 
 _MAX_TITLE_CHARS = 120
-_AGAIN_TOKENS = 1024  # of documents and question: longer ones the model has not learnt to read again
 _CACHED_TEXT_TOKENS = 8_000_000
 _CACHED_INDEXES = 4
 
@@ -63,11 +62,8 @@ class AnswerFormat(Protocol):
         """At most so many tokens of a prompt are about one document, given its passages in order."""
         ...
 
-    def build_prompt(
-        self, question: str, evidence: Evidence, turns: Sequence[Turn] = (), room_again: int = 0
-    ) -> Prompt:
-        """Tokens of `system | documents | question`; earlier turns are part of the question. Where the format has
-        that, and all is short and takes at most `room_again` tokens, documents and question stand there twice."""
+    def build_prompt(self, question: str, evidence: Evidence, turns: Sequence[Turn] = ()) -> Prompt:
+        """Tokens of `system | documents | question`; earlier turns are part of the question."""
         ...
 
     def constrain(self, evidence: Evidence, limits: QuoteLimits) -> TokenConstraint | None:
@@ -124,9 +120,7 @@ class QuoteFormat(AnswerFormat):
         """Tokens of one document of a prompt, given its passages in order."""
         return len(self._document(passages))
 
-    def build_prompt(
-        self, question: str, evidence: Evidence, turns: Sequence[Turn] = (), room_again: int = 0
-    ) -> Prompt:
+    def build_prompt(self, question: str, evidence: Evidence, turns: Sequence[Turn] = ()) -> Prompt:
         """Tokens of `system | documents | question`. Earlier turns are left out: the model is not trained on any."""
         ids = self._format.system()
         boundaries, starts = [len(ids)], {}
@@ -134,11 +128,7 @@ class QuoteFormat(AnswerFormat):
             starts.setdefault(document_id, len(ids))  # it may stand in two places
             ids += self._document(list(group))
             boundaries.append(len(ids))
-        asked, documents = self._format.ask(question), ids[boundaries[0] :]
-        if room_again and len(documents) + len(asked) <= _AGAIN_TOKENS:
-            again = self._format.ask_again(question, documents)
-            asked = again if len(ids) + len(again) <= room_again else asked
-        return Prompt((*ids, *asked), tuple(boundaries), starts)
+        return Prompt((*ids, *self._format.ask(question)), tuple(boundaries), starts)
 
     def constrain(self, evidence: Evidence, limits: QuoteLimits) -> QuoteConstraint:
         """What the model may answer from this evidence."""

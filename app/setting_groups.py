@@ -193,9 +193,6 @@ class AnswerSettings(Group):
         "Read each passage of `rag` evidence alone and answer from the one that most likely holds the answer; unset: "
         "as the checkpoint advises, else all together. Not for checkpoints that write freely.",
     )
-    unsure_nats: float | None = setting(
-        None, "Read the passage again for an answer with a probability under e^-this; unset: as advised.", "nats", ge=0
-    )
     ask_back: float | None = setting(
         None,
         "Weight of how likely the question is, given a quote, beside how likely the quote is; 0: not asked; unset: as "

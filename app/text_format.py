@@ -69,10 +69,8 @@ class TextFormat(AnswerFormat):
         mention = len(self._tokenizer.encode(f" d{passages[0].ordinal},"))
         return self._head_tokens + 2 * mention + len(self._document(passages, " "))
 
-    def build_prompt(
-        self, question: str, evidence: Evidence, turns: Sequence[Turn] = (), room_again: int = 0
-    ) -> Prompt:
-        """Tokens of `system | documents | earlier turns | question`; nothing is read again."""
+    def build_prompt(self, question: str, evidence: Evidence, turns: Sequence[Turn] = ()) -> Prompt:
+        """Tokens of `system | documents | earlier turns | question`."""
         documents = [list(group) for _, group in groupby(evidence.passages, key=lambda passage: passage.document_id)]
         messages = [self._without_nonce(turn.text) for turn in alternate_turns([*turns, Turn("user", question)])]
         messages[-1] = f"{_name_best(documents, evidence)}{messages[-1]}\n\n{_REMINDER}"

@@ -6,7 +6,7 @@ the margin log P(none) − log P(quote) of its first step is kept: so one run gi
 
 Modes: `rag` reads all passages in one prompt, `rag-apart` each alone and answers from the one with the least margin, as
 `read_apart` does; `full_context` has them all as one document of one text, each under its title.
-`--missing-words`, `--unsure` and `--ask-back` are the service's settings of these names, the second for modes of `rag`.
+`--missing-words` and `--ask-back` are the service's settings of these names.
 What the scores are: bench/answer_scores.py. Run: `python -m bench.answers QUESTIONS.jsonl --threshold 0`, or with
 `--modes rag-apart rag full_context --picture answers.png`.
 """
@@ -28,7 +28,7 @@ import torch
 
 from app.advice import Advice
 from app.answering import AnswerWriter
-from app.likeliest import Again, AskedBack, QuoteSearch, generate_likeliest
+from app.likeliest import AskedBack, QuoteSearch, generate_likeliest
 from app.prompting import QuoteFormat
 from app.quotes import QuoteLimits, TokenBytes
 from app.reading import none_margin, split_passages
@@ -77,13 +77,8 @@ class Reader:
             margins = [self._margin(question, *those) for those in zip(readings, weighed, strict=True)]
             best = margins.index(min(margins))
         reading, request = readings[best], requests[best]
-        anew, begun = None, list[StepOutput]()
-        if self.advice.unsure_nats is not None and reading.mode == "rag" and len(reading.passages) == 1:
-            again = self._request(question, reading, room_again=CONTEXT_TOKENS - ANSWER_TOKENS)
-            anew = Again(again, self.advice.unsure_nats, begun.append)
         writer = AnswerWriter(self.tokenizer, self.format.answer_tokens(reading), reading.passages, question)
-        outputs = self._generate(request, self.advice.quote_beginnings, question, anew)
-        prompt_tokens += len(anew.request.token_ids) if anew and begun else 0
+        outputs = self._generate(request, self.advice.quote_beginnings, question)
         for output in outputs:
             if output.token_id is not None:
                 list(writer.push(output.token_id))
@@ -94,8 +89,8 @@ class Reader:
         """Tokens of the passages as the service counts them, each a document, whatever mode they are read in."""
         return sum(self.format.count_tokens([passage]) for passage in evidence_of(passages).passages)
 
-    def _request(self, question: str, reading: Evidence, room_again: int = 0) -> EngineRequest:
-        prompt = self.format.build_prompt(question, reading, room_again=room_again)
+    def _request(self, question: str, reading: Evidence) -> EngineRequest:
+        prompt = self.format.build_prompt(question, reading)
         return EngineRequest(
             prompt.token_ids,
             prompt.boundaries,
@@ -104,14 +99,12 @@ class Reader:
             watch_tokens=self.format.decision_ids,
         )
 
-    def _generate(
-        self, request: EngineRequest, beginnings: int, question: str = "", anew: Again | None = None
-    ) -> list[StepOutput]:
+    def _generate(self, request: EngineRequest, beginnings: int, question: str = "") -> list[StepOutput]:
         async def generate() -> list[StepOutput]:
             quote = self.format.decision_ids[0]
             weight = self.advice.ask_back
             back = AskedBack(weight, lambda quote: self.format.ask_back(quote, question)) if weight else None
-            search = QuoteSearch(quote, beginnings, question, back=back, again=anew)
+            search = QuoteSearch(quote, beginnings, question, back=back)
             made = generate_likeliest(self.engine, request, search)
             return [output async for output in made]
 
@@ -208,7 +201,6 @@ def main() -> None:
     modes.add_argument(
         "--apart", action="store_const", const=["rag-apart"], dest="modes", help="read each passage alone: rag-apart"
     )
-    parser.add_argument("--unsure", type=float, help="nats from which on a passage is read again; default: never")
     parser.add_argument(
         "--ask-back", type=float, default=0.0, help="weight of the question's likelihood, given a quote"
     )
@@ -219,7 +211,6 @@ def main() -> None:
     args = parser.parse_args()
     advice = Advice(
         quote_beginnings=args.beginnings,
-        unsure_nats=args.unsure,
         missing_words_nats=args.missing_words,
         ask_back=args.ask_back,
     )

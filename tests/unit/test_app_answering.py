@@ -45,21 +45,6 @@ def test_boundaries_end_the_system_text_and_each_document(tokenizer, prompt_form
     assert list(prompt.document_starts) == ["doc_2", "doc_5"] and starts == ["<|doc|>"] * 2
 
 
-def test_documents_and_question_stand_twice_where_there_is_room(tokenizer, prompt_format):
-    evidence = Evidence(PASSAGES[:1], "rag", 0)
-    once = prompt_format.build_prompt("Who is the keeper?", evidence)
-    twice = prompt_format.build_prompt("Who is the keeper?", evidence, room_again=1000)
-    document = once.token_ids[once.boundaries[0] : once.boundaries[-1]]
-    asked = once.token_ids[once.boundaries[-1] : -1]
-    assert twice.token_ids == (*once.token_ids[:-1], *document, *asked, tokenizer.special("<|answer|>"))
-    assert (twice.boundaries, twice.document_starts) == (once.boundaries, once.document_starts)
-    needed = len(twice.token_ids)
-    for room, prompt in ((needed, twice), (needed - 1, once), (0, once)):
-        assert prompt_format.build_prompt("Who is the keeper?", evidence, room_again=room) == prompt
-    long = "Who is the keeper? " * 200  # longer than what was learnt
-    assert prompt_format.build_prompt(long, evidence, room_again=90_000) == prompt_format.build_prompt(long, evidence)
-
-
 def test_prompts_about_the_same_documents_share_their_tokens(prompt_format):
     one = prompt_format.build_prompt("Who is the keeper?", EVIDENCE)
     two = prompt_format.build_prompt("When was it built?", EVIDENCE)

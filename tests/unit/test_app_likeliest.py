@@ -7,7 +7,7 @@ import pytest
 import torch
 from app_kit import GARDEN, LIGHTHOUSE
 
-from app.likeliest import Again, AskedBack, QuoteSearch, generate_likeliest
+from app.likeliest import AskedBack, QuoteSearch, generate_likeliest
 from app.prompting import QuoteFormat
 from app.quotes import QuoteLimits, TokenBytes
 from model import load_model
@@ -106,24 +106,6 @@ def test_gives_the_likeliest_of_the_quotes_that_begin_most_likely(make_engine, m
     assert [output.watch_logprobs for output in outputs] == [()] * len(outputs)
     greedy = answer(make_engine(), request, quote_id, width=1)
     assert tuple(output.token_id for output in greedy) == answers[0][1]
-
-
-def test_an_answer_that_is_not_likely_enough_is_made_from_the_other_prompt(make_engine, form):
-    request, quote_id = make_request(form, "Who keeps the lighthouse?"), form.decision_ids[0]
-    other = make_request(form, "How many visitors come to the garden?")
-    engine, started = make_engine(), []
-    once, anew = (answer(engine, one, quote_id, width=5) for one in (request, other))
-    ids = [[output.token_id for output in outputs] for outputs in (once, anew)]
-    nats = -sum(output.logprob for output in once[1:])
-    assert ids[0] != ids[1]
-    sure = answer(engine, request, quote_id, 5, again=Again(other, nats + 0.01, started.append))
-    assert [output.token_id for output in sure] == ids[0] and not started
-    unsure = answer(engine, request, quote_id, 5, again=Again(other, nats - 0.01, started.append))
-    assert [output.token_id for output in unsure] == [quote_id, *ids[1]]
-    assert [output.token_id for output in started] == [quote_id]
-    cut = replace(other, sampling=replace(other.sampling, max_new_tokens=2))  # ends before its answer does
-    kept = answer(engine, request, quote_id, 5, again=Again(cut, nats - 0.01, started.append))
-    assert [output.token_id for output in kept] == ids[0] and len(started) == 2
 
 
 def test_some_question_has_a_likelier_quote_than_the_greedy_one(make_engine, form):

@@ -185,7 +185,7 @@ def test_a_checkpoint_is_asked_in_every_mode_and_its_rows_are_drawn(tiny_checkpo
     nothing = {"set": "handnone1", "passages": [["Owls", OWLS]], "question": "Why?", "answer": None, "gold": None}
     file.write_text("".join(json.dumps(row) + "\n" for row in (ITEM, nothing, ITEM)))
     items = answers.read_items(file, limit=1)
-    reader = answers.Reader(tiny_checkpoint, torch.float32, None, 2, Advice(quote_beginnings=2, unsure_nats=0.0))
+    reader = answers.Reader(tiny_checkpoint, torch.float32, None, 2, Advice(quote_beginnings=2, ask_back=0.5))
     outcomes = answers.ask_all(reader, items, answers.MODES)
     asyncio.run(reader.engine.close())
     assert [(o.mode, o.set) for o in outcomes] == [(m, s) for m in answers.MODES for s in ("hand2", "handnone1")]
