@@ -16,7 +16,14 @@ from typing import NamedTuple, Protocol
 
 from app.conversation import only_repeats
 from app.quotes import QuoteConstraint
-from model.engine_request import Branches, ContextTooLong, EngineOverloaded, EngineRequest, StepOutput
+from model.engine_request import (
+    MAX_BRANCH_TOKENS,
+    Branches,
+    ContextTooLong,
+    EngineOverloaded,
+    EngineRequest,
+    StepOutput,
+)
 from model.engine_thread import TokenStream
 from model.sampling import SamplingParams
 
@@ -127,32 +134,31 @@ async def _ask_back(
     engine: GeneratesTokens, request: EngineRequest, back: AskedBack, judged: Sequence[_Judged]
 ) -> _Judged | None:
     """Of the quotes that are nearly as likely as the likeliest, the best by both; None where there is no choice."""
-    best, rivals = max((one.nats for one in judged), default=0.0), dict[str, _Judged]()
+    rivals, pieces, room = dict[str, _Judged](), [], MAX_BRANCH_TOKENS
+    least = max((one.nats for one in judged), default=0.0) - _MAX_GAP
     for one in sorted(judged, key=lambda one: -one.nats):
-        if one.nats > best - _MAX_GAP:
-            rivals.setdefault(one.text, one)
-    if len(rivals) < 2:
-        return None
-    told = await _nats_of_question(engine, request, back, list(rivals.values()))
+        given, said = back.pieces(one.quote)
+        if one.nats > least and one.text not in rivals and (room := room - len(given) - len(said)) >= 0:
+            rivals[one.text] = one
+            pieces.append((given, said))
+    told = await _nats_of_questions(engine, request, pieces) if len(rivals) > 1 else ()
     if not told:
         return None
     return max(zip(told, rivals.values(), strict=True), key=lambda pair: pair[1].nats + back.weight * pair[0])[1]
 
 
-async def _nats_of_question(
-    engine: GeneratesTokens, request: EngineRequest, back: AskedBack, answers: Sequence[_Judged]
+async def _nats_of_questions(
+    engine: GeneratesTokens, request: EngineRequest, pieces: Sequence[tuple[Sequence[int], Sequence[int]]]
 ) -> tuple[float, ...]:
-    """Log-probability of the question behind the documents and each answer's quote; empty when there is no room."""
+    """Log-probability of each question behind the documents and what is given; empty when the engine has no room."""
     end = max(request.boundaries, default=0)  # of the documents
-    given, said = zip(*(back.pieces(answer.quote) for answer in answers), strict=True)
-    branches = tuple((*before[1:], *after) for before, after in zip(given, said, strict=True))
     scored = replace(
         request,
-        token_ids=(*request.token_ids[:end], given[0][0]),
+        token_ids=(*request.token_ids[:end], pieces[0][0][0]),
         sampling=SamplingParams(max_new_tokens=1),
         constraint=None,
         watch_tokens=(),
-        branches=Branches(branches, tuple(map(len, said))),
+        branches=Branches(tuple((*given[1:], *said) for given, said in pieces), tuple(len(said) for _, said in pieces)),
         counted=False,
         on_read=None,
     )

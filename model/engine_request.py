@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 from model.generation import FinishReason
 from model.sampling import SamplingParams, TokenConstraint
 
-MAX_BRANCH_TOKENS = 4096
+MAX_BRANCH_TOKENS = 512  # of all branches of a request: they are computed in one step, which holds up the others
 
 
 class ContextTooLong(ValueError):

@@ -13,7 +13,7 @@ from app.quotes import QuoteLimits, TokenBytes
 from model import load_model
 from model.device_store import DeviceStateStore
 from model.engine import JambaEngine
-from model.engine_request import EngineOverloaded, EngineRequest
+from model.engine_request import MAX_BRANCH_TOKENS, EngineOverloaded, EngineRequest
 from model.engine_thread import EngineThread
 from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings
@@ -220,6 +220,21 @@ def test_of_quotes_nearly_as_likely_the_one_whose_question_is_likelier_is_given(
         assert tuple(output.token_id for output in outputs) == answers[totals.index(max(totals))][1]
         chosen.add(tuple(output.token_id for output in outputs))
     assert len(chosen) > 1
+
+
+@pytest.mark.parametrize(("words", "is_asked"), [(1, True), (40, True), (90, False)])
+def test_a_long_question_is_asked_back_of_fewer_quotes_or_of_none(make_engine, form, monkeypatch, words, is_asked):
+    monkeypatch.setattr("app.likeliest._MAX_GAP", 1000.0)
+    question = "Who keeps the lighthouse? " * words
+    request, quote_id = make_request(form, question), form.decision_ids[0]
+    engine, branched = make_engine(), []
+    add = engine.add
+    engine.add = lambda one: branched.extend([one.branches] if one.branches else []) or add(one)
+    back = AskedBack(0.5, lambda quote: form.ask_back(quote, question))
+    outputs = answer(engine, request, quote_id, 5, back=back)
+    assert outputs[-1].finish_reason == "stop" and len(branched) == is_asked
+    for ids, scored in branched:
+        assert 2 <= len(ids) <= 5 and sum(map(len, ids)) <= MAX_BRANCH_TOKENS and len(set(scored)) == 1
 
 
 def test_where_nothing_can_be_asked_back_the_likeliest_quote_stays(make_engine, form):

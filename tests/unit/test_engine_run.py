@@ -195,7 +195,7 @@ def test_too_long_says_by_how_much(make_engine):
         ({"branches": Branches(((5, 6),), (2,))}, "2 tokens, 2 of them scored"),
         ({"branches": Branches(((5, 6), (5, 6)), (1,))}, "scored tokens each"),
         ({"branches": Branches(((5, 512),), (1,))}, "outside the vocabulary"),
-        ({"branches": Branches(((5,) * 5000,), (1,))}, "4096 tokens at most"),
+        ({"branches": Branches(((5,) * 5000,), (1,))}, "512 tokens at most"),
     ],
 )
 def test_requests_that_make_no_sense_are_refused(make_engine, wrong, message):
