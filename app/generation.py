@@ -18,7 +18,7 @@ from app import schemas
 from app.answering import CUT_OFF_TEXT, NOT_FOUND_TEXT, AnswerPart, AnswerReader, Quoted, TextPiece
 from app.errors import DocumentDeleted, describe_error
 from app.evidence import Found, Query, show_hits
-from app.likeliest import AskedBack, QuoteSearch, generate_likeliest
+from app.likeliest import QuoteSearch, ask_back_by, generate_likeliest
 from app.measures import Measures
 from app.progress import ReadingProgress
 from app.prompting import prompt_salt
@@ -235,7 +235,8 @@ class RunningAnswer:
         width = service.advice.quote_beginnings
         rows = replace(reading, passages=tuple(lines.named()))
         named = await anyio.to_thread.run_sync(service.format.constrain, rows, limits) if rows.passages else None
-        search = QuoteSearch(quote_id, width, question, lines.misses, named, self._ask_back())
+        back = ask_back_by(service.format, question, service.advice.ask_back)
+        search = QuoteSearch(quote_id, width, question, lines.misses, named, back)
         async with aclosing(generate_likeliest(service.engine, request, search)) as outputs:
             async for output in outputs:
                 self._check_alive()
@@ -256,11 +257,6 @@ class RunningAnswer:
                         yield event
         async for event in self._show(writer.finish()):
             yield event
-
-    def _ask_back(self) -> AskedBack | None:
-        service, question = self._service, self._query.question
-        weight = service.advice.ask_back
-        return AskedBack(weight, lambda quote: service.format.ask_back(quote, question)) if weight else None
 
     def _trace_start(self, submitted: float, output: StepOutput) -> float:
         """Tell the tracing how the time to the first token was spent; returns the milliseconds of waiting in it."""

@@ -2,7 +2,8 @@
 
 What a quote begins with is where a small model errs most, and a greedy choice is made before what follows can speak for
 it. So the quotes that begin with each of the likeliest few tokens are all made, together and from the state of one
-prompt, and the answer that is likeliest as a whole is given out. Start at `generate_likeliest`.
+prompt, and the answer that is likeliest as a whole is given out; of several nearly as likely the one whose quote makes
+the question likely, too. Start at `generate_likeliest`.
 """
 
 from __future__ import annotations
@@ -37,12 +38,21 @@ class GeneratesTokens(Protocol):
     def generate(self, request: EngineRequest) -> TokenStream: ...
 
 
+class AsksBack(Protocol):
+    def ask_back(self, quote: Sequence[int], question: str) -> tuple[Sequence[int], Sequence[int]]: ...
+
+
 class AskedBack(NamedTuple):
     """`weight`: of the log-probability of the question, given a quote, to that of the quote. `pieces`: of a quote, the
     tokens that stand behind the documents, the first of them the same for all, and those of the question behind."""
 
     weight: float
     pieces: Callable[[Sequence[int]], tuple[Sequence[int], Sequence[int]]]
+
+
+def ask_back_by(form: AsksBack, question: str, weight: float) -> AskedBack | None:
+    """In this format; None for no weight."""
+    return AskedBack(weight, lambda quote: form.ask_back(quote, question)) if weight else None
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ import torch
 
 from app.advice import Advice
 from app.answering import AnswerWriter
-from app.likeliest import AskedBack, QuoteSearch, generate_likeliest
+from app.likeliest import QuoteSearch, ask_back_by, generate_likeliest
 from app.prompting import QuoteFormat
 from app.quotes import QuoteLimits, TokenBytes
 from app.reading import none_margin, split_passages
@@ -102,8 +102,7 @@ class Reader:
     def _generate(self, request: EngineRequest, beginnings: int, question: str = "") -> list[StepOutput]:
         async def generate() -> list[StepOutput]:
             quote = self.format.decision_ids[0]
-            weight = self.advice.ask_back
-            back = AskedBack(weight, lambda quote: self.format.ask_back(quote, question)) if weight else None
+            back = ask_back_by(self.format, question, self.advice.ask_back)
             search = QuoteSearch(quote, beginnings, question, back=back)
             made = generate_likeliest(self.engine, request, search)
             return [output async for output in made]

@@ -14,7 +14,8 @@ from model.state import HybridState
 def score_branches(model: Jamba, state: HybridState, branches: Branches) -> tuple[float, ...]:
     """Log-probability of the last `scored_tokens` of each branch behind `state`, which stays as it is.
 
-    A branch's bits depend on the branches beside it, and on nothing else that the engine does.
+    A branch's bits depend on the branches beside it, and on nothing else that the engine does. The copies' memory is
+    not reserved before: raises torch.OutOfMemoryError where there is none.
     """
     lengths, device = [len(ids) for ids in branches.token_ids], model.embed_tokens.weight.device
     given = torch.tensor(list(itertools.chain(*branches.token_ids)), device=device)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from app_kit import GARDEN, LIGHTHOUSE
 
-from app.likeliest import AskedBack, QuoteSearch, generate_likeliest
+from app.likeliest import QuoteSearch, ask_back_by, generate_likeliest
 from app.prompting import QuoteFormat
 from app.quotes import QuoteLimits, TokenBytes
 from model import load_model
@@ -214,7 +214,7 @@ def test_of_quotes_nearly_as_likely_the_one_whose_question_is_likelier_is_given(
         backs = [nats_back(request.constraint.quote_of(ids[1:])) for _, ids in answers]
     chosen = set()
     for weight in (0.05, 1.0, 1000.0):
-        back = AskedBack(weight, lambda quote: form.ask_back(quote, question))
+        back = ask_back_by(form, question, weight)
         outputs = answer(make_engine(), request, quote_id, 5, back=back)
         totals = [nats + weight * told for (nats, _), told in zip(answers, backs, strict=True)]
         assert tuple(output.token_id for output in outputs) == answers[totals.index(max(totals))][1]
@@ -230,7 +230,7 @@ def test_a_long_question_is_asked_back_of_fewer_quotes_or_of_none(make_engine, f
     engine, branched = make_engine(), []
     add = engine.add
     engine.add = lambda one: branched.extend([one.branches] if one.branches else []) or add(one)
-    back = AskedBack(0.5, lambda quote: form.ask_back(quote, question))
+    back = ask_back_by(form, question, 0.5)
     outputs = answer(engine, request, quote_id, 5, back=back)
     assert outputs[-1].finish_reason == "stop" and len(branched) == is_asked
     for ids, scored in branched:
@@ -249,6 +249,6 @@ def test_where_nothing_can_be_asked_back_the_likeliest_quote_stays(make_engine, 
         return add(one)
 
     engine.add = crowded
-    back = AskedBack(1000.0, lambda quote: form.ask_back(quote, "Who keeps the lighthouse?"))
+    back = ask_back_by(form, "Who keeps the lighthouse?", 1000.0)
     full = answer(engine, request, quote_id, 5, back=back)
     assert [output.token_id for output in full] == [output.token_id for output in plain]
