@@ -44,18 +44,14 @@ class ChatFormat:
         """The question, up to where the model begins to answer."""
         return [self.question, *self.tokenizer.encode(question), self.answer]
 
-    def ask_again(self, question: str, documents: Sequence[int]) -> list[int]:
-        """The question, the tokens of the documents once more, and the question as `ask` has it.
-
-        What a state of fixed size keeps of a text depends on what it is read for: now on what is asked. Source: Just
-        Read Twice (arXiv 2407.05483).
-        """
-        return [self.question, *self.tokenizer.encode(question), *documents, *self.ask(question)]
-
     def ask_back(self, quote: Sequence[int], question: str) -> tuple[list[int], list[int]]:
         """A quote, and the question that it answers: how likely that is behind the documents, tells one quote from
         another. Source: noisy channel (Lewis and Fan, Generative Question Answering, 2019)."""
         return [self.quote, *quote, self.quote_end, self.question], [*self.tokenizer.encode(question), self.answer]
+
+    def verdict(self, right: bool) -> list[int]:
+        """What follows `ask_back`: whether the quote answers the question."""
+        return [self.quote if right else self.none]
 
     def citation(self, ordinal: int) -> list[int]:
         """What follows a quote: the document it is from."""

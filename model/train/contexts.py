@@ -13,6 +13,7 @@ class Question:
     answer: str | None  # None: the passages do not hold it
     passage: int  # which passage of the context holds the answer
     start: int  # where in that passage
+    rivals: tuple[tuple[str, int], ...] = ()  # wrong quotes, and where they stand, where there is one passage alone
 
 
 @dataclass(frozen=True, slots=True)

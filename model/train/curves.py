@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 STYLES = ("-", "--", "-.", ":")
-SCORES = ("dev1/EM", "dev8/EM", "hand1/EM", "hand8/EM", "againdev1/EM", "againhand1/EM")
+SCORES = ("dev1/EM", "dev8/EM", "hand1/EM", "hand8/EM")
 SCORES += ("pairs1/exact", "pairs3/exact", "pairs8/exact", "templated4/exact", "none3/refused")  # of older logs
 
 

@@ -21,6 +21,7 @@ from model.train.cloze import ClozeContexts
 from model.train.contexts import Context, Question, merge_contexts
 from model.train.pair_contexts import PairContexts
 from model.train.rephrase import rephrase
+from model.train.scoring import token_f1
 from model.train.statement_contexts import StatementContexts, ask_more
 
 # Kinds of target token. Answers weigh as much as their kind: where the document is chosen, the quote begins and ends.
@@ -57,23 +58,24 @@ def covering_tokens(tokenizer: Tokenizer, text: str, start: int, end: int) -> tu
 class ContextRenderer:
     """Turns a `Context` into token ids and target kinds, at most `max_tokens` long; with `rephrase`, in other words."""
 
+    WRONG: ClassVar = 0.4  # share of the quotes given for questions that have an answer
+
     def __init__(self, tokenizer: Tokenizer, rephrase: bool = False) -> None:
         self.format, self.tokenizer, self.rephrase = ChatFormat(tokenizer), tokenizer, rephrase
 
     def render(
-        self, context: Context, max_tokens: int, rng: random.Random, again: bool = False, back: float = 0.0
+        self, context: Context, max_tokens: int, rng: random.Random, back: float = 0.0
     ) -> tuple[list[int], list[float], list[int]]:
         """Token ids and, for each, its kind and its source: the place of the token it repeats, or NO_SOURCE.
 
-        Questions that no longer fit are left out. `again`: each has the passages read once more, and repeats those.
-        Of a share `back` of them the answer is given, and the question is what is to be said.
+        Questions that no longer fit are left out. A share `back` of them is asked back: a quote is given, and what is
+        to be said is the question, if the quote answers it, and whether it does.
         """
         passages = [self.tokenizer.encode(text) for _, text in context.passages]
         groups = self._group_passages(context, rng)
         ceiling = 10 ** rng.uniform(0.0, 3.0)
         ordinals = sorted(rng.sample(range(1, max(int(ceiling), len(groups) + 1)), len(groups)))
         ids, places = self.format.system(), dict[int, Place]()
-        first = len(ids)
         for ordinal, group in zip(ordinals, groups, strict=True):
             start = len(ids)
             ids += self.format.document(ordinal, context.passages[group[0]][0], [passages[i] for i in group])
@@ -81,28 +83,19 @@ class ContextRenderer:
             for i in reversed(group):
                 places[i] = Place(ordinal, start, end - len(passages[i]))
                 end = places[i].passage - 1  # a gap between two
-        documents, shift = ids[first:], 0
         kinds, sources = [TEXT] * len(ids), [NO_SOURCE] * len(ids)
         for question in context.questions:
             text = rephrase(question.text, rng) if self.rephrase else question.text
-            if question.answer is not None and rng.random() < back:
-                given, said = self._asked_back(context, question, text)
-                if len(ids) + len(given) + len(said) <= max_tokens:
-                    ids += [*given, *said]
-                    kinds += [TEXT] * len(given) + [ANSWER] * len(said)
-                    sources += [NO_SOURCE] * (len(given) + len(said))
+            if rng.random() < back and (turn := self._asked_back(context, question, text, rng)):
+                if len(ids) + len(turn[0]) <= max_tokens:
+                    ids, kinds, sources = ids + turn[0], kinds + turn[1], sources + [NO_SOURCE] * len(turn[0])
                 continue
             asked = self.format.ask(text)
-            marks = [QUESTION] * len(asked)
-            if again:
-                shift = len(ids) + len(asked) - 1 - first  # without <|answer|> the first time
-                asked = self.format.ask_again(text, documents)
-                marks = marks[1:] + [TEXT] * len(documents) + marks
-            answer = self._answer(context, question, {i: place.moved(shift) for i, place in places.items()})
+            answer = self._answer(context, question, places)
             if answer is None or len(ids) + len(asked) + len(answer[0]) > max_tokens:
                 continue
             ids += [*asked, *answer[0]]
-            kinds += marks + self._kinds(answer[0])
+            kinds += [QUESTION] * len(asked) + self._kinds(answer[0])
             sources += [NO_SOURCE] * len(asked) + answer[1]
         return ids[:max_tokens], kinds[:max_tokens], sources[:max_tokens]
 
@@ -123,11 +116,39 @@ class ContextRenderer:
         sources = [NO_SOURCE, *range(place.passage + first, place.passage + last), NO_SOURCE, *cited, NO_SOURCE]
         return answer, sources
 
-    def _asked_back(self, context: Context, question: Question, text: str) -> tuple[list[int], list[int]]:
-        """The answer, given, and the question, to be said; nothing where the answer is no whole tokens."""
-        passage, end = context.passages[question.passage][1], question.start + len(question.answer)
-        found = covering_tokens(self.tokenizer, passage, question.start, end)
-        return self.format.ask_back(found[0][found[1] : found[2]], text) if found else ([], [])
+    def _asked_back(
+        self, context: Context, question: Question, text: str, rng: random.Random
+    ) -> tuple[list[int], list[float]] | None:
+        """A quote, the question and the verdict, with their kinds; None where there is no quote of whole tokens.
+
+        What is asked in vain gets a wrong quote, what has an answer the right one or, for a share `WRONG`, another.
+        """
+        wrong = rng.random() < self.WRONG or question.answer is None
+        quote = self._rival(context, question, rng) if wrong else None
+        if quote is None and question.answer is None:
+            return None
+        passage, words, start = quote or (question.passage, question.answer, question.start)
+        found = covering_tokens(self.tokenizer, context.passages[passage][1], start, start + len(words))
+        if found is None:
+            return None
+        given, said = self.format.ask_back(found[0][found[1] : found[2]], text)
+        # behind a wrong quote the question is not learnt: it must stay unlikely there
+        kinds = [TEXT] * len(given) + [ANSWER if quote is None else PADDING] * len(said) + [DECISIVE]
+        return [*given, *said, *self.format.verdict(quote is None)], kinds
+
+    @staticmethod
+    def _rival(context: Context, question: Question, rng: random.Random) -> tuple[int, str, int] | None:
+        """A wrong quote, its passage first: one that a model took for likely, or what answers another question.
+
+        The nearer its words come to the right ones, the less often it is taken for wrong.
+        """
+        rivals = [(0, words, start) for words, start in question.rivals]
+        rivals = rivals or [(q.passage, q.answer, q.start) for q in context.questions if q.answer and q is not question]
+        if not rivals:
+            return None
+        chosen = rng.choice(rivals)
+        near = question.answer is not None and rng.random() < token_f1(chosen[1], question.answer)
+        return None if near else chosen
 
     def _kinds(self, answer: list[int]) -> list[float]:
         """Decisive: quote or none, the quote's first token and its end, and the citation."""
@@ -183,9 +204,8 @@ class QaRows:
     """
 
     LONE: ClassVar = {256: 1.0, 512: 0.7}  # share of the rows of a length in which a passage stands alone
-    AGAIN: ClassVar = {512: 0.5, 1024: 0.3}  # share of the rows in which it does, and is read again with each question
     LONE_INVENTED: ClassVar = 0.2  # of these: tables for the most part
-    BACK: ClassVar = {256: 0.35, 512: 0.35, 1024: 0.25}  # share of what is answered that is asked back
+    BACK: ClassVar = {256: 0.45, 512: 0.45, 1024: 0.3}  # share of the questions that are asked back
     FIRST: ClassVar = {"cloze": 0.12, "templated": 0.18, "statements": 0.25, "pairs": 0.45}
     LAST: ClassVar = {"cloze": 0.04, "templated": 0.16, "statements": 0.2, "pairs": 0.6}
 
@@ -199,16 +219,15 @@ class QaRows:
         ids, kinds, sources = [], [], []
         while max(kinds, default=TEXT) < ANSWER:
             chars = int(length * rng.uniform(1.8, 2.6) if length <= 512 else length * rng.uniform(2.6, 3.4))
-            again = rng.random() < self.AGAIN.get(length, 0.0)
-            if again or rng.random() < self.LONE.get(length, 0.0):
+            if rng.random() < self.LONE.get(length, 0.0):
                 if rng.random() < self.LONE_INVENTED:
                     context = templated_context(rng, 0, num_passages=1, tables=0.7)
-                else:  # few fit where the passage is read again with each, and so one in vain
-                    context = self.pairs.draw_lone(rng, 0 if again else int(3.5 * length))
-                context = ask_more(context, rng) if rng.random() < (0.3 if again else 0.6) else context
+                else:
+                    context = self.pairs.draw_lone(rng, int(3.5 * length))
+                context = ask_more(context, rng) if rng.random() < 0.6 else context
             else:
                 context = self._context(rng, shares, chars, shortest=60 if rng.random() > progress else 250)
-            ids, kinds, sources = self.renderer.render(context, length + 1, rng, again, self.BACK.get(length, 0.1))
+            ids, kinds, sources = self.renderer.render(context, length + 1, rng, self.BACK.get(length, 0.1))
         row = np.zeros(length + 1, dtype=np.int64)
         marks = np.full(length + 1, PADDING, dtype=np.float32)
         origins = np.full(length + 1, NO_SOURCE, dtype=np.int64)

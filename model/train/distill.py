@@ -60,7 +60,7 @@ class Steps(IterableDataset):
         part, parts = self.rank * worker.num_workers + worker.id, self.size * worker.num_workers
         text = TextRows(args.tokens) if args.text_tokens else None
         texts = list(read_texts(args.corpora, part, parts))
-        questions = QaRows(Tokenizer.load(args.tokenizer), load_pairs(args.pairs), texts)
+        questions = QaRows(Tokenizer.load(args.tokenizer), load_pairs(args.pairs, args.rivals), texts)
         rng, step = worker_random(args.seed, self.rank, worker.id), worker.id
         while True:
             progress = self.progress.value
@@ -182,6 +182,7 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("gguf", "corpora", "tokens", "tokenizer", "pairs", "items", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, help="float checkpoint to start from, e.g. of `convert --to fp32`")
+    parser.add_argument("--rivals", type=Path, help="folder with what `model.train.rivals` found")
     parser.add_argument("--weights", type=Path, nargs="*", default=[], help="saved masters to start from, in order")
     parser.add_argument("--tuned", type=Path, help="masters of `model.train.tune`; taken up when the file appears")
     parser.add_argument("--seconds", type=float, default=300, help="wall clock of this call, its start not counted")

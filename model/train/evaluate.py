@@ -44,10 +44,7 @@ class Item:
 
 
 def load_items(path: Path, tokenizer: Tokenizer, per_set: int) -> list[Item]:
-    """The first `per_set` of each set of {set, passages: [[title, text]], question, answer or null, gold or null}.
-
-    Those with one passage are asked twice, in `again…` with the passage read once more.
-    """
+    """The first `per_set` of each set of {set, passages: [[title, text]], question, answer or null, gold or null}."""
     prompts, items, counts = ChatFormat(tokenizer), list[Item](), Counter[str]()
     for record in map(json.loads, path.read_text().splitlines()):
         counts[record["set"]] += 1
@@ -58,13 +55,8 @@ def load_items(path: Path, tokenizer: Tokenizer, per_set: int) -> list[Item]:
             documents += prompts.document(i, title, [tokenizer.encode(text)])
         ordinal = (record["gold"] or 0) + 1
         gold = [] if record["answer"] is None else prompts.quoted_answer(_gold_tokens(tokenizer, record), ordinal)
-        asked = {record["set"]: prompts.ask(record["question"])}
-        if len(record["passages"]) == 1:
-            asked[f"again{record['set']}"] = prompts.ask_again(record["question"], documents)
-        items += [
-            Item(name, [*system, *documents, *question], gold, record["answer"], ordinal)
-            for name, question in asked.items()
-        ]
+        prompt = [*system, *documents, *prompts.ask(record["question"])]
+        items.append(Item(record["set"], prompt, gold, record["answer"], ordinal))
     return items
 
 

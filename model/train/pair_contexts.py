@@ -5,12 +5,14 @@ Start at `PairContexts`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from model.train.contexts import Context, Question
 
@@ -29,8 +31,11 @@ QUESTION_CHARS = 110  # of a question with its answer, about
 SILENT = 0.2  # share of lone passages about which nothing is asked that they answer
 
 
-def load_pairs(path: Path) -> PairContexts:
-    """The cleaned pairs `pairs_X.jsonl` and, beside them, `passages_X.jsonl`, as `model.train.pairs` writes them."""
+def load_pairs(path: Path, rivals: Path | None = None) -> PairContexts:
+    """The cleaned pairs `pairs_X.jsonl` and, beside them, `passages_X.jsonl`, as `model.train.pairs` writes them.
+
+    `rivals`: a folder with what `model.train.rivals` wrote; without it questions have none.
+    """
     pairs = [widen_answer(json.loads(line)) for line in path.read_text().splitlines()]
     wanted = {i for pair in pairs for i in pair["negatives"]}
     passages = {}
@@ -38,7 +43,16 @@ def load_pairs(path: Path) -> PairContexts:
         for record in map(json.loads, file):
             if record["id"] in wanted:
                 passages[record["id"]] = (record["title"] or record["doc"], record["text"])
-    return PairContexts(pairs, passages)
+    found = {}
+    for file in sorted(rivals.glob("*.jsonl")) if rivals else ():
+        for line in map(json.loads, file.read_text().splitlines()):
+            found[line["asked"]] = tuple((words, start) for words, start, _ in line["rivals"])
+    return PairContexts(pairs, passages, found)
+
+
+def asked_of(passage: str, question: str) -> str:
+    """A name for this question about this passage."""
+    return hashlib.blake2b(f"{passage}\n{question}".encode(), digest_size=8).hexdigest()
 
 
 def widen_answer(pair: dict) -> dict:
@@ -64,10 +78,17 @@ class PairContexts:
     """Contexts from question-answer pairs, several on a passage. Distractors: near passages found by words, others of
     the same document, of the same package, of anywhere; those that are asked about bring their questions along.
 
-    `near` (id -> title and text) holds the passages that the pairs name as `negatives`.
+    `near` (id -> title and text) holds the passages that the pairs name as `negatives`, `rivals` wrong quotes of what
+    is asked (`asked_of`) about a passage alone: (text, where in the passage).
     """
 
-    def __init__(self, pairs: Sequence[dict], near: Mapping[int, tuple[str, str]]) -> None:
+    def __init__(
+        self,
+        pairs: Sequence[dict],
+        near: Mapping[int, tuple[str, str]],
+        rivals: Mapping[str, tuple[tuple[str, int], ...]] = MappingProxyType({}),
+    ) -> None:
+        self.rivals = rivals
         asked: dict[str, list[dict]] = defaultdict(list)
         for pair in pairs:
             asked[pair["passage"]].append(pair)
@@ -106,20 +127,32 @@ class PairContexts:
     def draw_lone(self, rng: random.Random, max_chars: int) -> Context:
         """One passage: what it answers, and what is asked about passages near it, which it does not. Of the latter as
         many as fit into about `max_chars`."""
-        if self.silent and rng.random() < SILENT:
-            number, own = rng.choice(self.silent), []
-            title, text = self.near[number]
+        silent = self.silent and rng.random() < SILENT
+        return self._lone(None if silent else rng.choice(self.asked), rng.choice(self.silent or [-1]), rng, max_chars)
+
+    def each_lone(self, rng: random.Random, max_chars: int) -> Iterator[Context]:
+        """Every passage once, as `draw_lone` draws them, in a random order."""
+        order: list[list[dict] | int] = [*self.asked, *self.silent]
+        rng.shuffle(order)
+        for one in order:
+            silent = isinstance(one, int)
+            yield self._lone(None if silent else one, one if silent else -1, rng, max_chars)
+
+    def _lone(self, own: list[dict] | None, number: int, rng: random.Random, max_chars: int) -> Context:
+        """What `own` asks about its passage, or nothing about the passage `number`; and questions in vain."""
+        if own is None:
+            (title, text), own = self.near[number], []
         else:
-            own = rng.choice(self.asked)
             number, title, text = own[0].get("passage_id", -1), self._title(own[0], rng), own[0]["passage"]
-        questions = [Question(p["question"], p["answer"], *((-1, -1) if p["answer"] is None else (0, p["start"])))
-                     for p in own]  # fmt: skip
+        asked = [(p["question"], p["answer"], *((-1, -1) if p["answer"] is None else (0, p["start"]))) for p in own]
         vain = [p["question"] for i in self.drawn_to.get(number, ()) for p in self.asked[i] if p["answer"] is not None]
         room = (max_chars - len(text)) // QUESTION_CHARS - len(own)
         most = max(1, min(room, 4 + 2 * len(own)))
-        questions += [Question(asked, None, -1, -1) for asked in rng.sample(vain, min(most, len(vain)))]
-        rng.shuffle(questions)
-        return Context(((title[:80], text),), tuple(questions))
+        asked += [(question, None, -1, -1) for question in rng.sample(vain, min(most, len(vain)))]
+        rng.shuffle(asked)
+        return Context(
+            ((title[:80], text),), tuple(Question(*one, self.rivals.get(asked_of(text, one[0]), ())) for one in asked)
+        )
 
     def _distractors(self, seed: dict, rng: random.Random) -> Iterator[tuple[str, str, list[dict]]]:
         near = [self.near[i] for i in seed["negatives"] if i in self.near]

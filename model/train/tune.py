@@ -27,6 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("gguf", "corpora", "tokenizer", "pairs", "items", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--rivals", type=Path, help="folder with what `model.train.rivals` found")
     parser.add_argument("--weights", type=Path, help="masters of an earlier call to go on from")
     parser.add_argument("--seconds", type=float, default=300, help="wall clock of the stage, its start not counted")
     parser.add_argument("--qa-tokens", type=int, default=32_768, help="a step and process")

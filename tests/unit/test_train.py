@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -26,6 +27,7 @@ from model.train.data import (
     ANSWER,
     DECISIVE,
     NO_SOURCE,
+    PADDING,
     TEXT,
     ContextRenderer,
     copies,
@@ -195,14 +197,13 @@ def test_a_rendered_context_quotes_its_passage_and_cites_its_document(tokenizer)
     assert kinds[0] == TEXT and len(ids) == len(kinds)
 
 
-@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_each_token_of_a_quote_and_a_citation_knows_what_it_repeats(tokenizer, seed, again):
+def test_each_token_of_a_quote_and_a_citation_knows_what_it_repeats(tokenizer, seed):
     passages = tuple((f"Part {i}", f"The pump P{i} weighs {31 + i} kg. It opens at {i} bar.") for i in range(5))
     questions = tuple(Question(f"How heavy is P{i}?", f"{31 + i} kg", i, 20) for i in range(5))
     questions += (Question("Who makes V2?", None, -1, -1),)
     rng = random.Random(seed)
-    ids, kinds, sources = ContextRenderer(tokenizer).render(Context(passages, questions), 4096, rng, again)
+    ids, kinds, sources = ContextRenderer(tokenizer).render(Context(passages, questions), 4096, rng)
     assert len(sources) == len(ids) == len(kinds)
     answers = tokenizer.decode(ids, skip_special=False).split("<|quote|>")[1:]
     repeated = [at for at, source in enumerate(sources) if source != NO_SOURCE]
@@ -211,37 +212,55 @@ def test_each_token_of_a_quote_and_a_citation_knows_what_it_repeats(tokenizer, s
     assert quoted == "".join(re.sub(r"<\|/quote\|>|<\|im_end\|>.*| ", "", answer, flags=re.S) for answer in answers)
 
 
-def test_what_is_read_again_stands_behind_the_question_and_is_what_an_answer_repeats(tokenizer):
-    text = "The P-7 pump weighs 31 kg."
-    questions = (Question("How heavy is the P-7?", "31 kg", 0, 20), Question("Who makes V2?", None, -1, -1))
-    context = Context((("Pumps", text),), questions)
-    ids, kinds, sources = ContextRenderer(tokenizer).render(context, 4096, random.Random(3), again=True)
-    prompts = ChatFormat(tokenizer)
-    document = ids[len(prompts.system()) : ids.index(prompts.doc_end) + 1]
-    tokens, start, end = covering_tokens(tokenizer, text, 20, 25)
-    said = prompts.quoted_answer(tokens[start:end], int(re.search(r"d(\d+)", tokenizer.decode(document))[1]))
-    first = [*prompts.system(), *document, *prompts.ask_again(questions[0].text, document)]
-    assert ids == [*first, *said, *prompts.ask_again(questions[1].text, document), *prompts.no_answer()]
-    again = len(first) - len(prompts.ask(questions[0].text)) - len(document)
-    repeated = [source for source in sources if source != NO_SOURCE]
-    assert repeated and all(again <= source < again + len(document) for source in repeated)
-    assert [kind for kind in kinds[again : again + len(document)] if kind != TEXT] == []
-    find = findings(tuple(map(np.array, (ids, kinds, sources))), 4)[0]
-    assert find[0] == len(first) - 1 and again <= find[1] < find[2] <= len(first)
+PUMP = "The P-7 pump weighs 31 kg, and 2 kg of oil are in it."
+ABOUT_PUMP = Question("How heavy is the P-7?", "31 kg", 0, 20, rivals=(("2 kg of oil", 31),))
 
 
-def test_what_is_asked_back_has_its_answer_given_and_its_question_to_say(tokenizer):
-    text = "The P-7 pump weighs 31 kg."
-    questions = (Question("Who makes V2?", None, -1, -1), Question("How heavy is the P-7?", "31 kg", 0, 20))
-    context = Context((("Pumps", text),), questions)
-    ids, kinds, sources = ContextRenderer(tokenizer).render(context, 4096, random.Random(3), back=1.0)
+def asked_back(tokenizer, questions, seed: int, wrong: float) -> tuple[list[int], list[float], list[int]]:
+    renderer = ContextRenderer(tokenizer)
+    renderer.WRONG = wrong
+    row = renderer.render(Context((("Pumps", PUMP),), questions), 4096, random.Random(seed), back=1.0)
+    start = row[0].index(renderer.format.doc_end) + 1
+    return tuple(part[start:] for part in row)
+
+
+def test_what_is_asked_back_has_its_answer_given_and_its_question_and_that_it_is_right_to_say(tokenizer):
+    ids, kinds, sources = asked_back(tokenizer, (ABOUT_PUMP,), 3, wrong=0.0)
     prompts = ChatFormat(tokenizer)
-    tokens, start, end = covering_tokens(tokenizer, text, 20, 25)
+    tokens, start, end = covering_tokens(tokenizer, PUMP, 20, 25)
     given, said = prompts.ask_back(tokens[start:end], "How heavy is the P-7?")
-    before = [*prompts.ask("Who makes V2?"), *prompts.no_answer()]  # where there is no answer there is none to give
-    assert ids[-len(before + given + said) :] == [*before, *given, *said]
-    assert kinds[-len(given + said) :] == [TEXT] * len(given) + [ANSWER] * len(said)
+    assert ids == [*given, *said, prompts.quote]
+    assert kinds == [TEXT] * len(given) + [ANSWER] * len(said) + [DECISIVE]
     assert set(sources) == {NO_SOURCE}
+
+
+@pytest.mark.parametrize("gold", ["31 kg", None])
+def test_a_wrong_quote_is_told_and_its_question_is_not_learnt(tokenizer, gold):
+    ids, kinds, _ = asked_back(tokenizer, (replace(ABOUT_PUMP, answer=gold),), 3, wrong=1.0)
+    prompts = ChatFormat(tokenizer)
+    tokens, start, end = covering_tokens(tokenizer, PUMP, 31, 42)
+    given, said = prompts.ask_back(tokens[start:end], "How heavy is the P-7?")
+    assert ids == [*given, *said, prompts.none]
+    assert kinds == [TEXT] * len(given) + [PADDING] * len(said) + [DECISIVE]
+
+
+def test_a_rival_in_nearly_the_right_words_mostly_counts_as_right(tokenizer):
+    near = replace(ABOUT_PUMP, rivals=(("weighs 31 kg", 13),))
+    prompts = ChatFormat(tokenizer)
+    told = [asked_back(tokenizer, (near,), seed, wrong=1.0)[0][-1] for seed in range(60)]
+    assert set(told) == {prompts.none, prompts.quote}
+    assert told.count(prompts.quote) > 35  # token F1 0.8
+
+
+def test_without_rivals_the_answers_of_other_questions_are_wrong_quotes(tokenizer):
+    alone = Question("What is in it?", None, -1, -1)
+    prompts = ChatFormat(tokenizer)
+    ids, *_ = asked_back(tokenizer, (alone,), 3, wrong=1.0)
+    assert ids == [*prompts.ask(alone.text), *prompts.no_answer()]  # nothing to give: asked as ever
+    ids, *_ = asked_back(tokenizer, (replace(ABOUT_PUMP, rivals=()), alone), 3, wrong=0.0)
+    tokens, start, end = covering_tokens(tokenizer, PUMP, 20, 25)
+    given, said = prompts.ask_back(tokens[start:end], alone.text)
+    assert ids[-len([*given, *said]) - 1 :] == [*given, *said, prompts.none]
 
 
 def rendered_row(tokenizer, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,0 +1,241 @@
+"""Wrong quotes that a model takes for likely: what it learns to tell from right ones (`ContextRenderer`, asked back).
+
+Of each passage alone and the questions asked about it, with an answer in it or without, the likeliest quotes besides
+the right one: as the service makes them, from the likeliest first tokens to their likeliest ends. One forward for the
+beginnings of all questions of a passage, one for the ends. On the machine with the GPUs:
+`torchrun --nproc-per-node N -m model.train.rivals --help`; start at `likeliest_quotes`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from model.chat_format import ChatFormat
+from model.jamba import Jamba
+from model.tokenizer import Tokenizer
+from model.train.contexts import Context
+from model.train.data import covering_tokens
+from model.train.forward import accelerate, forward_hidden
+from model.train.pair_contexts import asked_of, load_pairs
+from model.train.scoring import normalize_answer
+from model.train.trainer import Cluster, Log
+from model.weights import load_model
+
+MAX_CHARS = 1400  # of a passage and its questions, about
+BEGINNINGS, LONGEST, KEPT = 4, 20, 3  # tried, tokens of a quote, and kept of a question
+TOKENS = 65_536  # of one forward, at most
+
+
+@dataclass(slots=True)
+class Asked:
+    """A question, from its first token to `<|quote|>`, and the rest of its answer, if it has one."""
+
+    name: str
+    ids: list[int]
+    said: list[int]
+    gold: str
+    begun: list[int] = field(default_factory=list)  # tokens of the passage at which a quote may begin
+    found: list[tuple[float, str, int]] = field(default_factory=list)  # log P, words, where they stand
+
+
+@dataclass(slots=True)
+class Lone:
+    """A passage alone: the prompt's tokens, of which those from `first` on are the passage's, and its questions."""
+
+    text: str
+    prompt: list[int]
+    first: int
+    offsets: list[tuple[int, int]]
+    asked: list[Asked]
+    begins: dict[int, list[int]] = field(default_factory=dict)  # token id -> where a word begins with it
+    ends: list[bool] = field(default_factory=list)  # whether a word ends with a token
+
+    def __post_init__(self) -> None:
+        ids = self.prompt[self.first : self.first + len(self.offsets)]
+        for at, (token, (start, end)) in enumerate(zip(ids, self.offsets, strict=True)):
+            if self.text[start:end].strip() and not self._within_word(self._begin(at)):
+                self.begins.setdefault(token, []).append(at)
+            self.ends.append(not self._within_word(end))
+
+    def words(self, first: int, last: int) -> tuple[str, int]:
+        """What the tokens from first to last spell, without blanks around, and where it stands."""
+        start = self._begin(first)
+        return self.text[start : self.offsets[last][1]].rstrip(), start
+
+    def _begin(self, at: int) -> int:
+        start, end = self.offsets[at]
+        return end - len(self.text[start:end].lstrip())
+
+    def _within_word(self, at: int) -> bool:
+        return 0 < at < len(self.text) and self.text[at - 1].isalnum() and self.text[at].isalnum()
+
+
+def lone_of(context: Context, prompts: ChatFormat) -> Lone:
+    """The passage of a context and its questions: those with an answer first, for theirs is said before the next."""
+    ((title, text),) = context.passages
+    ids, offsets = prompts.tokenizer.encode_with_offsets(text)
+    prompt = [*prompts.system(), *prompts.document(1, title, [ids])]
+    asked = []
+    for question in sorted(context.questions, key=lambda q: q.answer is None):
+        said, gold = [], question.answer or ""
+        if question.answer is not None:
+            found = covering_tokens(prompts.tokenizer, text, question.start, question.start + len(gold))
+            if found is None:
+                continue
+            said = prompts.quoted_answer(found[0][found[1] : found[2]], 1)[1:]
+        asked.append(Asked(asked_of(text, question.text), [*prompts.ask(question.text), prompts.quote], said, gold))
+    return Lone(text, prompt, len(prompt) - 1 - len(ids), offsets, asked)
+
+
+class Lones(IterableDataset):
+    """Lists of `Lone`, this process's and this worker's share of all passages."""
+
+    def __init__(self, args: argparse.Namespace, cluster: Cluster) -> None:
+        self.args, self.rank, self.size = args, cluster.rank, cluster.size
+
+    def __iter__(self) -> Iterator[list[Lone]]:
+        worker, args = get_worker_info(), self.args
+        part, parts = self.rank * worker.num_workers + worker.id, self.size * worker.num_workers
+        contexts = load_pairs(args.pairs).each_lone(random.Random(args.seed), MAX_CHARS)  # in one order everywhere
+        prompts = ChatFormat(Tokenizer.load(args.tokenizer))
+        mine = (lone_of(context, prompts) for context in islice(contexts, part, None, parts) if context.questions)
+        while batch := list(islice(mine, 128)):
+            yield batch
+
+
+@torch.no_grad()
+def likeliest_quotes(model: Jamba, prompts: ChatFormat, lones: Sequence[Lone], rng: random.Random) -> None:
+    """Fill `found` of everything that is asked, the likeliest first."""
+    for batch in _batches(lones, lambda lone: sum(len(one.ids) + len(one.said) for one in lone.asked)):
+        _begin(model, batch, rng)
+    for batch in _batches(lones, lambda lone: sum(len(one.begun) * (len(one.ids) + LONGEST) for one in lone.asked)):
+        _end(model, prompts.quote_end, batch)
+
+
+def _begin(model: Jamba, lones: Sequence[Lone], rng: random.Random) -> None:
+    """Where in its passage a quote begins: of the likeliest tokens one place each."""
+    rows, places, wanted = [], [], []
+    for n, lone in enumerate(lones):
+        row = list(lone.prompt)
+        for one in lone.asked:
+            row += one.ids
+            places.append((n, len(row) - 1))
+            wanted.append(torch.tensor(list(lone.begins)))
+            row += one.said
+        rows.append(row)
+    ids, hidden = _forward(model, rows)
+    at, device = torch.tensor(places).mul_(torch.tensor([ids.shape[1], 1])).sum(1), hidden.device
+    told = model.lm_head(hidden[at.to(device)]).float()
+    columns = pad_sequence(wanted, batch_first=True, padding_value=-1).to(device)
+    told = told.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, float("-inf"))
+    best = told.topk(min(BEGINNINGS, told.shape[1])).indices.tolist()
+    asked = ((lone, one) for lone in lones for one in lone.asked)
+    for (lone, one), chosen in zip(asked, best, strict=True):
+        begins = list(lone.begins.values())
+        one.begun = [rng.choice(begins[i]) for i in chosen if i < len(begins)]
+
+
+def _end(model: Jamba, quote_end: int, lones: Sequence[Lone]) -> None:
+    """The likeliest end of each quote that is begun."""
+    rows, begun, firsts, ends = [], [], [], []
+    for n, lone in enumerate(lones):
+        row = list(lone.prompt)
+        for one in lone.asked:
+            for at in one.begun:
+                row += one.ids
+                firsts.append((n, len(row) - 1))
+                length = min(LONGEST, len(lone.offsets) - at)
+                row += lone.prompt[lone.first + at : lone.first + at + length]
+                begun.append((lone, one, at))
+                ends.append(torch.tensor(lone.ends[at : at + length]))
+        rows.append([*row, *[0] * LONGEST])
+    if not begun:
+        return
+    ids, hidden = _forward(model, rows)
+    at = torch.tensor(firsts).mul_(torch.tensor([ids.shape[1], 1])).sum(1)[:, None] + torch.arange(LONGEST + 1)
+    said = ids.flatten()[at[:, 1:]].to(hidden.device)  # (quotes, LONGEST)
+    copied, ended = [], []
+    for places, tokens in zip(at.split(400), said.split(400), strict=True):
+        told = model.lm_head(hidden[places.to(hidden.device)]).float().log_softmax(-1)
+        copied.append(told[:, :-1].gather(2, tokens[..., None]).squeeze(2))
+        ended.append(told[:, 1:, quote_end])
+    may_end = pad_sequence([*ends, torch.ones(LONGEST, dtype=torch.bool)], batch_first=True)[:-1].to(hidden.device)
+    nats = (torch.cat(copied).cumsum(1) + torch.cat(ended)).masked_fill(~may_end, float("-inf"))
+    best, last = (x.tolist() for x in nats.max(1))
+    for (lone, one, at), logprob, length in zip(begun, best, last, strict=True):
+        words, start = lone.words(at, at + length)
+        known = {normalize_answer(one.gold), *(normalize_answer(other) for _, other, _ in one.found)}
+        if logprob > float("-inf") and normalize_answer(words) not in known:
+            one.found.append((logprob, words, start))
+    for lone in lones:
+        for one in lone.asked:
+            one.found = sorted(one.found, reverse=True)[:KEPT]
+
+
+def _forward(model: Jamba, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    """Rows, padded: ids (b, t) on the CPU and the final hidden states (b·t, d)."""
+    ids = torch.zeros(len(rows), -(-max(map(len, rows)) // 64) * 64, dtype=torch.int64)
+    for line, row in zip(ids, rows, strict=True):
+        line[: len(row)] = torch.tensor(row)
+    return ids, forward_hidden(model, ids.to(model.embed_tokens.weight.device))[0]
+
+
+def _batches(lones: Sequence[Lone], asks: Callable[[Lone], int]) -> Iterator[list[Lone]]:
+    """Of about as long rows, at most `TOKENS` together with what is asked."""
+    lengths = {id(lone): len(lone.prompt) + asks(lone) for lone in lones}
+    batch: list[Lone] = []
+    for lone in sorted(lones, key=lambda lone: -lengths[id(lone)]):
+        if batch and (len(batch) + 1) * (lengths[id(batch[0])] + 64) > TOKENS:
+            yield batch
+            batch = []
+        batch.append(lone)
+    if batch:
+        yield batch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("checkpoint", "tokenizer", "pairs", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=60, help="wall clock, the start not counted")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=8)
+    args, cluster = parser.parse_args(), Cluster()
+    args.out.mkdir(parents=True, exist_ok=True)
+    model = load_model(args.checkpoint, dtype=torch.bfloat16, device=cluster.device)
+    accelerate(model)
+    prompts, rng = ChatFormat(Tokenizer.load(args.tokenizer)), random.Random(args.seed)
+    log, began, passages, asked, found = Log(args.out / "rivals.log", cluster), 0.0, 0, 0, 0
+    written = args.out / f"rivals-{cluster.rank}.part"
+    with written.open("w") as file:
+        for lones in DataLoader(Lones(args, cluster), batch_size=None, num_workers=args.workers):
+            began = began or time.monotonic()
+            likeliest_quotes(model, prompts, lones, rng)
+            for one in (one for lone in lones for one in lone.asked if one.found):
+                rivals = [[words, start, round(nats, 2)] for nats, words, start in one.found]
+                file.write(json.dumps({"asked": one.name, "rivals": rivals}) + "\n")
+                found += len(rivals)
+            passages, asked = passages + len(lones), asked + sum(len(lone.asked) for lone in lones)
+            if passages % 2048 < len(lones):
+                log.write(stage="rivals", passages=passages, asked=asked, found=found)
+            if time.monotonic() - began > args.seconds:
+                break
+    log.write(stage="rivals", passages=passages, asked=asked, found=found)
+    written.rename(written.with_suffix(".jsonl"))
+    cluster.close()
+
+
+if __name__ == "__main__":
+    main()
