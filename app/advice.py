@@ -15,7 +15,8 @@ class Advice:
     """`auto_evidence_tokens` None: whole documents as far as the context reaches. `recent_evidence_tokens` None: twice
     `rag_evidence_tokens`. `none_margin` in nats. `quote_beginnings`: of so many the likeliest quote is taken.
     `read_apart`: each passage of `rag` evidence is read alone, and the likeliest one is answered from.
-    `ask_back`: weight of log P(question | quote) beside log P(quote | question), for quotes that are nearly as likely.
+    `ask_back`: weight of log P(question | quote) beside log P(quote | question), for quotes that are nearly as likely;
+    `verdict`: weight of log P(the quote answers the question).
     `missing_words_nats`: added to none's margin when no word of the question was read, a share of it for a share."""
 
     auto_evidence_tokens: int | None = None
@@ -25,6 +26,7 @@ class Advice:
     quote_beginnings: int = 1
     read_apart: bool = False
     ask_back: float = 0.0
+    verdict: float = 0.0
     missing_words_nats: float = 0.0
 
 

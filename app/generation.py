@@ -235,7 +235,7 @@ class RunningAnswer:
         width = service.advice.quote_beginnings
         rows = replace(reading, passages=tuple(lines.named()))
         named = await anyio.to_thread.run_sync(service.format.constrain, rows, limits) if rows.passages else None
-        back = ask_back_by(service.format, question, service.advice.ask_back)
+        back = ask_back_by(service.format, question, service.advice.ask_back, service.advice.verdict)
         search = QuoteSearch(quote_id, width, question, lines.misses, named, back)
         async with aclosing(generate_likeliest(service.engine, request, search)) as outputs:
             async for output in outputs:

@@ -43,16 +43,18 @@ class AsksBack(Protocol):
 
 
 class AskedBack(NamedTuple):
-    """`weight`: of the log-probability of the question, given a quote, to that of the quote. `pieces`: of a quote, the
-    tokens that stand behind the documents, the first of them the same for all, and those of the question behind."""
+    """`weight`: of the log-probability of the question, given a quote, to that of the quote; `verdict`: of that of the
+    quote answering the question. `pieces`: of a quote, the tokens that stand behind the documents, the first of them
+    the same for all, and those of the question behind, of which the last says that the quote answers it."""
 
     weight: float
+    verdict: float
     pieces: Callable[[Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 
 
-def ask_back_by(form: AsksBack, question: str, weight: float) -> AskedBack | None:
-    """In this format; None for no weight."""
-    return AskedBack(weight, lambda quote: form.ask_back(quote, question)) if weight else None
+def ask_back_by(form: AsksBack, question: str, weight: float, verdict: float = 0.0) -> AskedBack | None:
+    """In this format; None for no weights."""
+    return AskedBack(weight, verdict, lambda quote: form.ask_back(quote, question)) if weight or verdict else None
 
 
 @dataclass(frozen=True)
@@ -154,13 +156,15 @@ async def _ask_back(
     told = await _nats_of_questions(engine, request, pieces) if len(rivals) > 1 else ()
     if not told:
         return None
-    return max(zip(told, rivals.values(), strict=True), key=lambda pair: pair[1].nats + back.weight * pair[0])[1]
+    told_by = [back.weight * sum(question) + back.verdict * verdict for *question, verdict in told]
+    return max(zip(told_by, rivals.values(), strict=True), key=lambda pair: pair[0] + pair[1].nats)[1]
 
 
 async def _nats_of_questions(
     engine: GeneratesTokens, request: EngineRequest, pieces: Sequence[tuple[Sequence[int], Sequence[int]]]
-) -> tuple[float, ...]:
-    """Log-probability of each question behind the documents and what is given; empty when the engine has no room."""
+) -> tuple[tuple[float, ...], ...]:
+    """Log-probabilities of each question and verdict behind the documents and what is given; empty when the engine has
+    no room."""
     end = max(request.boundaries, default=0)  # of the documents
     scored = replace(
         request,

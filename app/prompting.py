@@ -72,7 +72,8 @@ class AnswerFormat(Protocol):
 
     def ask_back(self, quote: Sequence[int], question: str) -> tuple[Sequence[int], Sequence[int]]:
         """What stands behind the documents when a quote, its tokens, is given and the question is to be said, and the
-        tokens of the question behind that. Asked only where `constrain` gives a `QuoteConstraint`."""
+        tokens of the question behind that, the last of which says that the quote answers it. Asked only where
+        `constrain` gives a `QuoteConstraint`."""
         ...
 
     def read_answer(self, evidence: Evidence, question: str = "") -> AnswerReader:

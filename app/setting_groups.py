@@ -200,6 +200,13 @@ class AnswerSettings(Group):
         ge=0,
         le=10,
     )
+    verdict: float | None = setting(
+        None,
+        "Weight of how sure the model is, asked back, that a quote answers the question; 0: not asked; unset: as "
+        "advised.",
+        ge=0,
+        le=10,
+    )
     prefetch_after_s: float = setting(
         2.0,
         "A collection that `auto` takes whole is read ahead of its first question, while nobody asks, when nothing has "

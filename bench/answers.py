@@ -6,7 +6,7 @@ the margin log P(none) − log P(quote) of its first step is kept: so one run gi
 
 Modes: `rag` reads all passages in one prompt, `rag-apart` each alone and answers from the one with the least margin, as
 `read_apart` does; `full_context` has them all as one document of one text, each under its title.
-`--missing-words` and `--ask-back` are the service's settings of these names.
+`--missing-words`, `--ask-back` and `--verdict` are the service's settings of these names.
 What the scores are: bench/answer_scores.py. Run: `python -m bench.answers QUESTIONS.jsonl --threshold 0`, or with
 `--modes rag-apart rag full_context --picture answers.png`.
 """
@@ -102,7 +102,7 @@ class Reader:
     def _generate(self, request: EngineRequest, beginnings: int, question: str = "") -> list[StepOutput]:
         async def generate() -> list[StepOutput]:
             quote = self.format.decision_ids[0]
-            back = ask_back_by(self.format, question, self.advice.ask_back)
+            back = ask_back_by(self.format, question, self.advice.ask_back, self.advice.verdict)
             search = QuoteSearch(quote, beginnings, question, back=back)
             made = generate_likeliest(self.engine, request, search)
             return [output async for output in made]
@@ -203,6 +203,7 @@ def main() -> None:
     parser.add_argument(
         "--ask-back", type=float, default=0.0, help="weight of the question's likelihood, given a quote"
     )
+    parser.add_argument("--verdict", type=float, default=0.0, help="weight of that a quote answers the question")
     parser.add_argument("--missing-words", type=float, default=0.0, help="nats for a question of unread words")
     parser.add_argument("--evidence-tokens", type=int, nargs="+", default=[256, 512, 1024, 2048], help="upper bounds")
     parser.add_argument("--outcomes", type=Path, help="write every answer there, as JSON lines")
@@ -212,6 +213,7 @@ def main() -> None:
         quote_beginnings=args.beginnings,
         missing_words_nats=args.missing_words,
         ask_back=args.ask_back,
+        verdict=args.verdict,
     )
     reader = Reader(args.model, getattr(torch, args.dtype), args.quantize, args.max_quotes, advice)
     items = read_items(args.questions, args.limit)

@@ -179,6 +179,7 @@ async def measure(
                     "none_margin": threshold,
                     "read_apart": advice.read_apart,
                     "ask_back": advice.ask_back,
+                    "verdict": advice.verdict,
                 }
                 run.add(**summarize(ended, budget), **asked_as)
             if args.answers:
@@ -219,6 +220,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="so many questions, drawn at random")
     parser.add_argument("--read-apart", action=argparse.BooleanOptionalAction, help="instead of what is advised")
     parser.add_argument("--ask-back", type=float, help="instead of what is advised")
+    parser.add_argument("--verdict", type=float, help="instead of what is advised")
     parser.add_argument("--none-margin", type=float, help="instead of what is advised")
     parser.add_argument("--thresholds", type=float, nargs="+", help="a row each, of one run that refuses nothing")
     parser.add_argument("--answers", type=Path, help="what was said to each question, JSON lines")
@@ -229,7 +231,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         groups = {"model": {"path": args.model}, "redis": {"url": None}, "log": {"level": "warning"}}
         none_margin = REFUSES_NOTHING if args.thresholds else args.none_margin
-        groups["answers"] = {"read_apart": args.read_apart, "ask_back": args.ask_back, "none_margin": none_margin}
+        groups["answers"] = {
+            "read_apart": args.read_apart,
+            "ask_back": args.ask_back,
+            "verdict": args.verdict,
+            "none_margin": none_margin,
+        }
         settings = load_settings(env_file=None, data_dir=args.data_dir or Path(scratch) / "data", **groups)
         folder = Path(scratch) / "documents"
         folder.mkdir()

@@ -11,8 +11,8 @@ from model.jamba import Jamba
 from model.state import HybridState
 
 
-def score_branches(model: Jamba, state: HybridState, branches: Branches) -> tuple[float, ...]:
-    """Log-probability of the last `scored_tokens` of each branch behind `state`, which stays as it is.
+def score_branches(model: Jamba, state: HybridState, branches: Branches) -> tuple[tuple[float, ...], ...]:
+    """Log-probability of each of the last `scored_tokens` of each branch behind `state`, which stays as it is.
 
     A branch's bits depend on the branches beside it, and on nothing else that the engine does. The copies' memory is
     not reserved before: raises torch.OutOfMemoryError where there is none.
@@ -25,8 +25,9 @@ def score_branches(model: Jamba, state: HybridState, branches: Branches) -> tupl
     for length, scored in zip(lengths, branches.scored_tokens, strict=True):
         end += length
         logprobs = logits[end - scored - 1 : end - 1].float().log_softmax(-1)
-        told.append(logprobs.gather(1, given[end - scored : end, None]).sum())
-    return tuple(torch.stack(told).tolist())
+        told.append(logprobs.gather(1, given[end - scored : end, None]).squeeze(1))
+    nats = iter(torch.cat(told).tolist())
+    return tuple(tuple(itertools.islice(nats, scored)) for scored in branches.scored_tokens)
 
 
 def _copy(model: Jamba, state: HybridState, room: int) -> HybridState:

@@ -44,14 +44,15 @@ class ChatFormat:
         """The question, up to where the model begins to answer."""
         return [self.question, *self.tokenizer.encode(question), self.answer]
 
-    def ask_back(self, quote: Sequence[int], question: str) -> tuple[list[int], list[int]]:
-        """A quote, and the question that it answers: how likely that is behind the documents, tells one quote from
-        another. Source: noisy channel (Lewis and Fan, Generative Question Answering, 2019)."""
-        return [self.quote, *quote, self.quote_end, self.question], [*self.tokenizer.encode(question), self.answer]
+    def ask_back(self, quote: Sequence[int], question: str, answers: bool = True) -> tuple[list[int], list[int]]:
+        """A quote, and then the question and, in its last token, whether the quote `answers` it.
 
-    def verdict(self, right: bool) -> list[int]:
-        """What follows `ask_back`: whether the quote answers the question."""
-        return [self.quote if right else self.none]
+        How likely these are behind the documents, tells one quote from another. Source: noisy channel (Lewis and Fan,
+        Generative Question Answering, 2019), and a verifier (Hu et al., Read + Verify, 2019).
+        """
+        verdict = self.quote if answers else self.none
+        said = [*self.tokenizer.encode(question), self.answer, verdict]
+        return [self.quote, *quote, self.quote_end, self.question], said
 
     def citation(self, ordinal: int) -> list[int]:
         """What follows a quote: the document it is from."""

@@ -30,7 +30,7 @@ class EngineOverloaded(RuntimeError):
 
 class Branches(NamedTuple):
     """Given continuations of a prompt, each from its end, and how many tokens at the end of each are asked for: how
-    likely these are together, given all before them. At most `MAX_BRANCH_TOKENS`, and not all of a branch."""
+    likely each of these is, given all before it. At most `MAX_BRANCH_TOKENS`, and not all of a branch."""
 
     token_ids: tuple[tuple[int, ...], ...]
     scored_tokens: tuple[int, ...]
@@ -91,7 +91,7 @@ class StepOutput:
     tier: str  # "gpu", "host", "redis" or "none"
     timings: RequestTimings
     watch_logprobs: tuple[float, ...] = ()
-    branch_logprobs: tuple[float, ...] = ()
+    branch_logprobs: tuple[tuple[float, ...], ...] = ()
     error: str | None = None
 
 

@@ -28,7 +28,7 @@ class RunningSequence:
     tier: str = "none"
     timings: RequestTimings = field(default_factory=RequestTimings)
     segment: LayeredPrefill | None = None  # begun and not yet computed to the end
-    branch_logprobs: tuple[float, ...] = ()  # that nobody was told yet
+    branch_logprobs: tuple[tuple[float, ...], ...] = ()  # that nobody was told yet
 
     @property
     def position(self) -> int:

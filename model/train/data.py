@@ -131,10 +131,10 @@ class ContextRenderer:
         found = covering_tokens(self.tokenizer, context.passages[passage][1], start, start + len(words))
         if found is None:
             return None
-        given, said = self.format.ask_back(found[0][found[1] : found[2]], text)
+        given, said = self.format.ask_back(found[0][found[1] : found[2]], text, answers=quote is None)
         # behind a wrong quote the question is not learnt: it must stay unlikely there
-        kinds = [TEXT] * len(given) + [ANSWER if quote is None else PADDING] * len(said) + [DECISIVE]
-        return [*given, *said, *self.format.verdict(quote is None)], kinds
+        kinds = [TEXT] * len(given) + [ANSWER if quote is None else PADDING] * (len(said) - 1) + [DECISIVE]
+        return [*given, *said], kinds
 
     @staticmethod
     def _rival(context: Context, question: Question, rng: random.Random) -> tuple[int, str, int] | None:
@@ -224,7 +224,7 @@ class QaRows:
                     context = templated_context(rng, 0, num_passages=1, tables=0.7)
                 else:
                     context = self.pairs.draw_lone(rng, int(3.5 * length))
-                context = ask_more(context, rng) if rng.random() < 0.6 else context
+                context = ask_more(context, rng) if rng.random() < 0.9 else context
             else:
                 context = self._context(rng, shares, chars, shortest=60 if rng.random() > progress else 250)
             ids, kinds, sources = self.renderer.render(context, length + 1, rng, self.BACK.get(length, 0.1))

@@ -29,6 +29,7 @@ DATE_BEFORE = re.compile(rf"(?:{_DAY} (?:of )?)?\b{_MONTH},? (?:{_DAY},? )?$")  
 ASKS_WHEN = re.compile(r"(?:since |until )?when |(?:on |at )?(?:what|which) (?:date|day)\b", re.IGNORECASE)
 QUESTION_CHARS = 110  # of a question with its answer, about
 SILENT = 0.2  # share of lone passages about which nothing is asked that they answer
+CONTESTED = 0.5  # share of those of whose questions wrong quotes are known
 
 
 def load_pairs(path: Path, rivals: Path | None = None) -> PairContexts:
@@ -102,6 +103,10 @@ class PairContexts:
             self.by_doc[first["source"], first["doc"]].append(i)
             self.by_source[first["source"]].append(i)
         self.silent = [i for i in self.drawn_to if i in near and near[i][1] not in asked]  # nothing is asked about
+        self.contested = (
+            [own for own in self.asked if any(asked_of(pair["passage"], pair["question"]) in rivals for pair in own)],
+            [i for i in self.silent if any(asked_of(near[i][1], question) in rivals for question in self._in_vain(i))],
+        )
 
     def draw(self, rng: random.Random, max_chars: int, num_passages: int | None = None, lost: float = 0.15) -> Context:
         """A context of about `max_chars`, or of `num_passages`; a share `lost` of what is asked about is taken away."""
@@ -127,8 +132,10 @@ class PairContexts:
     def draw_lone(self, rng: random.Random, max_chars: int) -> Context:
         """One passage: what it answers, and what is asked about passages near it, which it does not. Of the latter as
         many as fit into about `max_chars`."""
-        silent = self.silent and rng.random() < SILENT
-        return self._lone(None if silent else rng.choice(self.asked), rng.choice(self.silent or [-1]), rng, max_chars)
+        asked, silent = self.contested if rng.random() < CONTESTED and self.contested[0] else (self.asked, self.silent)
+        if silent and rng.random() < SILENT:
+            return self._lone(None, rng.choice(silent), rng, max_chars)
+        return self._lone(rng.choice(asked), -1, rng, max_chars)
 
     def each_lone(self, rng: random.Random, max_chars: int) -> Iterator[Context]:
         """Every passage once, as `draw_lone` draws them, in a random order."""
@@ -145,7 +152,7 @@ class PairContexts:
         else:
             number, title, text = own[0].get("passage_id", -1), self._title(own[0], rng), own[0]["passage"]
         asked = [(p["question"], p["answer"], *((-1, -1) if p["answer"] is None else (0, p["start"]))) for p in own]
-        vain = [p["question"] for i in self.drawn_to.get(number, ()) for p in self.asked[i] if p["answer"] is not None]
+        vain = self._in_vain(number)
         room = (max_chars - len(text)) // QUESTION_CHARS - len(own)
         most = max(1, min(room, 4 + 2 * len(own)))
         asked += [(question, None, -1, -1) for question in rng.sample(vain, min(most, len(vain)))]
@@ -153,6 +160,10 @@ class PairContexts:
         return Context(
             ((title[:80], text),), tuple(Question(*one, self.rivals.get(asked_of(text, one[0]), ())) for one in asked)
         )
+
+    def _in_vain(self, number: int) -> list[str]:
+        """What is asked about passages that this one is near."""
+        return [p["question"] for i in self.drawn_to.get(number, ()) for p in self.asked[i] if p["answer"] is not None]
 
     def _distractors(self, seed: dict, rng: random.Random) -> Iterator[tuple[str, str, list[dict]]]:
         near = [self.near[i] for i in seed["negatives"] if i in self.near]

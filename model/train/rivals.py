@@ -2,8 +2,8 @@
 
 Of each passage alone and the questions asked about it, with an answer in it or without, the likeliest quotes besides
 the right one: as the service makes them, from the likeliest first tokens to their likeliest ends. One forward for the
-beginnings of all questions of a passage, one for the ends. On the machine with the GPUs:
-`torchrun --nproc-per-node N -m model.train.rivals --help`; start at `likeliest_quotes`.
+beginnings of all questions of a passage, one for the ends. What is not the GPU's takes longer: several processes a
+GPU, each with its `--part`, do more. Run `python -m model.train.rivals --help`; start at `likeliest_quotes`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from model.train.data import covering_tokens
 from model.train.forward import accelerate, forward_hidden
 from model.train.pair_contexts import asked_of, load_pairs
 from model.train.scoring import normalize_answer
-from model.train.trainer import Cluster, Log
 from model.weights import load_model
 
 MAX_CHARS = 1400  # of a passage and its questions, about
@@ -102,12 +101,12 @@ def lone_of(context: Context, prompts: ChatFormat) -> Lone:
 class Lones(IterableDataset):
     """Lists of `Lone`, this process's and this worker's share of all passages."""
 
-    def __init__(self, args: argparse.Namespace, cluster: Cluster) -> None:
-        self.args, self.rank, self.size = args, cluster.rank, cluster.size
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
 
     def __iter__(self) -> Iterator[list[Lone]]:
         worker, args = get_worker_info(), self.args
-        part, parts = self.rank * worker.num_workers + worker.id, self.size * worker.num_workers
+        part, parts = args.part * worker.num_workers + worker.id, args.parts * worker.num_workers
         contexts = load_pairs(args.pairs).each_lone(random.Random(args.seed), MAX_CHARS)  # in one order everywhere
         prompts = ChatFormat(Tokenizer.load(args.tokenizer))
         mine = (lone_of(context, prompts) for context in islice(contexts, part, None, parts) if context.questions)
@@ -212,15 +211,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="wall clock, the start not counted")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=8)
-    args, cluster = parser.parse_args(), Cluster()
+    parser.add_argument("--part", type=int, default=0, help="of all passages, of so many")
+    parser.add_argument("--parts", type=int, default=1)
+    args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    model = load_model(args.checkpoint, dtype=torch.bfloat16, device=cluster.device)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(args.checkpoint, dtype=torch.bfloat16, device=device)
     accelerate(model)
     prompts, rng = ChatFormat(Tokenizer.load(args.tokenizer)), random.Random(args.seed)
-    log, began, passages, asked, found = Log(args.out / "rivals.log", cluster), 0.0, 0, 0, 0
-    written = args.out / f"rivals-{cluster.rank}.part"
+    began, passages, asked, found = 0.0, 0, 0, 0
+    written = args.out / f"rivals-{args.part}.part"
     with written.open("w") as file:
-        for lones in DataLoader(Lones(args, cluster), batch_size=None, num_workers=args.workers):
+        for lones in DataLoader(Lones(args), batch_size=None, num_workers=args.workers):
             began = began or time.monotonic()
             likeliest_quotes(model, prompts, lones, rng)
             for one in (one for lone in lones for one in lone.asked if one.found):
@@ -229,12 +231,11 @@ def main() -> None:
                 found += len(rivals)
             passages, asked = passages + len(lones), asked + sum(len(lone.asked) for lone in lones)
             if passages % 2048 < len(lones):
-                log.write(stage="rivals", passages=passages, asked=asked, found=found)
+                print(f"{passages} passages, {asked} questions, {found} wrong quotes", flush=True)
             if time.monotonic() - began > args.seconds:
                 break
-    log.write(stage="rivals", passages=passages, asked=asked, found=found)
     written.rename(written.with_suffix(".jsonl"))
-    cluster.close()
+    print(f"{passages} passages, {asked} questions, {found} wrong quotes -> {args.out}")
 
 
 if __name__ == "__main__":

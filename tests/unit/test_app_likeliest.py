@@ -198,11 +198,12 @@ def test_of_quotes_nearly_as_likely_the_one_whose_question_is_likelier_is_given(
     request, quote_id = make_request(form, question), form.decision_ids[0]
     documents = request.token_ids[: max(request.boundaries)]
 
-    def nats_back(quote: tuple[int, ...]) -> float:
+    def nats_back(quote: tuple[int, ...]) -> tuple[float, float]:
         given, said = form.ask_back(quote, question)
         ids = [*documents, *given, *said]
         logprobs = model(torch.tensor([ids]))[0].log_softmax(-1)
-        return sum(logprobs[at - 1, ids[at]].item() for at in range(len(documents) + len(given), len(ids)))
+        *told, verdict = (logprobs[at - 1, ids[at]].item() for at in range(len(documents) + len(given), len(ids)))
+        return sum(told), verdict
 
     with torch.inference_mode():
         logprobs = model(torch.tensor([[*request.token_ids, quote_id]]))[0, -1].log_softmax(-1)
@@ -213,10 +214,10 @@ def test_of_quotes_nearly_as_likely_the_one_whose_question_is_likelier_is_given(
         )
         backs = [nats_back(request.constraint.quote_of(ids[1:])) for _, ids in answers]
     chosen = set()
-    for weight in (0.05, 1.0, 1000.0):
-        back = ask_back_by(form, question, weight)
+    for weight, verdict in ((0.05, 0.0), (1.0, 2.0), (0.0, 1000.0), (1000.0, 0.0)):
+        back = ask_back_by(form, question, weight, verdict)
         outputs = answer(make_engine(), request, quote_id, 5, back=back)
-        totals = [nats + weight * told for (nats, _), told in zip(answers, backs, strict=True)]
+        totals = [nats + weight * told + verdict * said for (nats, _), (told, said) in zip(answers, backs, strict=True)]
         assert tuple(output.token_id for output in outputs) == answers[totals.index(max(totals))][1]
         chosen.add(tuple(output.token_id for output in outputs))
     assert len(chosen) > 1

@@ -142,10 +142,10 @@ async def test_an_answer_has_no_more_tokens_than_allowed_however_often_it_is_tri
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("weight", [0, 0.5])
-async def test_the_question_is_asked_back_of_quotes_nearly_as_likely(tiny_checkpoint, tmp_path, monkeypatch, weight):
+@pytest.mark.parametrize("weights", [{"ask_back": 0}, {"ask_back": 0.5}, {"ask_back": 0, "verdict": 1}])
+async def test_the_question_is_asked_back_of_quotes_nearly_as_likely(tiny_checkpoint, tmp_path, monkeypatch, weights):
     monkeypatch.setattr("app.likeliest._MAX_GAP", 1000.0)  # random weights: nothing is near
-    answers = {"read_apart": True, "ask_back": weight, "rag_evidence_tokens": 900, "quote_beginnings": 6}
+    answers = weights | {"read_apart": True, "rag_evidence_tokens": 900, "quote_beginnings": 6}
     async with running_service(make_settings(tiny_checkpoint, tmp_path / "data", answers=answers)) as client:
         for number in range(3):
             await client.upload(f"{number}.md", f"# {number}\n\nThe owl sleeps in hole {number}, far from here.\n" * 2)
@@ -154,7 +154,7 @@ async def test_the_question_is_asked_back_of_quotes_nearly_as_likely(tiny_checkp
         service.engine.generate = lambda request: (asked.append(request), generate(request))[1]
         answer = await client.ask("Where does the owl sleep?", mode="rag")
         branched = [request for request in asked if request.branches]
-        assert len(branched) == (weight > 0)
+        assert len(branched) == any(weights.values())
         for request in branched:
             assert not request.counted and request.salt == asked[0].salt
             document = tokenizer.decode(request.token_ids, skip_special=False).split("<|doc|>")[1]
@@ -162,5 +162,5 @@ async def test_the_question_is_asked_back_of_quotes_nearly_as_likely(tiny_checkp
             for ids, scored in zip(*request.branches, strict=True):
                 quote, said = (tokenizer.decode(part, skip_special=False) for part in (ids[:-scored], ids[-scored:]))
                 assert quote.removesuffix("<|/quote|><|question|>").strip() in document
-                assert said == "Where does the owl sleep?<|answer|>"
+                assert said == "Where does the owl sleep?<|answer|><|quote|>"
         assert answer["usage"]["input_tokens"] == sum(len(request.token_ids) for request in asked[:3])

@@ -139,10 +139,11 @@ def test_branches_are_as_likely_as_for_the_plain_model(model, make_engine, bound
         for ids, scored in zip(*branches, strict=True):
             whole = [*one.token_ids, *ids]
             logprobs = model(torch.tensor([whole]))[0].log_softmax(-1)
-            expected.append(sum(float(logprobs[i - 1, whole[i]]) for i in range(len(whole) - scored, len(whole))))
+            expected.append([float(logprobs[i - 1, whole[i]]) for i in range(len(whole) - scored, len(whole))])
     plain, first, second = (run_one(engine, replace(one, branches=given)) for given in (None, branches, branches))
     for answer in (first, second):
-        assert answer.outputs[0].branch_logprobs == pytest.approx(expected, abs=1e-3)
+        for told, wanted in zip(answer.outputs[0].branch_logprobs, expected, strict=True):
+            assert told == pytest.approx(wanted, abs=1e-3)
         assert [output.branch_logprobs for output in answer.outputs[1:]] == [()] * (len(answer.outputs) - 1)
         assert_same_bits(answer, plain)
     assert second.outputs[0].branch_logprobs == first.outputs[0].branch_logprobs
@@ -150,7 +151,7 @@ def test_branches_are_as_likely_as_for_the_plain_model(model, make_engine, bound
 
 
 def test_branches_without_room_end_their_own_request_alone(make_engine, monkeypatch):
-    def fail(*_: object) -> tuple[float, ...]:
+    def fail(*_: object) -> tuple[tuple[float, ...], ...]:
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr("model.engine.score_branches", fail)
