@@ -1,12 +1,16 @@
 """Keys: every call with every kind of key gives what its role and collections allow, and no more."""
 
 import asyncio
+import hashlib
+import hmac
 import os
 import re
 import stat
 
 import pytest
 from app_kit import GARDEN, LIGHTHOUSE, make_settings, read_events, running_service
+
+from app.auth import Unauthorized, hash_key, new_key
 
 pytestmark = pytest.mark.anyio
 
@@ -190,6 +194,32 @@ async def test_a_revoked_key_watches_no_longer(tiny_checkpoint, tmp_path):
         await client.delete(f"/v1/keys/{made['id']}")
         *_, (kind, problem) = read_events((await watching).text)
         assert (kind, problem["code"]) == ("document.failed", "unauthorized")
+
+
+async def test_no_key_is_compared_in_a_time_that_tells_how_much_of_it_is_right(client, monkeypatch):
+    """The check of a key takes one time for all; behind it only hashes are looked up, which nobody can choose."""
+    authenticator = client.app.state.authenticator
+    compared, looked_up = [], []
+
+    def compare(left: bytes, right: bytes) -> bool:
+        compared.append((left, right))
+        return constant_time(left, right)
+
+    def find_key(key_hash: str) -> None:
+        looked_up.append(key_hash)
+
+    constant_time = hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    monkeypatch.setattr(client.app.state.service.store, "find_key", find_key)
+    right = (client.app.state.settings.data_dir / "admin.key").read_text().strip()
+    wrong = right[:-1] + ("A" if right[-1] != "A" else "B")
+    unknown = new_key(authenticator._salt)
+    for key in (wrong, unknown):
+        with pytest.raises(Unauthorized):
+            authenticator.authenticate(f"Bearer {key}")
+    assert [(len(left), len(right)) for left, right in compared] == [(8, 8), (8, 8)]
+    assert compared[0][0] == wrong[-8:].encode() and compared[1][0] == compared[1][1]
+    assert looked_up == [hashlib.sha256(wrong.encode()).hexdigest(), hash_key(unknown, authenticator._salt)]
 
 
 async def test_the_first_start_writes_the_admin_key_once_and_keeps_its_hash(client, caplog):

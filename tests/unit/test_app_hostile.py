@@ -54,6 +54,19 @@ async def test_text_that_is_too_long_is_counted_in_characters(client):
     assert detail["detail"] == "query: must have at most 32768 characters, not 40000"
 
 
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:3000"])
+@pytest.mark.parametrize("path", ["/", "/v1/documents", "/v1/answers", "/openapi.json"])
+async def test_no_page_of_another_site_may_read_a_reply(client, path, origin):
+    """CORS is off: without these headers a browser keeps replies from such a page, and never sends its real request."""
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, content-type"}
+    preflight = await client.options(path, headers={"Origin": origin, "Authorization": "", **asked})
+    assert not preflight.is_success
+    others = [await client.request(method, path, headers={"Origin": origin}) for method in ("GET", "POST")]
+    for reply in (preflight, *others):
+        assert [name for name in reply.headers if name.startswith("access-control-")] == []
+        assert reply.headers["cross-origin-resource-policy"] == "same-origin"
+
+
 @pytest.mark.parametrize(
     ("path", "body", "told"),
     [
