@@ -16,7 +16,7 @@ class Advice:
     `rag_evidence_tokens`. `none_margin` in nats. `quote_beginnings`: of so many the likeliest quote is taken.
     `read_apart`: each passage of `rag` evidence is read alone, and the likeliest one is answered from.
     `ask_back`: weight of log P(question | quote) beside log P(quote | question), for quotes that are nearly as likely;
-    `verdict`: weight of log P(the quote answers the question).
+    `verdict`: weight of log P(the quote answers the question), there and, taken from it, in none's margin.
     `missing_words_nats`: added to none's margin when no word of the question was read, a share of it for a share."""
 
     auto_evidence_tokens: int | None = None

@@ -6,7 +6,7 @@ Start at `RunningAnswer.events`. Searching and packing stand in evidence.py, wha
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from app.measures import Measures
 from app.progress import ReadingProgress
 from app.prompting import prompt_salt
 from app.quotes import QuoteLimits
-from app.reading import none_margin, read_at_once, reads_apart, split_passages
+from app.reading import nearly_as_likely, none_margin, read_at_once, reads_apart, split_passages
 from app.rows import OTHER_ROWS_NATS, AskedLines
 from app.sse import Event, with_pauses
 from model.engine_request import EngineRequest, StepOutput
@@ -60,6 +60,7 @@ class RunningAnswer:
         self._citations: list[schemas.Citation] = []
         self._truncated = False
         self._counted = False  # whether what is generated next is from a prompt that was counted
+        self._made: tuple[Evidence | None, Sequence[StepOutput]] = (None, ())  # answer from a reading, not yet shown
         self._epoch = 0  # of the prefix cache, before the documents were chosen,
         self._gone: set[str] = set()  # and what was deleted since
 
@@ -155,7 +156,22 @@ class RunningAnswer:
             weighed.append((demerit + await self._weigh(request, reading, read_tokens), reading))
             read_tokens += len(request.token_ids)
         self._counted = True
-        return min(weighed, key=lambda one: one[0])[1]
+        return await self._choose_by_verdict(nearly_as_likely(weighed))
+
+    async def _choose_by_verdict(self, near: Sequence[tuple[float, Evidence]]) -> Evidence:
+        """Of readings that are nearly as likely, the likeliest first, the one whose quote answers best."""
+        advice, (least, likeliest) = self._service.advice, near[0]
+        if not advice.verdict or self._query.temperature or len(near) == 1 or least > advice.none_margin:
+            return likeliest
+        judged = []
+        for nats, reading in near:
+            async with aclosing(self._outputs(reading, allow_none=False)) as made:
+                outputs = [output async for output in made]
+            told = next((output.branch_logprobs[0][-1] for output in outputs if output.branch_logprobs), 0.0)
+            judged.append((nats - advice.verdict * told, reading, outputs))
+        _, reading, outputs = min(judged, key=lambda one: one[0])
+        self._made = reading, outputs
+        return reading
 
     def _count_question(self) -> int:
         """Its tokens behind what every prompt begins and ends with. Blocks."""
@@ -219,9 +235,13 @@ class RunningAnswer:
             turn=self.admitted,  # what it reads next comes before the first passage of later answers
         )
 
-    async def _generate(self, reading: Evidence, writer: AnswerReader, allow_none: bool) -> AsyncIterator[Event]:
-        self._check_alive()
-        self._truncated = False
+    async def _outputs(self, reading: Evidence, allow_none: bool) -> AsyncIterator[StepOutput]:
+        """What the model answers from this evidence, made now unless it was made to choose it."""
+        (made_from, made), self._made = self._made, (None, ())
+        if reading is made_from:
+            for output in made:
+                yield output
+            return
         service, counted = self._service, not self._counted
         self._counted = True  # a second generation from the same prompt costs nothing worth telling
         limits = QuoteLimits(service.settings.max_quote_tokens, service.settings.max_quotes, allow_none)
@@ -229,7 +249,7 @@ class RunningAnswer:
         request = await self._request(reading)
         request = replace(request, constraint=constraint, counted=counted, on_read=self._progress.note)
         self._progress.begin(len(request.token_ids))
-        first, submitted, question = allow_none, time.perf_counter(), self._query.question
+        submitted, question = time.perf_counter(), self._query.question
         quote_id = service.format.decision_ids[0] if service.format.decision_ids else -1
         lines = await anyio.to_thread.run_sync(AskedLines, question, reading.passages)
         width = service.advice.quote_beginnings
@@ -239,18 +259,33 @@ class RunningAnswer:
         search = QuoteSearch(quote_id, width, question, lines.misses, named, back)
         async with aclosing(generate_likeliest(service.engine, request, search)) as outputs:
             async for output in outputs:
+                if counted:
+                    counted = False
+                    self._measures.add_start(len(request.token_ids), output, self._trace_start(submitted, output))
                 self._check_alive()
+                _check_finish(output)
+                yield output
+
+    async def _generate(self, reading: Evidence, writer: AnswerReader, allow_none: bool) -> AsyncIterator[Event]:
+        self._check_alive()
+        self._truncated, first = False, allow_none
+        async with aclosing(self._outputs(reading, allow_none)) as outputs:
+            async for output in outputs:
                 if first:
                     first = False
                     self._measures.add_first_token()
-                    if counted:
-                        self._measures.add_start(len(request.token_ids), output, self._trace_start(submitted, output))
-                    service.finder.remember(reading)
+                    self._service.finder.remember(reading)
                     if output.watch_logprobs:
                         self.none_margin = writer.none_margin = await self._margin(reading, output)
                         if self._refuses(writer):
                             writer.said_none = True
                             return
+                if output.branch_logprobs:  # the quote, asked back, before any of it is shown
+                    doubt = -self._service.advice.verdict * output.branch_logprobs[0][-1]
+                    self.none_margin = writer.none_margin = writer.none_margin + doubt
+                    if self._refuses(writer):
+                        writer.said_none = True
+                        return
                 self._note(output)
                 if output.token_id is not None:
                     async for event in self._show(writer.push(output.token_id)):
@@ -272,7 +307,6 @@ class RunningAnswer:
         self._measures.output_tokens += output.token_id is not None
         self._room_tokens -= output.token_id is not None
         self._truncated = output.finish_reason == "length"
-        _check_finish(output)
 
     async def _show(self, parts: Iterable[AnswerPart]) -> AsyncIterator[Event]:
         for part in await anyio.to_thread.run_sync(list, parts):  # finding a quote in long documents takes its time

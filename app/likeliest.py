@@ -79,9 +79,10 @@ async def generate_likeliest(
 ) -> AsyncIterator[StepOutput]:
     """The outputs of `request`, or of an answer with another first quote that is likelier from there to its end.
 
-    The first output comes at once, the others when all answers have ended. Requests that are not greedy, or without a
-    `QuoteConstraint`, are generated as they are. Raises what `engine.generate` does for them; what the engine has no
-    room for beside them is left out.
+    The first output comes at once, the others when all answers have ended; if the quote was asked back, the first of
+    these says in `branch_logprobs` how likely it makes the question and, last, that it answers it. Requests that are
+    not greedy, or without a `QuoteConstraint`, are generated as they are. Raises what `engine.generate` does for them;
+    what the engine has no room for beside them is left out.
     """
     constraint, quote_id = request.constraint, search.quote_id
     searched = isinstance(constraint, QuoteConstraint) and request.sampling.temperature == 0 and search.width > 1
@@ -145,7 +146,7 @@ def _judge(outputs: list[StepOutput], constraint: QuoteConstraint, search: Quote
 async def _ask_back(
     engine: GeneratesTokens, request: EngineRequest, back: AskedBack, judged: Sequence[_Judged]
 ) -> _Judged | None:
-    """Of the quotes that are nearly as likely as the likeliest, the best by both; None where there is no choice."""
+    """Of the quotes that are nearly as likely as the likeliest, the best by all; None where none is asked back."""
     rivals, pieces, room = dict[str, _Judged](), [], MAX_BRANCH_TOKENS
     least = max((one.nats for one in judged), default=0.0) - _MAX_GAP
     for one in sorted(judged, key=lambda one: -one.nats):
@@ -153,11 +154,14 @@ async def _ask_back(
         if one.nats > least and one.text not in rivals and (room := room - len(given) - len(said)) >= 0:
             rivals[one.text] = one
             pieces.append((given, said))
-    told = await _nats_of_questions(engine, request, pieces) if len(rivals) > 1 else ()
-    if not told:
-        return None
-    told_by = [back.weight * sum(question) + back.verdict * verdict for *question, verdict in told]
-    return max(zip(told_by, rivals.values(), strict=True), key=lambda pair: pair[0] + pair[1].nats)[1]
+    told = await _nats_of_questions(engine, request, pieces) if len(rivals) > 1 or (rivals and back.verdict) else ()
+    best, most = None, float("-inf")
+    for one, (*question, verdict) in zip(rivals.values(), told, strict=False):
+        total = one.nats + back.weight * sum(question) + back.verdict * verdict
+        if total > most:
+            begun = replace(one.outputs[0], branch_logprobs=((*question, verdict),))
+            best, most = one._replace(outputs=[begun, *one.outputs[1:]]), total
+    return best
 
 
 async def _nats_of_questions(

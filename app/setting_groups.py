@@ -202,8 +202,8 @@ class AnswerSettings(Group):
     )
     verdict: float | None = setting(
         None,
-        "Weight of how sure the model is, asked back, that a quote answers the question; 0: not asked; unset: as "
-        "advised.",
+        "Weight of how sure the model is, asked back, that a quote answers the question: in choosing quotes and in "
+        "refusing; 0: not asked; unset: as advised.",
         ge=0,
         le=10,
     )

@@ -238,6 +238,18 @@ def test_a_long_question_is_asked_back_of_fewer_quotes_or_of_none(make_engine, f
         assert 2 <= len(ids) <= 5 and sum(map(len, ids)) <= MAX_BRANCH_TOKENS and len(set(scored)) == 1
 
 
+@pytest.mark.parametrize(("weights", "told"), [((0.5, 0.0), False), ((0.0, 1.0), True)])
+def test_a_quote_without_rivals_is_asked_back_for_its_verdict_alone(make_engine, form, monkeypatch, weights, told):
+    monkeypatch.setattr("app.likeliest._MAX_GAP", 1e-6)  # nothing is as near
+    question = "Who keeps the lighthouse?"
+    request, quote_id = make_request(form, question), form.decision_ids[0]
+    first, begun, *rest = answer(make_engine(), request, quote_id, 5, back=ask_back_by(form, question, *weights))
+    assert first.branch_logprobs == () and all(output.branch_logprobs == () for output in rest)
+    assert len(begun.branch_logprobs) == told
+    if told:
+        assert len(begun.branch_logprobs[0]) == len(form.ask_back((), question)[1])
+
+
 def test_where_nothing_can_be_asked_back_the_likeliest_quote_stays(make_engine, form):
     request, quote_id = make_request(form, "Who keeps the lighthouse?"), form.decision_ids[0]
     engine = make_engine()
