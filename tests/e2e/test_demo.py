@@ -1,4 +1,5 @@
-"""`make demo` with the checkpoint that ships: answers, the page of the PDF, the cache; and a question it refuses."""
+"""`make demo` with the checkpoint that ships: answers, the page of the PDF, the cache, README.md's copy of it; and a
+question it refuses."""
 
 import json
 import os
@@ -16,6 +17,7 @@ from app.settings import load_settings
 pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
 SAMPLES = ROOT / "samples"
 DEMO_IN = "import pathlib, sys; from app import demo; demo.DATA_DIR = pathlib.Path(sys.argv[1]); demo.main()"
 
@@ -26,20 +28,35 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("demo") / "data"
 
 
-def test_demo_answers_with_page_and_cache(data):
+@pytest.fixture(scope="module")
+def printed(data: Path) -> str:
     command = [sys.executable, "-W", "error::ResourceWarning", "-c", DEMO_IN, str(data)]
     environment = os.environ | {"COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
     demo = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=240, check=False
     )
     assert demo.returncode == 0, demo.stderr
-    first, second, third = re.split(r"^Question \d, ", demo.stdout, flags=re.MULTILINE)[1:]
+    assert "there already" not in demo.stdout and "Traceback" not in demo.stderr
+    return demo.stdout
+
+
+def test_demo_answers_with_page_and_cache(printed):
+    first, second, third = re.split(r"^Question \d, ", printed, flags=re.MULTILINE)[1:]
     assert "“at most 6 hours”" in first
     assert "“Tuesday at 10:00" in second
     assert "“9 October 2017”" in third and "page 2" in third
     cached = re.search(r"(\d+) of (\d+) prompt tokens came from the cache", second)
     assert cached and 1000 < int(cached[1]) < int(cached[2])
-    assert "there already" not in demo.stdout and "Traceback" not in demo.stderr
+
+
+def test_readme_shows_what_the_demo_prints(printed):
+    """Answers, quotes, places and counts of tokens are equal; milliseconds are those of some machine."""
+    fenced = re.search(r"(?<=```\n)Question 1, .*?(?=\n```)", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert fenced, "README.md has lost its block of what `make demo` prints"
+    paragraphs = re.sub(r"^  The second question .*\n", "", printed, flags=re.MULTILINE).split("\n\n")
+    today = "\n\n".join(p for p in paragraphs if p.startswith(("Question 1, ", "Question 2, ")))
+    told, found = (re.sub(r"\d+ ms", "… ms", text) for text in (fenced[0], today))
+    assert told == found, f"README.md does not show what the demo prints; put in place of its block:\n\n{today}\n"
 
 
 def test_price_that_no_document_gives_is_not_found(data):
