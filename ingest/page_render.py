@@ -8,6 +8,8 @@ import json
 import math
 import struct
 import zlib
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import pypdfium2 as pdfium
@@ -16,6 +18,7 @@ import pypdfium2.raw as pdfium_c
 from ingest.page_image import Box, letters
 from ingest.parse import ParseError
 from ingest.parse.child import ParseLimits, answer_parent
+from ingest.parse.pdf_text import char_ranges
 
 _WIDTH = 1240  # pixels: A4 at 150 dots an inch
 _MAX_HEIGHT = 2600
@@ -54,14 +57,9 @@ def _draw(path: str, number: int, key: str, before: int) -> dict[str, Any]:
 def _find_areas(page: pdfium.PdfPage, bitmap: pdfium.PdfBitmap, key: str, before: int) -> list[Rows]:
     """Where the passage stands in the picture, a rectangle a line; empty when the page doesn't hold it."""
     text_page = page.get_textpage()
-    span = _find_span(text_page, key, before) if key else None
-    if span is None:
-        return []
-    first, last = span
     convert = bitmap.get_posconv(page)
     areas = []
-    for index in range(min(_MAX_BOXES, text_page.count_rects(first, last - first + 1))):
-        left, bottom, right, top = text_page.get_rect(index)
+    for left, bottom, right, top in _find_rects(text_page, key, before) if key else ():
         (x0, y0), (x1, y1) = convert.to_bitmap(left, top), convert.to_bitmap(right, bottom)
         x0, x1 = sorted((x0, x1))
         y0, y1 = sorted((y0, y1))  # turned pages turn the corners too
@@ -69,6 +67,19 @@ def _find_areas(page: pdfium.PdfPage, bitmap: pdfium.PdfBitmap, key: str, before
         if area[0] < area[2] and area[1] < area[3]:
             areas.append(area)
     return _join_neighbours(areas)
+
+
+def _find_rects(text_page: pdfium.PdfTextPage, key: str, before: int) -> list[tuple[float, float, float, float]]:
+    """Left, bottom, right, top in points of the passage's lines, at most _MAX_BOXES."""
+    ranges, whole = char_ranges(text_page), [range(text_page.count_chars())]
+    found = _find_chars(text_page, ranges, key, before)
+    if not found and ranges != whole:  # stored when columns were read as rows
+        found = _find_chars(text_page, whole, key, before)
+    rects: list[tuple[float, float, float, float]] = []
+    for chars in found:
+        count = min(_MAX_BOXES - len(rects), text_page.count_rects(chars.start, len(chars)))
+        rects += map(text_page.get_rect, range(count))
+    return rects
 
 
 def _join_neighbours(areas: list[Rows]) -> list[Rows]:
@@ -87,10 +98,10 @@ def _join_neighbours(areas: list[Rows]) -> list[Rows]:
     return joined
 
 
-def _find_span(text_page: pdfium.PdfTextPage, key: str, before: int) -> tuple[int, int] | None:
-    """First and last of PDFium's character indices of the wanted occurrence, or of the last one there is."""
+def _find_chars(text_page: pdfium.PdfTextPage, ranges: Sequence[range], key: str, before: int) -> list[range]:
+    """PDFium's character indices of the wanted occurrence, or of the last one there is: what of `ranges` it covers."""
     folded, owners = [], []
-    for index in range(text_page.count_chars()):
+    for index in chain.from_iterable(ranges):
         code = pdfium_c.FPDFText_GetUnicode(text_page, index)
         piece = letters(chr(code)) if 0 < code < 0x110000 else ""
         folded.append(piece)
@@ -102,7 +113,11 @@ def _find_span(text_page: pdfium.PdfTextPage, key: str, before: int) -> tuple[in
         if start < 0:
             break
         found = start
-    return None if found < 0 else (owners[found], owners[found + len(key) - 1])
+    if found < 0:
+        return []
+    covered = set(owners[found : found + len(key)])
+    inside = ([index for index in chars if index in covered] for chars in ranges)
+    return [range(indices[0], indices[-1] + 1) for indices in inside if indices]
 
 
 def _tint(pixels: bytearray, stride: int, area: Rows) -> None:

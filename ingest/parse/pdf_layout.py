@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
+CELL_GAP = " | "
 HYPHEN_MARK = "\ufffe"  # where a word was divided at a line's end; PDFium's own mark for it
 _ITEM = re.compile(r"(?:[•◦▪‣·–—*-]|\(?\d{1,3}[.)]|\(?[a-z][.)])\s")
 _SENTENCE_END = (".", "!", "?", ":", "…", ".”", '."', ".)")
@@ -22,14 +23,23 @@ _WORDS = re.compile(r"\w+(?:-\w+)*")
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Text and box in points, origin at the page's lower left; a box of zeros = not known."""
+    """Text and box in points, origin at the page's lower left; a box of zeros = not known.
+
+    `first`, `units`: where it stands in PDFium's text. `cells`: side by side, none if there is but one.
+    """
 
     text: str
     left: float
     bottom: float
     right: float
     top: float
-    is_row: bool = False  # cells side by side
+    first: int = 0
+    units: int = 0
+    cells: tuple["Line", ...] = ()
+
+    @property
+    def is_row(self) -> bool:
+        return bool(self.cells)
 
     @property
     def height(self) -> float:
@@ -85,13 +95,16 @@ def _gap(above: Line, line: Line, pitch: float, right_edge: float) -> str:
         return "\n"
     if line.left > above.left + 0.6 * line.height and above.text.endswith(_SENTENCE_END):
         return "\n\n"  # indented first line
-    is_full = len(above.text) >= _MIN_WRAPPED_CHARS and above.right + _first_word_width(line) > right_edge
+    is_full = len(above.text) >= _MIN_WRAPPED_CHARS and is_wrapped(above, line, right_edge)
     return " " if is_full or _runs_on(above, line) else "\n"
 
 
-def _first_word_width(line: Line) -> float:
-    """Of the next line's first word and a blank: a line is wrapped where the next word did not fit."""
-    return (line.right - line.left) * (len(line.text.split(maxsplit=1)[0]) + 1) / len(line.text)
+def is_wrapped(above: Line, line: Line, right_edge: float) -> bool:
+    """Whether the first word of `line`, and a blank, did not fit behind `above`, or was divided."""
+    if _MARKS.search(above.text[-1:]):
+        return True
+    word_width = (line.right - line.left) * (len(line.text.split(maxsplit=1)[0]) + 1) / len(line.text)
+    return above.right + word_width > right_edge
 
 
 def _runs_on(above: Line, line: Line) -> bool:

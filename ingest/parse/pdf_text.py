@@ -5,28 +5,45 @@ PDFium is asked through its plain functions with buffers that are used again: a 
 
 import ctypes
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 import pypdfium2 as pdfium
 import pypdfium2.raw as pdfium_c
 
-from ingest.parse.pdf_layout import Line
+from ingest.parse.pdf_columns import in_reading_order
+from ingest.parse.pdf_layout import CELL_GAP, Line
 
 _LIGATURES = {0xFB00: "ff", 0xFB01: "fi", 0xFB02: "fl", 0xFB03: "ffi", 0xFB04: "ffl", 0xFB05: "st", 0xFB06: "st"}
-_CELL_GAP = " | "
 _CELL_GAP_HEIGHTS = 1.0  # a gap this wide, in heights of a line, parts the cells of a row
+_LINES = re.compile(r"[^\ufffe\x02]*[\ufffe\x02]|[^\ufffe\x02]+$")  # PDFium ends none at a hyphen
 _BLANKS = re.compile(r"\s+")
 
 
 def read_lines(text_page: pdfium.PdfTextPage) -> list[Line]:
-    """The page's lines in PDFium's reading order; the cells of a table row are set apart by " | "."""
+    """The page's lines in reading order; the cells of a table row are set apart by " | "."""
+    text = text_page.get_text_range()
+    return in_reading_order(_read_lines(_Places(text_page, _units(text)), text))
+
+
+def char_ranges(text_page: pdfium.PdfTextPage) -> list[range]:
+    """PDFium's indices of the characters, as `read_lines` reads them; one range where PDFium reads in that order."""
     text = text_page.get_text_range()
     places = _Places(text_page, _units(text))
+    lines = in_reading_order(_read_lines(places, text))
+    if all(above.first <= line.first for above, line in pairwise(lines)):
+        return [range(text_page.count_chars())]
+    return [places.chars(line.first, line.units) for line in lines]
+
+
+def _read_lines(places: "_Places", text: str) -> list[Line]:
     lines, index = [], 0  # index in PDFium's text, UTF-16 units
     for raw in text.split("\n"):
-        if bare := raw.strip():
-            lines.append(_read_line(places, bare, index + _units(raw[: raw.index(bare)])))
-        index += _units(raw) + 1
+        for piece in _LINES.findall(raw):
+            if bare := piece.strip():
+                lines.append(_read_line(places, bare, index + _units(piece[: piece.index(bare)])))
+            index += _units(piece)
+        index += 1
     return lines
 
 
@@ -50,12 +67,15 @@ class _Places:
             return None
         return box.left, box.bottom, box.right, box.top
 
+    def chars(self, first: int, units: int) -> range:
+        """PDFium's indices of the characters of a piece of the text."""
+        start, end = first, first + units - 1
+        return range(start, end + 1) if self._same else range(self._char_index(start), self._char_index(end) + 1)
+
     def has_gap(self, first: int, units: int, width: float) -> bool:
         """Whether two runs of the line stand so far apart; one call tells for most lines that there is one run."""
-        start, end = first, first + units - 1
-        if not self._same:
-            start, end = self._char_index(start), self._char_index(end)
-        count = pdfium_c.FPDFText_CountRects(self._page, start, end - start + 1)
+        chars = self.chars(first, units)
+        count = pdfium_c.FPDFText_CountRects(self._page, chars.start, len(chars))
         if count < 2:
             return False
         return any(after[0] - before[1] > width for before, after in pairwise(map(self._run, range(count))))
@@ -69,29 +89,33 @@ class _Places:
 
 def _read_line(places: _Places, text: str, first: int) -> Line:
     """The line `text` that starts at PDFium's text index `first`."""
+    line = _place(places, text, first)
+    width = _CELL_GAP_HEIGHTS * line.height
+    if not width or not places.has_gap(first, line.units, width):
+        return line
+    cells = _split_cells(places, text, first, width)
+    return line if len(cells) < 2 else replace(line, text=CELL_GAP.join(cell.text for cell in cells), cells=cells)
+
+
+def _place(places: _Places, text: str, first: int) -> Line:
     units = _units(text)
+    shown = text if text.isascii() else text.translate(_LIGATURES)
     head, tail = places.box(first), places.box(first + units - 1)
     if head is None or tail is None:
-        return Line(text.translate(_LIGATURES), 0.0, 0.0, 0.0, 0.0)
-    left, bottom, _, top = head
-    width = _CELL_GAP_HEIGHTS * (top - bottom)
-    cells = _split_cells(places, text, first, width) if places.has_gap(first, units, width) else [text]
-    shown = _CELL_GAP.join(cells)
-    return Line(
-        shown if shown.isascii() else shown.translate(_LIGATURES), left, bottom, tail[2], top, is_row=len(cells) > 1
-    )
+        return Line(shown, 0.0, 0.0, 0.0, 0.0, first, units)
+    return Line(shown, head[0], head[1], tail[2], head[3], first, units)
 
 
-def _split_cells(places: _Places, text: str, first: int, width: float) -> list[str]:
+def _split_cells(places: _Places, text: str, first: int, width: float) -> tuple[Line, ...]:
     """Cut the line at each blank that is much wider than a blank."""
     cells, start = [], 0
     for blank in _BLANKS.finditer(text):
         before = places.box(first + _units(text[: blank.start()]) - 1)
         after = places.box(first + _units(text[: blank.end()]))
         if before is not None and after is not None and after[0] - before[2] > width:
-            cells.append(text[start : blank.start()])
+            cells.append(_place(places, text[start : blank.start()], first + _units(text[:start])))
             start = blank.end()
-    return [*cells, text[start:]]
+    return (*cells, _place(places, text[start:], first + _units(text[:start])))
 
 
 def _units(text: str) -> int:
