@@ -18,7 +18,7 @@ from app import schemas
 from app.answering import CUT_OFF_TEXT, NOT_FOUND_TEXT, AnswerPart, AnswerReader, Quoted, TextPiece
 from app.errors import DocumentDeleted, describe_error
 from app.evidence import Found, Query, show_hits
-from app.likeliest import QuoteSearch, ask_back_by, generate_likeliest
+from app.likeliest import QuoteSearch, ask_back_by, generate_likeliest, verdict_of
 from app.measures import Measures
 from app.progress import ReadingProgress
 from app.prompting import prompt_salt
@@ -167,8 +167,7 @@ class RunningAnswer:
         for nats, reading in near:
             async with aclosing(self._outputs(reading, allow_none=False)) as made:
                 outputs = [output async for output in made]
-            told = next((output.branch_logprobs[0][-1] for output in outputs if output.branch_logprobs), 0.0)
-            judged.append((nats - advice.verdict * told, reading, outputs))
+            judged.append((nats - advice.verdict * verdict_of(outputs), reading, outputs))
         _, reading, outputs = min(judged, key=lambda one: one[0])
         self._made = reading, outputs
         return reading
@@ -281,8 +280,8 @@ class RunningAnswer:
                             writer.said_none = True
                             return
                 if output.branch_logprobs:  # the quote, asked back, before any of it is shown
-                    doubt = -self._service.advice.verdict * output.branch_logprobs[0][-1]
-                    self.none_margin = writer.none_margin = writer.none_margin + doubt
+                    writer.none_margin -= self._service.advice.verdict * verdict_of([output])
+                    self.none_margin = writer.none_margin
                     if self._refuses(writer):
                         writer.said_none = True
                         return

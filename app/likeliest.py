@@ -126,6 +126,11 @@ async def generate_likeliest(
             yield output
 
 
+def verdict_of(outputs: Sequence[StepOutput]) -> float:
+    """log P(the quote answers the question) of an answer by `generate_likeliest`; 0 where it was not asked back."""
+    return next((output.branch_logprobs[0][-1] for output in outputs if output.branch_logprobs), 0.0)
+
+
 class _Judged(NamedTuple):
     """An answer from its first token on, its quote's tokens and text, and how likely it counts as."""
 

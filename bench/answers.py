@@ -28,7 +28,7 @@ import torch
 
 from app.advice import Advice
 from app.answering import AnswerWriter
-from app.likeliest import QuoteSearch, ask_back_by, generate_likeliest
+from app.likeliest import QuoteSearch, ask_back_by, generate_likeliest, verdict_of
 from app.prompting import QuoteFormat
 from app.quotes import QuoteLimits, TokenBytes
 from app.reading import nearly_as_likely, none_margin, split_passages
@@ -88,8 +88,7 @@ class Reader:
     def _judge(self, question: str, reading: Evidence) -> tuple[float, list[StepOutput]]:
         """The margin towards none after all, and the answer."""
         outputs = self._generate(self._request(question, reading), self.advice.quote_beginnings, question)
-        told = next((output.branch_logprobs[0][-1] for output in outputs if output.branch_logprobs), 0.0)
-        return self._margin(question, reading, outputs[0]) - self.advice.verdict * told, outputs
+        return self._margin(question, reading, outputs[0]) - self.advice.verdict * verdict_of(outputs), outputs
 
     def count_evidence(self, passages: Sequence[tuple[str, str]]) -> int:
         """Tokens of the passages as the service counts them, each a document, whatever mode they are read in."""
