@@ -36,6 +36,7 @@ from model.state_store import StateItem
 
 LAYOUT = StateLayout(4, 28, 8, 128, 8192, 16, 4, torch.bfloat16, torch.bfloat16)  # of the 52B model
 VALUES = 16
+SEGMENT = 16_384  # tokens
 _VALUE_BYTES = (1 << 20, 4 << 20, 16 << 20)
 _TIMEOUT_S = 10.0
 
@@ -179,7 +180,8 @@ def measure_state(run: BenchRun, url: str, num_tokens: int, repeats: int) -> Non
     """Save a state of so many tokens into an empty server, and load it as after a restart."""
     store = RedisStateStore(url, timeout_s=_TIMEOUT_S)
     cache = PrefixCache([store], b"bench", PlanSettings(sparse_snapshot_tokens=0))
-    plan = cache.plan(range(num_tokens + 1), [num_tokens])
+    ends = [*range(SEGMENT, num_tokens, SEGMENT), num_tokens]
+    plan = cache.plan(range(num_tokens + 1), ends)
     state = HybridState(LAYOUT)
     state.reserve(num_tokens)
     state.num_tokens = num_tokens
@@ -188,8 +190,9 @@ def measure_state(run: BenchRun, url: str, num_tokens: int, repeats: int) -> Non
         with redis.Redis.from_url(url) as client:
             client.flushall()
         marks = [time.perf_counter()]
-        if not cache.save(plan, state) or not cache.flush(60):
-            raise SystemExit("the state was not saved")
+        for kept, state.num_tokens in zip([0, *ends], ends, strict=False):  # as a prefill does
+            if not cache.save(plan, state, kept) or not cache.flush(60):
+                raise SystemExit("the state was not saved")
         marks.append(time.perf_counter())
         hit = cache.longest_prefix(plan)
         marks.append(time.perf_counter())

@@ -8,12 +8,15 @@ a snapshot of the recurrent part only where reuse is likely: it weighs as much a
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -26,7 +29,7 @@ from model.state_store import Buffer, StateItem, StateStore
 from model.write_behind import WriteBehind
 
 _MAX_INVALIDATED = 1 << 16  # tags that are remembered; of plans made before the oldest of them nothing is kept
-_DECODERS = 4  # threads; what takes time is the checksum, 1 to 2 GB/s each
+_READERS, _READ_TOGETHER = 4, 8  # threads, each with a connection of its own, and values they read at a time
 _log = logging.getLogger(__name__)
 
 
@@ -158,7 +161,9 @@ class PrefixCache:
         tail = state.read_kv(position - position % size, position)
         items.append(_describe(plan, key, position, StateTensors((*snapshot.tensors, tail))))
         puts = [self._put_on_device] if self._device is not None else []
-        if not self._put(plan, items, *puts, *([self._behind.put_many] if self._behind is not None else [])):
+        if self._behind is not None:
+            puts.append(partial(self._behind.put_many, source=self._device))
+        if not self._put(plan, items, *puts):
             return False
         state.origin = _origin(plan, position)
         with self._lock:
@@ -195,7 +200,7 @@ class PrefixCache:
         tiers = {store.tier: store.stats() for store in self._stores}
         if self._behind is not None:
             behind, nearest = self._behind.stats(), tiers[self._stores[0].tier]
-            nearest |= {"pending_bytes": behind["pending_bytes"], "dropped": nearest["dropped"] + behind["dropped"]}
+            nearest |= behind | {"dropped": nearest["dropped"] + behind["dropped"]}
         return counted, tiers
 
     def _blocks_to_save(self, plan: PrefixPlan, start: int, end: int) -> list[int]:
@@ -241,7 +246,8 @@ class PrefixCache:
         block_keys = plan.block_keys[: position // plan.block_tokens]
         self._fetch([snapshot_key], 4 if self.settings.int8_snapshots else 3, where, loaded)
         if snapshot_key in loaded:
-            self._fetch([key for key in block_keys if key not in loaded], 1, where, loaded)
+            block_bytes = plan.block_tokens * _token_bytes(loaded[snapshot_key].tensors[-1])
+            self._fetch([key for key in block_keys if key not in loaded], 1, where, loaded, block_bytes)
         keys = (*block_keys, snapshot_key)
         if any(key not in loaded for key in keys):
             return None
@@ -251,46 +257,70 @@ class PrefixCache:
         tier = self._stores[max(where[key] for key in keys)].tier
         return PrefixHit(position, Snapshot(position, *recurrent), (*kv, tail), tier, _origin(plan, position))
 
-    def _fetch(self, keys: Sequence[str], tensors: int, where: dict[str, int], loaded: dict[str, StateTensors]) -> None:
-        """Add to `loaded` what can be had of `keys`, values of that many tensors; the rest leaves `where`."""
+    def _fetch(
+        self,
+        keys: Sequence[str],
+        tensors: int,
+        where: dict[str, int],
+        loaded: dict[str, StateTensors],
+        value_bytes: int = 0,
+    ) -> None:
+        """Add to `loaded` what can be had of `keys`, values of that many tensors; the rest leaves `where`.
+
+        Values whose size is known go to the device as they come, if it has room for all of them.
+        """
         for level, store in enumerate(self._stores):
-            asked = [key for key in keys if where.get(key) == level]
+            asked, started = [key for key in keys if where.get(key) == level], time.perf_counter()
             if not asked:
                 continue
-            encoded, started = [], time.perf_counter()
-            for key, value in zip(asked, store.get_many(asked), strict=True):
-                if value is None:  # evicted since it was located
-                    del where[key]
-                elif isinstance(value, StateTensors):
+            device = self._device if level and value_bytes else None
+            if device is not None and not device.make_room(value_bytes * sum(where.get(key, 0) > 0 for key in keys)):
+                device = None
+            for key, value in self._read(store, asked, tensors, device):
+                if isinstance(value, StateTensors):
                     loaded[key] = value
-                else:
-                    encoded.append((key, value))
-            for (key, _), decoded in zip(encoded, self._decode_all(encoded, tensors), strict=True):
-                if isinstance(decoded, StateTensors):
-                    loaded[key] = decoded
                     continue
-                _log.warning("dropped a damaged state from the %s store: %s", store.tier, decoded)
-                store.delete(keys=[key])
                 del where[key]
+                if value is None:  # evicted since it was located
+                    continue
+                _log.warning("dropped a damaged state from the %s store: %s", store.tier, value)
+                store.delete(keys=[key])
                 with self._lock:
                     self._stats.damaged += 1
             self.on_moved("load", store.tier, time.perf_counter() - started)
 
-    def _decode_all(self, values: Sequence[tuple[str, Buffer]], tensors: int) -> list[StateTensors | DamagedValue]:
-        """Side by side, for a state of a long prompt is gigabytes to check."""
+    def _read(
+        self, store: StateStore, keys: Sequence[str], tensors: int, device: DeviceStateStore | None
+    ) -> Iterable[tuple[str, StateTensors | DamagedValue | None]]:
+        """Each key's value. Of a server a few at a time, side by side: the state of a long prompt is gigabytes to
+        receive, check and copy, and a few are received into the memory of those that were copied before."""
 
-        def decode(pair: tuple[str, Buffer]) -> StateTensors | DamagedValue:
-            key, value = pair
+        def read_some(some: Sequence[str]) -> list[tuple[str, StateTensors | DamagedValue | None]]:
+            values = zip(some, store.get_many(some), strict=True)
+            return [(key, self._open_value(key, value, tensors, device)) for key, value in values]
+
+        size = len(keys) if store.keeps_tensors else _READ_TOGETHER
+        parts = [keys[i : i + size] for i in range(0, len(keys), size)]
+        if len(parts) == 1:
+            return read_some(keys)
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="prefix-read") as pool:
+            return list(chain.from_iterable(pool.map(read_some, parts)))
+
+    def _open_value(
+        self, key: str, value: Buffer | StateTensors | None, tensors: int, device: DeviceStateStore | None
+    ) -> StateTensors | DamagedValue | None:
+        """A store's value checked, and on the device if one is given and has the memory."""
+        if value is None:
+            return None
+        if not isinstance(value, StateTensors):
             whole = bytearray(value) if memoryview(value).readonly else value
             try:
-                return StateTensors(tuple(decode_value(key, self._layout, whole, tensors)))
+                value = StateTensors(tuple(decode_value(key, self._layout, whole, tensors)))
             except DamagedValue as error:
                 return error
-
-        if len(values) < 2:
-            return list(map(decode, values))
-        with ThreadPoolExecutor(_DECODERS, thread_name_prefix="prefix-decode") as pool:
-            return list(pool.map(decode, values))
+        with suppress(torch.OutOfMemoryError):
+            return value if device is None else _copy_to(device, value)
+        return value
 
     def _promote(self, plan: PrefixPlan, position: int, where: dict[str, int], loaded: dict[str, StateTensors]) -> None:
         """Copy what came from slower stores to the device, and behind the answer to the stores between."""
@@ -319,9 +349,7 @@ class PrefixCache:
             return
         try:
             for key in strangers:
-                # what is not pinned was received into memory that is used again as soon as nobody has it
-                moved = (x.to(device.device, non_blocking=x.is_pinned()) for x in loaded[key].tensors)
-                loaded[key] = StateTensors(tuple(moved))
+                loaded[key] = _copy_to(device, loaded[key])
         except torch.OutOfMemoryError:
             _log.warning("no memory on %s to bring %d bytes of states there", device.device, nbytes)
             return
@@ -337,6 +365,16 @@ def _describe(plan: PrefixPlan, key: str, end: int, value: StateTensors) -> Stat
     after = plan.block_keys[before - 1] if before else ""
     ends_prompt = is_snapshot and end == max(plan.snapshot_keys)
     return StateItem(key, value, plan.tags_before(end), after, end if is_snapshot else 0, ends_prompt)
+
+
+def _copy_to(device: DeviceStateStore, value: StateTensors) -> StateTensors:
+    # what is not pinned was received into memory that is used again as soon as nobody has it
+    return StateTensors(tuple(x.to(device.device, non_blocking=x.is_pinned()) for x in value.tensors))
+
+
+def _token_bytes(kv: Tensor) -> int:
+    """Of the KV of one token; (n_attn, 2, t, g, p), where t may be 0."""
+    return kv.element_size() * math.prod(kv.shape[:2] + kv.shape[3:])
 
 
 def _origin(plan: PrefixPlan, position: int) -> Origin:

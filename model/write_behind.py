@@ -1,8 +1,8 @@
 """Brings states from where they are to other stores on a thread of its own: no answer waits for these.
 
-They are encoded once for all stores that keep bytes, and copied for those that keep tensors: memory that a GPU reads
-at full rate takes a second a GB to get. Start at `WriteBehind.put_many`, for what was made, and `WriteBehind.promote`,
-for what was found; who reads the stores, and decides what is kept: prefix_cache.py.
+Some are taken at a time: encoded side by side, once for all stores that keep bytes, and copied for those that keep
+tensors; memory that a GPU reads at full rate takes a second a GB to get. Start at `WriteBehind.put_many`, for what was
+made, and `WriteBehind.promote`, for what was found; who reads the stores, and decides what is kept: prefix_cache.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -22,11 +23,13 @@ from model.state_codec import encode_value
 from model.state_store import StateItem, StateStore
 
 _MAX_JOBS = 1 << 14  # that wait of a kind: a value that is still elsewhere weighs nothing here
+_TOGETHER = 8  # jobs taken at a time
+_ENCODERS = 4  # threads beside a GPU; without one the model needs the cores
 _log = logging.getLogger(__name__)
 
 
 class _Job(NamedTuple):
-    """`held` bytes of a value wait with it: none if it is to be taken from `source`, should that still have it."""
+    """`held` bytes of a value wait with it: none if it is to be taken from `source`, should that still have it then."""
 
     item: StateItem
     stores: Sequence[StateStore]
@@ -36,10 +39,11 @@ class _Job(NamedTuple):
 
 
 class WriteBehind:
-    """Puts StateTensors into `stores`. Thread safe. At most `max_pending_bytes` wait; what comes on top is dropped.
+    """Puts StateTensors into `stores`. Thread safe. At most `max_pending_bytes` wait; what comes on top is dropped,
+    unless it can be had where it came from.
 
     On a GPU the copies have a stream of their own, so that the model's work does not queue up behind them. `on_saved`
-    is told the tier and the seconds of each value: encoding and copying count for the store that they are done for.
+    is told the tier and the seconds of values put there together: encoding and copying count for the first store.
     """
 
     def __init__(
@@ -54,15 +58,17 @@ class WriteBehind:
         self._stream: torch.cuda.Stream | None = None
         self._saves: deque[_Job] = deque()
         self._promotions: deque[_Job] = deque()  # their turn is when nothing is left to save
-        self._writing: _Job | None = None
+        self._writing: Sequence[_Job] = ()
         self._pending_bytes = self._dropped = 0
         self._closed = False
         self._changed = threading.Condition()
+        self._encoders = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="state-encoder")
         self._thread = threading.Thread(target=self._run, name="write-behind", daemon=True)
         self._thread.start()
 
-    def put_many(self, items: Sequence[StateItem]) -> None:
-        self._add([_Job(item, self._stores, len(item.value)) for item in items])
+    def put_many(self, items: Sequence[StateItem], source: StateStore | None = None) -> None:
+        """`source`, a store that keeps tensors, has just been given them too."""
+        self._add([_Job(item, self._stores, len(item.value), source) for item in items])
 
     def promote(self, items: Sequence[StateItem], levels: int, source: StateStore | None = None) -> None:
         """Copy what was found further below into the first `levels` stores, but not what they have by then.
@@ -86,15 +92,15 @@ class WriteBehind:
             self._saves = deque(job for job in self._saves if wanted.isdisjoint(job.item.tags))
             self._promotions = deque(job for job in self._promotions if wanted.isdisjoint(job.item.tags))
             self._pending_bytes = sum(job.held for job in (*self._saves, *self._promotions))
-            if (writing := self._writing) is not None and not wanted.isdisjoint(writing.item.tags):
+            writing = self._writing
+            if any(not wanted.isdisjoint(job.item.tags) for job in writing):
                 self._changed.wait_for(lambda: self._writing is not writing)
             self._changed.notify_all()
 
     def keys(self) -> frozenset[str]:
         """Of what is on its way."""
         with self._changed:
-            writing = () if self._writing is None else (self._writing,)
-            return frozenset(job.item.key for job in (*writing, *self._saves, *self._promotions))
+            return frozenset(job.item.key for job in (*self._writing, *self._saves, *self._promotions))
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until everything put so far is written or dropped; False if that took longer than `timeout_s`."""
@@ -103,24 +109,28 @@ class WriteBehind:
 
     def stats(self) -> dict[str, int]:
         with self._changed:
-            return {"dropped": self._dropped, "pending_bytes": self._pending_bytes}
+            pending = len(self._writing) + len(self._saves) + len(self._promotions)
+            return {"dropped": self._dropped, "pending": pending, "pending_bytes": self._pending_bytes}
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Write what was saved, for at most `timeout_s`, and end the thread. The stores stay open."""
         with self._changed:
             self._closed = True
             self._promotions.clear()
-            self._changed.wait_for(lambda: not self._saves and self._writing is None, timeout_s)
+            self._changed.wait_for(lambda: not (self._saves or self._writing), timeout_s)
             self._dropped += len(self._saves)
             self._saves.clear()
             self._pending_bytes = 0
             self._changed.notify_all()
         self._thread.join(timeout_s)
+        self._encoders.shutdown(wait=False)
 
     def _add(self, jobs: Sequence[_Job]) -> None:
         with self._changed:
             for job in jobs:
                 queue = self._promotions if job.promotes else self._saves
+                if self._pending_bytes + job.held > self._max_pending_bytes and _is_kept(job):
+                    job = job._replace(item=job.item._replace(value=b""), held=0)
                 full = len(queue) >= _MAX_JOBS or self._pending_bytes + job.held > self._max_pending_bytes
                 if self._closed or full:
                     self._dropped += 1
@@ -130,49 +140,65 @@ class WriteBehind:
             self._changed.notify_all()
 
     def _run(self) -> None:
-        while (job := self._next_job()) is not None:
-            written = False
+        while jobs := self._next_jobs():
+            written = 0
             try:
-                written = self._write(job)
+                written = self._write(jobs)
             except Exception:
                 _log.exception("the stores failed to take a state; it is dropped")
             with self._changed:
-                self._dropped += not written
-                self._writing = None
+                self._dropped += len(jobs) - written
+                self._writing = ()
                 self._changed.notify_all()
-            del job  # and with it the value, before the next one is waited for
+            del jobs  # and with them the values, before the next ones are waited for
 
-    def _next_job(self) -> _Job | None:
-        """Wait for work; None once closed."""
+    def _next_jobs(self) -> Sequence[_Job]:
+        """Wait for work; none once closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._saves or self._promotions or self._closed)
             queue = self._saves or self._promotions
-            self._writing = queue.popleft() if queue else None
-            if self._writing is not None:
-                self._pending_bytes -= self._writing.held
+            self._writing = [queue.popleft() for _ in range(min(len(queue), _TOGETHER))]
+            self._pending_bytes -= sum(job.held for job in self._writing)
             return self._writing
 
     @torch.inference_mode()
-    def _write(self, job: _Job) -> bool:
-        """False if the value is gone by now."""
-        item, stores, started = job.item, job.stores, time.perf_counter()
-        if job.promotes:
-            stores = [store for store in stores if not store.contains_many([item.key], peek=True)[0]]
-            if not stores:
-                return True
-        value = item.value if job.source is None else job.source.get_many([item.key])[0]
-        if not isinstance(value, StateTensors):
-            return False
-        with self._copying_from(value.device):
-            value = value.pinned()
-        encoded = None
-        for store in stores:
+    def _write(self, jobs: Sequence[_Job]) -> int:
+        """How many were written or needed nothing; the value of others is gone by now."""
+        started, done = time.perf_counter(), 0
+        items: dict[str, tuple[StateItem, Sequence[StateStore]]] = {}
+        for job in jobs:
+            key, stores = job.item.key, job.stores
+            if job.promotes:
+                stores = [store for store in stores if not store.contains_many([key], peek=True)[0]]
+            value = job.item.value if job.held or job.source is None else job.source.get_many([key])[0]
+            if stores and isinstance(value, StateTensors):
+                if key in items:  # brought up for two answers
+                    stores = [*items[key][1], *stores]
+                with self._copying_from(value.device):
+                    items[key] = job.item._replace(value=value.pinned()), stores
+            done += not stores or isinstance(value, StateTensors)
+        encoded: dict[str, StateItem] = {}
+        for store in self._stores:
+            wanted = [item for item, stores in items.values() if store in stores]
             if not store.keeps_tensors:
-                encoded = encoded or encode_value(item.key, self._layout, value.tensors)
-            store.put_many([item._replace(value=value if store.keeps_tensors else encoded)])
-            before, started = started, time.perf_counter()
-            self._on_saved(store.tier, started - before)
-        return True
+                encoded |= self._encode([item for item in wanted if item.key not in encoded])
+                wanted = [encoded[item.key] for item in wanted]
+            if wanted:
+                store.put_many(wanted)
+                before, started = started, time.perf_counter()
+                self._on_saved(store.tier, started - before)
+        return done
+
+    def _encode(self, items: Sequence[StateItem]) -> dict[str, StateItem]:
+        """By key, as bytes."""
+
+        @torch.inference_mode()
+        def encode(item: StateItem) -> StateItem:
+            assert isinstance(item.value, StateTensors)
+            return item._replace(value=encode_value(item.key, self._layout, item.value.tensors))
+
+        run = self._encoders.map if torch.cuda.is_available() else map
+        return {item.key: item for item in run(encode, items)}
 
     def _copying_from(self, device: torch.device) -> AbstractContextManager[object]:
         if device.type != "cuda":
@@ -181,3 +207,7 @@ class WriteBehind:
             self._stream = torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.default_stream(device))  # where the tensors were computed
         return torch.cuda.stream(self._stream)
+
+
+def _is_kept(job: _Job) -> bool:
+    return job.source is not None and job.source.contains_many([job.item.key], peek=True)[0]
