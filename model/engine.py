@@ -15,6 +15,7 @@ from collections.abc import Collection
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,11 +88,12 @@ class JambaEngine:
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefix-load")
 
     def add(self, request: EngineRequest) -> str:
-        self._check(request)
+        token_ids = np.asarray(request.token_ids, dtype=np.int64)
+        self._check(request, token_ids)
         tags = {tag: request.tag_starts.get(tag, 0) for tag in request.tags}
-        plan = self.prefix_cache.plan(request.token_ids, request.boundaries, request.salt, tags, request.epoch)
+        plan = self.prefix_cache.plan(token_ids, request.boundaries, request.salt, tags, request.epoch)
         generation = Generation(self._tokenizer, request.sampling, request.constraint, request.watch_tokens)
-        lookup = PromptLookup(request.token_ids, generation, self.drafts)
+        lookup = PromptLookup(token_ids, generation, self.drafts)
         sequence = RunningSequence(next(self._ids), request, plan, generation, lookup, time.perf_counter())
         self._sequences[sequence.request_id] = sequence
         bisect.insort(self._waiting, sequence, key=lambda one: one.request.turn)
@@ -129,14 +131,14 @@ class JambaEngine:
             group.clear()
         self._loader.shutdown(cancel_futures=True)
 
-    def _check(self, request: EngineRequest) -> None:
-        prompt_tokens, max_new_tokens = len(request.token_ids), request.sampling.max_new_tokens
+    def _check(self, request: EngineRequest, token_ids: np.ndarray) -> None:
+        prompt_tokens, max_new_tokens = len(token_ids), request.sampling.max_new_tokens
         if prompt_tokens == 0:
             raise ValueError("the prompt has no tokens")
         if prompt_tokens + max_new_tokens > self.max_context_tokens:
             raise ContextTooLong(prompt_tokens, max_new_tokens, self.max_context_tokens)
         vocabulary = range(self._model.config.vocab_size)
-        for token_id in (min(request.token_ids), max(request.token_ids), *request.watch_tokens):
+        for token_id in (int(token_ids.min()), int(token_ids.max()), *request.watch_tokens):
             if token_id not in vocabulary:
                 raise ValueError(f"token {token_id} is outside the vocabulary of {len(vocabulary)}")
         if request.branches is not None:

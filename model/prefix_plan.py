@@ -147,19 +147,25 @@ def _chain_keys(
 ) -> tuple[tuple[str, ...], dict[int, str]]:
     """Keys of the full blocks before the last snapshot, and of the snapshots.
 
-    A block's key covers the cuts inside it, the first one at or behind its end and all tokens up to there, since its
-    bits depend on the segments that computed it (with experts on all of their tokens: how many one expert gets decides
-    how its product is computed), and `rounded` positions up to its last token. A snapshot inside a block continues the
-    chain over its tail.
+    A block's key covers the segments that it lies in, since its bits depend on all of their tokens (with experts on how
+    many of them one expert gets, which decides how its product is computed), and `rounded` positions up to its last
+    token. A snapshot inside a block continues the chain over its tail.
     """
     end_of_use = max(snapshots, default=0)
     tokens = np.asarray(token_ids[:end_of_use], dtype="<i4")
+    cuts = cuts[: bisect_right(cuts, end_of_use)]
+    segments = [
+        struct.pack("<I", end) + hashlib.blake2b(tokens[start:end].tobytes(), digest_size=16).digest()
+        for start, end in itertools.pairwise([0, *cuts])
+    ]
 
     def link(previous: bytes, start: int, end: int) -> bytes:
-        seen_cuts = np.asarray(cuts[bisect_right(cuts, start) : bisect_left(cuts, end) + 1], dtype="<i4")
-        seen_rounded = np.asarray(rounded[bisect_left(rounded, start) : bisect_left(rounded, end)], dtype="<i4")
-        data = struct.pack("<I", end - start) + tokens[start : seen_cuts[-1]].tobytes() + seen_cuts.tobytes()
-        data += seen_rounded.tobytes()
+        data = struct.pack("<I", end - start) + b"".join(
+            segments[bisect_right(cuts, start) : bisect_left(cuts, end) + 1]
+        )
+        if rounded:
+            seen = rounded[bisect_left(rounded, start) : bisect_left(rounded, end)]
+            data += struct.pack(f"<{len(seen)}I", *seen)
         return hashlib.blake2b(data, key=previous, digest_size=16).digest()
 
     ends = range(block_tokens, end_of_use + 1, block_tokens)
