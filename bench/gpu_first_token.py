@@ -91,6 +91,8 @@ def engine_behind(bench: Bench, state: HybridState, stores: list[StateStore]) ->
             raise RuntimeError(f"{output.cached_tokens} of {context} tokens, from {output.tier}: {output.error}")
         return output.timings.ttft_ms
 
+    for _ in cache.prepare(state.layout):
+        pass
     try:
         save_in_segments(cache, prefix, state, settings.segment_tokens)
         yield ask

@@ -5,6 +5,7 @@ Nothing of them is encoded or checked. Who decides what is kept: prefix_cache.py
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,11 +56,56 @@ class DeviceStateStore(MemoryStateStore):
 
 
 class PinnedStateStore(MemoryStateStore):
-    """Up to `max_bytes` of StateTensors in page-locked main memory: the host tier below a DeviceStateStore on a GPU."""
+    """Up to `max_bytes` of StateTensors in page-locked main memory: the host tier below a DeviceStateStore on a GPU.
+
+    Locking a GB takes a second, during which nothing else of the process reaches the card. So the store holds no more
+    than `reserve` has locked so far; where there is no GPU, nothing is locked.
+    """
+
+    def __init__(self, max_bytes: int, policy: EvictionPolicy | None = None) -> None:
+        self._locks = torch.cuda.is_available()
+        super().__init__(0 if self._locks else max_bytes, policy)
+        self._wanted_bytes = max_bytes
+        self._spare: dict[int, list[Tensor]] = defaultdict(list)  # of each size
+
+    def reserve(self, sizes: Sequence[int]) -> bool:
+        """Lock memory for tensors of these many bytes, or as much as is missing; False if nothing is."""
+        missing = self._wanted_bytes - self._max_bytes
+        if missing <= 0:
+            return False
+        buffers = [torch.empty(_rounded(size), dtype=torch.uint8, pin_memory=True) for size in sizes]
+        with self._lock:
+            for buffer in buffers:
+                self._spare[len(buffer)].append(buffer)
+            self._max_bytes += min(missing, sum(sizes))
+        return True
 
     def put_many(self, items: Sequence[StateItem]) -> None:
-        super().put_many([item._replace(value=item.value.pinned()) for item in items])
+        super().put_many([item._replace(value=self._pinned(item.value)) for item in items])
+
+    def close(self) -> None:
+        super().close()
+        self._spare.clear()
+
+    def _pinned(self, value: StateTensors) -> StateTensors:
+        if not self._locks:
+            return value
+        tensors = []
+        for tensor in value.tensors:
+            with self._lock:
+                spare = self._spare[_rounded(tensor.nbytes)]
+                buffer = spare.pop() if spare else None
+            tensors.append(_pin(tensor, buffer))
+        return StateTensors(tuple(tensors))
 
 
-def _pin(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+def _pin(tensor: Tensor, buffer: Tensor | None = None) -> Tensor:
+    """In a buffer of locked memory; in another one, taken again once nobody has it, if none is given."""
+    if buffer is None:
+        buffer = torch.empty(_rounded(tensor.nbytes), dtype=torch.uint8, pin_memory=True)
+    return buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def _rounded(nbytes: int) -> int:
+    """To the sizes in which PyTorch keeps locked memory: powers of two."""
+    return 1 << max(nbytes - 1, 0).bit_length()

@@ -84,7 +84,7 @@ class JambaEngine:
         self._decoding: list[RunningSequence] = []
         self._decode_s = 0.0  # of the last batch
         self._piece_s: dict[str, float] = {}  # of LayeredPrefill
-        self._preparing = model.prepare(max_batch)
+        self._preparing = itertools.chain(model.prepare(max_batch), self.prefix_cache.prepare(model.state_layout))
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefix-load")
 
     def add(self, request: EngineRequest) -> str:

@@ -47,6 +47,7 @@ class GpuSegments:
         self._graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}  # of each length
         self._launched: set[int] = set()  # numbers of tiles whose kernels are compiled and loaded
         self._pool: tuple[int, int] | None = None
+        self._stream: torch.cuda.Stream | None = None  # graphs are captured on it
         self._usable = True
 
     def takes(self, t: int) -> bool:
@@ -88,7 +89,10 @@ class GpuSegments:
     def _capture(self, i: int, t: int) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()  # graphs never run at once: they share their memory
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        self._stream = self._stream or torch.cuda.Stream(self._ids.device)
+        with torch.cuda.stream(self._stream):
+            torch.cuda.current_blas_handle()  # a thread's first one can't be made during a capture
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             self._launch(i, t)
         return graph
 

@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,14 +21,15 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from model.device_store import DeviceStateStore, StateTensors
+from model.device_store import DeviceStateStore, PinnedStateStore, StateTensors
 from model.prefix_plan import PlanSettings, PrefixPlan, plan_prefix, root_key
-from model.state import HybridState, Origin, Snapshot
+from model.state import HybridState, Origin, Snapshot, StateLayout
 from model.state_codec import DamagedValue, decode_value
 from model.state_store import Buffer, StateItem, StateStore
 from model.write_behind import WriteBehind
 
 _MAX_INVALIDATED = 1 << 16  # tags that are remembered; of plans made before the oldest of them nothing is kept
+_BLOCKS_A_SNAPSHOT = 12  # that main memory is locked for
 _READERS, _READ_TOGETHER = 4, 8  # threads, each with a connection of its own, and values they read at a time
 _log = logging.getLogger(__name__)
 
@@ -183,6 +184,15 @@ class PrefixCache:
             self._behind.forget(tags)
         for store in self._stores:
             store.delete(tags=tags)
+
+    def prepare(self, layout: StateLayout) -> Iterator[None]:
+        """Lock main memory for states of this layout, a little between two yields."""
+        snapshot = HybridState(layout, "meta").snapshot(self.settings.int8_snapshots)
+        block_bytes = math.prod(layout.kv_shape(self.settings.block_tokens)) * layout.kv_dtype.itemsize
+        sizes = [*[block_bytes] * _BLOCKS_A_SNAPSHOT, *(tensor.nbytes for tensor in snapshot.tensors), block_bytes]
+        for store in self._stores:
+            while isinstance(store, PinnedStateStore) and store.reserve(sizes):
+                yield
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until the stores below the device have all that was saved or found; False if it took longer."""

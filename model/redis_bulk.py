@@ -29,6 +29,7 @@ _LINES = 1 << 16
 _BULK = 1 << 14  # shorter strings are bytes, as the client's own commands want them
 _MAX_BULK = 512 << 20  # the protocol's own limit
 _REUSED = 8
+_SENT_AT_ONCE = 1 << 20  # the timeout is one for all of it
 
 
 class BufferPool:
@@ -197,7 +198,8 @@ def set_bulk(client: redis.Redis, items: Sequence[tuple[str, Buffer]], ttl_s: in
     for name, value in items:
         encoded = name.encode()
         start = b"%s*5\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n" % (end, len(encoded), encoded, len(value))
-        chunks += [start, value]
+        view = memoryview(value)
+        chunks += [start, *(view[at : at + _SENT_AT_ONCE] for at in range(0, len(view), _SENT_AT_ONCE))]
         end = life
     return _exchange(client, [*chunks, end], len(items))
 

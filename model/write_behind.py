@@ -174,8 +174,7 @@ class WriteBehind:
             if stores and isinstance(value, StateTensors):
                 if key in items:  # brought up for two answers
                     stores = [*items[key][1], *stores]
-                with self._copying_from(value.device):
-                    items[key] = job.item._replace(value=value.pinned()), stores
+                items[key] = job.item._replace(value=value), stores
             done += not stores or isinstance(value, StateTensors)
         encoded: dict[str, StateItem] = {}
         for store in self._stores:
@@ -184,7 +183,8 @@ class WriteBehind:
                 encoded |= self._encode([item for item in wanted if item.key not in encoded])
                 wanted = [encoded[item.key] for item in wanted]
             if wanted:
-                store.put_many(wanted)
+                with self._copying_from(wanted):
+                    store.put_many(wanted)
                 before, started = started, time.perf_counter()
                 self._on_saved(store.tier, started - before)
         return done
@@ -197,11 +197,15 @@ class WriteBehind:
             assert isinstance(item.value, StateTensors)
             return item._replace(value=encode_value(item.key, self._layout, item.value.tensors))
 
+        with self._copying_from(items):
+            items = [item._replace(value=item.value.pinned()) for item in items if isinstance(item.value, StateTensors)]
         run = self._encoders.map if torch.cuda.is_available() else map
         return {item.key: item for item in run(encode, items)}
 
-    def _copying_from(self, device: torch.device) -> AbstractContextManager[object]:
-        if device.type != "cuda":
+    def _copying_from(self, items: Sequence[StateItem]) -> AbstractContextManager[object]:
+        devices = {item.value.device for item in items if isinstance(item.value, StateTensors)}
+        device = next((device for device in devices if device.type == "cuda"), None)
+        if device is None:
             return nullcontext()
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)

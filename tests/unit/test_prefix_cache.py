@@ -16,10 +16,10 @@ from engine_kit import (
     run_all,
     run_one,
 )
-from state_kit import open_store, running_server
+from state_kit import open_store, pinned_store, running_server
 
 from model import Jamba, load_model
-from model.device_store import DeviceStateStore, PinnedStateStore
+from model.device_store import DeviceStateStore
 from model.engine import JambaEngine
 from model.prefix_cache import PrefixCache
 from model.state_codec import DamagedValue, decode_value, encode_value
@@ -92,7 +92,7 @@ def test_warm_answers_equal_cold_ones(
     stores: list = [DeviceStateStore(device_bytes, device)] if device_bytes else []
     if stores and below != "nothing":
         stores[0].tier = "gpu"  # as it is called where main memory is below it
-    stores += [PinnedStateStore(150_000)] * ("memory" in below) + [redis_store] * ("redis" in below)
+    stores += [pinned_store(150_000)] * ("memory" in below) + [redis_store] * ("redis" in below)
     warm, cold = make_engine(*stores, plan=settings), make_engine(plan=settings)
     cached, tiers = 0, set()
     for i in range(14):
@@ -207,7 +207,7 @@ def test_an_int8_snapshot_changes_the_answer_a_little_and_once(make_engine, memo
 def test_a_restart_finds_the_states_below_and_brings_them_up(make_engine, device, memory, redis_store):
     one = doc_request(TOKENIZER, DOCUMENTS[:3], "why?")
     first = run_and_flush(make_engine(memory, redis_store), one)
-    nearest, middle = DeviceStateStore(1 << 26, device), PinnedStateStore(1 << 26)
+    nearest, middle = DeviceStateStore(1 << 26, device), pinned_store(1 << 26)
     nearest.tier = "gpu"
     restarted = make_engine(nearest, middle, redis_store)
     answers = [run_and_flush(restarted, one) for _ in range(2)]
@@ -272,7 +272,7 @@ def test_a_foreign_value_that_looks_right_is_a_miss():
 
 
 def test_invalidation_leaves_nothing_that_saw_the_document(make_engine, memory, redis_store):
-    engine = make_engine(memory, PinnedStateStore(1 << 26), redis_store)
+    engine = make_engine(memory, pinned_store(1 << 26), redis_store)
     both = doc_request(TOKENIZER, DOCUMENTS[1:4], "why?")
     other = doc_request(TOKENIZER, DOCUMENTS[4:], "why?")
     for one in (both, other):

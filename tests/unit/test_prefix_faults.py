@@ -19,10 +19,10 @@ import pytest
 import torch
 from clock_kit import Clock
 from engine_kit import SMALL, TOKENIZER, Answer, doc_prompt, run_all
-from state_kit import FaultyProxy, running_server
+from state_kit import FaultyProxy, pinned_store, running_server
 
 from model import Jamba, load_model, redis_bulk
-from model.device_store import DeviceStateStore, PinnedStateStore
+from model.device_store import DeviceStateStore
 from model.engine import JambaEngine
 from model.engine_request import EngineRequest
 from model.prefix_cache import PrefixCache
@@ -84,7 +84,7 @@ class World:
         if "device" in tiers:
             self.near.append(DeviceStateStore(self.rng.choice(sizes)))
         if "main memory" in tiers:
-            self.near.append(PinnedStateStore(self.rng.choice(sizes)))
+            self.near.append(pinned_store(self.rng.choice(sizes)))
         if len(self.near) == 2:
             self.near[0].tier = "gpu"
         self.cache = PrefixCache([*self.near, self.redis], self.fingerprint, self.plan)
