@@ -3,10 +3,9 @@
 The checkpoint has the published shape and int8 weights that repeat (bench/loading.py). Its tokenizer has no quote
 tokens, so that it is asked as published ones are: through a chat template, quotes in plain text. What it says is noise,
 what it takes is not. States are kept by a Valkey server on this machine. Rows: each collection is uploaded and asked
-whole, for the first time, once more (GPU), after SIGKILL (Redis), once more, and by a service without a cache on the
-GPU (main memory). Between them `load`: questions come as they come at each of `--rates` a second, most about whole
-collections that are known, the others by search in the largest. `--leave-gib` takes the rest of the card, as if it were
-a smaller one.
+whole, for the first time and once more (GPU); `load`: questions come as they come at each of `--rates` a second, most
+about whole collections that are known, the others by search in the largest; after SIGKILL (Redis), once more, and by a
+service without a cache on the GPU (main memory). `--leave-gib` takes the rest of the card, as if it were a smaller one.
     python -m bench.gpu_service --directory /tmp/jamba [--quantize w8a8] [--contexts 8192 261000] [--rates 1 2 4 8]
 """
 
@@ -233,6 +232,7 @@ def main() -> None:
     parser.add_argument("--load-tokens", type=int, default=128, help="of an answer under load")
     parser.add_argument("--host-gib", type=float, default=24.0, help="main memory for states")
     parser.add_argument("--leave-gib", type=float, help="of the card's memory; default: all")
+    parser.add_argument("--first-only", action="store_true", help="end with the first service")
     parser.add_argument("--set", nargs="*", default=[], help="further settings: NAME=value, without JAMBA_RAG_")
     args = parser.parse_args()
     run = BenchRun("gpu-service", argv=[part.replace(str(args.directory), "DIR") for part in sys.argv])
@@ -260,7 +260,7 @@ def measure(
     run: BenchRun, args: argparse.Namespace, checkpoint: Checkpoint, data: Path, settings: dict[str, str]
 ) -> None:
     contexts, tokens = args.contexts, args.output_tokens
-    with started(data, settings, run, "nothing kept") as (_, client):
+    with started(data, settings, run, "nothing kept") as (service, client):
         for context in contexts:
             begin = time.perf_counter()
             client.upload(f"of-{context}", checkpoint.make_documents(context, seed=context))
@@ -269,13 +269,15 @@ def measure(
             run.add(what="written", context=context, **client.settle())
             print(run.rows[-1], flush=True)
         ask_all(run, client, contexts, "asked again", tokens)
-    with started(data, settings, run, "after SIGKILL") as (service, client):
-        ask_all(run, client, contexts, "after SIGKILL", tokens)
-        ask_all(run, client, contexts, "asked again after that", tokens)
         for rate in args.rates:
             row = asyncio.run(load(service, contexts, rate, args.seconds, args.load_tokens))
             run.add(**row, **used_memory())
             print(run.rows[-1], flush=True)
+    if args.first_only:
+        return
+    with started(data, settings, run, "after SIGKILL") as (_, client):
+        ask_all(run, client, contexts, "after SIGKILL", tokens)
+        ask_all(run, client, contexts, "asked again after that", tokens)
     with started(data, settings | {"CACHE__GPU_MAX_BYTES": "0"}, run, "no cache on the GPU") as (_, client):
         ask_all(run, client, contexts, "no cache on the GPU, after SIGKILL", tokens)
         run.add(what="brought up", **client.settle())
