@@ -1,83 +1,103 @@
-"""DOCX: headings, paragraphs, lists and tables in order. Word stores no page breaks, so there are no pages."""
+"""DOCX: headings, paragraphs, lists and tables in order. Word stores no page breaks, so there are no pages.
 
-import zipfile
+Reads the parts of the zip directly (ECMA-376, WordprocessingML), with all tracked changes accepted: text lies within
+insertions, form fields and content controls, too. A text box and a footnote follow the paragraph they hang on.
+"""
+
 from collections.abc import Iterator
+from typing import NamedTuple
 
-import docx
-from docx.document import Document as DocxDocument
-from docx.opc.exceptions import PackageNotFoundError
-from docx.table import Table
-from docx.text.paragraph import Paragraph
+from lxml import etree
 
-from ingest.parse import ParseError, Source
-from ingest.parse.archive import check_archive, open_source
+from ingest.parse import Source
+from ingest.parse.archive import Package, open_package
 from ingest.parse.blocks import BlockWriter, table_row_text
 from retrieval.parsed import ParsedDocument
 
 MEDIA_TYPE = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
+_PARAGRAPH, _TABLE, _ROW, _CELL, _BOX = "p", "tbl", "tr", "tc", "txbxContent"
+_SKIPPED = frozenset({"pPr", "rPr", "sdtPr", "del", "moveFrom", _BOX})  # within a paragraph
+_UNWRAPPED = frozenset({"sdt", "sdtContent", "ins", "moveTo", "smartTag", "customXml"})  # around paragraphs and rows
+_BLANK = {"tab": "\t", "ptab": "\t", "cr": "\n", "br": "\n", "noBreakHyphen": "-"}
+_NOTES = {"footnoteReference": "footnotes", "endnoteReference": "endnotes"}
+_DC_TITLE = "{http://purl.org/dc/elements/1.1/}title"
+
+
+class _Parts(NamedTuple):
+    """What the body refers to."""
+
+    styles: dict[str, str]  # id -> name, in English and small letters whatever language the id is of
+    notes: dict[tuple[str, str], str]  # (kind, id) -> text of a footnote or an endnote
 
 
 def parse_docx(source: Source) -> ParsedDocument:
-    """Read the body; headers, footers, notes and comments are left out. Raises ParseError broken_docx, zip_bomb."""
-    try:
-        check_archive(source)
-        document = docx.Document(open_source(source))
-        return _read(document)
-    except (ParseError, MemoryError):
-        raise
-    except (zipfile.BadZipFile, PackageNotFoundError) as error:
-        raise _broken("it is no complete zip archive") from error
-    except Exception as error:  # python-docx passes on whatever zlib, lxml or its own code stumble over
-        raise _broken(f"{type(error).__name__}: {str(error)[:200]}") from error
+    """Read the body; headers, footers, comments and deleted text are left out.
+
+    Raises ParseError broken_docx, zip_bomb.
+    """
+    with open_package(source, "docx", "Word document") as package:
+        root = dict(package.relations("").values())
+        related = dict(package.relations(root["officeDocument"]).values())
+        body = package.xml(root["officeDocument"]).find("./{*}body")
+        if body is None:
+            raise ValueError("it has no body")
+        for double in list(body.iter("{*}Fallback")):  # of a shape for older programs
+            double.getparent().remove(double)
+        notes = {
+            (kind, _get(note, "id") or ""): " ".join(_texts(note)).strip()
+            for kind in _NOTES.values()
+            if related.get(kind) in package
+            for note in package.xml(related[kind])
+        }
+        writer = BlockWriter()
+        _write_blocks(writer, body, _Parts(_style_names(package, related.get("styles")), notes))
+        core = root.get("core-properties")
+        title = package.xml(core).findtext(f".//{_DC_TITLE}") if core in package else None
+        return writer.finish(MEDIA_TYPE, title=(title or "").strip() or None)
 
 
-def _read(document: DocxDocument) -> ParsedDocument:
-    writer, levels = BlockWriter(), _heading_levels(document)
+def _style_names(package: Package, member: str | None) -> dict[str, str]:
+    if member not in package:
+        return {}
+    names = ((style, style.find("./{*}name")) for style in package.xml(member).iterfind("./{*}style"))
+    return {_get(style, "styleId") or "": (_get(name, "val") or "").lower() for style, name in names}
+
+
+def _write_blocks(writer: BlockWriter, parent: etree._Element, parts: _Parts) -> None:
     in_list = False
-    for item in document.iter_inner_content():
-        if isinstance(item, Table):
+    for item in _children(parent, _PARAGRAPH, _TABLE):
+        if _name(item) == _TABLE:
             _write_table(writer, item)
-            continue
-        style = _style_id(item)
-        is_item = _is_list_item(item)
-        if is_item and in_list:
-            writer.end_line()
+            in_list = False
         else:
+            style_id = _get(item.find("./{*}pPr/{*}pStyle"), "val") or ""
+            style = parts.styles.get(style_id, "")
+            if style.startswith("toc "):
+                continue  # a line of the table of contents
+            is_item = item.find("./{*}pPr/{*}numPr") is not None or style_id.startswith("List")
+            writer.end_line() if is_item and in_list else writer.end_block()
+            writer.add(("- " if is_item else "") + _text(item), keep_space=True)
+            if level := _heading_level(style):
+                writer.end_heading(level)
+            elif not is_item:
+                writer.end_block()
+            in_list = is_item
+            for box in item.iter(f"{{*}}{_BOX}"):
+                if next(box.iterancestors(f"{{*}}{_BOX}"), None) is None:
+                    _write_blocks(writer, box, parts)
+        for note in item.iter(*(f"{{*}}{name}" for name in _NOTES)):
             writer.end_block()
-        writer.add(("- " if is_item else "") + item.text, keep_space=True)
-        if style in levels:
-            writer.end_heading(levels[style])
-        elif not is_item:
+            writer.add_line(f"Footnote: {parts.notes.get((_NOTES[_name(note)], _get(note, 'id') or ''), '')}")
             writer.end_block()
-        in_list = is_item
-    return writer.finish(MEDIA_TYPE, title=(document.core_properties.title or "").strip() or None)
 
 
-def _style_id(paragraph: Paragraph) -> str | None:
-    properties = paragraph._p.pPr
-    return properties.pStyle.val if properties is not None and properties.pStyle is not None else None
+def _heading_level(style: str) -> int:
+    """1 for the title, N + 1 for "heading N", 0 for others."""
+    number = style.removeprefix("heading ")
+    return 1 if style == "title" else min(9, int(number)) + 1 if number != style and number.isdecimal() else 0
 
 
-def _is_list_item(paragraph: Paragraph) -> bool:
-    properties = paragraph._p.pPr
-    if properties is not None and properties.numPr is not None:
-        return True
-    return (_style_id(paragraph) or "").startswith("List")
-
-
-def _heading_levels(document: DocxDocument) -> dict[str, int]:
-    """Style id -> level: 1 for the title, N + 1 for the style named "heading N" in whatever language its id is."""
-    levels = {}
-    for style in document.styles:
-        name = (style.name or "").lower()
-        if name == "title":
-            levels[style.style_id] = 1
-        elif name.startswith("heading ") and name[8:].isdigit():
-            levels[style.style_id] = min(9, int(name[8:])) + 1
-    return levels
-
-
-def _write_table(writer: BlockWriter, table: Table) -> None:
+def _write_table(writer: BlockWriter, table: etree._Element) -> None:
     """A line a row. The first row names the columns when none of its cells is empty and there are more rows."""
     writer.end_block()
     rows = list(_table_cells(table))
@@ -88,19 +108,57 @@ def _write_table(writer: BlockWriter, table: Table) -> None:
     writer.end_block()
 
 
-def _table_cells(table: Table) -> Iterator[list[str]]:
-    """The texts of each row's cells; a cell merged over columns counts once."""
-    for row in table.rows:
-        seen, cells = None, []
-        for cell in row.cells:
-            if cell._tc is not seen:
-                cells.append(cell.text)
-            seen = cell._tc
-        yield cells
+def _table_cells(table: etree._Element) -> Iterator[list[str]]:
+    """The texts of each row's cells; a cell merged over columns counts once, one merged over rows in each of them."""
+    above: dict[int, str] = {}
+    for row in _children(table, _ROW):
+        cells, column = [], 0
+        for cell in _children(row, _CELL):
+            merged = cell.find("./{*}tcPr/{*}vMerge")
+            is_continued = merged is not None and _get(merged, "val") != "restart"
+            text = above.get(column, "") if is_continued else "\n".join(_texts(cell))
+            above[column] = text
+            cells.append(text)
+            span = _get(cell.find("./{*}tcPr/{*}gridSpan"), "val") or ""
+            column += int(span) if span.isdecimal() else 1
+        if row.find("./{*}trPr/{*}del") is None:
+            yield cells
 
 
-def _broken(reason: str) -> ParseError:
-    return ParseError(
-        "broken_docx",
-        f"the file is damaged or no Word document ({reason}); open it in a word processor and save it again as DOCX",
-    )
+def _children(parent: etree._Element, *names: str) -> Iterator[etree._Element]:
+    """Elements of these names right below it, but for what only wraps them."""
+    for child in parent:
+        if _name(child) in names:
+            yield child
+        elif _name(child) in _UNWRAPPED:
+            yield from _children(child, *names)
+
+
+def _texts(parent: etree._Element) -> Iterator[str]:
+    return (_text(paragraph) for paragraph in parent.iter(f"{{*}}{_PARAGRAPH}"))
+
+
+def _text(paragraph: etree._Element) -> str:
+    """What a paragraph says, without its text boxes."""
+    pieces: list[str] = []
+    walker = etree.iterwalk(paragraph, events=("start",))
+    for _, element in walker:
+        name = _name(element)
+        if name in _SKIPPED:
+            walker.skip_subtree()
+        elif name == "t":
+            pieces.append(element.text or "")
+        elif name != "br" or _get(element, "type") in (None, "textWrapping"):  # others end a page or a column
+            pieces.append(_BLANK.get(name, ""))
+    return "".join(pieces)
+
+
+def _name(element: etree._Element) -> str:
+    """Without the namespace: transitional and strict files differ in theirs."""
+    return etree.QName(element).localname if isinstance(element.tag, str) else ""
+
+
+def _get(element: etree._Element | None, name: str) -> str | None:
+    """An attribute, of any namespace."""
+    attributes = {} if element is None else element.attrib
+    return next((value for key, value in attributes.items() if etree.QName(key).localname == name), None)

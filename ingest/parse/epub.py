@@ -23,12 +23,17 @@ def parse_epub(source: Source, *, report: Report) -> ParsedDocument:
         chapters = _reading_order(root, items, opf)
         if set(chapters) & _encrypted(package):
             raise ParseError("encrypted_epub", "the book is protected against copying; upload one without protection")
+        if chapters and not any(chapter in package for chapter in chapters):
+            raise ValueError("none of its chapters is in the file")
         names = _contents(package, items, opf)
         texts: list[str] = []
         headings: list[Heading] = []
         unread: list[str] = []
         length = 0
         for number, chapter in enumerate(chapters, 1):
+            if chapter not in package:
+                unread.append(f"{chapter} is named in the book, but not in the file")
+                continue
             parsed = _read_chapter(package, chapter, names.get(chapter))
             if parsed is not None:
                 length += len(_GAP) if texts else 0

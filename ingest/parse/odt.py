@@ -1,4 +1,7 @@
-"""ODT: headings, paragraphs, lists and tables in order. LibreOffice stores no page breaks, so there are no pages."""
+"""ODT: headings, paragraphs, lists and tables in order. LibreOffice stores no page breaks, so there are no pages.
+
+A text box and a footnote follow the paragraph they hang on.
+"""
 
 import re
 
@@ -15,8 +18,9 @@ _TEXT = "{urn:oasis:names:tc:opendocument:xmlns:text:1.0}"
 _TABLE = "{urn:oasis:names:tc:opendocument:xmlns:table:1.0}"
 _OFFICE = "{urn:oasis:names:tc:opendocument:xmlns:office:1.0}"
 _DC_TITLE = "{http://purl.org/dc/elements/1.1/}title"
+_NOTE, _BOX = f"{_TEXT}note", "{urn:oasis:names:tc:opendocument:xmlns:drawing:1.0}text-box"
 _SKIPPED = frozenset(
-    {f"{_TEXT}note", f"{_TEXT}tracked-changes", f"{_OFFICE}annotation", f"{_TEXT}table-of-content"}
+    {f"{_TEXT}tracked-changes", f"{_OFFICE}annotation", f"{_TEXT}table-of-content"}
     | {f"{_TEXT}sequence-decls", f"{_TEXT}variable-decls", f"{_OFFICE}forms"}
 )
 _SPACE = re.compile(r"\s+")
@@ -24,7 +28,7 @@ _MAX_REPEAT = 1_000  # of blanks and cells that the file only counts
 
 
 def parse_odt(source: Source) -> ParsedDocument:
-    """Read the body; headers, footnotes, comments and deleted text are left out.
+    """Read the body; headers, comments and deleted text are left out.
 
     Raises ParseError broken_odt, encrypted_odt, zip_bomb.
     """
@@ -55,15 +59,19 @@ def _write_body(writer: BlockWriter, body: etree._Element) -> None:
         elif element.tag == f"{_TABLE}table":
             walker.skip_subtree()
             write_rows(writer, (_cells(row) for row in element.iter(f"{_TABLE}table-row")))
-        elif element.tag == f"{_TEXT}h":
+            for note in element.iter(_NOTE):
+                _write_note(writer, note)
+        elif element.tag == _NOTE:
             walker.skip_subtree()
+            _write_note(writer, element)
+            last_list = None
+        elif element.tag == f"{_TEXT}h":
             writer.end_block()
             writer.add(_text(element))
             level = element.get(f"{_TEXT}outline-level", "1")
             writer.end_heading(int(level) if level in "123456789" else 1)
             last_list = None
         elif element.tag == f"{_TEXT}p":
-            walker.skip_subtree()
             outer = _outer_list(element)
             if outer is None or outer is not last_list:
                 writer.end_block()
@@ -73,17 +81,24 @@ def _write_body(writer: BlockWriter, body: etree._Element) -> None:
             last_list = outer
 
 
+def _write_note(writer: BlockWriter, note: etree._Element) -> None:
+    writer.end_block()
+    writer.add_line("Footnote: " + " ".join(_text(paragraph) for paragraph in note.iter(f"{_TEXT}p")))
+    writer.end_block()
+
+
 def _outer_list(paragraph: etree._Element) -> etree._Element | None:
     """The outermost list around it: its items are the lines of one block."""
     return next(iter(reversed([*paragraph.iterancestors(f"{_TEXT}list")])), None)
 
 
 def _text(paragraph: etree._Element) -> str:
+    """What a paragraph says, without its text boxes and notes."""
     pieces: list[str] = []
     walker = etree.iterwalk(paragraph, events=("start", "end"))
     for event, element in walker:
         if event == "start":
-            if element.tag in _SKIPPED:
+            if element.tag in _SKIPPED or element.tag in (_NOTE, _BOX):
                 walker.skip_subtree()
             elif isinstance(element.tag, str):  # no entity
                 pieces += (_blank(element), _SPACE.sub(" ", element.text or ""))

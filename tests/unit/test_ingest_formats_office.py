@@ -1,4 +1,4 @@
-"""PPTX, EPUB and ODT: slides as pages, chapters in reading order, headings and tables kept."""
+"""DOCX, PPTX, EPUB and ODT: slides as pages, chapters in reading order, headings, tables, notes kept."""
 
 import zipfile
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 
 from ingest.parse import ParseError, parse_file
 from ingest.parse.cage import parse_in_child
+from ingest.parse.docx import MEDIA_TYPE as DOCX
 from ingest.parse.epub import MEDIA_TYPE as EPUB
 from ingest.parse.odt import MEDIA_TYPE as ODT
 from ingest.parse.pptx import MEDIA_TYPE as PPTX
@@ -17,8 +18,11 @@ RELS = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
 PACKAGE_RELS = "http://schemas.openxmlformats.org/package/2006/relationships"
 A = "http://schemas.openxmlformats.org/drawingml/2006/main"
 P = "http://schemas.openxmlformats.org/presentationml/2006/main"
+W = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
+MC = "http://schemas.openxmlformats.org/markup-compatibility/2006"
 ODF = " ".join(
-    f'xmlns:{name}="urn:oasis:names:tc:opendocument:xmlns:{name}:1.0"' for name in ("office", "text", "table")
+    f'xmlns:{name}="urn:oasis:names:tc:opendocument:xmlns:{name}:1.0"'
+    for name in ("office", "text", "table", "drawing")
 )
 
 
@@ -119,6 +123,76 @@ def test_pptx_has_a_limit_of_slides(tmp_path):
     assert caught.value.code == "too_many_pages"
 
 
+def word_run(text: str) -> str:
+    return f"<w:r><w:t>{text}</w:t></w:r>"
+
+
+def write_docx(path: Path, body: str, **parts: str) -> None:
+    """`parts`: what else the document refers to, by the kind of the relation."""
+    members = {
+        "[Content_Types].xml": "<Types/>",
+        "_rels/.rels": relations(("d", "officeDocument", "word/document.xml")),
+        "word/document.xml": f'<w:document xmlns:w="{W}" xmlns:mc="{MC}"><w:body>{body}</w:body></w:document>',
+        "word/_rels/document.xml.rels": relations(*((kind, kind, f"{kind}.xml") for kind in parts)),
+        **{f"word/{kind}.xml": f'<w:{kind} xmlns:w="{W}">{part}</w:{kind}>' for kind, part in parts.items()},
+    }
+    write_zip(path, members)
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "text"),
+    [
+        ('<w:ins w:id="1">{}</w:ins>', "a five z"),
+        ('<w:moveTo w:id="1">{}</w:moveTo>', "a five z"),
+        ('<w:fldSimple w:instr="DATE">{}</w:fldSimple>', "a five z"),
+        ("<w:sdt><w:sdtContent>{}</w:sdtContent></w:sdt>", "a five z"),
+        ('<w:smartTag w:element="x">{}</w:smartTag>', "a five z"),
+        ('<w:hyperlink w:anchor="x">{}</w:hyperlink>', "a five z"),
+        ('<w:moveFrom w:id="1">{}</w:moveFrom>', "a z"),
+        ('<w:del w:id="1"><w:r><w:delText>five</w:delText></w:r></w:del>', "a z"),
+        ("<w:r><w:t>fi</w:t><w:softHyphen/><w:t>ve</w:t><w:noBreakHyphen/><w:t>x</w:t></w:r>", "a five-x z"),
+    ],
+)
+def test_docx_reads_what_stands_in_a_paragraph_with_changes_accepted(tmp_path, wrapped, text):
+    blank = '<w:r><w:t xml:space="preserve"> </w:t></w:r>'
+    five = wrapped.format(word_run("five"))
+    write_docx(tmp_path / "x", f"<w:p>{word_run('a')}{blank}{five}{blank}{word_run('z')}</w:p>")
+    assert parse_in_child(tmp_path / "x", DOCX).text == text
+
+
+def test_docx_reads_blocks_in_content_controls_text_boxes_and_footnotes(tmp_path):
+    box = f"<w:txbxContent><w:p>{word_run('In the box.')}</w:p></w:txbxContent>"
+    versions = f"<mc:Choice>{box}</mc:Choice><mc:Fallback>{box}</mc:Fallback>"
+    shape = f"<w:r><mc:AlternateContent>{versions}</mc:AlternateContent></w:r>"
+    nested = f"<w:tbl><w:tr><w:tc><w:p>{word_run('Inner')}</w:p></w:tc></w:tr></w:tbl><w:p/>"
+    rows = [
+        f"<w:tc><w:p>{word_run('Boat')}</w:p></w:tc><w:tc><w:p>{word_run('Built')}</w:p></w:tc>",
+        f'<w:tc><w:tcPr><w:vMerge w:val="restart"/></w:tcPr><w:p>{word_run("Gull")}</w:p></w:tc><w:tc>{nested}</w:tc>',
+        f"<w:tc><w:tcPr><w:vMerge/></w:tcPr><w:p/></w:tc><w:tc><w:p>{word_run('1931')}</w:p></w:tc>",
+    ]
+    table = "<w:tbl>" + "".join(f"<w:tr>{row}</w:tr>" for row in rows) + "</w:tbl>"
+    body = (
+        f'<w:p><w:pPr><w:pStyle w:val="V1"/></w:pPr>{word_run("Boats 7")}</w:p>'
+        f'<w:p><w:pPr><w:pStyle w:val="U1"/></w:pPr>{word_run("Boats")}</w:p>'
+        f"<w:sdt><w:sdtContent><w:p>{word_run('Two sail.')}"
+        f'<w:r><w:footnoteReference w:id="2"/></w:r>{shape}</w:p>{table}</w:sdtContent></w:sdt>'
+    )
+    styles = "".join(
+        f'<w:style w:styleId="{key}"><w:name w:val="{name}"/></w:style>'
+        for key, name in [("V1", "toc 1"), ("U1", "heading 1")]
+    )
+    notes = (
+        f'<w:footnote w:id="0"><w:p/></w:footnote><w:footnote w:id="2"><w:p>{word_run("In May.")}</w:p></w:footnote>'
+    )
+    write_docx(tmp_path / "x", body, styles=styles, footnotes=notes)
+    parsed = parse_in_child(tmp_path / "x", DOCX)
+    assert parsed.text == (
+        "Boats\n\nTwo sail.\n\nIn the box.\n\nFootnote: In May.\n\n"
+        "Boat | Built\nBoat: Gull | Built: Inner\nBoat: Gull | Built: 1931"
+    )
+    assert sections(parsed) == [(2, "Boats")]
+
+
 def chapter(body: str) -> str:
     return (
         '<?xml version="1.0"?><!DOCTYPE html><html xmlns="http://www.w3.org/1999/xhtml"><head><title>file</title></head>'
@@ -175,6 +249,16 @@ def test_an_epub_says_which_chapter_is_nested_too_deeply(tmp_path):
     assert parsed.unread.startswith("in OEBPS/b.xhtml: the page nests more than 2,048 elements")
 
 
+def test_an_epub_that_lacks_a_chapter_is_read_without_it(tmp_path):
+    write_epub(
+        tmp_path / "x", {name: chapter("<p>here</p>") for name in ("a.xhtml", "b.xhtml")}, ["a.xhtml", "b.xhtml"]
+    )
+    with zipfile.ZipFile(tmp_path / "x") as whole:
+        write_zip(tmp_path / "y", {name: whole.read(name) for name in whole.namelist() if name != "OEBPS/b.xhtml"})
+    parsed = parse_file(tmp_path / "y", EPUB)
+    assert parsed.text == "here" and parsed.unread == "OEBPS/b.xhtml is named in the book, but not in the file"
+
+
 def test_a_protected_epub_says_so(tmp_path):
     encryption = '<encryption><CipherData><CipherReference URI="OEBPS/a.xhtml"/></CipherData></encryption>'
     extra = {"META-INF/encryption.xml": encryption}
@@ -229,11 +313,19 @@ def test_odt_keeps_headings_lists_and_tables_in_order(tmp_path):
     assert sniff_media_type((tmp_path / "x").read_bytes(), "x") == ODT
     parsed = parse_in_child(tmp_path / "x", ODT)
     assert parsed.text == (
-        "House rules\n\nSome  inner text.\nNext.\n\n- one\n- deep\n- two\n\n"
+        "House rules\n\nSome  inner text.\nNext.\n\nFootnote: foot\n\n- one\n- deep\n- two\n\n"
         "Limits\n\nCity | Limit\nCity: Oslo | Limit: 900\n\nLast."
     )
     assert sections(parsed) == [(1, "House rules"), (2, "Limits")]
     assert parsed.title == "Rules"
+
+
+def test_an_odt_text_box_follows_the_paragraph_that_it_stands_in(tmp_path):
+    box = "<drawing:frame><drawing:text-box><text:p>In the box.</text:p></drawing:text-box></drawing:frame>"
+    cell = f"<table:table-cell><text:p>Oslo{box}</text:p></table:table-cell>"
+    table = f"<table:table><table:table-row>{cell}</table:table-row></table:table>"
+    write_odt(tmp_path / "x", f"<text:p>Before{box} and after.</text:p>{table}")
+    assert parse_in_child(tmp_path / "x", ODT).text == "Before and after.\n\nIn the box.\n\nOslo In the box."
 
 
 def test_an_odt_that_counts_huge_repeats_stays_small(tmp_path):
