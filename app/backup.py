@@ -23,7 +23,7 @@ from typing import IO
 
 from app.datadir import DataDir
 from ingest.files import FileStore
-from retrieval.store import DocumentStore
+from retrieval.store import DocumentStore, StoreUnusable
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def write_backup(data_dir: Path, target: Path) -> int:
     """
     database = data_dir / _DATABASE
     if not database.is_file():
-        raise BackupFailed(f"{data_dir} holds no {_DATABASE}: there is nothing to back up")
+        raise BackupFailed(f"{data_dir} holds no {_DATABASE}: name the data directory with --data-dir")
     if not target.parent.is_dir():
         raise BackupFailed(f"{target.parent} is no folder; make it, or write the backup somewhere else")
     if target.is_dir():
@@ -56,8 +56,10 @@ def write_backup(data_dir: Path, target: Path) -> int:
             shutil.rmtree(leftover)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=_SCRATCH) as scratch:
             return _write(data_dir, target, Path(scratch))
-    except (OSError, sqlite3.Error) as error:
+    except OSError as error:
         raise BackupFailed(f"{target} cannot be written: {error}") from error
+    except sqlite3.Error as error:
+        raise BackupFailed(f"{database} cannot be copied to {target}: {error}") from error
 
 
 def _write(data_dir: Path, target: Path, scratch: Path) -> int:
@@ -192,7 +194,10 @@ def _verify(database: Path, files: Collection[str] = ()) -> set[str]:
 
     Raises BackupFailed when it is damaged.
     """
-    store = DocumentStore(database)
+    try:
+        store = DocumentStore(database)
+    except StoreUnusable as error:  # its message names the copy, which is gone by then
+        raise BackupFailed(f"the database in the backup cannot be used: {error.__cause__}") from error
     try:
         if problems := store.check():
             raise BackupFailed(f"the database in the backup is damaged: {problems[0]}")

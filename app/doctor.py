@@ -248,6 +248,8 @@ def _check_writable(settings: Settings) -> str:
         place = place.parent
     if (fault := find_unwritable(place)) is not None:
         raise CommandFailed(fault)
+    if not place.is_dir():
+        raise CommandFailed(f"{place} is no folder; take another with --data-dir")
     return f"{place} can be written"
 
 
@@ -269,9 +271,9 @@ def _check_port(settings: Settings) -> str:
 
 
 def _examine_data(settings: Settings) -> list[Finding]:
+    findings = [_run("lock", lambda: _check_lock(settings.data_dir))] if settings.data_dir.is_dir() else []
     if not (settings.data_dir / "rag.sqlite3").is_file():
-        return [Finding("data", True, f"{settings.data_dir} is empty: the first start fills it")]
-    findings = [_run("lock", lambda: _check_lock(settings.data_dir))]
+        return [*findings, Finding("database", True, f"{settings.data_dir} has none: the first start makes it")]
     opened = _run("database", lambda: DocumentStore(settings.data_dir / "rag.sqlite3").close() or "")
     if not opened.ok:
         return [*findings, opened]
@@ -341,6 +343,8 @@ def _check_index(store: DocumentStore, settings: Settings) -> str:
         store.require_embedder(embedder.name, embedder.dim)
     elif missing := store.count_to_embed(embedder.name, embedder.dim):
         return f"{missing} chunks have no vector of {embedder.name} yet: `jamba-rag reembed` goes on"
+    if not directory.is_dir():
+        return "to be made at the next start"
     try:
         index = FaissIndex.load(directory, embedder.dim, embedder.name)
     except IndexDamaged as error:

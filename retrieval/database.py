@@ -57,7 +57,11 @@ class Database:
             migrate(self._connection())
         except sqlite3.DatabaseError as error:
             self.close()
-            advice = "stop the program that has it open" if _kind(error) in _BUSY else "restore a backup of it"
+            advice = "restore a backup of it"
+            if _kind(error) in _BUSY:
+                advice = "stop the program that has it open"
+            elif _kind(error) in _UNWRITABLE | {sqlite3.SQLITE_FULL}:
+                advice = "see that its disk is sound, has room and can be written"
             raise StoreUnusable(f"{self.path} cannot be used as a database: {error}; {advice}") from error
         except ValueError as error:
             self.close()

@@ -106,5 +106,7 @@ def _steps_done(connection: sqlite3.Connection) -> int:
     if application_id != _APPLICATION_ID and (done or tables):
         raise ValueError("this database belongs to another program; choose another data directory")
     if done > len(MIGRATIONS):
-        raise ValueError(f"schema {done} is newer than {len(MIGRATIONS)}, the newest this version knows; upgrade it")
+        raise ValueError(
+            f"schema {done} is newer than {len(MIGRATIONS)}, the newest this version knows; upgrade Jamba RAG"
+        )
     return done

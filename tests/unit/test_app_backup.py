@@ -91,11 +91,25 @@ def test_a_backup_that_finds_no_room_says_so_and_leaves_nothing(backup, tmp_path
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, hard))
     try:
-        with pytest.raises(BackupFailed, match=r"2\.tar cannot be written: "):
+        with pytest.raises(BackupFailed, match=r"2\.tar( cannot be written)?: "):
             write_backup(tmp_path / "data", tmp_path / "2.tar")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["backup.tar", "data"]
+
+
+def test_a_database_that_cannot_be_backed_up_is_named(tmp_path):
+    make_data(tmp_path / "data", "an owl")
+    database = tmp_path / "data" / "rag.sqlite3"
+    with sqlite3.connect(database) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(BackupFailed, match=r"in the backup cannot be used: schema 99 is newer .* upgrade Jamba RAG"):
+        write_backup(tmp_path / "data", tmp_path / "a.tar")
+    database.write_bytes(b"no database" * 99)
+    with pytest.raises(BackupFailed, match=rf"^{database} cannot be copied .*: file is not a database"):
+        write_backup(tmp_path / "data", tmp_path / "a.tar")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_a_damaged_backup_is_not_restored(backup, tmp_path):

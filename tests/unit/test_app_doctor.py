@@ -214,6 +214,19 @@ def test_a_database_of_a_newer_version(settings):
     assert "newer" in faults(settings)["database"]
 
 
+def test_a_data_directory_that_is_a_file(settings):
+    file = settings.data_dir / "admin.key"
+    file.write_text("key")
+    assert "is no folder" in faults(settings.model_copy(update={"data_dir": file}))["data dir"]
+
+
+def test_a_backup_that_was_not_wholly_restored(settings):
+    (settings.data_dir / "rag.sqlite3").unlink()
+    assert faults(settings) == {}
+    (settings.data_dir / "restoring").mkdir()
+    assert "run `jamba-rag restore` again" in faults(settings)["lock"]
+
+
 def test_an_original_that_is_missing_and_a_database_that_is_damaged(settings):
     database = settings.data_dir / "rag.sqlite3"
     store = DocumentStore(database)

@@ -59,7 +59,7 @@ def test_settings_survive_reopening(tmp_path):
 def test_files_that_are_not_ours_are_refused(tmp_path):
     garbage = tmp_path / "garbage.sqlite3"
     garbage.write_bytes(b"not a database at all, but long enough to have a header" * 20)
-    with pytest.raises(StoreUnusable, match="not a database"):
+    with pytest.raises(StoreUnusable, match="not a database; restore a backup"):
         DocumentStore(garbage)
 
     foreign = tmp_path / "foreign.sqlite3"
@@ -78,3 +78,9 @@ def test_files_that_are_not_ours_are_refused(tmp_path):
     connection.close()
     with pytest.raises(StoreUnusable, match="newer"):
         DocumentStore(newer)
+
+
+def test_a_disk_that_takes_no_log_is_not_put_down_to_the_database(tmp_path):
+    (tmp_path / "rag.sqlite3-wal").mkdir()
+    with pytest.raises(StoreUnusable, match="disk I/O error; see that its disk"):
+        DocumentStore(tmp_path / "rag.sqlite3")
