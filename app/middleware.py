@@ -1,5 +1,6 @@
 """What every request goes through before a route sees it: an id, a key, limits, and headers on the way out."""
 
+import asyncio
 import logging
 import re
 import secrets
@@ -16,6 +17,7 @@ from app.audit import AUDITED, WRITES
 from app.auth import Principal
 from app.errors import METHODS, BodyTooLarge, Overloaded, describe_error, error_headers, problem_response
 from app.log import request_id_var
+from model.engine_thread import EngineStopped
 
 log = logging.getLogger("app.access")
 
@@ -72,12 +74,14 @@ class RequestFrame:
                     raise Overloaded(f"{self._max_in_flight} requests are open, which is the limit; try again shortly")
                 await anyio.to_thread.run_sync(self._admit, scope)
             await self._app(scope, receive, send)
+        except asyncio.CancelledError:  # by the server, which has waited for `shutdown_s`
+            if not send.has_started:
+                stopped = EngineStopped("the service is stopping; send the request again when it is back")
+                await _refuse(stopped, scope, receive, send)
         except Exception as error:  # of a route only what its table of errors does not know
             if send.has_started:
                 raise
-            body = describe_error(error)
-            response = problem_response(scope["path"], body, error_headers(error, body["status"]))
-            await response(scope, receive, send)
+            await _refuse(error, scope, receive, send)
 
     def _admit(self, scope: Scope) -> None:
         """Say who is asking, and count the request. Raises Unauthorized, Forbidden, RateLimited. Blocks."""
@@ -146,6 +150,11 @@ class _Sent:
             for name, value in SECURITY_HEADERS.items():
                 headers.setdefault(name, value)
         await self._send(message)
+
+
+async def _refuse(error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+    body = describe_error(error)
+    await problem_response(scope["path"], body, error_headers(error, body["status"]))(scope, receive, send)
 
 
 def _limit_body(receive: Receive, path: str, headers: Headers) -> Receive:
