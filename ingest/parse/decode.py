@@ -12,6 +12,7 @@ _BOMS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _CONTROL = re.compile(r"[\x01-\x08\x0e-\x1a\x1c-\x1f\x7f]")
+_DIVIDERS = re.compile(r"[\xad\u2060\ufeff](?!\n)")
 _SAMPLE_BYTES = 64 * 1024
 _MAX_CONTROL_SHARE = 0.01
 _COMMON = ("cp1252", "cp1250", "iso8859_2")
@@ -43,10 +44,13 @@ def decode_text(data: bytes, *, declared: str | None = None, truncated: bool = F
     return _check_control(data.decode(_guess_legacy(data), "replace"))
 
 
-def normalize_text(text: str) -> str:
-    """The form in which text is stored and to which all offsets refer: NFC, line feeds only, no NUL, no surrogate."""
+def normalize_text(text: str, *, keep_soft_hyphens: bool = False) -> str:
+    """The form in which text is stored and to which all offsets refer: NFC, line feeds only, no NUL, no surrogate, and
+    within lines no marks that only say where a word may or may not be divided: they would make others of its words."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\x00", "")
     text = text.encode("utf-8", "replace").decode("utf-8")
+    if not keep_soft_hyphens:
+        text = _DIVIDERS.sub("", text)
     return unicodedata.normalize("NFC", text)
 
 

@@ -51,7 +51,8 @@ def parse_pdf(source: Source, *, max_pages: int, report: Report) -> ParsedDocume
             f"none of the {total} pages ({_span(total)}) holds text: this is probably a scan; {_RUN_OCR}",
             page=1,
         )
-    texts = [normalize_text(text).strip() for text in join_hyphenated(texts)]
+    # The soft hyphens of a PDF are drawn: many fonts have their hyphen under that name.
+    texts = [normalize_text(text, keep_soft_hyphens=True).strip() for text in join_hyphenated(texts)]
     pages, start = [], 0
     for number, text in enumerate(texts):
         pages.append(Page(number + 1, labels[number], start, start + len(text)))

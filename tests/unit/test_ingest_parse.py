@@ -63,6 +63,16 @@ def test_any_bytes_give_text_or_one_error(data):
     assert normalize_text(text) == text
 
 
+def test_marks_that_only_say_where_a_word_may_be_divided_do_not_part_it(tmp_path: Path):
+    word = "Donau\xaddampf\u2060schiff"
+    assert (
+        parse_html(f"<h1>{word}</h1><p>Eine&shy;s {word}.</p>".encode()).text
+        == "Donaudampfschiff\n\nEines Donaudampfschiff."
+    )
+    (tmp_path / "x").write_text(f"{word} Donau\xad\ndampf e\xad\u0301")
+    assert parse_file(tmp_path / "x", "text/plain").text == "Donaudampfschiff Donau\xad\ndampf é"
+
+
 def test_text_files_are_kept_but_for_line_ends_and_composition(tmp_path: Path):
     path = tmp_path / "x"
     path.write_bytes("a\r\nb\rc e\u0301\n".encode())
