@@ -205,7 +205,10 @@ def error_headers(error: Exception, status: int) -> dict[str, str]:
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    details = "; ".join(_describe_field(field, _fields_of(request)) for field in error.errors()[:5])
+    told: dict[str, str] = {}  # by place: of a union the first type says what the value is meant to be
+    for field in error.errors()[:5]:
+        told.setdefault(_place(field), _describe_field(field, _fields_of(request)))
+    details = "; ".join(told.values())
     if error.errors()[0]["type"] == "model_attributes_type" and "json" not in request.headers.get("content-type", ""):
         details += "; send JSON with the header Content-Type: application/json"
     return problem_response(request.url.path, problem_body(ERRORS[InvalidRequest], details))
@@ -217,9 +220,13 @@ def _fields_of(request: Request) -> list[str]:
     return list(getattr(body and body.field_info.annotation, "model_fields", ()))
 
 
-def _describe_field(field: dict[str, Any], known: Sequence[str] = ()) -> str:
+def _place(field: dict[str, Any]) -> str:
     names = [str(part) for part in field["loc"] if part != "body"]
-    place = ".".join(name for name in names if "[" not in name)  # brackets: which type of a union was tried
+    return ".".join(name for name in names if "[" not in name)  # brackets: which type of a union was tried
+
+
+def _describe_field(field: dict[str, Any], known: Sequence[str] = ()) -> str:
+    names, place = [str(part) for part in field["loc"]], _place(field)
     if field["type"] == "json_invalid":
         return f"the body is not JSON: {field.get('ctx', {}).get('error', field['msg'])} at character {place}"
     message = field["msg"]

@@ -12,7 +12,8 @@ def in_plain_words(message: str) -> str:
     )
     said = re.sub(r"a valid integer(, .*)?$", "a whole number", said.replace(" after validation", ""))
     said = re.sub(r"a valid number(, .*)?$", "a number", re.sub(r"a valid boolean(, .*)?$", "true or false", said))
-    return said.replace("must be a valid string", "must be text").replace("must be a valid list", "must be a list")
+    said = said.replace("must be a valid string", "must be text").replace("must be a valid list", "must be a list")
+    return said.replace("Field required", "is missing")
 
 
 def plain(text: str) -> str:

@@ -33,6 +33,12 @@ async def test_a_wrong_body_is_told_in_plain_words(client, body, said):
     assert reply.status_code == 422 and reply.json()["detail"].startswith(said), reply.json()["detail"]
 
 
+async def test_a_wrong_body_in_openais_shape_is_told_in_plain_words(client):
+    body = {"messages": [{"role": "user", "content": 5}]}
+    reply = await client.post("/v1/chat/completions", json=body)
+    assert reply.json()["error"]["message"] == "model: is missing; messages.0.content: must be text"
+
+
 async def test_a_path_that_is_not_there_and_a_method_that_is_not_taken_name_what_is(client):
     assert "/docs lists all calls" in (await client.post("/v1/answer", json={})).json()["detail"]
     assert "this path takes GET, POST" in (await client.patch("/v1/documents")).json()["detail"]
