@@ -19,7 +19,7 @@ _META_CHARSET = re.compile(rb"<meta[^>]{0,200}charset\s*=\s*[\"']?\s*([\w.:-]{2,
 _XML_DECLARATION = re.compile(r"\s*<\?xml[^>]*\?>")
 _DROPPED = frozenset(
     {"head", "script", "style", "noscript", "template", "nav", "aside", "form", "button", "select", "textarea", "svg"}
-    | {"math", "canvas", "video", "audio", "iframe", "object", "embed"}
+    | {"math", "canvas", "video", "audio", "iframe", "object", "embed", "rt", "rp"}  # the last: how a word is read
 )
 _TOO_DEEP = "the page nests more than 2,048 elements within each other"
 _OUTSIDE_MAIN = frozenset({"header", "footer"})
@@ -149,12 +149,14 @@ def _write_edge(writer: BlockWriter, event: str, tag: str) -> None:
 
 
 class _TableReader:
-    """Collects the cells of a row and writes it as one line. A table within a cell becomes part of that cell."""
+    """Collects the cells of a row and writes it as one line. A table within a cell becomes part of that cell; a cell
+    merged over rows is in each of them."""
 
     def __init__(self, writer: BlockWriter) -> None:
         self._writer = writer
         self._header: list[str] = []
-        self._cells: list[str] = []
+        self._cells: list[tuple[lxml.html.HtmlElement, str]] = []
+        self._above: dict[int, tuple[str, int, int]] = {}  # column -> a cell, of so many rows from here, its columns
         self._row: lxml.html.HtmlElement | None = None
         self._cell: lxml.html.HtmlElement | None = None
 
@@ -170,10 +172,12 @@ class _TableReader:
             elif element.tag == "tr" and event == "start":
                 self._writer.end_line()
                 self._row, self._cells = element, []
+            if element.tag != "tr":
+                self._above = {}
         elif element is self._row:
             self._end_row()
         elif element is self._cell:
-            self._cells.append(self._writer.take())
+            self._cells.append((element, self._writer.take()))
             self._cell = None
         elif self._cell is None and element.tag in {"td", "th"}:
             self._writer.take()  # white space between cells
@@ -183,11 +187,32 @@ class _TableReader:
 
     def _end_row(self) -> None:
         self._writer.take()
-        is_named = len(self._header) == len(self._cells)
-        self._writer.add_line(table_row_text(self._header if is_named else [], self._cells))
-        if not self._header and _is_header_row(self._row):
-            self._header = self._cells
+        cells, is_header = self._merge(), _is_header_row(self._row)
+        is_named = not is_header and len(self._header) == len(cells)
+        self._writer.add_line(table_row_text(self._header if is_named else [], cells))
+        if is_header and len(cells) >= len(self._header):
+            self._header = cells
         self._row = self._cell = None
+
+    def _merge(self) -> list[str]:
+        """The row's cells with those that reach into it from above, each once however many columns it has."""
+        own, texts, column, above = iter(self._cells), [], 0, {}
+        while column in self._above or (cell := next(own, None)) is not None:
+            if column in self._above:
+                text, rows, columns = self._above[column]
+            else:
+                text, rows, columns = cell[1], _span(cell[0], "rowspan"), _span(cell[0], "colspan")
+            texts.append(text)
+            if rows > 1:
+                above[column] = text, rows - 1, columns
+            column += columns
+        self._above = above
+        return texts
+
+
+def _span(cell: lxml.html.HtmlElement, name: str) -> int:
+    value = cell.get(name, "1").strip()
+    return max(1, int(value)) if value.isascii() and value.isdecimal() and len(value) < 5 else 1
 
 
 def _is_header_row(row: lxml.html.HtmlElement) -> bool:

@@ -165,6 +165,17 @@ def test_html_table_rows_are_lines_with_the_names_of_their_columns():
     assert parse_html(page).text == ("Prices\n\nFruit | Price\nFruit: Apple | Price: 2 kroner in side\nPear\n\nAfter")
 
 
+def test_html_cells_merged_over_rows_are_in_each_of_them():
+    page = """<table><thead><tr><th rowspan=2>Boat<th colspan=2>Crew</tr><tr><th>Day<th rowspan=9>Night</tr></thead>
+    <tr><td rowspan="2">Gull</td><td>4</td><td>2</td></tr><tr><td>5</td><td>3</td></tr>
+    <tr><th colspan=3>Hired</tr><tr><td>Tern<td rowspan=x>6<td>1</tr></table>
+    <p><ruby>東京<rt>とうきょう</rt></ruby>の</p>"""
+    assert parse_html(page.encode()).text == (
+        "Boat | Crew\nBoat | Day | Night\nBoat: Gull | Day: 4 | Night: 2\nBoat: Gull | Day: 5 | Night: 3\nHired\n"
+        "Boat: Tern | Day: 6 | Night: 1\n\n東京の"
+    )
+
+
 def test_html_list_items_of_paragraphs_keep_their_marks():
     page = """<ol><li><p>Open the lid.</p><p>Wait.</p></li><li><div>Fill it<ul><li><p>water</p></li><li></li></ul></div>
     </li></ol><p>Done</p>"""
