@@ -90,6 +90,13 @@ class Client:
         while any(one["pending"] for one in self.http.get("/v1/collections").raise_for_status().json()["data"]):
             time.sleep(0.2)
 
+    def wait_for_memory(self, host_bytes: int) -> dict[str, float]:
+        """Until the service has locked main memory for states, which it does while nobody asks."""
+        start = time.perf_counter()
+        while self._stores().get(("host", "max_bytes"), host_bytes) < host_bytes:
+            time.sleep(0.2)
+        return {"locked_s": time.perf_counter() - start}
+
     def ask(self, collection: str, question: str, output_tokens: int) -> dict[str, Any]:
         """The columns of one answer; asked for all documents of the collection."""
         start = time.perf_counter()
@@ -145,9 +152,11 @@ def started(data: Path, settings: dict[str, str], run: BenchRun, what: str) -> I
     """A service that ends by SIGKILL with the block; a row says how long its start took."""
     start = time.perf_counter()
     with serving(data, **settings) as service:
-        run.add(what=f"start: {what}", wall_ms=1e3 * (time.perf_counter() - start))
+        wall_ms, client = 1e3 * (time.perf_counter() - start), Client.open(service)
+        locked = client.wait_for_memory(int(settings["CACHE__HOST_MAX_BYTES"]))
+        run.add(what=f"start: {what}", wall_ms=wall_ms, **locked)
         try:
-            yield service, Client.open(service)
+            yield service, client
         finally:
             service.process.kill()
             service.process.wait()
@@ -230,7 +239,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="*", default=[1, 2, 4, 8])
     parser.add_argument("--seconds", type=float, default=25.0, help="of each rate")
     parser.add_argument("--load-tokens", type=int, default=128, help="of an answer under load")
-    parser.add_argument("--host-gib", type=float, default=24.0, help="main memory for states")
+    parser.add_argument("--host-gib", type=float, default=12.0, help="main memory for states")
     parser.add_argument("--leave-gib", type=float, help="of the card's memory; default: all")
     parser.add_argument("--first-only", action="store_true", help="end with the first service")
     parser.add_argument("--set", nargs="*", default=[], help="further settings: NAME=value, without JAMBA_RAG_")

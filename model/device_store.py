@@ -15,6 +15,8 @@ from torch import Tensor
 from model.state_eviction import EvictionPolicy
 from model.state_store import MemoryStateStore, StateItem
 
+_LARGE = 1 << 20  # bytes; to lock less takes less than a millisecond
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StateTensors:
@@ -81,22 +83,27 @@ class PinnedStateStore(MemoryStateStore):
         return True
 
     def put_many(self, items: Sequence[StateItem]) -> None:
-        super().put_many([item._replace(value=self._pinned(item.value)) for item in items])
+        """While memory is still to be locked, what finds none is dropped."""
+        pinned = [item._replace(value=self._pinned(item.value)) for item in items]
+        with self._lock:
+            self._dropped += sum(item.value is None for item in pinned)
+        super().put_many([item for item in pinned if item.value is not None])
 
     def close(self) -> None:
         super().close()
         self._spare.clear()
 
-    def _pinned(self, value: StateTensors) -> StateTensors:
+    def _pinned(self, value: StateTensors) -> StateTensors | None:
         if not self._locks:
             return value
-        tensors = []
-        for tensor in value.tensors:
-            with self._lock:
-                spare = self._spare[_rounded(tensor.nbytes)]
-                buffer = spare.pop() if spare else None
-            tensors.append(_pin(tensor, buffer))
-        return StateTensors(tuple(tensors))
+        with self._lock:
+            spares = [self._spare[_rounded(tensor.nbytes)] for tensor in value.tensors]
+            if self._max_bytes < self._wanted_bytes and any(
+                not spare and tensor.nbytes >= _LARGE for spare, tensor in zip(spares, value.tensors, strict=True)
+            ):
+                return None
+            buffers = [spare.pop() if spare else None for spare in spares]
+        return StateTensors(tuple(map(_pin, value.tensors, buffers)))
 
 
 def _pin(tensor: Tensor, buffer: Tensor | None = None) -> Tensor:

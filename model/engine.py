@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model import gpu_segment
 from model.admission import StateBudget
 from model.branches import score_branches
 from model.drafting import DraftCounts, PromptLookup, draft_all, score_pieces
@@ -40,7 +41,7 @@ from model.state import HybridState
 from model.tokenizer import Tokenizer
 
 _LOAD_WAIT_S = 0.05  # how long a step without anything else to do waits for a state to load
-_WHOLE_TOKENS = {"cpu": 512, "cuda": 64}  # longest segment that no decode step interrupts
+_WHOLE_TOKENS = {"cpu": 512, "cuda": gpu_segment.LONGEST}  # longest segment that no decode step interrupts
 _PREFILL_PER_DECODE = 2.0  # of a longer one, time between two decode steps in times of such a step
 _log = logging.getLogger(__name__)
 
@@ -244,42 +245,44 @@ class JambaEngine:
         sequence = self._prefilling[0]
         start = time.perf_counter()
         try:
-            scores = self._advance_segment(sequence)
+            logits = self._advance_segment(sequence)
         except Exception as error:
             return [self._fail(sequence, error)]
-        if scores is None:
+        if logits is None:
             sequence.timings = _add_prefill(sequence.timings, start)
             return []
         self._prefilling.popleft()
         self._keep(sequence)
-        sequence.timings = _add_prefill(sequence.timings, start)
         sequence.tell(sequence.position)
-        if sequence.position < sequence.plan.num_tokens:
+        if sequence.position < sequence.plan.num_tokens:  # a GPU may still be computing: nobody waits for it
+            sequence.timings = _add_prefill(sequence.timings, start)
             self._prefilling.append(sequence)
             return []
-        if sequence.request.branches is not None:
-            try:
+        try:
+            (scores,) = score(logits, [sequence.generation])
+            sequence.timings = _add_prefill(sequence.timings, start)
+            if sequence.request.branches is not None:
                 sequence.branch_logprobs = score_branches(self._model, sequence.state, sequence.request.branches)
-            except Exception as error:
-                return [self._fail(sequence, error)]
+        except Exception as error:
+            return [self._fail(sequence, error)]
         self._decoding.append(sequence)
         sequence.timings = replace(sequence.timings, ttft_ms=_ms_since(sequence.added_s))
         return [self._advance(sequence, scores)]
 
-    def _advance_segment(self, sequence: RunningSequence) -> Tensor | Likeliest | None:
-        """What the generation needs when the segment is at its end, None before that."""
+    def _advance_segment(self, sequence: RunningSequence) -> Tensor | None:
+        """Logits (1, v) of the segment's last token when it is at its end, None before that."""
         if sequence.segment is None:
             begin, end = sequence.position, sequence.plan.next_cut(sequence.position)
             piece = sequence.request.token_ids[begin:end]
             if len(piece) <= _WHOLE_TOKENS[self._device.type]:
-                return self._forward([piece], [sequence])[0]
+                token_ids = torch.tensor(piece, device=self._device)
+                return self._model.forward_packed(token_ids, [len(piece)], [sequence.state])
             token_ids = torch.tensor(piece, device=self._device)
             sequence.segment = LayeredPrefill(self._model, token_ids, sequence.state, self._piece_s)
         logits = sequence.segment.run(_PREFILL_PER_DECODE * self._decode_s if self._decoding else None)
-        if logits is None:
-            return None
-        sequence.segment = None
-        return score(logits, [sequence.generation])[0]
+        if logits is not None:
+            sequence.segment = None
+        return logits
 
     def _keep(self, sequence: RunningSequence) -> None:
         """Save the state if the plan wants that here; an answer does not fail because its state cannot be kept."""

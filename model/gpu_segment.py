@@ -21,11 +21,15 @@ from model.state import HybridState
 if TYPE_CHECKING:
     from model.jamba import Jamba, JambaLayer
 
+LONGEST = 2 * MAX_TOKENS
 _log = logging.getLogger(__name__)
 
 
 class GpuSegments:
-    """Made once of a model that `gpu_decode.fits`, whose weights stay where they are."""
+    """Made once of a model that `gpu_decode.fits`, whose weights stay where they are.
+
+    Takes pieces of up to its `graphed_tokens`, at most LONGEST.
+    """
 
     def __init__(self, model: Jamba) -> None:
         self._embedding, self._norm, self._head = model.embed_tokens, model.final_layernorm, model.lm_head
@@ -34,10 +38,10 @@ class GpuSegments:
         c, layout, device = model.config, model.state_layout, model.embed_tokens.weight.device
 
         def room(*shape: int) -> Tensor:
-            return torch.empty(MAX_TOKENS, *shape, dtype=layout.kv_dtype, device=device)
+            return torch.empty(LONGEST, *shape, dtype=layout.kv_dtype, device=device)
 
         with torch.inference_mode(False):  # an inference tensor could not be written outside inference mode
-            self._ids = torch.zeros(MAX_TOKENS, dtype=torch.int64, device=device)
+            self._ids = torch.zeros(LONGEST, dtype=torch.int64, device=device)
             self._conv = torch.empty(layout.conv_shape, dtype=layout.conv_dtype, device=device)
             self._ssm = torch.empty(layout.ssm_shape, device=device)
             self._x, self._attended = room(c.hidden_size), room(c.hidden_size)
@@ -45,13 +49,13 @@ class GpuSegments:
             self._k, self._v = (room(c.num_key_value_heads, c.head_dim) for _ in range(2))
             self._logits = torch.empty(1, c.vocab_size, dtype=layout.kv_dtype, device=device)
         self._graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}  # of each length
-        self._launched: set[int] = set()  # numbers of tiles whose kernels are compiled and loaded
+        self._launched: set[int] = set()  # what `_kernels` gives, of lengths whose kernels are compiled and loaded
         self._pool: tuple[int, int] | None = None
         self._stream: torch.cuda.Stream | None = None  # graphs are captured on it
-        self._usable = True
+        self._usable, self._longest = True, model.graphed_tokens
 
     def takes(self, t: int) -> bool:
-        return self._usable and 1 < t <= MAX_TOKENS
+        return self._usable and 1 < t <= self._longest
 
     @torch.no_grad()
     def run(self, token_ids: Tensor, state: HybridState) -> Tensor:
@@ -71,14 +75,14 @@ class GpuSegments:
                 self._launch(i, t)
             else:
                 graphs[i].replay()
-        self._launched.add(token_tiles(t))
+        self._launched.add(_kernels(t))
         state.conv.copy_(self._conv), state.ssm.copy_(self._ssm)
         state.num_tokens += t
         return self._logits.clone()
 
     def _graphs_of(self, t: int) -> list[torch.cuda.CUDAGraph] | None:
         """Those of this length; none before its kernels have run once."""
-        if t not in self._graphs and token_tiles(t) in self._launched:
+        if t not in self._graphs and _kernels(t) in self._launched:
             try:
                 self._graphs[t] = [self._capture(i, t) for i in range(len(self._stretches))]
             except RuntimeError:
@@ -117,6 +121,11 @@ class GpuSegments:
         projected = layer.self_attn.project(layer.input_layernorm(x))
         for to, of in zip((self._q, self._k, self._v), projected, strict=True):
             to[:t].copy_(of)
+
+
+def _kernels(t: int) -> int:
+    """The same for lengths that run the same kernels."""
+    return token_tiles(t) if t <= MAX_TOKENS else t
 
 
 def _cut(layers: Sequence[JambaLayer]) -> list[list[JambaLayer]]:

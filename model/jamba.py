@@ -68,6 +68,7 @@ class Jamba(nn.Module):
         self._decode: list[DecodeLayer] | None = None
         self._gpu_decode: GpuDecoder | Literal["unfit"] | None = None
         self._gpu_segments: gpu_segment.GpuSegments | None = None
+        self.graphed_tokens = gpu_segment.MAX_TOKENS  # longest piece behind a past that a GPU is given as graphs
         self._collect_router_stats = False
         if not embedding.is_meta:  # arithmetic on the meta device imports torch._dynamo, which takes a second
             nn.init.normal_(embedding, std=0.02)
@@ -208,7 +209,7 @@ class Jamba(nn.Module):
 
     def _short_segments(self, t: int) -> gpu_segment.GpuSegments | None:
         """What computes t tokens of one sequence as graphs, if this model and its card can."""
-        if t > gpu_segment.MAX_TOKENS or self._gpu_decoder(1) is None:
+        if t > self.graphed_tokens or self._gpu_decoder(1) is None:
             return None
         if self._gpu_segments is None:
             self._gpu_segments = gpu_segment.GpuSegments(self)
@@ -231,7 +232,7 @@ class Jamba(nn.Module):
 
         batches = range(1, min(max_batch, MAX_GPU_BATCH) + 1)
         steps: list[Callable[[], None]] = [partial(decode, b, False) for b in batches]
-        steps += [partial(read, t) for t in range(gpu_segment.MAX_TOKENS, 1, -1)]
+        steps += [partial(read, t) for t in range(self.graphed_tokens, 1, -1)]
         steps += [partial(decode, b, True) for b in batches[1:]]
         for step in steps:
             for _ in range(2):  # the first of its shape compiles what the second captures

@@ -302,8 +302,7 @@ class PrefixCache:
     def _read(
         self, store: StateStore, keys: Sequence[str], tensors: int, device: DeviceStateStore | None
     ) -> Iterable[tuple[str, StateTensors | DamagedValue | None]]:
-        """Each key's value. Of a server a few at a time, side by side: the state of a long prompt is gigabytes to
-        receive, check and copy, and a few are received into the memory of those that were copied before."""
+        """Each key's value. Of a server some at a time, side by side, received into memory of those copied before."""
 
         def read_some(some: Sequence[str]) -> list[tuple[str, StateTensors | DamagedValue | None]]:
             values = zip(some, store.get_many(some), strict=True)

@@ -36,6 +36,7 @@ class _Job(NamedTuple):
     held: int
     source: StateStore | None = None
     promotes: bool = False
+    made: torch.cuda.Event | None = None  # when a GPU has computed the value
 
 
 class WriteBehind:
@@ -68,7 +69,8 @@ class WriteBehind:
 
     def put_many(self, items: Sequence[StateItem], source: StateStore | None = None) -> None:
         """`source`, a store that keeps tensors, has just been given them too."""
-        self._add([_Job(item, self._stores, len(item.value), source) for item in items])
+        made = _event(items)
+        self._add([_Job(item, self._stores, len(item.value), source, made=made) for item in items])
 
     def promote(self, items: Sequence[StateItem], levels: int, source: StateStore | None = None) -> None:
         """Copy what was found further below into the first `levels` stores, but not what they have by then.
@@ -77,12 +79,12 @@ class WriteBehind:
         """
         stores = self._stores[:levels]
         there = source.contains_many([item.key for item in items], peek=True) if source else [False] * len(items)
-        jobs = []
+        jobs, made = [], _event(items)
         for item, kept in zip(items, there, strict=True):
             if kept:
-                jobs.append(_Job(item._replace(value=b""), stores, 0, source, promotes=True))
+                jobs.append(_Job(item._replace(value=b""), stores, 0, source, True, made))
             else:
-                jobs.append(_Job(item, stores, len(item.value), promotes=True))
+                jobs.append(_Job(item, stores, len(item.value), promotes=True, made=made))
         self._add(jobs)
 
     def forget(self, tags: Collection[str]) -> None:
@@ -174,6 +176,8 @@ class WriteBehind:
             if stores and isinstance(value, StateTensors):
                 if key in items:  # brought up for two answers
                     stores = [*items[key][1], *stores]
+                if job.made is not None:
+                    self._copies().wait_event(job.made)
                 items[key] = job.item._replace(value=value), stores
             done += not stores or isinstance(value, StateTensors)
         encoded: dict[str, StateItem] = {}
@@ -203,14 +207,20 @@ class WriteBehind:
         return {item.key: item for item in run(encode, items)}
 
     def _copying_from(self, items: Sequence[StateItem]) -> AbstractContextManager[object]:
-        devices = {item.value.device for item in items if isinstance(item.value, StateTensors)}
-        device = next((device for device in devices if device.type == "cuda"), None)
-        if device is None:
-            return nullcontext()
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.default_stream(device))  # where the tensors were computed
-        return torch.cuda.stream(self._stream)
+        on_gpu = any(isinstance(item.value, StateTensors) and item.value.device.type == "cuda" for item in items)
+        return torch.cuda.stream(self._copies()) if on_gpu else nullcontext()
+
+    def _copies(self) -> torch.cuda.Stream:
+        self._stream = self._stream or torch.cuda.Stream()
+        return self._stream
+
+
+def _event(items: Sequence[StateItem]) -> torch.cuda.Event | None:
+    """When what this thread has asked of a GPU is done; only values on one need it."""
+    for item in items:
+        if isinstance(item.value, StateTensors) and item.value.device.type == "cuda":
+            return torch.cuda.current_stream(item.value.device).record_event()
+    return None
 
 
 def _is_kept(job: _Job) -> bool:

@@ -10,6 +10,7 @@ import torch
 from test_gpu_decode import KINDS, make, prefilled, same_states, tokens  # noqa: F401
 
 from model import Jamba, gpu_segment, jamba
+from model.w8a8 import round_activations
 from tests.numeric import state_bytes
 
 
@@ -38,6 +39,15 @@ def test_segments_equal_the_modules(make, monkeypatch, kind: str) -> None:  # no
 
 def test_a_segment_of_the_greatest_length(make, monkeypatch) -> None:  # noqa: F811
     assert_equals_modules(make(), monkeypatch, 70, [5, gpu_segment.MAX_TOKENS, 5])
+
+
+def test_where_nothing_is_unpacked_longer_ones_are_graphs_too(make, monkeypatch) -> None:  # noqa: F811
+    model = make()
+    round_activations(model)
+    assert_equals_modules(model, monkeypatch, 70, [5, 70, 128, 70, 5])
+    with torch.no_grad():
+        assert model._short_segments(128) is not None
+        assert model._short_segments(129) is None
 
 
 def test_segments_of_a_new_sequence(make, monkeypatch) -> None:  # noqa: F811
