@@ -6,7 +6,7 @@ Start at `RunningAnswer.events`. Searching and packing stand in evidence.py, wha
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from app.measures import Measures
 from app.progress import ReadingProgress
 from app.prompting import prompt_salt
 from app.quotes import QuoteLimits
-from app.reading import nearly_as_likely, none_margin, read_at_once, reads_apart, split_passages
+from app.reading import none_margin, read_at_once, reads_apart, split_passages
 from app.rows import OTHER_ROWS_NATS, AskedLines
 from app.sse import Event, with_pauses
 from model.engine_request import EngineRequest, StepOutput
@@ -60,7 +60,6 @@ class RunningAnswer:
         self._citations: list[schemas.Citation] = []
         self._truncated = False
         self._counted = False  # whether what is generated next is from a prompt that was counted
-        self._made: tuple[Evidence | None, Sequence[StepOutput]] = (None, ())  # answer from a reading, not yet shown
         self._epoch = 0  # of the prefix cache, before the documents were chosen,
         self._gone: set[str] = set()  # and what was deleted since
 
@@ -156,21 +155,7 @@ class RunningAnswer:
             weighed.append((demerit + await self._weigh(request, reading, read_tokens), reading))
             read_tokens += len(request.token_ids)
         self._counted = True
-        return await self._choose_by_verdict(nearly_as_likely(weighed))
-
-    async def _choose_by_verdict(self, near: Sequence[tuple[float, Evidence]]) -> Evidence:
-        """Of readings that are nearly as likely, the likeliest first, the one whose quote answers best."""
-        advice, (least, likeliest) = self._service.advice, near[0]
-        if not advice.verdict or self._query.temperature or len(near) == 1 or least > advice.none_margin:
-            return likeliest
-        judged = []
-        for nats, reading in near:
-            async with aclosing(self._outputs(reading, allow_none=False)) as made:
-                outputs = [output async for output in made]
-            judged.append((nats - advice.verdict * verdict_of(outputs), reading, outputs))
-        _, reading, outputs = min(judged, key=lambda one: one[0])
-        self._made = reading, outputs
-        return reading
+        return min(weighed, key=lambda one: one[0])[1]
 
     def _count_question(self) -> int:
         """Its tokens behind what every prompt begins and ends with. Blocks."""
@@ -235,12 +220,7 @@ class RunningAnswer:
         )
 
     async def _outputs(self, reading: Evidence, allow_none: bool) -> AsyncIterator[StepOutput]:
-        """What the model answers from this evidence, made now unless it was made to choose it."""
-        (made_from, made), self._made = self._made, (None, ())
-        if reading is made_from:
-            for output in made:
-                yield output
-            return
+        """What the model answers from this evidence."""
         service, counted = self._service, not self._counted
         self._counted = True  # a second generation from the same prompt costs nothing worth telling
         limits = QuoteLimits(service.settings.max_quote_tokens, service.settings.max_quotes, allow_none)

@@ -17,7 +17,6 @@ from retrieval.types import Evidence, Passage
 _AGAIN_TOKENS = 1024  # of the question; 2 s of two cores
 _PIECE_CHARS = 1200  # the shipped model learnt to read passages of up to 1,150
 _OPENING_CHARS = 200
-_COMPARED_NATS, _MOST_COMPARED = 2.0, 3
 _GAP = re.compile(r"\s*\n\s*")
 
 
@@ -60,12 +59,6 @@ def reads_apart(evidence: Evidence, question_tokens: int) -> bool:
     """Whether there is a choice among passages, and it is not too dear: the question is read again with each."""
     again = len(evidence.passages) - 1
     return again > 0 and again * question_tokens <= max(evidence.tokens, _AGAIN_TOKENS)
-
-
-def nearly_as_likely(weighed: Sequence[tuple[float, Evidence]]) -> list[tuple[float, Evidence]]:
-    """Of readings with their margins those, the likeliest first, of which another may have the better quote."""
-    ordered = sorted(weighed, key=lambda one: one[0])[:_MOST_COMPARED]
-    return [one for one in ordered if one[0] <= ordered[0][0] + _COMPARED_NATS]
 
 
 def none_margin(

@@ -31,7 +31,7 @@ from app.answering import AnswerWriter
 from app.likeliest import QuoteSearch, ask_back_by, generate_likeliest, verdict_of
 from app.prompting import QuoteFormat
 from app.quotes import QuoteLimits, TokenBytes
-from app.reading import nearly_as_likely, none_margin, split_passages
+from app.reading import none_margin, split_passages
 from bench.answer_scores import GoldPlace, Outcome, draw, tabulate
 from bench.asking import evidence_of
 from bench.runs import BenchRun
@@ -71,24 +71,20 @@ class Reader:
         readings = split_passages(evidence) if apart else [evidence]
         requests = [self._request(question, reading) for reading in readings]
         prompt_tokens = sum(len(request.token_ids) for request in requests)
-        near = [(0.0, readings[0])]
+        best = 0
         if len(readings) > 1:
             weighed = [self._generate(_one_token(request), 1)[0] for request in requests]
             margins = [self._margin(question, *those) for those in zip(readings, weighed, strict=True)]
-            near = nearly_as_likely(list(zip(margins, readings, strict=True)))[: None if self.advice.verdict else 1]
-        judged = [(*self._judge(question, reading), reading) for _, reading in near]
-        margin, outputs, reading = min(judged, key=lambda one: one[0])
+            best = margins.index(min(margins))
+        reading = readings[best]
+        outputs = self._generate(requests[best], self.advice.quote_beginnings, question)
+        margin = self._margin(question, reading, outputs[0]) - self.advice.verdict * verdict_of(outputs)
         writer = AnswerWriter(self.tokenizer, self.format.answer_tokens(reading), reading.passages, question)
         for output in outputs:
             if output.token_id is not None:
                 list(writer.push(output.token_id))
         list(writer.finish())
         return writer, margin, prompt_tokens
-
-    def _judge(self, question: str, reading: Evidence) -> tuple[float, list[StepOutput]]:
-        """The margin towards none after all, and the answer."""
-        outputs = self._generate(self._request(question, reading), self.advice.quote_beginnings, question)
-        return self._margin(question, reading, outputs[0]) - self.advice.verdict * verdict_of(outputs), outputs
 
     def count_evidence(self, passages: Sequence[tuple[str, str]]) -> int:
         """Tokens of the passages as the service counts them, each a document, whatever mode they are read in."""

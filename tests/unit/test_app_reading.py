@@ -5,10 +5,9 @@ from dataclasses import replace
 import pytest
 from app_kit import GARDEN, LIGHTHOUSE, make_settings, read_events, running_service
 
-from app import generation
 from app.answering import NOT_FOUND_TEXT
 from app.conversation import missing_words, only_repeats
-from app.reading import nearly_as_likely, none_margin, read_at_once, reads_apart, split_passages
+from app.reading import none_margin, read_at_once, reads_apart, split_passages
 from app.render import measures_of
 from model.tokenizer import Tokenizer
 from retrieval.types import Evidence, Heading, Passage
@@ -156,7 +155,7 @@ async def test_the_question_is_asked_back_of_quotes_nearly_as_likely(tiny_checkp
         service.engine.generate = lambda request: (asked.append(request), generate(request))[1]
         answer = await client.ask("Where does the owl sleep?", mode="rag")
         branched = [request for request in asked if request.branches]
-        assert len(branched) == (3 if weights.get("verdict") else weights["ask_back"] > 0)  # of each passage, or of one
+        assert len(branched) == any(weights.values())
         for request in branched:
             assert not request.counted and request.salt == asked[0].salt
             document = tokenizer.decode(request.token_ids, skip_special=False).split("<|doc|>")[1]
@@ -185,37 +184,3 @@ async def test_a_quote_that_hardly_answers_is_refused_before_any_of_it_is_shown(
         assert bool(completed["citations"]) == (grounding == "answered")
         assert shown == completed["text"] and completed["sources"]
         assert (shown == NOT_FOUND_TEXT) == (grounding == "not_found")
-
-
-def test_three_readings_within_two_nats_of_the_likeliest_are_compared():
-    one, *_ = split_passages(EVIDENCE)
-    for margins, compared in (([3.0, 1.0, 3.1], [1.0, 3.0]), ([1.0], [1.0]), ([4, 3, 2, 2.5, 5], [2, 2.5, 3])):
-        assert [nats for nats, _ in nearly_as_likely([(nats, one) for nats in margins])] == compared
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize("best", [0, 1, 2])
-async def test_of_passages_nearly_as_likely_the_one_whose_quote_answers_best_is_answered_from(
-    tiny_checkpoint, tmp_path, monkeypatch, best
-):
-    monkeypatch.setattr("app.reading._COMPARED_NATS", 1000.0)
-    make, tokenizer, made = generation.generate_likeliest, Tokenizer.load(tiny_checkpoint), []
-
-    async def judging(engine, request, search):
-        made.append(tokenizer.decode(request.token_ids, skip_special=False))
-        told = -0.1 if f"hole {best}" in made[-1] else -5.0
-        number = 0
-        async for output in make(engine, request, search):
-            number += 1
-            yield replace(output, branch_logprobs=((told,),)) if number == 2 else output
-
-    monkeypatch.setattr(generation, "generate_likeliest", judging)
-    answers = {"read_apart": True, "verdict": 10, "none_margin": 50, "rag_evidence_tokens": 900}
-    async with running_service(make_settings(tiny_checkpoint, tmp_path / "data", answers=answers)) as client:
-        for number in range(3):
-            await client.upload(f"{number}.md", f"# {number}\n\nThe owl sleeps in hole {number}, far from here.\n" * 2)
-        answer = await client.ask("Where does the owl sleep?", mode="rag")
-        assert {citation["filename"] for citation in answer["citations"]} == {f"{best}.md"}
-        assert len(made) == 3  # the answer that was made to choose is given out
-        sampled = await client.ask("Where does the owl sleep?", mode="rag", temperature=0.5)
-        assert sampled["text"] and len(set(made[3:])) == 1  # of one passage, be it for a second try
