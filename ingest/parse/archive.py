@@ -5,6 +5,7 @@ Start at `open_package`. Nothing is ever unpacked to disk, so no name in an arch
 
 import io
 import posixpath
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,6 +77,17 @@ class Package:
                 element.clear()
                 while element.getprevious() is not None:
                     del element.getparent()[0]
+
+    def find_all(self, name: str, pattern: re.Pattern[bytes]) -> Iterator[re.Match[bytes]]:
+        """Where `pattern`, which matches up to 1 KiB, stands in the bytes of a member, however long that is."""
+        with self._archive.open(name) as member:
+            rest = b""
+            while piece := member.read(1 << 20):
+                rest, done = rest + piece, 0
+                for found in pattern.finditer(rest):
+                    done = found.end()
+                    yield found
+                rest = rest[max(done, len(rest) - 1024) :]
 
     def relations(self, name: str) -> dict[str, tuple[str, str]]:
         """Id -> (last word of the type, name of the member) of what an Office part refers to."""

@@ -3,6 +3,8 @@
 Reads the parts of the zip directly (ECMA-376, PresentationML). Charts, diagrams and pictures are left out.
 """
 
+from collections.abc import Iterator
+
 from lxml import etree
 
 from ingest.parse import ParseError, Report, Source
@@ -64,7 +66,7 @@ def _write_slide(writer: BlockWriter, slide: etree._Element) -> None:
             continue
         writer.end_block()
         for table in _all(shape, "tbl"):
-            write_rows(writer, (_cells(row) for row in _all(table, "tr")))
+            write_rows(writer, _rows(table))
         if etree.QName(shape).localname == "sp":
             for level, text in _paragraphs(shape):
                 writer.add_line("  " * level + ("- " if level else "") + text)
@@ -101,9 +103,18 @@ def _paragraphs(shape: etree._Element) -> list[tuple[int, str]]:
     return found
 
 
-def _cells(row: etree._Element) -> dict[int, str]:
-    texts = (" ".join(text for _, text in _paragraphs(cell)) for cell in _all(row, "tc"))
-    return {column: text for column, text in enumerate(texts) if text}
+def _rows(table: etree._Element) -> Iterator[dict[int, str]]:
+    """A cell merged over rows is in each of them."""
+    above: dict[int, str] = {}
+    for row in _all(table, "tr"):
+        texts = {
+            column: above.get(column, "")
+            if cell.get("vMerge") in {"1", "true"}
+            else " ".join(text for _, text in _paragraphs(cell))
+            for column, cell in enumerate(_all(row, "tc"))
+        }
+        above = texts
+        yield {column: text for column, text in texts.items() if text}
 
 
 def _text(paragraph: etree._Element) -> str:

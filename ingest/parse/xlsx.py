@@ -1,12 +1,13 @@
 """XLSX: each sheet a section, each row a line with its columns' names, cells as they are shown (dates, percentages).
 
 Reads the parts of the zip directly (ECMA-376, SpreadsheetML), rows as a stream. Formulas give the value they had when
-the workbook was saved. Charts, comments and pictures are left out.
+the workbook was saved; a cell merged over rows is in each of them. Charts, comments and pictures are left out.
 """
 
 import re
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from itertools import islice
 
 from lxml import etree
 
@@ -21,10 +22,12 @@ _WORKBOOK = "xl/workbook.xml"
 _MAX_CELLS = 5_000_000
 _MAX_CELL_CHARS = 32_767  # Excel's own limit; a shared string may be used by every cell
 _MAX_COLUMN = 16_384
+_MAX_MERGED = 100_000
 _DATE_FORMATS = {*range(14, 18), 22, *range(27, 37), *range(50, 59)}
 _TIME_FORMATS = {18, 19, 20, 21, 45, 46, 47}
 _PERCENT_FORMATS = {9, 10}
 _NOT_PLACEHOLDERS = re.compile(r'"[^"]*"|\\.|_.|\*.|\[[^\]]*\]')
+_MERGED = re.compile(rb"<(?:\w+:)?mergeCell\s[^>]{0,200}?ref=[\"']([A-Z]{1,3})(\d{1,7}):[A-Z]{1,3}(\d{1,7})[\"']")
 _REFERENCE = re.compile(r"([A-Za-z]{1,3})\d*$")
 
 
@@ -92,19 +95,35 @@ class _Workbook:
         return [] if used is None else [_meaning(item.get("numFmtId", "0"), custom) for item in used]
 
     def _read_rows(self, member: str) -> Iterator[Row]:
+        merged = self._read_merged(member)
+        above: dict[int, tuple[str, int]] = {}  # column -> text of a cell, the last row that it reaches into
+        number = 0
         for row in self._package.elements(member, f"{self._main}row"):
-            cells: dict[int, str] = {}
+            number = int(row.get("r", number + 1))
+            above = {column: (text, last) for column, (text, last) in above.items() if number <= last}
+            cells: dict[int, str] = {column: text for column, (text, _) in above.items()}
             column = 0
             for cell in row.iter(f"{self._main}c"):
                 column = _column(cell.get("r")) or column + 1
                 if (text := self._cell_text(cell).strip()) and column <= _MAX_COLUMN:
                     cells[column] = text
+                    if last := merged.get((number, column)):
+                        above[column] = text, last
             self._cells += len(cells)
             if self._cells > _MAX_CELLS:
                 raise ParseError(
                     "too_many_cells", f"the workbook has over {_MAX_CELLS} cells; split it or save the sheets as CSV"
                 )
-            yield cells
+            yield dict(sorted(cells.items())) if above else cells
+
+    def _read_merged(self, member: str) -> dict[tuple[int, int], int]:
+        """(row, column) of cells merged over rows -> the last of these; they stand behind all rows."""
+        found = (match.groups() for match in self._package.find_all(member, _MERGED))
+        return {
+            (int(first), _column(name.decode()) or 0): int(last)
+            for name, first, last in islice(found, _MAX_MERGED)
+            if int(first) < int(last)
+        }
 
     def _cell_text(self, cell: etree._Element) -> str:
         value = cell.findtext(f"{self._main}v") or ""

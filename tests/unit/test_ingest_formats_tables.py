@@ -27,7 +27,9 @@ STYLES = (
 )
 
 
-def write_xlsx(path: Path, sheets: dict[str, str], strings: str = "", workbook: str = "", doctype: str = "") -> None:
+def write_xlsx(
+    path: Path, sheets: dict[str, str], strings: str = "", workbook: str = "", doctype: str = "", merged: str = ""
+) -> None:
     """A workbook whose sheets have the given rows as XML."""
     names = "".join(f'<sheet name="{escape(name)}" r:id="r{n}"/>' for n, name in enumerate(sheets))
     links = "".join(
@@ -48,12 +50,24 @@ def write_xlsx(path: Path, sheets: dict[str, str], strings: str = "", workbook: 
         for number, rows in enumerate(sheets.values()):
             archive.writestr(
                 f"xl/worksheets/sheet{number}.xml",
-                f'<worksheet xmlns="{MAIN}"><sheetData>{rows}</sheetData></worksheet>',
+                f'<worksheet xmlns="{MAIN}"><sheetData>{rows}</sheetData>{merged}</worksheet>',
             )
 
 
 def text_cells(*texts: str) -> str:
     return "<row>" + "".join(f'<c t="inlineStr"><is><t>{escape(text)}</t></is></c>' for text in texts) + "</row>"
+
+
+def test_xlsx_cells_merged_over_rows_are_in_each_of_them(tmp_path):
+    rows = (
+        text_cells("Region", "City") + text_cells("North", "Oslo") + text_cells("", "Bergen") + text_cells("", "Rome")
+    )
+    refs = "".join(f'<mergeCell ref="{ref}"/>' for ref in ("C9:D9", "A2:A3", "XFD1:XFD1048576"))
+    merged = f"<!--{' ' * (1 << 20)}--><mergeCells>{refs}</mergeCells>"
+    write_xlsx(tmp_path / "x", {"S": rows}, merged=merged)
+    assert parse_file(tmp_path / "x", XLSX).text == (
+        "S\n\nRegion | City\nRegion: North | City: Oslo\nRegion: North | City: Bergen\nCity: Rome"
+    )
 
 
 def test_xlsx_sheets_are_sections_and_rows_carry_their_columns(tmp_path):
