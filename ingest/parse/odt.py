@@ -4,6 +4,7 @@ A text box and a footnote follow the paragraph they hang on.
 """
 
 import re
+from collections.abc import Iterator
 
 from lxml import etree
 
@@ -16,6 +17,7 @@ from retrieval.parsed import ParsedDocument
 MEDIA_TYPE = "application/vnd.oasis.opendocument.text"
 _TEXT = "{urn:oasis:names:tc:opendocument:xmlns:text:1.0}"
 _TABLE = "{urn:oasis:names:tc:opendocument:xmlns:table:1.0}"
+_COVERED = f"{_TABLE}covered-table-cell"
 _OFFICE = "{urn:oasis:names:tc:opendocument:xmlns:office:1.0}"
 _DC_TITLE = "{http://purl.org/dc/elements/1.1/}title"
 _NOTE, _BOX = f"{_TEXT}note", "{urn:oasis:names:tc:opendocument:xmlns:drawing:1.0}text-box"
@@ -58,7 +60,7 @@ def _write_body(writer: BlockWriter, body: etree._Element) -> None:
             walker.skip_subtree()
         elif element.tag == f"{_TABLE}table":
             walker.skip_subtree()
-            write_rows(writer, (_cells(row) for row in element.iter(f"{_TABLE}table-row")))
+            write_rows(writer, _rows(element))
             for note in element.iter(_NOTE):
                 _write_note(writer, note)
         elif element.tag == _NOTE:
@@ -114,15 +116,25 @@ def _blank(element: etree._Element) -> str:
     return {f"{_TEXT}tab": "\t", f"{_TEXT}line-break": "\n"}.get(element.tag, "")
 
 
-def _cells(row: etree._Element) -> dict[int, str]:
-    cells, column = {}, 0
-    for cell in row.iterchildren(f"{_TABLE}table-cell", f"{_TABLE}covered-table-cell"):
-        text = " ".join(_text(item) for item in cell.iter(f"{_TEXT}p", f"{_TEXT}h"))
-        repeat = _count(cell.get(f"{_TABLE}number-columns-repeated", "1"))
-        for offset in range(repeat if text.strip() else 0):
-            cells[column + offset] = text
-        column += repeat
-    return cells
+def _rows(table: etree._Element) -> Iterator[dict[int, str]]:
+    """A cell merged over rows is in each of them."""
+    above: dict[int, tuple[str, int]] = {}  # column -> text of a cell, and of so many rows from here
+    for row in table.iter(f"{_TABLE}table-row"):
+        cells, column, reaching = {}, 0, {}
+        for cell in row.iterchildren(f"{_TABLE}table-cell", _COVERED):
+            text, rows = " ".join(_text(item) for item in cell.iter(f"{_TEXT}p", f"{_TEXT}h")), 1
+            if cell.tag == _COVERED:
+                text, rows = above.get(column, (text, 1))
+            else:
+                rows = _count(cell.get(f"{_TABLE}number-rows-spanned", "1"))
+            if rows > 1:
+                reaching[column] = text, rows - 1
+            repeat = _count(cell.get(f"{_TABLE}number-columns-repeated", "1"))
+            for offset in range(repeat if text.strip() else 0):
+                cells[column + offset] = text
+            column += repeat
+        above = reaching
+        yield cells
 
 
 def _count(number: str) -> int:

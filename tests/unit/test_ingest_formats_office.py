@@ -238,6 +238,17 @@ def test_an_odt_text_box_follows_the_paragraph_that_it_stands_in(tmp_path):
     assert parse_in_child(tmp_path / "x", ODT).text == "Before and after.\n\nIn the box.\n\nOslo In the box."
 
 
+def test_odt_cells_merged_over_rows_are_in_each_of_them(tmp_path):
+    merged = '<table:table-cell table:number-rows-spanned="2"><text:p>Oslo</text:p></table:table-cell>'
+    covered = "<table:covered-table-cell/>"
+    rows = "".join(
+        f"<table:table-row>{first}<table:table-cell><text:p>{second}</text:p></table:table-cell></table:table-row>"
+        for first, second in [(merged, 4), (covered, 7), (covered, 9)]
+    )
+    write_odt(tmp_path / "x", f"<table:table>{rows}</table:table>")
+    assert parse_file(tmp_path / "x", ODT).text == "Oslo | 4\nOslo | 7\n9"
+
+
 def test_an_odt_that_counts_huge_repeats_stays_small(tmp_path):
     cell = '<table:table-cell table:number-columns-repeated="999999999"><text:p>x</text:p></table:table-cell>'
     row = f"<table:table><table:table-row>{cell}</table:table-row></table:table>"
