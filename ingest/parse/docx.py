@@ -86,9 +86,11 @@ def _write_blocks(writer: BlockWriter, parent: etree._Element, parts: _Parts) ->
                 if next(box.iterancestors(f"{{*}}{_BOX}"), None) is None:
                     _write_blocks(writer, box, parts)
         for note in item.iter(*(f"{{*}}{name}" for name in _NOTES)):
-            writer.end_block()
-            writer.add_line(f"Footnote: {parts.notes.get((_NOTES[_name(note)], _get(note, 'id') or ''), '')}")
-            writer.end_block()
+            text = parts.notes.get((_NOTES[_name(note)], _get(note, "id") or ""))
+            if text and next(note.iterancestors("{*}del", "{*}moveFrom"), None) is None:
+                writer.end_block()
+                writer.add_line(f"Footnote: {text}")
+                writer.end_block()
 
 
 def _heading_level(style: str) -> int:

@@ -64,7 +64,8 @@ def test_docx_reads_blocks_in_content_controls_text_boxes_and_footnotes(tmp_path
         f'<w:p><w:pPr><w:pStyle w:val="V1"/></w:pPr>{word_run("Boats 7")}</w:p>'
         f'<w:p><w:pPr><w:pStyle w:val="U1"/></w:pPr>{word_run("Boats")}</w:p>'
         f"<w:sdt><w:sdtContent><w:p>{word_run('Two sail.')}"
-        f'<w:r><w:footnoteReference w:id="2"/></w:r>{shape}</w:p>{table}</w:sdtContent></w:sdt>'
+        f'<w:r><w:footnoteReference w:id="2"/></w:r><w:del><w:r><w:footnoteReference w:id="2"/></w:r></w:del>'
+        f'<w:r><w:footnoteReference w:id="9"/></w:r>{shape}</w:p>{table}</w:sdtContent></w:sdt>'
     )
     styles = "".join(
         f'<w:style w:styleId="{key}"><w:name w:val="{name}"/></w:style>'
