@@ -28,6 +28,8 @@ from model.mamba import MambaMixer
 from model.moe import MLP, MoE
 from model.state import HybridState, StateLayout
 
+_LONG_PIECES = (528, 517)  # a multiple of 16, for which Triton compiles apart, and not
+
 
 class JambaLayer(nn.Module):
     """x + mixer(norm(x)), then x + feed_forward(norm(x)). The mixer is attention in one layer of eight of the published
@@ -217,9 +219,10 @@ class Jamba(nn.Module):
 
     @torch.inference_mode()
     def prepare(self, max_batch: int) -> Iterator[None]:
-        """Capture the graphs of decode steps up to this batch and of short segments, one between two yields.
+        """Capture the graphs of decode steps up to this batch and of short segments, and compile what longer ones need,
+        a little between two yields.
 
-        A call that comes before its graph is captured takes the time to capture it too. Nothing on a CPU.
+        A call that comes before its turn takes that time too. Nothing on a CPU.
         """
         if (decoder := self._gpu_decoder(1)) is None:
             return
@@ -230,10 +233,16 @@ class Jamba(nn.Module):
         def read(t: int) -> None:
             self.forward_packed(torch.zeros(t, dtype=torch.int64), [t], [self.new_state()])
 
+        def read_on(t: int) -> None:
+            state, ids = self.new_state(), torch.zeros(t, dtype=torch.int64)
+            for _ in range(2):  # without a past and with one
+                self.forward_packed(ids, [t], [state])
+
         batches = range(1, min(max_batch, MAX_GPU_BATCH) + 1)
         steps: list[Callable[[], None]] = [partial(decode, b, False) for b in batches]
         steps += [partial(read, t) for t in range(self.graphed_tokens, 1, -1)]
         steps += [partial(decode, b, True) for b in batches[1:]]
+        steps += [partial(read_on, t) for t in _LONG_PIECES]
         for step in steps:
             for _ in range(2):  # the first of its shape compiles what the second captures
                 step()

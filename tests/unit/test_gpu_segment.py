@@ -78,15 +78,15 @@ def test_a_failed_call_leaves_the_state_as_it_was(make, monkeypatch) -> None:  #
 
 def test_graphs_are_prepared_between_requests(make, monkeypatch) -> None:  # noqa: F811
     """Every length and batch, once; the answers after it are those before it."""
-    monkeypatch.setattr(gpu_segment, "MAX_TOKENS", 6)
     model = make()
+    model.graphed_tokens = 6
     (state,) = prefilled(model, [6])
     (other,) = same_states(model, [state])
     ids = tokens(1, 5)[0]
     before = model.forward_packed(ids, [5], [state])
     with ThreadPoolExecutor(1) as another_thread:  # as an engine's
         steps = another_thread.submit(lambda: len(list(model.prepare(max_batch=3)))).result()
-    assert steps == 3 + 5 + 2
+    assert steps == 3 + 5 + 2 + 2
     assert torch.equal(model.forward_packed(ids, [5], [other]), before)
     if ids.device != state.conv.device:
         assert set(model._gpu_segments._graphs) == set(range(2, 7))
