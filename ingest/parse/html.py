@@ -149,8 +149,8 @@ def _write_edge(writer: BlockWriter, event: str, tag: str) -> None:
 
 
 class _TableReader:
-    """Collects the cells of a row and writes it as one line. A table within a cell becomes part of that cell; a cell
-    merged over rows is in each of them."""
+    """Collects the cells of a row and writes it as one line. A table within a cell becomes part of that cell; where
+    columns have names, a cell merged over rows is in each of them."""
 
     def __init__(self, writer: BlockWriter) -> None:
         self._writer = writer
@@ -192,6 +192,8 @@ class _TableReader:
         self._writer.add_line(table_row_text(self._header if is_named else [], cells))
         if is_header and len(cells) >= len(self._header):
             self._header = cells
+        if not self._header:  # a layout, such as the links around a page
+            self._above = {}
         self._row = self._cell = None
 
     def _merge(self) -> list[str]:

@@ -169,10 +169,11 @@ def test_html_cells_merged_over_rows_are_in_each_of_them():
     page = """<table><thead><tr><th rowspan=2>Boat<th colspan=2>Crew</tr><tr><th>Day<th rowspan=9>Night</tr></thead>
     <tr><td rowspan="2">Gull</td><td>4</td><td>2</td></tr><tr><td>5</td><td>3</td></tr>
     <tr><th colspan=3>Hired</tr><tr><td>Tern<td rowspan=x>6<td>1</tr></table>
+    <table><tr><td rowspan=2>Next<td>Top</tr><tr><td>Home</tr></table>
     <p><ruby>東京<rt>とうきょう</rt></ruby>の</p>"""
     assert parse_html(page.encode()).text == (
         "Boat | Crew\nBoat | Day | Night\nBoat: Gull | Day: 4 | Night: 2\nBoat: Gull | Day: 5 | Night: 3\nHired\n"
-        "Boat: Tern | Day: 6 | Night: 1\n\n東京の"
+        "Boat: Tern | Day: 6 | Night: 1\n\nNext | Top\nHome\n\n東京の"
     )
 
 
