@@ -267,8 +267,11 @@ class RagService:
             )
         scope = self.read_scope(body.collections, body.document_ids, principal)
         messages = [Turn(m.role, m.content) for m in body.messages or () if m.role != "system"]
+        question = messages[-1].text if messages else body.question or ""
+        if not any(map(str.isalnum, question)):
+            raise InvalidRequest("the question has neither a word nor a number; say what is asked about")
         return Query(
-            question=messages[-1].text if messages else body.question or "",
+            question=question,
             collections=scope.collections,
             document_ids=scope.document_ids,
             filters=body.filters,

@@ -1,4 +1,4 @@
-"""How long does a search take over a million chunks, and what do its two indexes cost?
+"""How long does a search take over a million chunks, or `--chunks`, and what do its two indexes cost?
 
 Chunks are words drawn with the frequencies of the manuals of bench/retrieval_sets.py, each word for itself; questions
 are that set's 390. Vectors are made as in bench/index.py.
@@ -23,6 +23,7 @@ from bench.runs import BenchRun
 from retrieval.embedder import MiniLMEmbedder
 from retrieval.index import open_index
 from retrieval.lexical import query_terms
+from retrieval.rerank import MiniLMReranker
 from retrieval.search import Retriever
 from retrieval.store import DocumentStore
 from retrieval.types import Chunk, ParsedDocument, SearchParams
@@ -71,6 +72,8 @@ def main() -> None:
         retriever = Retriever(store, index, embedder, words=words)
         for mode in ("dense", "lexical", "hybrid"):
             search_mode(run, retriever, questions, f"search {mode}", SearchParams(mode=mode))
+        reranking = Retriever(store, index, embedder, reranker=MiniLMReranker(), words=words)
+        search_mode(run, reranking, questions, "search hybrid, reranked", SearchParams(mode="hybrid", rerank=True))
         every = [document.id for document in store.ready_documents(["default"])]
         rng = np.random.default_rng(1)
         for number in (10, len(every) // 10, len(every) // 2):

@@ -154,6 +154,8 @@ async def test_bodies_that_are_not_the_json_wanted_are_refused(client, path, con
         {"question": ""},
         {"question": " \n"},
         {"question": "nul \x00"},
+        {"question": "?!"},
+        {"messages": [{"role": "user", "content": "Who?"}, {"role": "user", "content": "…"}]},
         {"question": 7},
         {"question": "Who?", "mode": "all"},
         {"question": "Who?", "unknown": 1},
