@@ -66,7 +66,8 @@ export class SourcePanel {
     this.pictures = images.map(({ blob, boxes }, index) => ({ page: pages[index], url: URL.createObjectURL(blob), boxes }));
     byId("source-view").textContent = "Text";
     byId("source-zoom").hidden = false;
-    const alt = ({ page, boxes }) => `Page ${page}${boxes.length ? `. Marked on it: ${this.quote}` : ""}`;
+    const marked = this.quote ? `Marked on it: ${this.quote}` : "The passage is marked on it.";
+    const alt = ({ page, boxes }) => `Page ${page}${boxes.length ? `. ${marked}` : ""}`;
     const nodes = this.pictures.map((picture) => h("img", { class: "page-image", src: picture.url, alt: alt(picture) }));
     byId("source-text").append(...nodes);
     byId("source-text").focus({ preventScroll: true });
