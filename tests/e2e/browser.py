@@ -1,10 +1,12 @@
 """A real Chromium, and the page as a person uses it."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from axe_core_python.selenium import Axe
@@ -37,6 +39,14 @@ CHROMIUM_FLAGS = (
     "--disable-sync",
 )
 WAIT_S, POLL_S = 60, 0.05
+KEEP_REQUESTS = """
+window.sent = [];
+const send = window.fetch;
+window.fetch = (path, options) => {
+  if (String(path).endsWith("answers")) window.sent.push(options.body);
+  return send(path, options);
+};
+"""
 
 
 class Page:
@@ -132,6 +142,19 @@ class Page:
         self.wait(lambda: self.find_all(".turn") and self.find("#ask-button").text == "Ask")
         self.wait(lambda: self.find_all(".turn")[-1].find_elements(By.CSS_SELECTOR, ".measures, .error"))
         return self.find_all(".turn")[-1]
+
+    def answers(self) -> list[dict[str, Any]]:
+        """Those of the conversation, as the service gave them."""
+        thread = self.driver.execute_script("return sessionStorage.getItem('jamba-rag.thread')")
+        return [turn["answer"] for turn in json.loads(thread)]
+
+    def keep_requests(self) -> None:
+        """From now on, for `requests`."""
+        self.driver.execute_script(KEEP_REQUESTS)
+
+    def requests(self) -> list[dict[str, Any]]:
+        """What was asked of the service since `keep_requests`."""
+        return [json.loads(body) for body in self.driver.execute_script("return window.sent")]
 
 
 @contextmanager

@@ -15,14 +15,6 @@ pytestmark = IN_CHROMIUM
 
 WIDTHS = (1440, 1000, 768, 320)
 PDF = Path(__file__).resolve().parents[2] / "samples" / "documents" / "fr12-handbook.pdf"
-KEEP_REQUESTS = """
-window.sent = [];
-const send = window.fetch;
-window.fetch = (path, options) => {
-  if (String(path).endsWith("answers")) window.sent.push(options.body);
-  return send(path, options);
-};
-"""
 ORDERS = """# Notes
 <script>document.title = "taken over"</script>
 <img src="https://example.invalid/x" onerror="document.title='taken over'">
@@ -182,21 +174,22 @@ def test_page_on_which_the_words_are_not_found_can_be_looked_at(page):
 
 def test_follow_up_takes_the_conversation_along(page, handbook):
     page.add(handbook)
-    page.driver.execute_script(KEEP_REQUESTS)
+    page.keep_requests()
     page.ask("When is the lamp trimmed?")
     page.ask("And why?")
+    said = page.answers()[0]["text"]
     assert len(page.find_all(".turn")) == 2
     page.find("#clear-thread").click()
     assert not page.find_all(".turn") and page.find_all("#welcome")
     page.ask("When does the boat come?")
-    sent = [json.loads(body)["messages"] for body in page.driver.execute_script("return window.sent")]
+    sent = [request["messages"] for request in page.requests()]
     assert [[message["role"] for message in messages] for messages in sent] == [
         ["user"],
         ["user", "assistant", "user"],
         ["user"],
     ]
     assert [message["content"] for message in sent[1][::2]] == ["When is the lamp trimmed?", "And why?"]
-    assert sent[1][1]["content"]
+    assert sent[1][1]["content"] == said
 
 
 def test_escape_closes_the_source_and_returns_the_focus(page, handbook):
