@@ -34,7 +34,7 @@ const keepRows = (text) => text.replace(/([^\n]*)\n+(?=([^\n]*))/g, (_, line, ne
 /** One question with its answer as far as it has come. */
 class Turn {
   constructor(panel, { question, collection, answer = null }) {
-    Object.assign(this, { panel, question, collection, answer, text: "", citations: [], sources: [], frame: 0 });
+    Object.assign(this, { panel, question, collection, answer, text: "", citations: [], sources: [], frame: 0, asked: performance.now() });
     this.body = h("div", { class: "answer", "aria-busy": "true" });
     this.footer = h("div", { class: "footer" });
     this.element = h("article", { class: "turn" }, h("h3", {}, question), this.body, this.footer);
@@ -43,7 +43,10 @@ class Turn {
 
   apply({ type, data }) {
     if (type === "answer.sources") this.sources = data.sources;
-    if (type === "answer.text.delta") this.text += data.text;
+    if (type === "answer.text.delta") {
+      this.wordsAfter ??= performance.now() - this.asked;
+      this.text += data.text;
+    }
     if (type === "answer.citation.added") this.citations.push(data.citation || data);
     if (type === "answer.progress") return this.showProgress(data);
     if (type === "answer.completed") return this.finish(data.answer || data);
@@ -156,8 +159,10 @@ class Turn {
     const cached = usage.cached_input_tokens;
     const tier = TIERS[cache?.tier] ? ` (${TIERS[cache.tier]})` : "";
     const read = usage.input_tokens > 0;
+    const words = this.wordsAfter !== undefined && `first words after ${formatDuration(this.wordsAfter)}`;
     const parts = [
-      read && timings?.ttft_ms !== undefined && timings.ttft_ms !== null && `First word after ${formatDuration(timings.ttft_ms)}`,
+      read && timings && `First token after ${formatDuration(timings.ttft_ms)}`, // words are shown once it is known which quote is best
+      read && words,
       read ? `${formatNumber(cached)} of ${formatNumber(usage.input_tokens)} prompt tokens from the cache${cached ? tier : ""}` : "No document was read",
       truncated && "cut off at the length limit",
       this.collection !== "default" && `collection ${this.collection}`,

@@ -31,7 +31,7 @@ def test_citation_leads_to_its_words(page, handbook):
     marked = "".join(mark.text for mark in page.find_all("#source-text mark"))
     assert quote and " ".join(marked.split()) == " ".join(quote.split())
     assert "handbook.md" in page.find("#source-title").text
-    assert "prompt tokens from the cache" in turn.text and "First word after" in turn.text
+    assert "prompt tokens from the cache" in turn.text and "first words after" in turn.text
 
 
 def test_citation_shows_its_quote_among_the_words_around_it(page, handbook):
