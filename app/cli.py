@@ -134,7 +134,7 @@ def ask(
     from app.client import connect
 
     body: dict[str, Any] = {"question": question, "mode": mode, "collections": collection or None}
-    with connect(choose_settings(url, key, data_dir)) as service:
+    with connect(choose_settings(url, key, data_dir, known=True)) as service:
         if as_json:
             _print_json(service.request("POST", "/v1/answers", json=body))
         elif stream or (stream is None and sys.stdout.isatty()):
@@ -172,7 +172,7 @@ def search(
     from app.client import connect
 
     body = {"query": query, "collections": collection or None, "max_num_results": limit, "mode": mode, "rerank": rerank}
-    with connect(choose_settings(url, key, data_dir), answering=False) as service:
+    with connect(choose_settings(url, key, data_dir, known=True), answering=False) as service:
         found = service.request("POST", "/v1/search", json=body)
     _print_json(found) if as_json else render.show_hits(found["data"])
 
@@ -192,7 +192,7 @@ def list_documents(
     found: list[dict[str, Any]] = []
     params: dict[str, Any] = {"limit": 1000}
     params |= {name: value for name, value in (("collection", collection), ("status", status)) if value is not None}
-    with connect(choose_settings(url, key, data_dir), answering=False) as service:
+    with connect(choose_settings(url, key, data_dir, known=True), answering=False) as service:
         while True:
             page = service.request("GET", "/v1/documents", params=params)
             found += page["data"]
@@ -209,7 +209,7 @@ def show_document(
     """Everything known about one document."""
     from app.client import connect
 
-    with connect(choose_settings(url, key, data_dir), answering=False) as service:
+    with connect(choose_settings(url, key, data_dir, known=True), answering=False) as service:
         document = service.request("GET", f"/v1/documents/{quote(document_id, safe='')}")
     _print_json(document) if as_json else render.show_document(document)
 
@@ -224,7 +224,7 @@ def delete_documents(
     """Remove documents from everything."""
     from app.client import connect
 
-    with connect(choose_settings(url, key, data_dir), answering=False) as service:
+    with connect(choose_settings(url, key, data_dir, known=True), answering=False) as service:
         for document_id in document_ids:
             service.request("DELETE", f"/v1/documents/{quote(document_id, safe='')}")
 
@@ -241,7 +241,7 @@ def retry_documents(
     from app.client import connect
     from app.ingesting import wait_for
 
-    with connect(choose_settings(url, key, data_dir), answering=False) as service:
+    with connect(choose_settings(url, key, data_dir, known=True), answering=False) as service:
         paths = [f"/v1/documents/{quote(document_id, safe='')}/retry" for document_id in document_ids]
         queued = [service.request("POST", path) for path in paths]
         done = wait_for(service, queued)
@@ -283,7 +283,7 @@ def list_keys(url: Url = None, key: Key = None, data_dir: DataDirectory = None, 
     """All keys, without the keys themselves."""
     from app.client import connect
 
-    with connect(choose_settings(url, key, data_dir), answering=False) as service:
+    with connect(choose_settings(url, key, data_dir, known=True), answering=False) as service:
         found = service.request("GET", "/v1/keys")
     headers = ("id", "name", "role", "collections", "revoked_at")
     _print_json(found) if as_json else render.show_table(headers, ([k[h] for h in headers] for k in found["data"]))
@@ -294,7 +294,7 @@ def revoke_key(key_id: str, url: Url = None, key: Key = None, data_dir: DataDire
     """End a key at once."""
     from app.client import connect
 
-    with connect(choose_settings(url, key, data_dir), answering=False) as service:
+    with connect(choose_settings(url, key, data_dir, known=True), answering=False) as service:
         service.request("DELETE", f"/v1/keys/{quote(key_id, safe='')}")
 
 

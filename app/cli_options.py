@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from app.datadir import DataDir
 from app.settings import Settings, load_settings
 
 Url = Annotated[
@@ -48,13 +49,23 @@ Metadata = Annotated[
 Limit = Annotated[int | None, typer.Option(min=0, help="Limit of this key; 0: none. Default: the service's.")]
 
 
-def choose_settings(url: str | None, key: str | None, data_dir: Path | None, **groups: Any) -> Settings:
-    """What the environment says, unless the command line says otherwise. Raises SettingsError."""
+def choose_settings(
+    url: str | None, key: str | None, data_dir: Path | None, known: bool = False, **groups: Any
+) -> Settings:
+    """What the environment says, unless the command line says otherwise. Raises SettingsError, and ValueError for a
+    data directory that is yet to be made, where only a `known` one makes sense."""
     given: dict[str, Any] = {"url": url, "key": key, "data_dir": data_dir}
     given = {name: value for name, value in given.items() if value is not None}
     if data_dir is not None and url is None:
         given["url"] = None  # a data dir on the command line is stronger than a URL in the environment
-    return load_settings(**given, **groups)
+    settings = load_settings(**given, **groups)
+    known = known and settings.url is None and not settings.data_dir.is_file()
+    if known and not DataDir.database_in(settings.data_dir).is_file():
+        raise ValueError(
+            f"{settings.data_dir} holds no documents and no keys: name another directory with --data-dir, or a service "
+            "with --url, or begin with `jamba-rag ingest` or `jamba-rag serve`"
+        )
+    return settings
 
 
 class PlainGroup(TyperGroup):

@@ -146,13 +146,13 @@ def test_a_file_that_fails_is_exit_1_and_is_named(run, tmp_path):
         (["ingest", "x", "--on-conflict", "no"], 2, "Invalid value"),
         (["ingest", "x", "--metadata", "7"], 2, "JSON object"),
         (["ingest", "no-such-file"], 1, "no such file"),
-        (["documents", "show", "doc_none"], 1, "404"),
-        (["ask", "Who?", "--collection", "none"], 1, "none"),
+        (["documents", "show", "doc_none"], 1, "holds no documents"),
+        (["ask", "Who?"], 1, "begin with `jamba-rag ingest`"),
         (["ask", "Who?", "--url", "http://127.0.0.1:9"], 1, "does not answer"),
         (["ask", "Who?", "--url", "localhost:8000"], 1, "http://host:port"),
         (["search", "Who?", "--data-dir", __file__], 1, "make it a folder"),
         (["restore", "no-such-file"], 2, "does not exist"),
-        (["backup", "x.tar"], 1, "nothing to back up"),
+        (["backup", "x.tar"], 1, "name the data directory"),
     ],
 )
 def test_exit_codes_and_messages(run, monkeypatch, tmp_path, arguments, code, message):
@@ -161,6 +161,7 @@ def test_exit_codes_and_messages(run, monkeypatch, tmp_path, arguments, code, me
     got, out, err = run(*arguments)
     assert (got, out) == (code, "")
     assert message in err and "Traceback" not in err
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_setting_that_does_not_exist_is_wrong_usage(run, monkeypatch):
@@ -186,6 +187,9 @@ def test_commands_talk_to_a_running_service(run, monkeypatch, tiny_checkpoint, t
         assert code == 1 and "401" in err
         monkeypatch.setenv("JAMBA_RAG_KEY", key)
         assert run("ingest", corpus)[0] == 0
+        for arguments in (["documents", "show", "doc_none"], ["ask", "Who?", "--collection", "none"]):
+            code, _, err = run(*arguments)
+            assert code == 1 and "404" in err
         code, out, _ = run("ask", "Who is the keeper?", "--stream")
         assert code == 0 and "[1] “" in out
         code, out, _ = run("keys", "create", "ci", "--role", "reader", "--requests-per-minute", "500", "--json")
@@ -357,5 +361,5 @@ def test_a_port_that_is_taken_is_exit_1(run, tmp_path):
 
 def test_a_device_that_is_not_here_is_a_wrong_setting(run, monkeypatch, tmp_path):
     monkeypatch.setenv("JAMBA_RAG_MODEL__DEVICE", "cuda:99")
-    code, _, err = run("ask", "Who?", "--data-dir", tmp_path / "data")
+    code, _, err = run("serve", "--data-dir", tmp_path / "data")
     assert code == 2 and "JAMBA_RAG_MODEL__DEVICE" in err
