@@ -361,5 +361,6 @@ def test_a_port_that_is_taken_is_exit_1(run, tmp_path):
 
 def test_a_device_that_is_not_here_is_a_wrong_setting(run, monkeypatch, tmp_path):
     monkeypatch.setenv("JAMBA_RAG_MODEL__DEVICE", "cuda:99")
-    code, _, err = run("serve", "--data-dir", tmp_path / "data")
+    (tmp_path / "rag.sqlite3").touch()  # a data directory that is known
+    code, _, err = run("ask", "Who?", "--data-dir", tmp_path)
     assert code == 2 and "JAMBA_RAG_MODEL__DEVICE" in err
