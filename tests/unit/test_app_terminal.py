@@ -49,6 +49,7 @@ def test_a_key_that_cannot_be_one_is_told_as_such(run):
 
 
 def test_a_closed_stdout_is_no_fault(tmp_path):
+    DocumentStore(tmp_path / "rag.sqlite3").close()
     arguments = ["-c", "from app.cli import main; main()", "documents", "list", "--data-dir", str(tmp_path)]
     command = shlex.join([sys.executable, *arguments]) + " >&-"
     assert subprocess.run(command, shell=True, capture_output=True).returncode == 0
@@ -81,6 +82,7 @@ def test_a_backup_into_a_folder_asks_for_a_file(run, tmp_path):
 
 
 def test_an_empty_list_says_so(run, tmp_path):
+    DocumentStore(tmp_path / "rag.sqlite3").close()
     assert run("documents", "list", "--data-dir", tmp_path)[1] == "no documents\n"
 
 
