@@ -273,11 +273,9 @@ class JambaEngine:
         """Logits (1, v) of the segment's last token when it is at its end, None before that."""
         if sequence.segment is None:
             begin, end = sequence.position, sequence.plan.next_cut(sequence.position)
-            piece = sequence.request.token_ids[begin:end]
-            if len(piece) <= _WHOLE_TOKENS[self._device.type]:
-                token_ids = torch.tensor(piece, device=self._device)
-                return self._model.forward_packed(token_ids, [len(piece)], [sequence.state])
-            token_ids = torch.tensor(piece, device=self._device)
+            token_ids = torch.tensor(sequence.request.token_ids[begin:end], device=self._device)
+            if len(token_ids) <= _WHOLE_TOKENS[self._device.type]:
+                return self._model.forward_packed(token_ids, [len(token_ids)], [sequence.state])
             sequence.segment = LayeredPrefill(self._model, token_ids, sequence.state, self._piece_s)
         logits = sequence.segment.run(_PREFILL_PER_DECODE * self._decode_s if self._decoding else None)
         if logits is not None:

@@ -76,7 +76,7 @@ class RedisStateStore:
     """`url` as redis-py reads it: redis://, rediss:// (TLS) or unix://, with user and password.
 
     Whether it is a cluster is asked of the server. `timeout_s` bounds connecting and each read or write of the socket;
-    `retry_after_s` is how long the server is left alone after a failure; `connections` may move values at a time.
+    `retry_after_s` is how long the server is left alone after a failure; `connections` may move the values of a call.
     `owed_file` keeps deletes by tag that the server was not there for until it is, over restarts too. `clock` is for
     tests. Raises ValueError for a url that is none.
     """

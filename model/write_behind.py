@@ -44,7 +44,8 @@ class WriteBehind:
     unless it can be had where it came from.
 
     On a GPU the copies have a stream of their own, so that the model's work does not queue up behind them. `on_saved`
-    is told the tier and the seconds of values put there together: encoding and copying count for the first store.
+    is told the tier and the seconds of values put there together: encoding and copying count for the store that they
+    are done for.
     """
 
     def __init__(
@@ -197,14 +198,13 @@ class WriteBehind:
         """By key, as bytes."""
 
         @torch.inference_mode()
-        def encode(item: StateItem) -> StateItem:
-            assert isinstance(item.value, StateTensors)
-            return item._replace(value=encode_value(item.key, self._layout, item.value.tensors))
+        def encode(item: StateItem, value: StateTensors) -> StateItem:
+            return item._replace(value=encode_value(item.key, self._layout, value.tensors))
 
         with self._copying_from(items):
-            items = [item._replace(value=item.value.pinned()) for item in items if isinstance(item.value, StateTensors)]
+            values = [item.value.pinned() for item in items]
         run = self._encoders.map if torch.cuda.is_available() else map
-        return {item.key: item for item in run(encode, items)}
+        return {item.key: item for item in run(encode, items, values)}
 
     def _copying_from(self, items: Sequence[StateItem]) -> AbstractContextManager[object]:
         on_gpu = any(isinstance(item.value, StateTensors) and item.value.device.type == "cuda" for item in items)
