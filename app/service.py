@@ -253,7 +253,7 @@ class RagService:
     def read_query(self, body: AnswerRequest, principal: Principal) -> Query:
         """The question of a request, its rights checked. Blocks.
 
-        Raises InvalidRequest, QuestionTooLong, RateLimited, and as `read_scope`.
+        Raises InvalidRequest, QuestionTooLong, ContextTooLong, RateLimited, and as `read_scope`.
         """
         self.meter.admit_answer(principal)
         if (body.question is None) == (body.messages is None):
@@ -270,7 +270,7 @@ class RagService:
         question = messages[-1].text if messages else body.question or ""
         if not any(map(str.isalnum, question)):
             raise InvalidRequest("the question has neither a word nor a number; say what is asked about")
-        return Query(
+        query = Query(
             question=question,
             collections=scope.collections,
             document_ids=scope.document_ids,
@@ -283,6 +283,20 @@ class RagService:
             turns=messages[:-1],
             principal=principal,
         )
+        self._check_length(query)
+        return query
+
+    def _check_length(self, query: Query) -> None:
+        """Raises InvalidRequest for a question that would be read for minutes, ContextTooLong for one that no context
+        holds."""
+        limit = self.settings.max_question_tokens
+        tokens = self.format.count_prompt(query.question) - self.format.count_prompt("")
+        if tokens > limit:
+            self.format.room_for_evidence(query.question, query.max_output_tokens, query.turns)
+            raise InvalidRequest(
+                f"the question has {tokens} tokens, the limit is {limit} (JAMBA_RAG_ANSWERS__MAX_QUESTION_TOKENS); "
+                "shorten it, or upload the text as a document and ask about that"
+            )
 
     def fits_context(self, collection: Collection) -> bool:
         """Whether all of it goes into one prompt, by an estimate on the safe side: `tokens` are the embedder's."""

@@ -164,6 +164,13 @@ class AnswerSettings(Group):
         "tokens",
         ge=MIN_EVIDENCE_TOKENS,
     )
+    max_question_tokens: int = setting(
+        8192,
+        "Longest question: it is read anew each time, on two cores without a GPU in 20 s for so many tokens, and for "
+        "60,000 in minutes.",
+        "tokens",
+        ge=1,
+    )
     max_output_tokens: int = setting(256, "Most tokens of an answer, unless a request says its own.", "tokens", ge=1)
     max_quote_tokens: int = setting(96, "Longest quote the model may make.", "tokens", ge=1)
     max_quotes: int = setting(4, "Most quotes in an answer.", "quotes", ge=1)

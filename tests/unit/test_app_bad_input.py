@@ -178,6 +178,22 @@ async def test_a_question_longer_than_the_context_is_refused_before_the_first_by
     assert str(CONTEXT_TOKENS) in problem["detail"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("turns", [[], [{"role": "user", "content": "why " * 300}]])
+async def test_a_question_that_takes_long_to_read_is_refused_with_the_limit(client, stream, turns):
+    service, long = client.app.state.service, {"role": "user", "content": "why " * 300}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(service, "settings", service.settings.model_copy(update={"max_question_tokens": 100}))
+        reply = await client.post("/v1/answers", json={"messages": [*turns, long], "stream": stream})
+        chat = {"model": "jamba-rag/default", "messages": [long], "stream": stream}
+        told = [reply, await client.post("/v1/chat/completions", json=chat)]
+        for refused in told:
+            detail = assert_problem(refused, 422, "invalid_request")["detail"]
+            assert "limit is 100" in detail and "upload the text as a document" in detail
+        short = [*turns, {"role": "user", "content": "why?"}]
+        assert (await client.post("/v1/answers", json={"messages": short})).status_code == 200
+
+
 async def test_documents_that_do_not_fit_are_refused_where_all_were_wanted(client):
     document = await client.upload("long.txt", "The owl sleeps by day and hunts at night. " * 500)
     body = {"question": "Who?", "mode": "full_context", "document_ids": [document["id"]]}
