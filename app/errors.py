@@ -72,6 +72,13 @@ class QuestionTooLong(ValueError):
     """The question has so many characters that no context holds it; it isn't even tokenised."""
 
 
+class ServiceStopping(EngineStopped):
+    """The service stops, and has waited for this request as long as it does."""
+
+    def __init__(self) -> None:
+        super().__init__("the service is stopping; send the request again when it is back")
+
+
 class KeyNotFound(ValueError):
     """No key in force has this id."""
 

@@ -15,9 +15,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.audit import AUDITED, WRITES
 from app.auth import Principal
-from app.errors import METHODS, BodyTooLarge, Overloaded, describe_error, error_headers, problem_response
+from app.errors import (
+    METHODS,
+    BodyTooLarge,
+    Overloaded,
+    ServiceStopping,
+    describe_error,
+    error_headers,
+    problem_response,
+)
 from app.log import request_id_var
-from model.engine_thread import EngineStopped
 
 log = logging.getLogger("app.access")
 
@@ -76,8 +83,7 @@ class RequestFrame:
             await self._app(scope, receive, send)
         except asyncio.CancelledError:  # by the server, which has waited for `shutdown_s`
             if not send.has_started:
-                stopped = EngineStopped("the service is stopping; send the request again when it is back")
-                await _refuse(stopped, scope, receive, send)
+                await _refuse(ServiceStopping(), scope, receive, send)
         except Exception as error:  # of a route only what its table of errors does not know
             if send.has_started:
                 raise

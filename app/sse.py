@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,6 +10,9 @@ from typing import Any, TypeVar
 import anyio
 from pydantic import BaseModel
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from app.errors import ServiceStopping, describe_error
 
 SSE_HEADERS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache, no-transform"}
 STREAMS_TOO: dict[int | str, Any] = {
@@ -26,21 +29,64 @@ class Event:
     data: BaseModel | Mapping[str, Any]
 
 
-def event_response(events: AsyncGenerator[Event, None], keepalive_s: float) -> StreamingResponse:
-    """A response that sends the events as they come; when the client leaves, the generator is closed."""
-    return StreamingResponse(
-        send_with_keepalive(format_events(events), keepalive_s), media_type="text/event-stream", headers=SSE_HEADERS
-    )
+class EventStream(StreamingResponse):
+    """Sends lines as they come, with a comment whenever there was none for `keepalive_s`; when the client leaves, the
+    lines are closed. When the service stops before they end, the last one is `last_line` of the problem, or, where
+    that is empty, the connection just breaks."""
+
+    def __init__(
+        self, lines: AsyncGenerator[str, None], keepalive_s: float, last_line: Callable[[Mapping[str, Any]], str]
+    ) -> None:
+        super().__init__(send_with_keepalive(lines, keepalive_s), media_type="text/event-stream", headers=SSE_HEADERS)
+        self._last_line, self._has_started = last_line, False
+
+    async def stream_response(self, send: Send) -> None:
+        self._has_started = True
+        await super().stream_response(send)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except asyncio.CancelledError:  # by the server: a client that leaves cancels nothing out here
+            last = self._last_line(describe_error(ServiceStopping())) if self._has_started else ""
+            if last:
+                await send({"type": "http.response.body", "body": last.encode(), "more_body": False})
+            raise
 
 
-async def format_events(events: AsyncGenerator[Event, None]) -> AsyncGenerator[str, None]:
-    """Each event in the wire format, numbered from 1."""
+def event_response(
+    events: AsyncGenerator[Event, None], keepalive_s: float, error_type: str | None = None
+) -> EventStream:
+    """A response that sends the events as they come; one of `error_type` tells that the service stopped before."""
+    writer = EventWriter()
+
+    def last_line(problem: Mapping[str, Any]) -> str:
+        return "" if error_type is None or writer.has_ended else writer.write(Event(error_type, problem))
+
+    return EventStream(format_events(events, writer), keepalive_s, last_line)
+
+
+class EventWriter:
+    """Writes events in the wire format, numbered from 1."""
+
+    def __init__(self) -> None:
+        self._number, self.has_ended = 0, False
+
+    def write(self, event: Event) -> str:
+        self._number += 1
+        self.has_ended = event.type.endswith((".completed", ".error"))
+        data = event.data.model_dump_json() if isinstance(event.data, BaseModel) else json.dumps(event.data)
+        return f"id: {self._number}\nevent: {event.type}\ndata: {data}\n\n"
+
+
+async def format_events(
+    events: AsyncGenerator[Event, None], writer: EventWriter | None = None
+) -> AsyncGenerator[str, None]:
+    """Each event in the wire format."""
+    writer = writer or EventWriter()
     try:
-        number = 0
         async for event in events:
-            number += 1
-            data = event.data.model_dump_json() if isinstance(event.data, BaseModel) else json.dumps(event.data)
-            yield f"id: {number}\nevent: {event.type}\ndata: {data}\n\n"
+            yield writer.write(event)
     finally:
         await events.aclose()
 

@@ -26,7 +26,7 @@ async def create_answer(
     answer = await service.start_answer(query)
     if body.stream:
         progress = "progress" in request.headers.get("Prefer", "")
-        return event_response(answer.events(progress), settings.server.keepalive_s)
+        return event_response(answer.events(progress), settings.server.keepalive_s, "answer.error")
     return await collect_while_connected(request, answer)
 
 

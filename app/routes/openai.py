@@ -6,12 +6,12 @@ The last user message is the question, those before it make it a follow-up. Cita
 
 import json
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import anyio.to_thread
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from app import schemas
 from app.auth import Principal
@@ -20,11 +20,12 @@ from app.errors import InvalidRequest, ModelNotFound
 from app.generation import RunningAnswer
 from app.routes.answers import collect_while_connected
 from app.service import RagService
-from app.sse import SSE_HEADERS, STREAMS_TOO, Event, send_with_keepalive
+from app.sse import STREAMS_TOO, Event, EventStream
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
 MODEL_PREFIX = "jamba-rag/"
+_DONE = "data: [DONE]\n\n"
 
 
 @router.get("/models")
@@ -56,8 +57,7 @@ async def create_completion(
     answer = await service.start_answer(await anyio.to_thread.run_sync(service.read_query, asked, principal))
     if body.stream:
         with_usage = bool((body.stream_options or {}).get("include_usage"))
-        lines = send_with_keepalive(_chunks(answer, body.model, with_usage), settings.server.keepalive_s)
-        return StreamingResponse(lines, media_type="text/event-stream", headers=SSE_HEADERS)
+        return EventStream(_chunks(answer, body.model, with_usage), settings.server.keepalive_s, _broken_off)
     return JSONResponse(_completion(await collect_while_connected(request, answer), body.model))
 
 
@@ -141,7 +141,7 @@ async def _chunks(answer: RunningAnswer, model: str, with_usage: bool) -> AsyncG
         async for event in events:
             for body in _translate(event, with_usage):
                 yield f"data: {json.dumps(body if 'error' in body else head | body)}\n\n"
-        yield "data: [DONE]\n\n"
+        yield _DONE
     finally:
         await events.aclose()
 
@@ -153,13 +153,21 @@ def _translate(event: Event, with_usage: bool) -> list[dict[str, Any]]:
         case "answer.text.delta", dict() as data:
             return [_choice({"content": data["text"]})]
         case "answer.error", dict() as problem:
-            return [{"error": {"message": problem["detail"], "type": problem["code"], "code": problem["code"]}}]
+            return [_error(problem)]
         case "answer.completed", schemas.Answer() as answer:
             citations = [citation.model_dump() for citation in answer.citations]
             last = _choice({"citations": citations, "grounding": answer.grounding}, _finish_reason(answer))
             return [last, {"choices": [], "usage": _usage(answer)}] if with_usage else [last]
         case _:
             return []
+
+
+def _error(problem: Mapping[str, Any]) -> dict[str, Any]:
+    return {"error": {"message": problem["detail"], "type": problem["code"], "code": problem["code"]}}
+
+
+def _broken_off(problem: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(_error(problem))}\n\n{_DONE}"
 
 
 def _choice(delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The service as a process: killed at the worst moment, started twice, restarted with and without its Redis."""
 
+import json
 import os
 import signal
 import subprocess
@@ -127,3 +128,24 @@ def test_an_orderly_stop_ends_within_its_limit_though_a_stream_is_open(checkpoin
                 list(lines)
     with run_service(checkpoint, data) as service, service.client() as client:
         assert settle(client, document["id"])["status"] == "ready"
+
+
+@pytest.mark.parametrize("shape", ["answers", "chat/completions"])
+def test_a_stream_that_a_stop_breaks_off_says_so_at_its_end(checkpoint, tmp_path, shape):
+    data, question = tmp_path / "data", {"stream": True, "temperature": 2.0, "seed": 3}
+    settings = {"SERVER__SHUTDOWN_S": "0", "ANSWERS__MAX_OUTPUT_TOKENS": "9000", "ANSWERS__NONE_MARGIN": "50"}
+    settings |= {"ANSWERS__MAX_QUOTES": "900", "ANSWERS__MAX_QUOTE_TOKENS": "900"}
+    with run_service(checkpoint, data, **settings) as service, service.client() as client:
+        settle(client, upload(client, "story.txt", STORY.encode() * 20)["id"])
+        asked = {"model": "jamba-rag/default", "messages": [{"role": "user", "content": "Who?"}]}
+        body = question | (asked if shape != "answers" else {"question": "Who?"})
+        with client.stream("POST", f"/v1/{shape}", json=body) as reply:
+            events = (line for line in reply.iter_lines() if line.startswith("data: "))
+            told = [next(events), next(events)]
+            os.kill(int((data / "lock").read_text()), signal.SIGTERM)
+            told += events
+    assert len([line for line in told if "the service is stopping" in line]) == 1
+    last = told[-2:] if shape != "answers" else told[-1:]
+    error = json.loads(last[0].removeprefix("data: "))
+    assert (error.get("error") or error)["code"] == "unavailable"
+    assert last[1:] == (["data: [DONE]"] if shape != "answers" else [])

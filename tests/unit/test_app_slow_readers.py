@@ -107,7 +107,7 @@ def service(tiny_checkpoint, tmp_path_factory) -> Iterator[httpx.Client]:
     data = tmp_path_factory.mktemp("slow") / "data"
     app = create_app(make_settings(tiny_checkpoint, data))
     with pytest.MonkeyPatch.context() as patched, listening(app, STALL_S) as (url, listener):
-        patched.setattr(answers, "event_response", lambda events, pause_s: event_response(padded(events), pause_s))
+        patched.setattr(answers, "event_response", lambda events, *more: event_response(padded(events), *more))
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
         headers = {"Authorization": f"Bearer {(data / 'admin.key').read_text().strip()}"}
         with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
