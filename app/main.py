@@ -276,7 +276,7 @@ def build_model(settings: Settings, stack: ExitStack, answering: bool, nonce: st
         tokenizer,
         cache,
         max_context_tokens=max_context_tokens,
-        max_batch=settings.model.max_batch,
+        max_batch=settings.model.max_batch or (8 if device.type == "cpu" else 32),
         # An answer that was admitted is not turned away: it and its other beginnings find a place, and the prefetch.
         max_waiting=settings.answers.max_pending * take_advice(path, settings.answers).quote_beginnings + 1,
         state_max_bytes=state_max_bytes,

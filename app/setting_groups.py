@@ -49,7 +49,7 @@ class ModelSettings(Group):
     segment_tokens: int = setting(
         0, "Longest piece of a prefill between two decode steps; 0 takes 512 on a CPU, 16384 on a GPU.", "tokens", ge=0
     )
-    max_batch: int = setting(8, "Sequences decoded together.", "sequences", ge=1)
+    max_batch: int = setting(0, "Sequences decoded together; 0 takes 8 on a CPU, 32 on a GPU.", "sequences", ge=0)
     draft_tokens: int = setting(
         3,
         "On a CPU: tokens of an answer that are guessed from its prompt and checked in one step, which is faster and "

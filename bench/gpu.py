@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import sys
 import time
 import traceback
@@ -147,6 +148,9 @@ def bench_memory(bench: Bench, run: BenchRun) -> None:
     run.add(**row)
 
 
+_DECODE_ROOM = 256  # tokens that a state is decoded by
+
+
 def bench_decode(bench: Bench, run: BenchRun) -> None:
     for context in bench.sizes.decode:
         add_decode_row(bench, run, context, 1)
@@ -154,16 +158,20 @@ def bench_decode(bench: Bench, run: BenchRun) -> None:
 
 def bench_batch(bench: Bench, run: BenchRun) -> None:
     for context, batch in bench.sizes.batches:
-        add_decode_row(bench, run, context, batch)
+        free = torch.cuda.mem_get_info(bench.device)[0] if bench.device.type == "cuda" else math.inf
+        if batch * state_bytes(bench.model.state_layout, context + _DECODE_ROOM) < free:
+            add_decode_row(bench, run, context, batch)
         if bench.device.type == "cuda":
             add_decode_row(bench, run, context, batch, shared=(context - 256) // 256 * 256)
 
 
 def add_decode_row(bench: Bench, run: BenchRun, context: int, batch: int, shared: int = 0) -> None:
     """Greedy steps of the model alone, the chosen tokens staying on the device; the first `shared` tokens (whole blocks
-    of 256) are said to be the same in all contexts."""
+    of 256) are the same in all contexts, and lent to the others by the first."""
     steps, model = bench.sizes.steps, bench.model
-    states = [filled_state(model, context, room=16 * steps) for _ in range(batch)]
+    states = [filled_state(model, context, _DECODE_ROOM)]
+    lent = states[0].lend(shared)
+    states += [filled_state(model, context, _DECODE_ROOM, lent) for _ in range(batch - 1)]
     for state in states:
         state.origin = Origin(tuple(f"block {i}" for i in range(shared // 256)), 256)
     config = model.config
@@ -180,6 +188,7 @@ def add_decode_row(bench: Bench, run: BenchRun, context: int, batch: int, shared
     rate = batch / median(step_s)
     moved = decode_bytes(model, context, batch, unread=(batch - copies) * shared)
     row: dict[str, Any] = {"context": context, "batch": batch, "shared": shared, "copies": copies}
+    row["states_gib"] = sum({key: size for state in states for key, size in state.memory.items()}.values()) / 2**30
     row |= {"step_ms": 1e3 * median(step_s)}
     row |= {"worst_ms": 1e3 * max(step_s), "tok_per_s": rate, "gb_per_step": moved / 1e9}
     row |= {"gb_per_s": moved / median(step_s) / 1e9}

@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 
 from model.jamba import Jamba
-from model.state import HybridState
+from model.state import HybridState, LentKv
 from model.tokenizer import Tokenizer
 
 _FILL_TOKENS = 1 << 16  # made at a time, so that filling takes hardly more memory than the state
@@ -34,7 +34,10 @@ class Sizes:
     prefill: tuple[int, ...] = (8192, 32_768, 131_072, 262_144)
     segments: tuple[int, ...] = (16_384,)
     decode: tuple[int, ...] = (1024, 131_072, 261_000)
-    batches: tuple[tuple[int, int], ...] = ((8192, 8), (8192, 16), (8192, 32), (131_072, 4))  # context, sequences
+    batches: tuple[tuple[int, int], ...] = (  # context, sequences
+        *((8192, 8), (8192, 16), (8192, 32)),
+        *((131_072, 4), (131_072, 16), (261_000, 8), (261_000, 32)),
+    )
     first_token: tuple[int, ...] = (32_768, 131_072, 261_000)
     sharing: tuple[int, int, int] = (4, 1024, 131_072)  # answers under way, their prompts, the long prompt
     new_tokens: int = 64
@@ -112,10 +115,11 @@ def random_tokens(model: Jamba, count: int, seed: int = 0) -> Tensor:
     return tokens.to(model.embed_tokens.weight.device)
 
 
-def filled_state(model: Jamba, num_tokens: int, room: int) -> HybridState:
+def filled_state(model: Jamba, num_tokens: int, room: int, lent: LentKv | None = None) -> HybridState:
     """A state as after `num_tokens` tokens, of random numbers, with place for `room` more."""
-    state = model.new_state()
+    state = model.new_state(lent)
     state.reserve(num_tokens + room)
+    state.num_tokens = state.lent_tokens
     layout, device = state.layout, state.conv.device
     k, v = torch.randn(2, min(_FILL_TOKENS, num_tokens), layout.g, layout.p, dtype=layout.kv_dtype, device=device)
     while (count := min(_FILL_TOKENS, num_tokens - state.num_tokens)) > 0:

@@ -208,6 +208,8 @@ async def load(service: Served, contexts: Sequence[int], rate: float, seconds: f
     for mode in ("full_context", "rag"):
         times = [one["first_token_ms"] for one in outcomes.rows if one["mode"] == mode]
         row |= {f"{mode}_first_token_ms_p{share}": percentile(times, share / 100) for share in (50, 95)}
+        for part in ("input_tokens", "retrieval_ms", "pack_ms", "state_load_ms", "prefill_ms"):
+            row[f"{mode}_{part}_p50"] = percentile([one[part] for one in outcomes.rows if one["mode"] == mode], 0.5)
     paces = [one["ms_a_token"] for one in outcomes.rows if one["ms_a_token"]]
     return row | {f"ms_a_token_p{share}": percentile(paces, share / 100) for share in (50, 95)}
 

@@ -31,10 +31,13 @@ class StateBudget:
         return bisect_right(range(1, _LONGEST_TOKENS), self.max_bytes, key=self._bytes_of)
 
     def has_room(self, num_tokens: int, states: list[HybridState]) -> bool:
-        """Whether a state with room for `num_tokens` fits beside these."""
+        """Whether a state with KV of its own for `num_tokens` fits beside these, and what they are lent."""
         if self.max_bytes is None:
             return True
-        return self._bytes_of(num_tokens) + sum(state.nbytes for state in states) <= self.max_bytes
+        held: dict[int, int] = {}
+        for state in states:
+            held |= state.memory
+        return self._bytes_of(num_tokens) + sum(held.values()) <= self.max_bytes
 
     def _bytes_of(self, num_tokens: int) -> int:
         state = HybridState(self._layout, "meta")

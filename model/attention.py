@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from model.batch import Batch
 from model.config import JambaConfig
 from model.kernels import gpu_past
+from model.state import LayerKv
 
 _UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -57,8 +58,7 @@ class Attention(nn.Module):
         outputs = []
         parts = (x.split(batch.lengths) for x in (q, k, v))
         for state, q_own, k_own, v_own in zip(batch.states, *parts, strict=True):
-            keys, values = state.append_kv(self.index, k_own, v_own)
-            outputs.append(attend_past(q_own, keys, values))
+            outputs.append(attend_past(q_own, state.append_kv(self.index, k_own, v_own)))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -84,15 +84,18 @@ def _attend_fresh(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def attend_past(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """The last t of s+t tokens attend to all before them. q (t, h, p), keys, values (s+t, g, p) -> (t, h, p).
+def attend_past(q: Tensor, kv: LayerKv) -> Tensor:
+    """The last t of s+t tokens attend to all before them. q (t, h, p) -> (t, h, p).
 
-    The heads of a group share their keys by view (a second batch dimension of stride 0): KV is never copied. On a GPU
-    flash attention cuts the keys among blocks by itself where the queries are too few to fill the card.
+    The heads of a group share their keys by view (a second batch dimension of stride 0): KV is never copied, but for
+    what is lent where kernels/gpu_past.py does not run.
     Source: PyTorch flash_api.cpp::mha_fwd, whose causal mask is aligned to the last key.
     """
-    if gpu_past.takes(q, keys, values):
-        return gpu_past.attend(q, keys, values)
+    if gpu_past.takes(q, *kv):
+        return gpu_past.attend(q, *kv)
+    keys, values, *lent = kv
+    if kv.lent_keys is not None:
+        keys, values = (torch.cat(pair) for pair in zip(lent, (keys, values), strict=True))
     t, total, kv_heads = len(q), len(keys), keys.shape[1]
     q = q.unflatten(1, (kv_heads, -1))  # (t, g, h/g, p)
     keys, values = (x.transpose(0, 1)[None] for x in (keys, values))  # (1, g, s+t, p)

@@ -15,7 +15,7 @@ def score_branches(model: Jamba, state: HybridState, branches: Branches) -> tupl
     """Log-probability of each of the last `scored_tokens` of each branch behind `state`, which stays as it is.
 
     A branch's bits depend on the branches beside it, and on nothing else that the engine does. The copies' memory is
-    not reserved before: raises torch.OutOfMemoryError where there is none.
+    not reserved before (on a GPU they read the KV where it is): raises torch.OutOfMemoryError where there is none.
     """
     lengths, device = [len(ids) for ids in branches.token_ids], model.embed_tokens.weight.device
     given = torch.tensor(list(itertools.chain(*branches.token_ids)), device=device)
@@ -31,7 +31,7 @@ def score_branches(model: Jamba, state: HybridState, branches: Branches) -> tupl
 
 
 def _copy(model: Jamba, state: HybridState, room: int) -> HybridState:
-    copy = model.new_state()
+    copy = model.new_state(state.lend(state.num_tokens) if model.can_borrow else None)
     copy.reserve(state.num_tokens + room)
-    copy.restore(state.snapshot(), [state.read_kv(0, state.num_tokens)])
+    state.copy_to(copy)
     return copy

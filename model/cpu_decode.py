@@ -99,7 +99,8 @@ class DecodeLayer:
         q, k, v = (project(layer, x).unflatten(-1, (-1, attention.head_dim)) for layer in projections)
         q, k = attention.turn(q, k, batch)
         parts = zip(batch.states, *(own.split(batch.lengths) for own in (k, v)), strict=True)
-        keys, values = zip(*(state.append_kv(attention.index, *own) for state, *own in parts), strict=True)
+        kv = [state.append_kv(attention.index, *own) for state, *own in parts]
+        keys, values = [own.keys for own in kv], [own.values for own in kv]
         return project(attention.o_proj, attend_few(q, keys, values, batch.lengths).flatten(-2))
 
     def _mix(self, x: Tensor, trial: Trial) -> Tensor:

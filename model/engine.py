@@ -24,7 +24,6 @@ from model.admission import StateBudget
 from model.branches import score_branches
 from model.drafting import DraftCounts, PromptLookup, draft_all, score_pieces
 from model.engine_request import (
-    MAX_BRANCH_TOKENS,
     ContextTooLong,
     EngineOverloaded,
     EngineRequest,
@@ -37,7 +36,7 @@ from model.jamba import Jamba
 from model.layered_prefill import LayeredPrefill
 from model.prefix_cache import PrefixCache, PrefixHit
 from model.prefix_plan import PrefixPlan
-from model.state import HybridState
+from model.state import HybridState, LentKv, Origin
 from model.tokenizer import Tokenizer
 
 _LOAD_WAIT_S = 0.05  # how long a step without anything else to do waits for a state to load
@@ -86,6 +85,7 @@ class JambaEngine:
         self._decode_s = 0.0  # of the last batch
         self._piece_s: dict[str, float] = {}  # of LayeredPrefill
         self._preparing = itertools.chain(model.prepare(max_batch), self.prefix_cache.prepare(model.state_layout))
+        self._lends = model.can_borrow
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefix-load")
 
     def add(self, request: EngineRequest) -> str:
@@ -143,16 +143,9 @@ class JambaEngine:
             if token_id not in vocabulary:
                 raise ValueError(f"token {token_id} is outside the vocabulary of {len(vocabulary)}")
         if request.branches is not None:
-            self._check_branches(*request.branches)
+            request.branches.check(len(vocabulary))
         if len(self._waiting) >= self._max_waiting:
             raise EngineOverloaded(f"{len(self._waiting)} requests wait already, which is the limit; try again later")
-
-    def _check_branches(self, branches: tuple[tuple[int, ...], ...], scored_tokens: tuple[int, ...]) -> None:
-        if len(branches) != len(scored_tokens) or sum(map(len, branches)) > MAX_BRANCH_TOKENS:
-            raise ValueError(f"branches need a number of scored tokens each, and {MAX_BRANCH_TOKENS} tokens at most")
-        for ids, scored in zip(branches, scored_tokens, strict=True):
-            if not 0 < scored < len(ids) or not 0 <= min(ids) <= max(ids) < self._model.config.vocab_size:
-                raise ValueError(f"a branch of {len(ids)} tokens, {scored} of them scored, or outside the vocabulary")
 
     def _end_aborted(self) -> list[StepOutput]:
         ended = [self._sequences[request_id] for request_id in self._aborted if request_id in self._sequences]
@@ -171,7 +164,7 @@ class JambaEngine:
                 sequence.tell(coming_tokens)
                 continue
             try:
-                sequence.state = self._new_state(sequence.max_tokens, [other.state for other in under_way])
+                sequence.state = self._new_state(sequence, [other.state for other in under_way])
             except Exception as error:
                 outputs.append(self._fail(sequence, error))
                 continue
@@ -181,18 +174,28 @@ class JambaEngine:
             self._loading[sequence] = self._loader.submit(self._find_prefix, sequence.plan, sequence.request.counted)
         return outputs
 
-    def _new_state(self, num_tokens: int, others: list[HybridState]) -> HybridState | None:
-        """With room for `num_tokens`; None if there is no memory for it beside the `others`."""
-        if not self._budget.has_room(num_tokens, others):
+    def _new_state(self, sequence: RunningSequence, others: list[HybridState]) -> HybridState | None:
+        """With room for prompt and answer; None if there is no memory for that beside the `others`."""
+        lent = self._find_lender(sequence, others)
+        if not self._budget.has_room(sequence.max_tokens - (lent.num_tokens if lent else 0), others):
             return None
         try:
-            state = self._model.new_state()
-            state.reserve(num_tokens)
+            state = self._model.new_state(lent)
+            state.reserve(sequence.max_tokens)
         except torch.OutOfMemoryError:
             if others:
                 return None
             raise
         return state
+
+    def _find_lender(self, sequence: RunningSequence, others: list[HybridState]) -> LentKv | None:
+        """The most that the others have of the state that is about to be loaded."""
+        if not (sequence.may_borrow and self._lends and any(state.origin.keys for state in others)):
+            return None
+        plan = sequence.plan
+        wanted, kept = Origin(plan.block_keys, plan.block_tokens), self.prefix_cache.kept_tokens(plan, nearest=True)
+        offers = [state.lend(min(state.origin.common_tokens(wanted), kept)) for state in others]
+        return max(filter(None, offers), key=lambda lent: lent.num_tokens, default=None)
 
     def _coming_prefix(self, sequence: RunningSequence) -> int | None:
         """How far another request has read that will pass a snapshot this one could start from; None: none will."""
@@ -223,8 +226,12 @@ class JambaEngine:
         for sequence in [sequence for sequence, future in self._loading.items() if future.done()]:
             hit, load_ms = self._loading.pop(sequence).result()
             start = time.perf_counter()
-            if hit is not None:
+            if hit is not None and hit.num_tokens >= sequence.state.lent_tokens:
                 self._restore(sequence, hit)
+            if sequence.position < sequence.state.lent_tokens:  # what it was to begin with was given up meanwhile
+                sequence.state, sequence.may_borrow = None, False
+                self._waiting.appendleft(sequence)
+                continue
             sequence.timings = RequestTimings(state_load_ms=load_ms + _ms_since(start))
             self._prefilling.append(sequence)
             sequence.tell(sequence.position)

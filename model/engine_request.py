@@ -35,6 +35,15 @@ class Branches(NamedTuple):
     token_ids: tuple[tuple[int, ...], ...]
     scored_tokens: tuple[int, ...]
 
+    def check(self, vocab_size: int) -> None:
+        """Raises ValueError if they are not as said, or tokens outside the vocabulary."""
+        branches, scored_tokens = self
+        if len(branches) != len(scored_tokens) or sum(map(len, branches)) > MAX_BRANCH_TOKENS:
+            raise ValueError(f"branches need a number of scored tokens each, and {MAX_BRANCH_TOKENS} tokens at most")
+        for ids, scored in zip(branches, scored_tokens, strict=True):
+            if not 0 < scored < len(ids) or not 0 <= min(ids) <= max(ids) < vocab_size:
+                raise ValueError(f"a branch of {len(ids)} tokens, {scored} of them scored, or outside the vocabulary")
+
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:

@@ -23,6 +23,7 @@ class RunningSequence:
     lookup: PromptLookup
     added_s: float
     state: HybridState | None = None  # with room for prompt and answer, from when it need not wait any more
+    may_borrow: bool = True  # KV that another request under way has
     kept_tokens: int = 0  # how many tokens' KV the cache has
     cached_tokens: int = 0
     tier: str = "none"

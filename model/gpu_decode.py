@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from model.jamba import Jamba, JambaLayer
 
 MAX_BATCH = 32
-_STAGED_ROWS = 8  # see _Inputs
+_STAGED_ROWS = 11  # see _Inputs
 _MIN_SHARED_TOKENS = 1024  # less is not worth a kernel of fewer blocks a multiprocessor; a guess
 
 
@@ -78,7 +78,7 @@ class GpuDecoder:
         With `sharing` by the kernels of a step that shares a prefix even if no states do.
         """
         shared = self._share(states)
-        kind = len(states), sharing or any(until for _, until in shared)
+        kind = len(states), sharing or any(until for _, until in shared) or any(state.lent for state in states)
         self._upload(token_ids, states, shared)
         if self._device.type == "cuda" and kind in self._launched:
             if kind not in self._graphs:
@@ -105,7 +105,7 @@ class GpuDecoder:
             state.reserve(state.num_tokens + 1)
         tokens = [0] * len(states) if token_ids.is_cuda else token_ids.tolist()
         whereabouts = (
-            (state.num_tokens, state.capacity, *state.addresses(), *own)
+            (state.num_tokens, *state.addresses(), *own, *state.lender_address(), state.lent_tokens)
             for state, own in zip(states, shared, strict=True)
         )
         staged = list(chain(tokens, *zip(*whereabouts, strict=True)))
@@ -151,13 +151,16 @@ class _Inputs:
 
     token_ids: Tensor
     lengths: Tensor
-    capacities: Tensor
     conv: Tensor  # addresses
     ssm: Tensor
     kv: Tensor
+    capacities: Tensor
     owners: Tensor  # see attention.Sharing
     until: Tensor
-    shares: bool  # whether the last two say anything
+    lenders: Tensor
+    lender_capacities: Tensor
+    num_lent: Tensor
+    shares: bool  # whether the last five say anything
 
     @property
     def caches(self) -> attention.Caches:
@@ -165,7 +168,9 @@ class _Inputs:
 
     @property
     def sharing(self) -> attention.Sharing | None:
-        return attention.Sharing(self.owners, self.until) if self.shares else None
+        if not self.shares:
+            return None
+        return attention.Sharing(self.owners, self.until, self.lenders, self.lender_capacities, self.num_lent)
 
 
 @dataclass(frozen=True, slots=True)

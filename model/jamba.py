@@ -22,13 +22,14 @@ from model.config import JambaConfig
 from model.cpu_decode import MAX_TOKENS, DecodeLayer, Trial, project
 from model.gpu_decode import MAX_BATCH as MAX_GPU_BATCH
 from model.gpu_decode import GpuDecoder, fits
-from model.kernels import cpu, gpu
+from model.kernels import cpu, gpu, gpu_past
 from model.kernels.rms_norm import RMSNorm
 from model.mamba import MambaMixer
 from model.moe import MLP, MoE
-from model.state import HybridState, StateLayout
+from model.state import HybridState, LentKv, StateLayout
 
-_LONG_PIECES = (528, 517)  # a multiple of 16, for which Triton compiles apart, and not
+_PIECES = (17, 200, 528, 517)  # few tokens, more, and many: a multiple of 16, for which Triton compiles apart, and not
+_PAST_TOKENS = 1280  # that they are read behind
 
 
 class JambaLayer(nn.Module):
@@ -85,9 +86,15 @@ class Jamba(nn.Module):
     def state_layout(self) -> StateLayout:
         return StateLayout.of(self.config, self.embed_tokens.weight.dtype)
 
-    def new_state(self) -> HybridState:
+    def new_state(self, lent: LentKv | None = None) -> HybridState:
         """The empty memory of one new sequence, where the weights are and in their dtype."""
-        return HybridState(self.state_layout, self.embed_tokens.weight.device)
+        return HybridState(self.state_layout, self.embed_tokens.weight.device, lent)
+
+    @property
+    @torch.no_grad()
+    def can_borrow(self) -> bool:
+        """Whether states can be lent KV at no cost: where kernels read it in two pieces."""
+        return self._gpu_decoder(1) is not None and gpu_past.fits(self.embed_tokens.weight, self.config.head_dim)
 
     def forward(
         self,
@@ -234,15 +241,20 @@ class Jamba(nn.Module):
             self.forward_packed(torch.zeros(t, dtype=torch.int64), [t], [self.new_state()])
 
         def read_on(t: int) -> None:
-            state, ids = self.new_state(), torch.zeros(t, dtype=torch.int64)
-            for _ in range(2):  # without a past and with one
-                self.forward_packed(ids, [t], [state])
+            """Without a past, behind one, and behind one that is lent."""
+            state, ids = self.new_state(), torch.zeros(max(t, _PAST_TOKENS), dtype=torch.int64)
+            self.forward_packed(ids[:t], [t], [state])
+            self.forward_packed(ids[:_PAST_TOKENS], [_PAST_TOKENS], [state])
+            other = self.new_state(state.lend(_PAST_TOKENS))
+            state.copy_to(other)
+            for own in (state, other):
+                self.forward_packed(ids[:t], [t], [own])
 
         batches = range(1, min(max_batch, MAX_GPU_BATCH) + 1)
-        steps: list[Callable[[], None]] = [partial(decode, b, False) for b in batches]
+        steps: list[Callable[[], None]] = [partial(read_on, t) for t in _PIECES]
+        steps += [partial(decode, b, False) for b in batches]
         steps += [partial(read, t) for t in range(self.graphed_tokens, 1, -1)]
-        steps += [partial(decode, b, True) for b in batches[1:]]
-        steps += [partial(read_on, t) for t in _LONG_PIECES]
+        steps += [partial(decode, b, True) for b in batches]
         for step in steps:
             for _ in range(2):  # the first of its shape compiles what the second captures
                 step()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -38,19 +39,31 @@ class LayeredPrefill:
         self._next: str | None = next(self._pieces)
 
     def run(self, seconds: float | None = None) -> Tensor | None:
-        """Compute for about `seconds`, a piece at least; None: to the end. Logits (1, v) when that is reached."""
-        start = before = time.perf_counter()
+        """Compute for about `seconds`, a piece at least; None: to the end. Logits (1, v) when that is reached.
+
+        On a GPU pieces are launched one behind the other, as many as should fit; nobody waits between them.
+        """
+        start, watch, kinds, passed = time.perf_counter(), Stopwatch(self._x.device), list[str](), 0.0
         while self._next is not None:
             kind, self._next = self._next, next(self._pieces, None)
             if seconds is None:
                 continue
-            now = self._now()
-            self._piece_s[kind], before = (now - before) / self._batch.lengths[0], now
-            coming = 0.0 if self._next is None else self._piece_s.get(self._next, 0.0) * self._batch.lengths[0]
-            if self._next is not None and now - start + coming >= seconds:
+            watch.lap()
+            kinds.append(kind)
+            passed = max(passed + self._expected_s(kind), time.perf_counter() - start)
+            if kind in self._piece_s and passed + self._expected_s(self._next) < seconds:
+                continue
+            for done, lap_s in zip(kinds, watch.read(), strict=True):
+                self._piece_s[done] = lap_s / self._batch.lengths[0]
+            kinds.clear()
+            passed = time.perf_counter() - start
+            if self._next is not None and passed + self._expected_s(self._next) >= seconds:
                 return None
         self._batch.commit()
         return self._model.lm_head(self._model.final_layernorm(self._x[-1:]))
+
+    def _expected_s(self, kind: str | None) -> float:
+        return 0.0 if kind is None else self._piece_s.get(kind, 0.0) * self._batch.lengths[0]
 
     def _compute(self) -> Iterator[str]:
         """Yields the kind of each piece before it is computed."""
@@ -70,16 +83,36 @@ class LayeredPrefill:
         (state,) = self._batch.states
         q, k, v = block.project(x)
         q, k = block.turn(q, k, self._batch)
-        keys, values = state.append_kv(block.index, k, v)
-        past, outputs = len(keys) - len(q), []
-        rows = max(MAX_SCORES // len(keys) // _QUERY_UNIT, 1) * _QUERY_UNIT
+        kv = state.append_kv(block.index, k, v)
+        past, outputs = state.num_tokens, []
+        rows = max(MAX_SCORES // (past + len(q)) // _QUERY_UNIT, 1) * _QUERY_UNIT
         for own in q.split(rows):
             yield "attention"
             past += len(own)
-            outputs.append(attend_past(own, keys[:past], values[:past]))
+            outputs.append(attend_past(own, kv.first(past)))
         return block.o_proj(torch.cat(outputs).flatten(-2))
 
-    def _now(self) -> float:
-        if self._x.is_cuda:
-            torch.cuda.synchronize(self._x.device)
-        return time.perf_counter()
+
+class Stopwatch:
+    """How long pieces take on a device, a GPU by its own clock: what it has not come to yet counts when it does."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks = [self._mark()]
+
+    def lap(self) -> None:
+        self._marks.append(self._mark())
+
+    def read(self) -> list[float]:
+        """Wait for the device; the seconds of each lap since the last time."""
+        marks, self._marks = self._marks, self._marks[-1:]
+        if self._on_gpu:
+            marks[-1].synchronize()
+        return [a.elapsed_time(b) / 1e3 if self._on_gpu else b - a for a, b in pairwise(marks)]
+
+    def _mark(self) -> torch.cuda.Event | float:
+        if not self._on_gpu:
+            return time.perf_counter()
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record()
+        return mark

@@ -25,7 +25,7 @@ from model.device_store import DeviceStateStore, PinnedStateStore, StateTensors
 from model.prefix_plan import PlanSettings, PrefixPlan, plan_prefix, root_key
 from model.state import HybridState, Origin, Snapshot, StateLayout
 from model.state_codec import DamagedValue, decode_value
-from model.state_store import Buffer, StateItem, StateStore
+from model.state_store import Buffer, StateItem, StateStore, locate
 from model.write_behind import WriteBehind
 
 _MAX_INVALIDATED = 1 << 16  # tags that are remembered; of plans made before the oldest of them nothing is kept
@@ -118,7 +118,7 @@ class PrefixCache:
         Loads what it returns. Values that cannot be used are dropped, counted, and the next position is tried. What
         is not `counted` is no question: neither a lookup nor a use of what it finds.
         """
-        where = self._locate(plan.keys_deepest_first(plan.num_tokens - 1), peek=not counted)
+        where = locate(self._stores, plan.keys_deepest_first(plan.num_tokens - 1), peek=not counted)
         loaded: dict[str, StateTensors] = {}
         hit = None
         while hit is None and (position := _deepest(plan, where)):
@@ -133,9 +133,13 @@ class PrefixCache:
                 self._stats.cached_tokens += hit.num_tokens
         return hit
 
-    def kept_tokens(self, plan: PrefixPlan) -> int:
-        """How deep `longest_prefix` would start, without loading anything or counting it as a use."""
-        return _deepest(plan, self._locate(plan.keys_deepest_first(plan.num_tokens - 1), peek=True))
+    def kept_tokens(self, plan: PrefixPlan, nearest: bool = False) -> int:
+        """How deep `longest_prefix` would start, without loading anything or counting it as a use.
+
+        `nearest`: from the fastest store alone, and without asking a server.
+        """
+        stores = [store for store in self._stores[:1] if store.keeps_tensors] if nearest else self._stores
+        return _deepest(plan, locate(stores, plan.keys_deepest_first(plan.num_tokens - 1), peek=True))
 
     def restore(self, hit: PrefixHit, state: HybridState) -> None:
         """Make an empty state that of the hit. Raises ValueError, leaving it empty, if it is another model's."""
@@ -238,15 +242,6 @@ class PrefixCache:
         started = time.perf_counter()
         self._device.put_many(items)
         self.on_moved("save", self._device.tier, time.perf_counter() - started)
-
-    def _locate(self, keys: Sequence[str], peek: bool) -> dict[str, int]:
-        """key -> the fastest store that has it; what no store has is absent."""
-        where: dict[str, int] = {}
-        for level, store in enumerate(self._stores):
-            asked = [key for key in keys if key not in where]
-            found = store.contains_many(asked, peek) if asked else []
-            where.update({key: level for key, there in zip(asked, found, strict=True) if there})
-        return where
 
     def _load(
         self, plan: PrefixPlan, position: int, where: dict[str, int], loaded: dict[str, StateTensors]

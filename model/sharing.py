@@ -1,13 +1,14 @@
 """Which sequences of a decode step read their first tokens' KV once for all of them.
 
 Those whose states began with the same stored blocks (`HybridState.origin`): equal tokens are not enough, since the bits
-of their KV may differ. Each state keeps its own copy; who reads another's: kernels/gpu_attention.py.
+of their KV may differ. Where a copy lies, in its state's memory or lent by another: state.py; who reads another's:
+kernels/gpu_attention.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise, takewhile
+from itertools import pairwise
 
 from model.state import Origin
 
@@ -19,7 +20,7 @@ def share(origins: Sequence[Origin], max_members: int, min_tokens: int, unit: in
     multiple of `unit` and at least `min_tokens`, or 0 for who shares nothing.
     """
     order = sorted(range(len(origins)), key=lambda i: origins[i].keys)  # who has most in common stands side by side
-    common = [_common_tokens(origins[i], origins[j]) // unit * unit for i, j in pairwise(order)]
+    common = [origins[i].common_tokens(origins[j]) // unit * unit for i, j in pairwise(order)]
     common = [tokens if tokens >= min_tokens else 0 for tokens in common]
     best = [(0, 0)]  # of the first states in this order: tokens that are not read, size of the last group
     for end in range(1, len(order) + 1):
@@ -38,8 +39,3 @@ def share(origins: Sequence[Origin], max_members: int, min_tokens: int, unit: in
 def _until(common: Sequence[int], start: int, end: int) -> int:
     """What states start..end have in common."""
     return min(common[start : end - 1], default=0)
-
-
-def _common_tokens(a: Origin, b: Origin) -> int:
-    equal = takewhile(lambda pair: pair[0] == pair[1], zip(a.keys, b.keys, strict=False))
-    return sum(1 for _ in equal) * a.block_tokens

@@ -6,7 +6,8 @@ Not here: who keeps which state for how long (prefix_cache.py), or how a call fi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from functools import cache
 from typing import NamedTuple, Self
@@ -17,7 +18,9 @@ from torch import Tensor
 from model.config import JambaConfig
 from model.ssm_rounding import dequantize_ssm, quantize_ssm
 
+LENT_UNIT = 256  # tokens of what is lent: a multiple of all tiles that kernels read keys in
 _MIN_CAPACITY_TOKENS, _MAX_SPARE_TOKENS = 256, 16_384
+_MIN_LENT_TOKENS = 1024  # to hold less twice is nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class StateLayout:
     w: int
     kv_dtype: torch.dtype
     conv_dtype: torch.dtype
-    version: int = 2  # raised when kernels come to other bits: states of before are then not found
+    version: int = 3  # raised when kernels come to other bits: states of before are then not found
 
     @classmethod
     @cache  # asked for at every step
@@ -74,6 +77,32 @@ class Origin(NamedTuple):
     keys: tuple[str, ...] = ()
     block_tokens: int = 1
 
+    def common_tokens(self, other: Origin) -> int:
+        """How many first tokens' KV has the same bits in both."""
+        places = range(min(len(self.keys), len(other.keys)))
+        return bisect_left(places, True, key=lambda i: self.keys[i] != other.keys[i]) * self.block_tokens
+
+
+class LentKv(NamedTuple):
+    """KV of a sequence's first tokens in another state's memory, where it has the same bits. Read, never written."""
+
+    kv: Tensor  # (n_attn, 2, capacity, g, p), which lives as long as someone reads it
+    num_tokens: int  # a multiple of LENT_UNIT
+
+
+class LayerKv(NamedTuple):
+    """Keys and values of one attention layer: views of all s+t tokens, or of those behind `lent_keys`."""
+
+    keys: Tensor  # (s+t, g, p)
+    values: Tensor
+    lent_keys: Tensor | None = None  # of the tokens before
+    lent_values: Tensor | None = None
+
+    def first(self, num_tokens: int) -> LayerKv:
+        """Those of the first tokens, at least all that are lent."""
+        own = num_tokens - (0 if self.lent_keys is None else len(self.lent_keys))
+        return self._replace(keys=self.keys[:own], values=self.values[:own])
+
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
@@ -96,15 +125,17 @@ class Snapshot:
 class HybridState:
     """Starts empty; a forward pass advances it in place.
 
-    `origin` is what is known to be stored of its KV; going back to fewer tokens forgets what lies behind them.
+    `origin` is what is known to be stored of its KV; going back to fewer tokens forgets what lies behind them. With
+    `lent` memory it holds the KV behind that alone, and is of use once it has seen what is lent: see `restore`.
     """
 
-    def __init__(self, layout: StateLayout, device: torch.device | str = "cpu") -> None:
-        self.layout, self._num_tokens, self.origin = layout, 0, Origin()
+    def __init__(self, layout: StateLayout, device: torch.device | str = "cpu", lent: LentKv | None = None) -> None:
+        self.layout, self._num_tokens, self.origin, self.lent = layout, 0, Origin(), lent
+        self.lent_tokens = 0 if lent is None else lent.num_tokens
         with torch.inference_mode(False):  # an inference tensor could not be advanced outside inference mode
             self.conv = torch.zeros(layout.conv_shape, dtype=layout.conv_dtype, device=device)
             self.ssm = torch.zeros(layout.ssm_shape, dtype=torch.float32, device=device)
-        self._kv = self._new_kv(0)  # (n_attn, 2, capacity, g, p); beyond num_tokens: anything
+        self._kv = self._new_kv(0)  # (n_attn, 2, rows, g, p); beyond num_tokens: anything
 
     @property
     def num_tokens(self) -> int:
@@ -120,42 +151,76 @@ class HybridState:
 
     @property
     def nbytes(self) -> int:
-        """Memory held, the room for tokens to come included."""
+        """Memory of its own, the room for tokens to come included."""
         return self.conv.nbytes + self.ssm.nbytes + self._kv.nbytes
 
     @property
-    def capacity(self) -> int:
-        """How many tokens' KV there is room for."""
-        return self._kv.shape[2]
+    def memory(self) -> dict[int, int]:
+        """Address and bytes of all that it keeps alive, what it is lent included."""
+        tensors = (self.conv, self.ssm, self._kv, *((self.lent.kv,) if self.lent else ()))
+        return {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
 
-    def addresses(self) -> tuple[int, int, int]:
-        """Where conv, SSM and KV (n_attn, 2, capacity, g, p) lie; the KV moves when `reserve` makes room."""
-        return self.conv.data_ptr(), self.ssm.data_ptr(), self._kv.data_ptr()
+    @property
+    def capacity(self) -> int:
+        """How many tokens' KV there is room for, the lent ones included."""
+        return self.lent_tokens + self._kv.shape[2]
+
+    def addresses(self) -> tuple[int, int, int, int]:
+        """Where conv, SSM and KV (n_attn, 2, rows, g, p) lie, and the rows; the KV moves when `reserve` makes room."""
+        return self.conv.data_ptr(), self.ssm.data_ptr(), self._kv.data_ptr(), self._kv.shape[2]
+
+    def lender_address(self) -> tuple[int, int]:
+        """Where the KV lies whose first tokens are lent, and its rows; zeros if nothing is."""
+        return (0, 0) if self.lent is None else (self.lent.kv.data_ptr(), self.lent.kv.shape[2])
+
+    def lend(self, num_tokens: int) -> LentKv | None:
+        """What of its first tokens' KV another state could read here instead of holding it; None: too little."""
+        kv = self._kv
+        if self.lent is not None:
+            kv, num_tokens = self.lent.kv, min(num_tokens, self.lent_tokens)
+        lent = LentKv(kv, num_tokens // LENT_UNIT * LENT_UNIT)
+        return lent if lent.num_tokens >= _MIN_LENT_TOKENS else None
 
     def reserve(self, num_tokens: int) -> None:
         """Make room for the KV of `num_tokens` tokens in all. Appending one by one is cheap: the room doubles, a large
         one grows by a fixed piece. Who knows how long a sequence gets reserves that, and nothing is ever copied."""
         if num_tokens > self.capacity:
-            spare = min(self.capacity, _MAX_SPARE_TOKENS)
-            grown = self._new_kv(max(num_tokens, self.capacity + spare, _MIN_CAPACITY_TOKENS))
-            grown[:, :, : self.num_tokens] = self._kv[:, :, : self.num_tokens]
+            held, spare = self._kv.shape[2], min(self._kv.shape[2], _MAX_SPARE_TOKENS)
+            grown = self._new_kv(max(num_tokens - self.lent_tokens, held + spare, _MIN_CAPACITY_TOKENS))
+            seen = max(0, self.num_tokens - self.lent_tokens)
+            grown[:, :, :seen] = self._kv[:, :, :seen]
             self._kv = grown
 
-    def append_kv(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (t, g, p) behind the tokens seen so far, in reserved room.
+    def append_kv(self, layer: int, k: Tensor, v: Tensor) -> LayerKv:
+        """Write k, v (t, g, p) behind the tokens seen so far, in reserved room -> all of attention layer `layer`.
 
-        Returns all keys and values of attention layer `layer` as views (s+t, g, p). `num_tokens` is left as it is.
+        `num_tokens` is left as it is.
         """
-        end = self.num_tokens + len(k)
-        keys, values = self._kv[layer, :, :end].unbind()
-        keys[self.num_tokens :], values[self.num_tokens :] = k, v
-        return keys, values
+        start = self.num_tokens - self.lent_tokens
+        keys, values = self._kv[layer, :, : start + len(k)].unbind()
+        keys[start:], values[start:] = k, v
+        if self.lent is None:
+            return LayerKv(keys, values)
+        return LayerKv(keys, values, *self.lent.kv[layer, :, : self.lent_tokens].unbind())
 
     def read_kv(self, start: int, end: int) -> Tensor:
         """A contiguous copy of the KV of tokens start..end: (n_attn, 2, end-start, g, p)."""
         if not 0 <= start <= end <= self.num_tokens:
             raise ValueError(f"KV of tokens {start}..{end} asked of a state that has seen {self.num_tokens}")
-        return self._kv[:, :, start:end].clone(memory_format=torch.contiguous_format)
+        pieces = [piece for piece in self._pieces(start, end) if piece.shape[2]]
+        if len(pieces) == 1:
+            return pieces[0].clone(memory_format=torch.contiguous_format)
+        return torch.cat(pieces, dim=2) if pieces else self._kv[:, :, :0].clone()
+
+    def copy_to(self, empty: HybridState) -> None:
+        """Let an empty state go on from here; what it is lent is not copied."""
+        empty.restore(self.snapshot(), self._pieces(0, self.num_tokens))
+
+    def _pieces(self, start: int, end: int) -> list[Tensor]:
+        """Views of the KV of tokens start..end: what is lent, and its own."""
+        lent = self.lent_tokens
+        own = self._kv[:, :, max(start - lent, 0) : max(end - lent, 0)]
+        return [own] if self.lent is None else [self.lent.kv[:, :, start : min(end, lent)], own]
 
     def snapshot(self, int8: bool = False) -> Snapshot:
         """A copy of the recurrent part, as it is now. With `int8` its SSM is rounded, and this state's with it."""
@@ -168,20 +233,23 @@ class HybridState:
     def restore(self, snapshot: Snapshot, kv: Sequence[Tensor]) -> None:
         """Fill this empty state. The pieces of `kv`, in order, are the KV of exactly the snapshot's tokens.
 
-        Raises ValueError, and stays empty, when the state is not empty or anything does not fit its layout.
+        What is lent is not copied. Raises ValueError, and stays empty, when the state is not empty, when it is lent
+        more than that or when anything does not fit its layout.
         """
         if self.num_tokens:
             raise ValueError(f"restore needs an empty state, this one has seen {self.num_tokens} tokens")
         covered = sum(piece.shape[2] for piece in kv)
         if covered != snapshot.num_tokens:
             raise ValueError(f"KV of {covered} tokens does not cover the snapshot's {snapshot.num_tokens}")
+        if covered < self.lent_tokens:
+            raise ValueError(f"a state that is lent the KV of {self.lent_tokens} tokens cannot begin with {covered}")
         layout = self.layout
         _check_fit("conv", snapshot.conv, layout.conv_shape, layout.conv_dtype)
         _check_fit("ssm", snapshot.ssm, layout.ssm_shape, torch.float32 if snapshot.scale is None else torch.int8)
         for piece in kv:
             _check_fit("KV", piece, layout.kv_shape(piece.shape[2]), layout.kv_dtype)
         self.reserve(covered)
-        self._fill_kv([piece for piece in kv if piece.shape[2]], covered)
+        self._fill_kv(list(_behind(kv, self.lent_tokens)), covered - self.lent_tokens)
         self.conv.copy_(snapshot.conv)
         if snapshot.scale is None:
             self.ssm.copy_(snapshot.ssm)
@@ -202,6 +270,14 @@ class HybridState:
     def _new_kv(self, capacity: int) -> Tensor:
         with torch.inference_mode(False):
             return torch.empty(self.layout.kv_shape(capacity), dtype=self.layout.kv_dtype, device=self.conv.device)
+
+
+def _behind(pieces: Sequence[Tensor], start: int) -> Iterator[Tensor]:
+    """What of the pieces (n_attn, 2, t, g, p) lies behind their first `start` tokens."""
+    for piece in pieces:
+        skipped, start = min(start, piece.shape[2]), max(0, start - piece.shape[2])
+        if skipped < piece.shape[2]:
+            yield piece[:, :, skipped:]
 
 
 def _check_fit(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -149,3 +149,13 @@ class MemoryStateStore:
             if not self._keys_of_tag[tag]:
                 del self._keys_of_tag[tag]
         return True
+
+
+def locate(stores: Sequence[StateStore], keys: Sequence[str], peek: bool) -> dict[str, int]:
+    """key -> the place of the first store that has it; what no store has is absent. `peek`: that is no use of it."""
+    where: dict[str, int] = {}
+    for place, store in enumerate(stores):
+        asked = [key for key in keys if key not in where]
+        found = store.contains_many(asked, peek) if asked else []
+        where.update({key: place for key, there in zip(asked, found, strict=True) if there})
+    return where

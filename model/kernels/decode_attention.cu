@@ -8,7 +8,7 @@
 //
 // Of sequences that share their first keys (MEMBERS > 1) one's copy is read for up to MEMBERS of them: the query heads of
 // all are rows of one product of scores, up to 8 of the first, up to 16 in two products of values. What lies behind the
-// shared keys is read for each alone.
+// shared keys is read for each alone. A copy may lie in two places, the first of its keys lent by another sequence.
 //
 // Constants: HEAD_DIM p (a multiple of 64), GROUP query heads a KV head, MEMBERS sequences of a block.
 #include "gpu.cuh"
@@ -84,13 +84,16 @@ __device__ __forceinline__ int find_member(const Step& step, int owner, int memb
     return i;
 }
 
-// Keys or values of one KV head: the cached rows and the new one behind them
+// Keys or values of one KV head: the cached rows, the first of them lent, and the new one behind them
 struct Rows {
-    const bf16 *cached, *fresh;
-    int stride, length;
+    const bf16 *cached, *fresh, *lent;
+    int stride, length, num_lent;  // a multiple of KEYS
 
-    __device__ __forceinline__ uint4 load(int row, int column) const {
-        if (row < length) return load_streaming16(cached + (long long)row * stride + column);
+    // Where the rows of the tile are that begins at `key`
+    __device__ __forceinline__ const bf16* of(int key) const { return MEMBERS > 1 && key < num_lent ? lent : cached; }
+
+    __device__ __forceinline__ uint4 load(const bf16* rows, int row, int column) const {
+        if (row < length) return load_streaming16(rows + (long long)row * stride + column);
         return *reinterpret_cast<const uint4*>(fresh + column);  // beyond the end too, where the scores are masked
     }
 };
@@ -100,19 +103,21 @@ using ValueTile = uint4[4][P / 64];
 
 __device__ __forceinline__ void load_keys(const Rows& rows, int key, KeyTile& tile) {
     const int lane = threadIdx.x % 32;
+    const bf16* from = rows.of(key);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
-        for (int j = 0; j < P / 32; ++j) tile[i][j] = rows.load(key + 8 * i + lane / 4, 32 * j + 8 * (lane % 4));
+        for (int j = 0; j < P / 32; ++j) tile[i][j] = rows.load(from, key + 8 * i + lane / 4, 32 * j + 8 * (lane % 4));
 }
 
 __device__ __forceinline__ void load_values(const Rows& rows, int key, ValueTile& tile) {
     const int lane = threadIdx.x % 32;
+    const bf16* from = rows.of(key);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
         for (int j = 0; j < P / 64; ++j)
-            tile[i][j] = rows.load(key + 2 * (lane % 4) + i % 2 + 8 * (i / 2), 64 * j + 8 * (lane / 4));
+            tile[i][j] = rows.load(from, key + 2 * (lane % 4) + i % 2 + 8 * (i / 2), 64 * j + 8 * (lane / 4));
 }
 
 // scores[i][2 side + 0..1]: of row 8 side + lane / 4 and keys 8 i + 2 (lane % 4) + 0..1
@@ -225,14 +230,17 @@ __device__ __forceinline__ void join_warps(const Shared& shared, int first, int 
     }
 }
 
-// q (b, g GROUP, P), k, v (b, g, P); caches: b addresses of (layers, 2, capacity, g, P), capacities, and Step's (b)
+// q (b, g GROUP, P), k, v (b, g, P); caches: b addresses of (layers, 2, capacity, g, P), capacities, and Step's (b);
+// with MEMBERS > 1 the same of what is lent, its first `num_lent` rows in the place of the cache's, which has none for them
 // -> outs (parts, MEMBERS, g GROUP, P), weights (parts, MEMBERS, g GROUP, 2); writes k and v into the caches.
 // Grid (parts, g TILES). With 16 rows the registers of two blocks a multiprocessor.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, SIDES > 1 ? 2 : 3)
     attend_split(const bf16* q, const bf16* k, const bf16* v, const long long* __restrict__ caches,
                  const long long* __restrict__ capacities, const long long* __restrict__ lengths,
-                 const long long* __restrict__ owners, const long long* __restrict__ until, float* __restrict__ outs,
-                 float* __restrict__ weights, long long layer, long long b, long long g, float scale) {
+                 const long long* __restrict__ owners, const long long* __restrict__ until,
+                 const long long* __restrict__ lenders, const long long* __restrict__ lender_capacities,
+                 const long long* __restrict__ num_lent, float* __restrict__ outs, float* __restrict__ weights,
+                 long long layer, long long b, long long g, float scale) {
     __shared__ Shared shared;
     grid_launch_dependents();
     const int head = blockIdx.y / TILES, tile = blockIdx.y % TILES, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -240,10 +248,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, SIDES > 1 ? 2 : 3)
     const Part part = find_part(step, blockIdx.x, gridDim.x);
     if (part.sequence < 0) return;
     const long long plane = capacities[part.sequence] * g * P, first_head = head * GROUP + tile * HEADS;
-    bf16* cache = reinterpret_cast<bf16*>(caches[part.sequence]) + 2 * layer * plane + head * P;
+    const int stride = (int)g * P, lent = MEMBERS > 1 ? (int)num_lent[part.sequence] : 0;
+    bf16* cache = reinterpret_cast<bf16*>(caches[part.sequence]) + 2 * layer * plane + head * P - (long long)lent * stride;
     const long long fresh = (part.sequence * g + head) * P;
-    const int stride = (int)g * P;
-    const Rows keys{cache, k + fresh, stride, part.length}, values{cache + plane, v + fresh, stride, part.length};
+    Rows keys{cache, k + fresh, nullptr, stride, part.length, lent};
+    Rows values{cache + plane, v + fresh, nullptr, stride, part.length, lent};
+    if (MEMBERS > 1 && lent) {
+        const long long lent_plane = lender_capacities[part.sequence] * stride;
+        keys.lent = reinterpret_cast<const bf16*>(lenders[part.sequence]) + 2 * layer * lent_plane + head * P;
+        values.lent = keys.lent + lent_plane;
+    }
 
     const int heads = min(HEADS, GROUP - tile * HEADS);
     const int members = MEMBERS > 1 && part.together ? count_members(step, part.sequence, step.b) : 1;

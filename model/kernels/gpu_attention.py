@@ -1,6 +1,7 @@
 """Attention of one new token a sequence over the keys in its own state, on the GPU: decode_attention.cu.
 
-Of sequences whose first keys are the same bits (`Sharing`) one's are read for several of them at once.
+Of sequences whose first keys are the same bits (`Sharing`) one's are read for several of them at once, and may lie in
+memory that another has lent.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ _JOINERS = 4  # threads of attend_combine a dimension of the head
 
 
 class Caches(NamedTuple):
-    """Of b sequences, int64 on the device; a cache is (layers, 2, capacity, g, p) bfloat16 with room for a token."""
+    """Of b sequences, int64 on the device; a cache is (layers, 2, capacity, g, p) bfloat16 with room for a token.
+
+    With `Sharing` it has no rows for the tokens that are lent."""
 
     addresses: Tensor  # (b,)
     capacities: Tensor  # (b,) tokens
@@ -38,6 +41,9 @@ class Sharing(NamedTuple):
 
     owners: Tensor  # (b,) place in the batch, a sequence's own if it shares nothing
     until: Tensor  # (b,) tokens from the first on, a multiple of SHARED_UNIT; 0 if it shares nothing
+    lenders: Tensor  # (b,) address of the cache that a sequence's first tokens are read from, in the place of its own
+    lender_capacities: Tensor  # (b,)
+    num_lent: Tensor  # (b,) how many tokens that are, a multiple of SHARED_UNIT; 0: none
 
 
 class Partials(NamedTuple):
@@ -89,8 +95,8 @@ def attend(
     split, combine = (gpu.kernel("decode_attention", name, **constants) for name in ("attend_split", "attend_combine"))
     scale = math.log2(math.e) / math.sqrt(p)
     addresses, capacities, lengths = caches
-    step = (lengths, *(sharing or (None, None)))
-    inputs = (q, k, v, addresses, capacities, *step, *partials)
+    step = (lengths, *(sharing[:2] if sharing else (None, None)))
+    inputs = (q, k, v, addresses, capacities, *step, *(sharing[2:] if sharing else (None,) * 3), *partials)
     split((parts, g * _tiles(h // g)), _THREADS, *inputs, layer, b, g, scale, overlap=overlap)
     combine((h, b), _JOINERS * p, *partials, *step, out, b, parts, overlap=overlap)
 

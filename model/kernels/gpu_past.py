@@ -1,7 +1,9 @@
-"""Attention of a prefill segment over a long past on the GPU by a Triton kernel of our own, past_triton.py.
+"""Attention of a few tokens or of a prefill segment over all before them, on the GPU by Triton: past_triton.py.
 
-Callers ask `takes` first; the rest goes to PyTorch's flash attention, which reaches two thirds of its rate. cuDNN's
-attention is a sixth faster still, but plans about a tenth of a second for each new length.
+Where the queries are too few to fill the card the keys are cut into parts, which a second kernel joins. Keys may lie in
+two pieces, of which the first is lent by another sequence (model/state.py): same tiles, same bits. Callers ask `takes`
+first. PyTorch's flash attention reaches two thirds of its rate; cuDNN's attention is a sixth faster still, but plans
+about a tenth of a second for each new length.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ try:
     import triton
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from model.kernels.past_triton import attend_kernel
+    from model.kernels.past_triton import attend_kernel, join_kernel
 except ImportError:  # a PyTorch without Triton, as the CPU wheels are
     triton = None
 
@@ -34,35 +36,61 @@ class Tile(NamedTuple):
 
 
 TILE = Tile(queries=128, keys=128, warps=8, stages=3, tma=True)
-MIN_QUERIES = 256  # with fewer the card stays empty, for the kernel does not cut the keys
+FEW = Tile(queries=64, keys=128, warps=4, stages=3, tma=True)  # for no more queries than that
+MAX_PARTS = 32  # that keys are cut into
+_JOINED_ROWS = 8  # of a program that joins them
 
 
-def takes(q: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether `attend` is for these: q (t, h, p), keys and values (s+t, g, p)."""
-    (t, _, p), rows = q.shape, (keys, values)
-    fits = triton is not None and t >= MIN_QUERIES and p in (64, 128) and all(x.is_contiguous() for x in rows)
-    return fits and q.dtype == torch.bfloat16 and gpu.has_bulk_copies(q, keys, values)
+def fits(weight: Tensor, p: int) -> bool:
+    """Whether `attend` is for heads of this dimension beside such weights."""
+    return triton is not None and p in (64, 128) and weight.dtype == torch.bfloat16 and gpu.has_bulk_copies(weight)
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """The last t >= 1 of s+t tokens attend to all before them. q (t, h, p), keys, values (s+t, g, p) -> (t, h, p)."""
-    (t, h, p), g, past = q.shape, keys.shape[1], len(keys) - len(q)
-    matrices = [x.reshape(len(x), -1) for x in (q, keys, values)]
-    strides = [x.stride(0) for x in matrices[:2]]
-    if TILE.tma:
-        heights = (TILE.queries, TILE.keys, TILE.keys)
-        matrices = [TensorDescriptor.from_tensor(x, [rows, p]) for x, rows in zip(matrices, heights, strict=True)]
+def takes(
+    q: Tensor, keys: Tensor, values: Tensor, lent_keys: Tensor | None = None, lent_values: Tensor | None = None
+) -> bool:
+    """Whether `attend` is for these, of the shapes that it says."""
+    rows = [keys, values, *([] if lent_keys is None else [lent_keys, lent_values])]
+    return len(q) > 1 and all(x.is_contiguous() for x in rows) and fits(q, q.shape[-1])
+
+
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, lent_keys: Tensor | None = None, lent_values: Tensor | None = None
+) -> Tensor:
+    """The last t >= 1 of s+t tokens attend to all before them. q (t, h, p), keys, values (s+t, g, p) -> (t, h, p).
+
+    The first of the keys and values may be lent, up to s of them, a multiple of a tile; then the others are those
+    behind them.
+    """
+    (t, h, p), g = q.shape, keys.shape[1]
+    lent = 0 if lent_keys is None else len(lent_keys)
+    total, tile = lent + len(keys), FEW if t <= FEW.queries else TILE
+    tiles = triton.cdiv(t, tile.queries) * h
+    parts = min(max(gpu.sm_count(q.device) // tiles, 1), triton.cdiv(total, tile.keys), MAX_PARTS)
+    part_keys = triton.cdiv(triton.cdiv(total, tile.keys), parts) * tile.keys
     out = q.new_empty(t, h, p)
-    attend_kernel[(triton.cdiv(t, TILE.queries) * h,)](
-        *(*matrices, out, t, past, math.log2(math.e) / math.sqrt(p), *strides),
-        HEADS=h, GROUP=h // g, TMA=TILE.tma, BM=TILE.queries, BN=TILE.keys, P=p,
-        num_warps=TILE.warps, num_stages=TILE.stages,
+    sums, weights = out, out
+    if parts > 1:
+        sums, weights = (torch.empty(parts, t, h, size, dtype=torch.float32, device=q.device) for size in (p, 2))
+    pieces = (keys, values, *((keys, values) if lent_keys is None else (lent_keys, lent_values)))
+    matrices = [x.reshape(len(x), -1) for x in (q, *pieces)]
+    strides = [x.stride(0) for x in matrices[:2]]
+    if tile.tma:
+        heights = (tile.queries, *[tile.keys] * 4)
+        matrices = [TensorDescriptor.from_tensor(x, [rows, p]) for x, rows in zip(matrices, heights, strict=True)]
+    attend_kernel[(tiles, parts)](
+        *(*matrices, sums, weights, t, total - t, lent, part_keys, math.log2(math.e) / math.sqrt(p), *strides),
+        HEADS=h, GROUP=h // g, PARTED=parts > 1, LENT=lent > 0, TMA=tile.tma, BM=tile.queries, BN=tile.keys, P=p,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    if parts > 1:
+        grid = (triton.cdiv(t * h, _JOINED_ROWS),)
+        join_kernel[grid](sums, weights, out, t * h, parts, ROWS=_JOINED_ROWS, P=p, num_warps=4)
     return out
 
 
 def attend_ref(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """As `attend`, in float32."""
+    """As `attend` of keys in one piece, in float32."""
     t, total, group = len(q), len(keys), q.shape[1] // keys.shape[1]
     keys, values = (x.float().repeat_interleave(group, dim=1) for x in (keys, values))
     scores = torch.einsum("thp,shp->hts", q.float(), keys) / math.sqrt(q.shape[-1])

@@ -113,7 +113,7 @@ def test_a_state_that_cannot_be_allocated_waits_for_the_others(model, make_engin
     """As when the memory is there but in pieces."""
     new_state, under_way = model.new_state, []
 
-    def only_alone():
+    def only_alone(lent=None):
         under_way[:] = [one for one in engine._sequences.values() if one.state is not None]
         if under_way:
             raise torch.OutOfMemoryError("no memory in one piece")
@@ -126,7 +126,7 @@ def test_a_state_that_cannot_be_allocated_waits_for_the_others(model, make_engin
 
 
 def test_a_state_that_cannot_be_allocated_alone_fails(model, make_engine, monkeypatch):
-    def never():
+    def never(lent=None):
         raise torch.OutOfMemoryError("no memory at all")
 
     monkeypatch.setattr(model, "new_state", never)

@@ -80,14 +80,17 @@ def test_graphs_are_prepared_between_requests(make, monkeypatch) -> None:  # noq
     """Every length and batch, once; the answers after it are those before it."""
     model = make()
     model.graphed_tokens = 6
+    for name, small in {"jamba._PIECES": (3, 5), "jamba._PAST_TOKENS": 70, "state.LENT_UNIT": 64}.items():
+        monkeypatch.setattr(f"model.{name}", small)
+    monkeypatch.setattr("model.state._MIN_LENT_TOKENS", 64)
     (state,) = prefilled(model, [6])
     (other,) = same_states(model, [state])
     ids = tokens(1, 5)[0]
     before = model.forward_packed(ids, [5], [state])
     with ThreadPoolExecutor(1) as another_thread:  # as an engine's
         steps = another_thread.submit(lambda: len(list(model.prepare(max_batch=3)))).result()
-    assert steps == 3 + 5 + 2 + 2
+    assert steps == 2 + 3 + 5 + 3
     assert torch.equal(model.forward_packed(ids, [5], [other]), before)
     if ids.device != state.conv.device:
         assert set(model._gpu_segments._graphs) == set(range(2, 7))
-        assert set(model._gpu_decode._graphs) >= {(1, False), (2, False), (3, False), (2, True), (3, True)}
+        assert set(model._gpu_decode._graphs) >= {(1, False), (2, False), (3, False), (1, True), (2, True), (3, True)}

@@ -23,6 +23,7 @@ from model.kernels.causal_conv import causal_conv_ref
 from model.kernels.rms_norm import RMSNorm, rms_norm_ref
 from model.kernels.selective_scan import selective_scan_ref
 from model.kernels.silu_mul import silu_mul, silu_mul_ref
+from model.state import LayerKv
 from tests.numeric import assert_close
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C compiler")
@@ -208,7 +209,7 @@ def test_attention_of_a_few_tokens_equals_its_definition(h: int, g: int, p: int,
     )
     ours = cpu.attend_few(q, keys, values, lengths)
     pieces = zip(q.split(lengths), keys, values, strict=True)
-    expected = torch.cat([attend_past(*(x.double() for x in piece)) for piece in pieces])
+    expected = torch.cat([attend_past(q.double(), LayerKv(k.double(), v.double())) for q, k, v in pieces])
     assert_close("out", ours, expected, RATIO[dtype])
     torch.set_num_threads(2)
     shared = cpu.attend_few(q, keys, values, lengths)

@@ -24,6 +24,7 @@ def run(
     layer: int,
     parts: int | None = None,
     sharing: list[tuple[int, int]] | None = None,
+    lent: list[tuple[Tensor | None, int]] | None = None,
 ) -> Tensor:
     q, k, _ = qkv
     device = q.device
@@ -32,7 +33,12 @@ def run(
     described = Caches(addresses, capacities, torch.tensor(lengths, device=device))
     partials = Partials.empty(q, k.shape[1], sharing is not None)
     partials = Partials(*(room[:parts].fill_(torch.nan) for room in partials))
-    shared = sharing and Sharing(*torch.tensor(sharing, device=device).T.contiguous())
+    shared = None
+    if sharing:
+        lenders = lent or [(None, 0)] * len(caches)
+        where = [(0, 0, 0) if kv is None else (kv.data_ptr(), kv.shape[2], tokens) for kv, tokens in lenders]
+        rows = [(*own, *lender) for own, lender in zip(sharing, where, strict=True)]
+        shared = Sharing(*torch.tensor(rows, device=device).T.contiguous())
     out = torch.full_like(q, torch.nan)
     attend(*qkv, described, layer, partials, out, shared, overlap=False)
     return out
@@ -131,6 +137,22 @@ def test_a_step_that_could_share_and_does_not(device: str) -> None:
 
 def test_shared_scores_far_apart(device: str) -> None:
     check([200, 130], 4, 2, 64, device, parts=6, scale=8.0, sharing=[(1, 128), (1, 128)])
+
+
+@pytest.mark.parametrize("sharing", [[(0, 128), (1, 0), (0, 128)], [(0, 0), (1, 0), (2, 0)]])
+def test_first_keys_in_memory_that_another_has_lent(sharing: list[tuple[int, int]], device: str) -> None:
+    """Of the third all of them but the new one, of the second none; the same bits as in one piece."""
+    lengths, lent = [300, 70, 256], [192, 0, 256]
+    caches = [normal(LAYERS, 2, length + 3 + i, 2, 64, seed=i).to(device) for i, length in enumerate(lengths)]
+    caches[2][:, :, :128] = caches[0][:, :, :128]
+    qkv = tuple(normal(3, heads, 64, seed=i).to(device) for i, heads in enumerate((8, 2, 2)))
+    lenders = [(torch.cat([cache, cache], dim=2), tokens) for cache, tokens in zip(caches, lent, strict=True)]
+    own = [cache[:, :, tokens:].clone() for cache, tokens in zip(caches, lent, strict=True)]
+    for layer in range(LAYERS):
+        whole = run(caches, lengths, qkv, layer, None, sharing)
+        assert torch.equal(run(own, lengths, qkv, layer, None, sharing, lenders), whole)
+    for cache, rest, tokens in zip(caches, own, lent, strict=True):
+        assert torch.equal(cache[:, :, tokens:], rest)
 
 
 @pytest.mark.parametrize(("group", "members"), [(1, 16), (3, 5), (4, 4), (8, 2), (12, 2)])

@@ -55,17 +55,23 @@ def is_moe(layer: JambaLayer) -> bool:
 
 
 @torch.no_grad()
-def test_a_piece_that_would_take_too_long_waits_for_the_next_call(model, monkeypatch):
+def test_a_piece_that_would_take_too_long_waits_for_the_next_call(model, monkeypatch, request):
     """By a clock that goes on a second with every piece of experts and ten with any other."""
-    now, costs = 0.0, (cost for layer in model.layers for cost in (10.0, 1.0 if is_moe(layer) else 10.0))
+    now = 0.0
 
-    def finish_piece(self: LayeredPrefill) -> float:
-        nonlocal now
-        now += next(costs)
-        return now
+    def costs(seconds: float):
+        def pass_time(*_: object) -> None:
+            nonlocal now
+            now += seconds
+
+        return pass_time
 
     monkeypatch.setattr(layered_prefill.time, "perf_counter", lambda: now)
-    monkeypatch.setattr(LayeredPrefill, "_now", finish_piece)
+    for layer in model.layers:
+        mixer = layer.self_attn.o_proj if layer.is_attention else layer.mamba
+        request.addfinalizer(mixer.register_forward_hook(costs(10.0)).remove)
+        own = costs(1.0 if is_moe(layer) else 10.0)
+        request.addfinalizer(layer.feed_forward.register_forward_hook(own).remove)
     segment, took = LayeredPrefill(model, ids(600), model.new_state()), []
     while True:
         before = now

@@ -13,6 +13,7 @@ import torch
 from engine_kit import SMALL, TOKENIZER, Answer, assert_same_bits, prompt, run_all, step
 
 from model import Jamba, load_model
+from model.admission import StateBudget
 from model.device_store import DeviceStateStore
 from model.engine import JambaEngine
 from model.engine_request import EngineRequest
@@ -20,7 +21,7 @@ from model.gpu_decode import GpuDecoder
 from model.prefix_cache import PrefixCache
 from model.sampling import SamplingParams
 from model.sharing import share
-from model.state import Origin
+from model.state import HybridState, Origin
 from tests.conftest import WriteJamba
 
 PREFIX = prompt(160, 1)
@@ -178,3 +179,105 @@ def test_texts_are_the_same_with_and_without_sharing(engine_of_kernels, monkeypa
     assert not any(until for step in steps for _, until in step)
     for one, other in zip(shared, alone, strict=True):
         assert_same_bits(one, other)
+
+
+@pytest.fixture
+def lending(engine_of_kernels, monkeypatch: pytest.MonkeyPatch) -> JambaEngine:
+    """It lends even short prefixes."""
+    monkeypatch.setattr("model.state.LENT_UNIT", 64)
+    monkeypatch.setattr("model.state._MIN_LENT_TOKENS", 64)
+    assert engine_of_kernels._lends
+    return engine_of_kernels
+
+
+def start(engine: JambaEngine, request: EngineRequest) -> tuple[str, dict[str, Answer]]:
+    """Ask, and step until the first token is there."""
+    request_id = engine.add(request)
+    answers = {request_id: Answer()}
+    while not answers[request_id].outputs:
+        step(engine, answers)
+    return request_id, answers
+
+
+def test_a_question_behind_a_prefix_under_way_reads_it_where_it_is(lending) -> None:
+    """The same answers as one after the other, also when the lender ends first, and by what is left of its memory."""
+    expected = [run_all(lending, [ask(i, new=new)])[0] for i, new in enumerate((6, 12, 9))]
+    first, answers = start(lending, ask(0, new=6))
+    later = [lending.add(ask(i, new=new)) for i, new in ((1, 12), (2, 9))]
+    answers |= {request_id: Answer() for request_id in later}
+    lenders = set()
+    while lending.has_work():
+        wait(lending._loading.values())
+        step(lending, answers)
+        for one in lending._sequences.values():
+            if one.request_id in later and one.state is not None:
+                assert one.state.lent_tokens == 128 and one.cached_tokens in (0, 160)
+                lenders.add(one.state.lender_address())
+                assert one.state.nbytes < lending._model.new_state().nbytes + 2 * 267 * 64 * 2 * 2
+    assert len(lenders) == 1
+    for request_id, own in zip((first, *later), expected, strict=True):
+        assert answers[request_id].token_ids == own.token_ids
+    assert answers[first].end.finish_reason == "length"
+
+
+def test_what_is_lent_is_counted_once(lending) -> None:
+    start(lending, ask(0, new=6))
+    (lender,) = (one.state for one in lending._sequences.values())
+    layout, lent = lending._model.state_layout, lender.lend(160)
+    borrower, other = (lending._model.new_state(lent) for _ in range(2))
+    borrower.reserve(200)
+    own, third = borrower.nbytes, HybridState(layout, "meta")
+    third.reserve(300)
+    for states, held in (
+        ([lender, borrower], lender.nbytes + own),
+        ([borrower], own + lender._kv.nbytes),  # when the lender has ended
+        ([borrower, other], own + other.nbytes + lender._kv.nbytes),
+    ):
+        assert StateBudget(layout, held + third.nbytes).has_room(300, states)
+        assert not StateBudget(layout, held + third.nbytes - 1).has_room(300, states)
+
+
+def test_who_finds_its_prefix_given_up_goes_without_a_loan(lending, monkeypatch) -> None:
+    (expected,) = run_all(lending, [ask(1)])
+    _, answers = start(lending, ask(0, new=40))
+    find, lost = lending.prefix_cache.longest_prefix, []
+
+    def lose_once(plan: object, counted: bool) -> object:
+        return find(plan, counted) if lost else lost.append(plan)
+
+    monkeypatch.setattr(lending.prefix_cache, "longest_prefix", lose_once)
+    second = lending.add(ask(1))
+    answers[second] = Answer()
+    while lending.has_work():
+        step(lending, answers)
+    assert lost and answers[second].token_ids == expected.token_ids
+    assert answers[second].end.cached_tokens == 160
+
+
+def test_a_tenant_is_lent_nothing_of_another(lending) -> None:
+    _, answers = start(lending, ask(0, new=20))
+    second = lending.add(ask(1, salt=b"another"))
+    answers[second] = Answer()
+    while lending.has_work():
+        step(lending, answers)
+        own = lending._sequences.get(second)
+        assert own is None or own.state is None or own.state.lent is None
+
+
+def test_a_copy_of_a_state_reads_what_its_source_has_seen(lending) -> None:
+    model = lending._model
+    device = model.embed_tokens.weight.device
+    state = model.new_state()
+    model.forward_packed(torch.tensor(PREFIX, device=device), [len(PREFIX)], [state])
+    copy = model.new_state(state.lend(160))
+    state.copy_to(copy)
+    again = model.new_state(copy.lend(copy.num_tokens))  # of a copy: from the first in line
+    copy.copy_to(again)
+    assert copy.lent_tokens == again.lent_tokens == 128 and copy.lender_address() == again.lender_address()
+    for start, end in ((0, 160), (100, 160), (0, 64), (130, 140), (128, 128)):
+        assert torch.equal(again.read_kv(start, end), state.read_kv(start, end))
+    with pytest.raises(ValueError, match="lent the KV of 128 tokens cannot begin with 64"):
+        model.new_state(state.lend(160)).restore(replace(state.snapshot(), num_tokens=64), [state.read_kv(0, 64)])
+    for _ in range(2):
+        logits = [model.forward_packed(torch.tensor([7]), [1], [own]) for own in (state, copy, again)]
+        assert torch.equal(logits[1], logits[2])

@@ -35,7 +35,7 @@ def test_growing_keeps_what_was_seen_and_moves_the_kv_alone() -> None:
     k, v = torch.randn(2, 3, 1, 2)
     state.append_kv(0, k, v)
     state.num_tokens = 3
-    conv, ssm, kv = state.addresses()
+    conv, ssm, kv, _ = state.addresses()
     state.reserve(1000)
     assert state.addresses()[:2] == (conv, ssm) == (state.conv.data_ptr(), state.ssm.data_ptr())
     assert state.addresses()[2] != kv
