@@ -97,17 +97,10 @@ def ingest(
 
     May be interrupted: the same command again goes on, and does nothing twice.
     """
-    from app.client import connect
-    from app.ingesting import expand_paths, ingest_files
+    from app.ingesting import ingest_paths
 
-    files = expand_paths(paths)
     fields = {"collection": collection, "on_conflict": on_conflict, **({"metadata": metadata} if metadata else {})}
-    try:
-        with connect(choose_settings(url, key, data_dir), answering=False) as service:
-            result = ingest_files(service, files, fields)
-    except KeyboardInterrupt:
-        render.err.print("interrupted; nothing that was sent is lost: the same command goes on from here")
-        raise
+    result = ingest_paths(choose_settings(url, key, data_dir), paths, fields)
     if as_json:
         _print_json(result)
     else:

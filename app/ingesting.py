@@ -1,14 +1,16 @@
 """The command `ingest`: which files, sending them, and waiting until they are searchable."""
 
+import difflib
 import glob
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from app import render
-from app.client import CommandFailed, Service
+from app.client import CommandFailed, Service, connect
+from app.settings import Settings
 
 _POLL_S = 0.1
 
@@ -38,9 +40,35 @@ def _files_of(path: Path) -> list[Path]:
     return [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
 
 
-def ingest_files(service: Service, files: Sequence[Path], fields: dict[str, str]) -> dict[str, Any]:
-    """Upload files, making the collection if need be, and wait for them: {"data": [Document], "errors": [...]}."""
-    _ensure_collection(service, fields["collection"])
+def ingest_paths(settings: Settings, paths: Sequence[str], fields: dict[str, str]) -> dict[str, Any]:
+    """The command: as `ingest_files`, of the files that the paths stand for; a new collection is told of at once."""
+    files = expand_paths(paths)
+    try:
+        with connect(settings, answering=False) as service:
+            return ingest_files(service, files, fields, _tell_new)
+    except KeyboardInterrupt:
+        render.err.print("interrupted; nothing that was sent is lost: the same command goes on from here")
+        raise
+
+
+def _tell_new(name: str, nearest: str | None) -> None:
+    meant = f"; did you mean {nearest!r}?" if nearest else ""
+    render.err.print(f"made the new collection {name!r}{meant}", style="yellow" if nearest else None, markup=False)
+
+
+def ingest_files(
+    service: Service,
+    files: Sequence[Path],
+    fields: dict[str, str],
+    on_new: Callable[[str, str | None], None] = lambda name, nearest: None,
+) -> dict[str, Any]:
+    """Upload files, making the collection if need be, and wait for them: {"data": [Document], "errors": [...]}.
+
+    `on_new` is called when it was made, with its name and the nearest that there was; the result tells them, too.
+    """
+    new, nearest = _ensure_collection(service, fields["collection"])
+    if new:
+        on_new(new, nearest)
     uploaded: list[dict[str, Any]] = []
     errors: list[dict[str, str]] = []
     with render.progress_bar() as progress:
@@ -51,13 +79,17 @@ def ingest_files(service: Service, files: Sequence[Path], fields: dict[str, str]
                 code = error.code if isinstance(error, CommandFailed) else "unreadable_file"
                 name = os.fsencode(file).decode(errors="replace")
                 errors.append({"filename": name, "code": code, "detail": str(error)})
-    return {"object": "list", "data": wait_for(service, uploaded), "errors": errors}
+    result = {"object": "list", "data": wait_for(service, uploaded), "errors": errors}
+    return result | {"new_collection": new, "nearest_collection": nearest}
 
 
-def _ensure_collection(service: Service, name: str) -> None:
-    known = {collection["name"] for collection in service.request("GET", "/v1/collections")["data"]}
-    if name not in known:
-        service.request("POST", "/v1/collections", json={"name": name})
+def _ensure_collection(service: Service, name: str) -> tuple[str | None, str | None]:
+    """Its name if it had to be made, and the name most like it."""
+    known = [collection["name"] for collection in service.request("GET", "/v1/collections")["data"]]
+    if name in known:
+        return None, None
+    service.request("POST", "/v1/collections", json={"name": name})
+    return name, next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
 def wait_for(service: Service, queued: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

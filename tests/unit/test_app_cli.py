@@ -90,6 +90,18 @@ def test_ingest_ask_search_list_delete_in_process(run, corpus, tmp_path):
     assert [d["id"] for d in json.loads(out)["data"]] == [ingested["data"][1]["id"]]
 
 
+def test_a_new_collection_is_told_of_with_the_name_that_may_have_been_meant(run, corpus, tmp_path):
+    data, garden = ("--data-dir", tmp_path / "data"), corpus / "deep"
+    code, out, err = run("ingest", corpus, "-c", "sights", *data)
+    assert (code, err.strip()) == (0, "made the new collection 'sights'")
+    code, out, err = run("ingest", garden, "-c", "sights", "--json", *data)
+    assert (code, err, json.loads(out)["new_collection"]) == (0, "", None)
+    code, out, err = run("ingest", garden, "-c", "sihgts", "--json", *data)
+    assert (code, err.strip()) == (0, "made the new collection 'sihgts'; did you mean 'sights'?")
+    told = json.loads(out)
+    assert (told["new_collection"], told["nearest_collection"]) == ("sihgts", "sights")
+
+
 def test_ctrl_c_during_ingest_loses_nothing_and_the_same_command_goes_on(run, tmp_path):
     folder, data, number = tmp_path / "many", tmp_path / "data", 60  # enough to be still at it when the signal comes
     folder.mkdir()
