@@ -26,6 +26,8 @@ XZ = "application/x-xz"
 RST = "text/x-rst"
 SOURCE = "text/x-source"
 RTF = "application/rtf"
+NOTEBOOK = "application/x-ipynb+json"
+MAN = "text/troff"
 HTML = "text/html"
 MARKDOWN = "text/markdown"
 TEXT = "text/plain"
@@ -47,8 +49,8 @@ _TEXT_BY_SUFFIX = {
 }
 PACKED_TYPES = frozenset({ZIP, TAR, GZIP, BZIP2, XZ})
 SUPPORTED = (
-    "PDF, DOCX, XLSX, PPTX, ODT, EPUB, RTF, HTML, Markdown, reStructuredText, CSV, TSV, JSON, e-mail (.eml, .mbox), "
-    "source code, text in any encoding, and ZIP or TAR archives of these"
+    "PDF, DOCX, XLSX, PPTX, ODT, EPUB, RTF, HTML, Markdown, reStructuredText, CSV, TSV, JSON, Jupyter notebooks, "
+    "e-mail (.eml, .mbox), man pages, source code, text in any encoding, and ZIP or TAR archives of these"
 )
 
 _IMAGE_ADVICE = "save or print it as PDF and upload that: scanned pages are read where the service has OCR"
@@ -80,6 +82,9 @@ _HTML_START = re.compile(r"\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype
 _MAIL_HEADERS = re.compile(r"(?:(?:[!-9;-~]{1,76}:[^\n]*|[ \t][^\n]*|>?From [^\n]*)\r?\n)+(?=\r?\n|\Z)")
 _MAIL_SENDER = re.compile(r"^(?:From|Sender|Return-Path):", re.I | re.M)
 _MAIL_TRACE = re.compile(r"^(?:Received|Message-ID|MIME-Version|Date):", re.I | re.M)
+_NOTEBOOK = re.compile(r'\s*\{.*?"(?:cells|worksheets)"\s*:\s*\[', re.S)
+_NOTEBOOK_SIGN = re.compile(r'"cell_type"\s*:\s*"(?:code|markdown|raw|heading)"|"nbformat"\s*:\s*\d')
+_MAN = (re.compile(r"^[.'][ \t]*(?:TH|Dd)[ \t]", re.M), re.compile(r"^[.'][ \t]*S[Hh]\b", re.M))
 _HTML_TAG = re.compile(r"<(?:p|div|h[1-6]|table|ul|ol|span|a|br|article|section)\b[^>]*>", re.I)
 
 
@@ -160,6 +165,10 @@ def _sniff_text(text: str, suffix: str) -> str:
         return HTML
     if suffix in {".html", ".htm", ".xhtml"} and _HTML_TAG.search(text):
         return HTML
+    if _NOTEBOOK.match(text) and _NOTEBOOK_SIGN.search(text):
+        return NOTEBOOK
+    if text.lstrip()[:1] in (".", "'") and all(macro.search(text) for macro in _MAN):
+        return MAN
     if _is_mail(text, suffix):
         return MBOX if text.startswith("From ") else EML
     return _TEXT_BY_SUFFIX.get(suffix, TEXT)

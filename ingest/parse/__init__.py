@@ -118,6 +118,14 @@ def _parse_text(data: bytes, media_type: str) -> ParsedDocument:
             from ingest.parse.json_values import parse_json
 
             return parse_json(data)
+        case "application/x-ipynb+json":
+            from ingest.parse.notebook import parse_notebook
+
+            return parse_notebook(data)
+        case "text/troff":
+            from ingest.parse.roff import parse_man_page
+
+            return parse_man_page(data)
         case "text/csv" | "text/tab-separated-values":
             from ingest.parse.delimited import parse_delimited
 

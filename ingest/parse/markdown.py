@@ -16,13 +16,14 @@ _FRONT_MATTER = re.compile(r"---\n.*?\n---\n", re.S)
 def parse_markdown(data: bytes) -> ParsedDocument:
     """Find ATX and setext headings; the title is the first one. Raises ParseError undecodable_text."""
     text = read_text(data)
-    headings = tuple(_find_headings(text))
+    headings = tuple(find_headings(text))
     return ParsedDocument(
         text=text, headings=headings, title=headings[0].title if headings else None, media_type="text/markdown"
     )
 
 
-def _find_headings(text: str) -> list[Heading]:
+def find_headings(text: str) -> list[Heading]:
+    """Headings of normalized text, in order."""
     headings: list[Heading] = []
     front_matter = _FRONT_MATTER.match(text)
     start, fence = (front_matter.end() if front_matter else 0), ""

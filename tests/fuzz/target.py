@@ -7,7 +7,26 @@ from ingest.chunk import ChunkLimits, chunk_document
 from ingest.parse import ParseError, parse_bytes
 from ingest.parse.decode import normalize_text
 from ingest.parse.wire import from_json, to_json
-from ingest.sniff import DOCX, EML, EPUB, HTML, MARKDOWN, MBOX, ODT, PDF, PPTX, RST, RTF, SOURCE, TAR, TEXT, XLSX, ZIP
+from ingest.sniff import (
+    DOCX,
+    EML,
+    EPUB,
+    HTML,
+    MAN,
+    MARKDOWN,
+    MBOX,
+    NOTEBOOK,
+    ODT,
+    PDF,
+    PPTX,
+    RST,
+    RTF,
+    SOURCE,
+    TAR,
+    TEXT,
+    XLSX,
+    ZIP,
+)
 from retrieval.types import ParsedDocument
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -15,7 +34,7 @@ FORMATS = {
     **{"pdf": PDF, "docx": DOCX, "xlsx": XLSX, "pptx": PPTX, "odt": ODT, "epub": EPUB, "rtf": RTF},
     **{"html": HTML, "markdown": MARKDOWN, "rst": RST, "source": SOURCE, "text": TEXT, "mail": EML, "mbox": MBOX},
     **{"json": "application/json", "csv": "text/csv", "tsv": "text/tab-separated-values", "xml": "application/xml"},
-    **{"zip": ZIP, "tar": TAR},
+    **{"zip": ZIP, "tar": TAR, "notebook": NOTEBOOK, "man": MAN},
 }
 _MAX_PAGES = 50
 _LIMITS = ChunkLimits(target_tokens=32, min_tokens=8)
