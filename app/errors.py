@@ -64,6 +64,10 @@ class BodyTooLarge(ValueError):
     """A request that is no upload is longer than any such request needs to be."""
 
 
+class EncodedBody(ValueError):
+    """The body of a request is compressed."""
+
+
 class DocumentDeleted(RuntimeError):
     """A document was deleted while an answer was being made from it."""
 
@@ -127,6 +131,7 @@ ERRORS: dict[type[Exception], ErrorKind] = {
     EvidenceTooLarge: ErrorKind(413, "context_too_long", "The documents do not fit the model's context"),
     BodyTooLarge: ErrorKind(413, "request_too_large", "The request is too large"),
     UnsupportedMediaType: ErrorKind(415, "unsupported_media_type", "This kind of file cannot be read"),
+    EncodedBody: ErrorKind(415, "unsupported_media_type", "Compressed requests cannot be read"),
     ParseError: ErrorKind(422, "unreadable_document", "The document cannot be read"),
     EmptyFile: ErrorKind(422, "empty_file", "The file is empty"),
     BadUpload: ErrorKind(422, "invalid_request", "The upload is not a valid form"),

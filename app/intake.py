@@ -132,7 +132,7 @@ def _read_metadata(text: str | None) -> dict[str, Any] | None:
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"metadata is not JSON that can be kept: {error}") from error
     if not isinstance(metadata, dict):
-        raise InvalidRequest(f"metadata is a JSON {type(metadata).__name__}, must be an object")
+        raise InvalidRequest('metadata must be a JSON object, such as {"year": 2024}')
     return metadata
 
 

@@ -18,6 +18,7 @@ from app.auth import Principal
 from app.errors import (
     METHODS,
     BodyTooLarge,
+    EncodedBody,
     Overloaded,
     ServiceStopping,
     describe_error,
@@ -90,12 +91,15 @@ class RequestFrame:
             await _refuse(error, scope, receive, send)
 
     def _admit(self, scope: Scope) -> None:
-        """Say who is asking, and count the request. Raises Unauthorized, Forbidden, RateLimited. Blocks."""
+        """Say who is asking, and count the request. Blocks. Raises Unauthorized, Forbidden, RateLimited and
+        EncodedBody."""
         headers, authenticator = Headers(scope=scope), self._owner.state.authenticator
         authenticator.check_sender(headers.get("host", ""), headers.get("sec-fetch-site"))
         principal = authenticator.authenticate(headers.get("authorization"))
         scope.setdefault("state", {})["principal"] = principal
         self._owner.state.service.meter.admit_request(principal)
+        if (encoding := headers.get("content-encoding", "identity")) not in ("", "identity"):
+            raise EncodedBody(f"the body has the Content-Encoding {encoding[:40]!r}; send it without compression")
 
     def _count(self, change: int) -> None:
         self._in_flight += change

@@ -3,9 +3,11 @@
 Fields are small and kept in memory; a file never is. Does not judge documents: `RagService.submit_document` does.
 """
 
+import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
+from urllib.parse import unquote_to_bytes
 
 import anyio.from_thread
 import anyio.to_thread
@@ -18,6 +20,8 @@ from starlette.requests import Request
 MAX_FIELD_BYTES = 1 << 20
 MAX_UPLOADS_AT_ONCE = 16
 _MAX_HEADER_BYTES = 64 * 1024
+_EXTENDED_NAME = re.compile(rb";[ \t]*filename\*=utf-8'[^']*'([^;\s]+)", re.I)
+_AS_IT_IS = (b"binary", b"8bit", b"7bit")
 
 Result = TypeVar("Result")
 _upload_threads: RunVar[CapacityLimiter] = RunVar("upload_threads")
@@ -78,6 +82,10 @@ class _Collector:
     def _header_end(self) -> None:
         if self._name.lower() == b"content-disposition":
             self._disposition = self._value
+        if self._name.lower() == b"content-transfer-encoding" and self._value.strip().lower() not in _AS_IT_IS:
+            raise BadUpload(
+                f"a part of the form is encoded as {self._value[:40].decode('latin-1')!r}; send it as it is"
+            )
         self._name = self._value = b""
 
     def _headers_finished(self) -> None:
@@ -86,6 +94,9 @@ class _Collector:
             raise BadUpload("a part of the form has no `Content-Disposition: form-data` with a name")
         filename = options.get(b"filename")
         name = options[b"name"].decode("utf-8", "replace")
+        extended = _EXTENDED_NAME.search(self._disposition)  # no standard, but of old clients, and of .NET beside "=?…"
+        if extended and (filename is None or filename.startswith(b"=?")):
+            filename = unquote_to_bytes(extended[1])
         if filename is not None:  # browsers write a quotation mark in it as %22
             filename = filename.decode("utf-8", "replace").replace("%22", '"')
         self.events.append(_Event(part=(name, filename)))

@@ -74,10 +74,10 @@ def _read_request(
 ) -> schemas.AnswerRequest:
     collection = _collection_of(body.model, principal, service)
     last = body.messages[-1]
-    if last.role != "user" or not _text_of(last).strip():
-        raise InvalidRequest("the last of messages must be the user's, with text: it is the question")
     if isinstance(last.content, list) and (other := [part.type for part in last.content if part.type != "text"]):
         raise InvalidRequest(f"the question has a part of type {other[0][:40]!r}; only text can be read")
+    if last.role != "user" or not _text_of(last).strip():
+        raise InvalidRequest("the last of messages must be the user's, with text: it is the question")
     return schemas.AnswerRequest(
         messages=[
             schemas.Message(role=message.role, content=_text_of(message))

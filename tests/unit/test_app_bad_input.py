@@ -99,6 +99,7 @@ async def limited(client):
         ({"collection": "../default"}, 404, "collection_not_found"),
         ({"metadata": "not json"}, 422, "invalid_request"),
         ({"metadata": "[1]"}, 422, "invalid_request"),
+        ({"metadata": "null"}, 422, "invalid_request"),
         ({"metadata": '{"a": "\\ud800"}'}, 422, "invalid_request"),
         ({"metadata": '{"a": 1e999}'}, 422, "invalid_request"),
         ({"metadata": "[" * 50_000}, 422, "invalid_request"),
@@ -134,11 +135,38 @@ async def test_bad_fields_are_refused(client, fields, status, code):
             {"Content-Type": "multipart/form-data; boundary=b"},
             b'--b\r\nContent-Disposition: form-data; name="collection"\r\n\r\ndefault\r\n--b--\r\n',
         ),
+        (
+            {"Content-Type": "multipart/form-data; boundary=b"},
+            b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.txt"\r\n'
+            b"Content-Transfer-Encoding: base64\r\n\r\ndGV4dA==\r\n--b--\r\n",
+        ),
     ],
-    ids=["json", "no-boundary", "nothing", "noise", "cut-off", "no-name", "nul-in-name", "no-filename", "no-file"],
+    ids=[
+        "json",
+        "no-boundary",
+        "nothing",
+        "noise",
+        "cut-off",
+        "no-name",
+        "nul-in-name",
+        "no-filename",
+        "no-file",
+        "base64",
+    ],
 )
 async def test_bodies_that_are_no_upload_are_refused(client, headers, content):
     assert_problem(await client.post("/v1/documents", content=content, headers=headers), 422, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    "names", ["filename*=UTF-8''%C3%BCber.txt", "filename=\"=?utf-8?B?eA==?=\"; filename*=utf-8''%C3%BCber.txt"]
+)
+async def test_names_are_read_as_clients_that_encode_them_meant_them(client, names):
+    content = f'--b\r\nContent-Disposition: form-data; name="file"; {names}\r\n\r\n{names}\r\n--b--\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    reply = await client.post("/v1/documents", content=content.encode(), headers=headers)
+    assert [document["filename"] for document in reply.json()["data"]] == ["über.txt"]
+    await client.delete(f"/v1/documents/{reply.json()['data'][0]['id']}")
 
 
 @pytest.mark.parametrize("path", ["/v1/answers", "/v1/search", "/v1/collections", "/v1/chat/completions"])

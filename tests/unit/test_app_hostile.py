@@ -1,6 +1,7 @@
 """What a hostile or careless client sends beyond plain bad input; each finding of an attack on a running service."""
 
 import asyncio
+import gzip
 import json
 
 import anyio.from_thread
@@ -35,6 +36,12 @@ async def test_json_that_cannot_be_read_is_an_invalid_request(client, path, cont
 async def test_json_sent_as_something_else_is_told_which_header_to_send(client):
     reply = await client.post("/v1/answers", content=b'{"question": "q"}', headers={"Content-Type": "text/plain"})
     assert "Content-Type: application/json" in assert_problem(reply, 422, "invalid_request")["detail"]
+
+
+@pytest.mark.parametrize("path", ["/v1/answers", "/v1/documents"])
+async def test_a_compressed_body_is_refused_with_what_to_do(client, path):
+    reply = await client.post(path, content=gzip.compress(b"{}"), headers={**JSON, "Content-Encoding": "gzip"})
+    assert "without compression" in assert_problem(reply, 415, "unsupported_media_type")["detail"]
 
 
 @pytest.mark.parametrize("content_type", ["application/json", "multipart/form-data; boundary=b"])
@@ -206,7 +213,8 @@ async def test_earlier_messages_of_a_chat_may_hold_what_cannot_be_read(client):
     assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
     for content in ("", "  ", [], [image], [image, {"type": "text", "text": "What is this?"}]):
         body = {"model": "jamba-rag/default", "messages": [*earlier, {"role": "user", "content": content}]}
-        assert_problem(await client.post("/v1/chat/completions", json=body), 422, "invalid_request")
+        told = assert_problem(await client.post("/v1/chat/completions", json=body), 422, "invalid_request")["detail"]
+        assert ("only text can be read" in told) == (image in list(content))
 
 
 async def test_lists_of_documents_have_an_end(client):
