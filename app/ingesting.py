@@ -13,6 +13,7 @@ from app.client import CommandFailed, Service, connect
 from app.settings import Settings
 
 _POLL_S = 0.1
+_NAMED = 5  # of what is left out
 
 
 def expand_paths(patterns: Sequence[str]) -> list[Path]:
@@ -34,10 +35,22 @@ def expand_paths(patterns: Sequence[str]) -> list[Path]:
 
 
 def _files_of(path: Path) -> list[Path]:
+    """Those below a folder, sorted; what cannot be read is named on stderr."""
     if not path.is_dir():
         return [path]
-    below = (file for file in sorted(path.rglob("*")) if file.is_file())
-    return [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    files: list[Path] = []
+    left_out: list[Path] = []
+    for folder, folders, names in os.walk(path, onerror=lambda error: left_out.append(Path(error.filename))):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        left_out.extend(Path(folder, name) for name in folders if Path(folder, name).is_symlink())
+        for file in (Path(folder, name) for name in names if not name.startswith(".")):
+            (files if file.is_file() else left_out).append(file)
+    if left_out:
+        named = ", ".join(render.tame(str(file)) for file in sorted(left_out)[:_NAMED])
+        more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
+        what = "links to folders or to nothing, or what cannot be read; name them to have them sent"
+        render.err.print(f"left out: {named}{more} ({what})", style="yellow", markup=False)
+    return sorted(files)
 
 
 def ingest_paths(settings: Settings, paths: Sequence[str], fields: dict[str, str]) -> dict[str, Any]:

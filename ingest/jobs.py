@@ -156,7 +156,8 @@ class IngestWorker:
                 exc_info=error if code == "internal_error" else None,
             )
         except LeaseLost as lost:  # deleted or replaced meanwhile; or ready, and the error came after that
-            _LOG.info("dropped: %s", lost, exc_info=error)
+            gone = isinstance(error, ParseError)  # its file, while a parser was reading it
+            _LOG.info("dropped: %s", lost, exc_info=None if gone else error)
         except Exception as problem:
             self._complain(f"cannot write the end of document {document.id}; it is taken up after its lease", problem)
 

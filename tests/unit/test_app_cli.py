@@ -102,6 +102,20 @@ def test_a_new_collection_is_told_of_with_the_name_that_may_have_been_meant(run,
     assert (told["new_collection"], told["nearest_collection"]) == ("sihgts", "sights")
 
 
+def test_what_is_left_out_of_a_folder_is_told(run, corpus, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "roses.txt").write_text(GARDEN + "More.")
+    (corpus / "linked").symlink_to(tmp_path / "other")
+    (corpus / "broken").symlink_to("nowhere")
+    (corpus / "file.txt").symlink_to(tmp_path / "other" / "roses.txt")
+    code, out, err = run("ingest", corpus, "--json", "--data-dir", tmp_path / "data")
+    assert code == 0 and f"left out: {corpus / 'broken'}, {corpus / 'linked'} (" in err
+    names = sorted(document["filename"] for document in json.loads(out)["data"])
+    assert names == ["file.txt", "garden.txt", "lighthouse.md"]
+    code, out, err = run("ingest", corpus / "linked", "--data-dir", tmp_path / "data")
+    assert (code, err) == (0, "") and "file.txt" in out
+
+
 def test_ctrl_c_during_ingest_loses_nothing_and_the_same_command_goes_on(run, tmp_path):
     folder, data, number = tmp_path / "many", tmp_path / "data", 60  # enough to be still at it when the signal comes
     folder.mkdir()

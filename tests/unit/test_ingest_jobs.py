@@ -14,6 +14,7 @@ from clock_kit import Clock
 
 from ingest.files import FileStore
 from ingest.jobs import IngestWorker
+from ingest.parse import ParseError
 from ingest.pipeline import IngestLimits, Job, ingest_document
 from ingest.sniff import DOCX, PDF
 from retrieval.embedder import MiniLMEmbedder
@@ -275,15 +276,17 @@ def test_a_deleted_document_stays_deleted(place, start, gated):
     assert place.store.count_chunks() == 1
 
 
-def test_a_document_that_is_deleted_while_it_is_read_has_not_failed(place, start, gated, caplog):
+@pytest.mark.parametrize("error", [RuntimeError("wrong"), ParseError("parser_crashed", "its file is gone")])
+def test_a_document_that_is_deleted_while_it_is_read_has_not_failed(place, start, gated, caplog, error):
     document = place.upload(b"Soon gone.")
-    gated.error = RuntimeError("its file is gone")
+    gated.error = error
     caplog.set_level("INFO")
     start(gated)
     assert gated.entered.wait(30)
     place.store.delete_document(document.id)
     gated.open.set()
     wait_for(lambda: "dropped" in caplog.text)
+    assert ("Traceback" in caplog.text) == isinstance(error, RuntimeError)
     assert "failed" not in caplog.text
 
 
