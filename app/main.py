@@ -49,10 +49,10 @@ from model import load_model
 from model.admission import measure_state_bytes
 from model.chat_format import speaks_chat_format
 from model.device_store import DeviceStateStore, PinnedStateStore
-from model.drafting import DraftCounts
 from model.engine import JambaEngine
 from model.engine_request import Engine
 from model.engine_thread import EngineThread
+from model.engine_times import EngineTimes
 from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings, state_fingerprint
 from model.redis_store import RedisStateStore
@@ -80,7 +80,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     format: AnswerFormat
     name: str
-    drafts: DraftCounts = field(default_factory=DraftCounts)
+    times: EngineTimes = field(default_factory=EngineTimes)
 
 
 @dataclass
@@ -194,7 +194,7 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
         finder=EvidenceFinder(store, retriever, model.format, settings.answers, advice, chosen.evidence_hits),
         engine=engine_thread,
         cache=model.cache,
-        drafts=model.drafts,
+        engine_times=model.times,
         format=model.format,
         metrics=metrics,
         tracing=tracing,
@@ -287,7 +287,7 @@ def build_model(settings: Settings, stack: ExitStack, answering: bool, nonce: st
         raise SettingsError(f"{device} has no memory left for a question beside the weights of {path}")
     prompt_format = _choose_format(path, tokenizer, nonce, engine.max_context_tokens)
     check_room(prompt_format, settings)
-    return LoadedModel(engine, cache, tokenizer, prompt_format, path.resolve().name, engine.drafts)
+    return LoadedModel(engine, cache, tokenizer, prompt_format, path.resolve().name, engine.times)
 
 
 def gpu_cache_bytes(settings: Settings, free_bytes: int, layout: StateLayout, max_context_tokens: int) -> int:

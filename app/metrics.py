@@ -16,8 +16,8 @@ _SECONDS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300
 class Gauges:
     """What is read when somebody looks, instead of being counted as it happens.
 
-    `documents` by status; `prefix_cache` and `draft_tokens` (by outcome) count since the start; `state_stores` by tier,
-    as `StateStore.stats`.
+    `documents` by status; `prefix_cache`, `draft_tokens` (by outcome) and the engine's count since the start;
+    `state_stores` by tier, as `StateStore.stats`.
     """
 
     documents: Mapping[str, int]
@@ -26,6 +26,8 @@ class Gauges:
     prefix_cache: Mapping[str, int]
     state_stores: Mapping[str, Mapping[str, int]]
     draft_tokens: Mapping[str, int]
+    engine_seconds: Mapping[str, float]
+    engine_done: Mapping[str, int]
 
 
 class _Watch:
@@ -49,20 +51,36 @@ class _Watch:
             "Chunks that the word index being made does not hold yet.",
             gauges.chunks_without_words,
         )
-        events = CounterMetricFamily(
-            "jamba_rag_prefix_cache_events",
-            "What the prefix cache did: lookups, hits, tokens asked for and found, damaged values, states saved.",
-            labels=["event"],
-        )
-        for event, count in gauges.prefix_cache.items():
-            events.add_metric([event], count)
-        yield events
-        drafts = CounterMetricFamily(
-            "jamba_rag_draft_tokens", "Tokens of answers that were guessed, by what became of them.", labels=["outcome"]
-        )
-        for outcome, count in gauges.draft_tokens.items():
-            drafts.add_metric([outcome], count)
-        yield drafts
+        for name, text, label, values in (
+            (
+                "prefix_cache_events",
+                "What the prefix cache did: lookups, hits, tokens asked for and found, damaged values, states saved.",
+                "event",
+                gauges.prefix_cache,
+            ),
+            (
+                "draft_tokens",
+                "Tokens of answers that were guessed, by what became of them.",
+                "outcome",
+                gauges.draft_tokens,
+            ),
+            (
+                "engine_seconds",
+                "Time of the engine's thread by what it did: its shares say what an overloaded engine waits for.",
+                "part",
+                gauges.engine_seconds,
+            ),
+            (
+                "engine_done",
+                "Decode steps and the tokens of them, tokens of prompts read.",
+                "what",
+                gauges.engine_done,
+            ),
+        ):
+            family = CounterMetricFamily(f"jamba_rag_{name}", text, labels=[label])
+            for key, value in values.items():
+                family.add_metric([key], value)
+            yield family
         stores = GaugeMetricFamily(
             "jamba_rag_state_store", "Sizes and counters of each tier of prefix states.", labels=["tier", "what"]
         )

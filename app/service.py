@@ -26,8 +26,8 @@ from app.setting_groups import AnswerSettings
 from app.tracing import Tracing
 from ingest.files import FileStore, clean_filename
 from ingest.sniff import SNIFF_BYTES, sniff_media_type
-from model.drafting import DraftCounts
 from model.engine_thread import EngineThread
+from model.engine_times import EngineTimes
 from model.prefix_cache import PrefixCache
 from model.tokenizer import Tokenizer
 from retrieval.index import VectorIndex
@@ -71,7 +71,7 @@ class RagService:
     finder: EvidenceFinder
     engine: EngineThread
     cache: PrefixCache
-    drafts: DraftCounts
+    engine_times: EngineTimes
     format: AnswerFormat
     metrics: Metrics
     tracing: Tracing
@@ -335,7 +335,9 @@ class RagService:
             chunks_without_words=self.words.missing,
             prefix_cache=asdict(cache),
             state_stores=tiers,
-            draft_tokens=asdict(self.drafts),
+            draft_tokens=asdict(self.engine_times.drafts),
+            engine_seconds=self.engine_times.seconds,
+            engine_done=self.engine_times.done,
         )
 
     def search(self, query: str, collections: Sequence[str], params: SearchParams) -> list[Hit]:

@@ -63,13 +63,13 @@ def decode(engine: JambaEngine, request: EngineRequest) -> Run:
     tokens: list[int] = []
     while not tokens:
         tokens += [output.token_id for output in engine.step()]
-    accepted, rejected = engine.drafts.accepted, engine.drafts.rejected
+    accepted, rejected = engine.times.drafts.accepted, engine.times.drafts.rejected
     start, cpu_start, steps = time.perf_counter(), time.process_time(), 0
     while engine.has_work():
         tokens += [output.token_id for output in engine.step()]
         steps += 1
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    guesses = engine.drafts.accepted - accepted, engine.drafts.rejected - rejected
+    guesses = engine.times.drafts.accepted - accepted, engine.times.drafts.rejected - rejected
     return Run(tuple(tokens), seconds, cpu_seconds, steps, *guesses)
 
 

@@ -120,6 +120,12 @@ class Client:
         """Over the tiers."""
         return sum(value for (_, what), value in stores.items() if what == wanted)
 
+    def engine(self) -> dict[str, float]:
+        """Seconds of its thread by part, and what it did."""
+        pattern = r'^jamba_rag_engine_(?:seconds|done)_total\{\w+="(\w+)"\} (\S+)'
+        found = re.findall(pattern, self.http.get("/metrics").raise_for_status().text, re.MULTILINE)
+        return {name: float(value) for name, value in found}
+
     def _stores(self) -> dict[tuple[str, str], float]:
         pattern = r'^jamba_rag_state_store\{tier="(\w+)",what="(\w+)"\} (\S+)'
         found = re.findall(pattern, self.http.get("/metrics").raise_for_status().text, re.MULTILINE)
@@ -281,7 +287,11 @@ def measure(
             print(run.rows[-1], flush=True)
         ask_all(run, client, contexts, "asked again", tokens)
         for rate in args.rates:
+            before, start = client.engine(), time.perf_counter()
             row = asyncio.run(load(service, contexts, rate, args.seconds, args.load_tokens))
+            passed_s = time.perf_counter() - start
+            for name, value in client.engine().items():
+                row[f"engine_{name}_a_s"] = (value - before.get(name, 0.0)) / passed_s
             run.add(**row, **used_memory())
             print(run.rows[-1], flush=True)
     if args.first_only:

@@ -22,15 +22,15 @@ from torch import Tensor
 from model import gpu_segment
 from model.admission import StateBudget
 from model.branches import score_branches
-from model.drafting import DraftCounts, PromptLookup, draft_all, score_pieces
+from model.drafting import PromptLookup, draft_all, score_pieces
 from model.engine_request import (
-    ContextTooLong,
     EngineOverloaded,
     EngineRequest,
     RequestTimings,
     StepOutput,
 )
 from model.engine_sequence import RunningSequence
+from model.engine_times import EngineTimes
 from model.generation import FinishReason, Generated, Generation, Likeliest, score
 from model.jamba import Jamba
 from model.layered_prefill import LayeredPrefill
@@ -68,7 +68,7 @@ class JambaEngine:
         draft_tokens: int = 3,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._draft_tokens, self.drafts = draft_tokens, DraftCounts()
+        self._draft_tokens, self.times = draft_tokens, EngineTimes()
         self.prefix_cache = prefix_cache or PrefixCache(())
         self._max_batch, self._max_waiting = max_batch, max_waiting
         self._budget = StateBudget(model.state_layout, state_max_bytes)
@@ -89,12 +89,18 @@ class JambaEngine:
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefix-load")
 
     def add(self, request: EngineRequest) -> str:
+        with self.times.within("add"):
+            return self._add(request)
+
+    def _add(self, request: EngineRequest) -> str:
         token_ids = np.asarray(request.token_ids, dtype=np.int64)
-        self._check(request, token_ids)
+        request.check(token_ids, self.max_context_tokens, self._model.config.vocab_size)
+        if len(self._waiting) >= self._max_waiting:
+            raise EngineOverloaded(f"{len(self._waiting)} requests wait already, which is the limit; try again later")
         tags = {tag: request.tag_starts.get(tag, 0) for tag in request.tags}
         plan = self.prefix_cache.plan(token_ids, request.boundaries, request.salt, tags, request.epoch)
         generation = Generation(self._tokenizer, request.sampling, request.constraint, request.watch_tokens)
-        lookup = PromptLookup(token_ids, generation, self.drafts)
+        lookup = PromptLookup(token_ids, generation, self.times.drafts)
         sequence = RunningSequence(next(self._ids), request, plan, generation, lookup, time.perf_counter())
         self._sequences[sequence.request_id] = sequence
         bisect.insort(self._waiting, sequence, key=lambda one: one.request.turn)
@@ -106,10 +112,16 @@ class JambaEngine:
 
         A segment that would take much longer than the decoding is computed in several steps.
         """
+        enter = self.times.enter
+        enter("start")
         outputs = self._end_aborted() + self._start_waiting()
+        enter("load")
         self._collect_loaded()
+        enter("decode")
         outputs += self._decode_batch()
+        enter("prefill")
         outputs += self._prefill_segment()
+        enter("deliver" if self._sequences else "idle")
         return outputs
 
     def abort(self, request_id: str) -> None:
@@ -131,21 +143,6 @@ class JambaEngine:
         for group in (self._sequences, self._waiting, self._loading, self._prefilling, self._decoding):
             group.clear()
         self._loader.shutdown(cancel_futures=True)
-
-    def _check(self, request: EngineRequest, token_ids: np.ndarray) -> None:
-        prompt_tokens, max_new_tokens = len(token_ids), request.sampling.max_new_tokens
-        if prompt_tokens == 0:
-            raise ValueError("the prompt has no tokens")
-        if prompt_tokens + max_new_tokens > self.max_context_tokens:
-            raise ContextTooLong(prompt_tokens, max_new_tokens, self.max_context_tokens)
-        vocabulary = range(self._model.config.vocab_size)
-        for token_id in (int(token_ids.min()), int(token_ids.max()), *request.watch_tokens):
-            if token_id not in vocabulary:
-                raise ValueError(f"token {token_id} is outside the vocabulary of {len(vocabulary)}")
-        if request.branches is not None:
-            request.branches.check(len(vocabulary))
-        if len(self._waiting) >= self._max_waiting:
-            raise EngineOverloaded(f"{len(self._waiting)} requests wait already, which is the limit; try again later")
 
     def _end_aborted(self) -> list[StepOutput]:
         ended = [self._sequences[request_id] for request_id in self._aborted if request_id in self._sequences]
@@ -259,7 +256,8 @@ class JambaEngine:
             sequence.timings = _add_prefill(sequence.timings, start)
             return []
         self._prefilling.popleft()
-        self._keep(sequence)
+        with self.times.within("save"):
+            self._keep(sequence)
         sequence.tell(sequence.position)
         if sequence.position < sequence.plan.num_tokens:  # a GPU may still be computing: nobody waits for it
             sequence.timings = _add_prefill(sequence.timings, start)
@@ -280,6 +278,7 @@ class JambaEngine:
         """Logits (1, v) of the segment's last token when it is at its end, None before that."""
         if sequence.segment is None:
             begin, end = sequence.position, sequence.plan.next_cut(sequence.position)
+            self.times.prefill_tokens += end - begin
             token_ids = torch.tensor(sequence.request.token_ids[begin:end], device=self._device)
             if len(token_ids) <= _WHOLE_TOKENS[self._device.type]:
                 return self._model.forward_packed(token_ids, [len(token_ids)], [sequence.state])
@@ -305,6 +304,8 @@ class JambaEngine:
         try:
             outputs = self._decode(batch)
             self._decode_s = time.perf_counter() - start
+            self.times.decode_steps += 1
+            self.times.decoded_tokens += len(outputs)
             return outputs
         except Exception as error:
             if len(batch) == 1 or positions != [sequence.position for sequence in batch]:  # a token is never run twice

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from model.generation import FinishReason
 from model.sampling import SamplingParams, TokenConstraint
 
@@ -72,6 +74,19 @@ class EngineRequest:
     turn: float = 0.0
     branches: Branches | None = None
     on_read: Callable[[int], object] | None = None
+
+    def check(self, token_ids: np.ndarray, max_context_tokens: int, vocab_size: int) -> None:
+        """Its own token ids as an array: raises ContextTooLong or ValueError for what a model cannot be asked."""
+        prompt_tokens, max_new_tokens = len(token_ids), self.sampling.max_new_tokens
+        if prompt_tokens == 0:
+            raise ValueError("the prompt has no tokens")
+        if prompt_tokens + max_new_tokens > max_context_tokens:
+            raise ContextTooLong(prompt_tokens, max_new_tokens, max_context_tokens)
+        for token_id in (int(token_ids.min()), int(token_ids.max()), *self.watch_tokens):
+            if not 0 <= token_id < vocab_size:
+                raise ValueError(f"token {token_id} is outside the vocabulary of {vocab_size}")
+        if self.branches is not None:
+            self.branches.check(vocab_size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,8 +148,8 @@ def test_answers_are_the_same_bits_with_guesses(make_engine, sampling, count):
     requests += [replace(one, constraint=Echo(one.token_ids), watch_tokens=(5,)) for one in requests]
     plain, guessing = make_engine(draft_tokens=0), make_engine(draft_tokens=3)
     assert seen(run_all(guessing, requests)) == seen(run_all(plain, requests))
-    assert plain.drafts == DraftCounts()
-    assert guessing.drafts.accepted > 0 or sampling.get("max_new_tokens") == 1
+    assert plain.times.drafts == DraftCounts()
+    assert guessing.times.drafts.accepted > 0 or sampling.get("max_new_tokens") == 1
 
 
 @pytest.mark.parametrize("wrong", [0, 1, 2, 3, 5])
@@ -162,8 +162,8 @@ def test_right_and_wrong_guesses_give_the_same_answer(make_engine, monkeypatch, 
     monkeypatch.setattr("model.engine.PromptLookup", Oracle)
     engine = make_engine(draft_tokens=3)
     assert seen(run_all(engine, requests)) == seen(expected)
-    assert (engine.drafts.rejected == 0) == (wrong == 0)
-    assert (engine.drafts.accepted == 0) == (wrong == 1)
+    assert (engine.times.drafts.rejected == 0) == (wrong == 0)
+    assert (engine.times.drafts.accepted == 0) == (wrong == 1)
 
 
 def test_guesses_save_steps_and_end_with_the_answer(make_engine):
