@@ -8,6 +8,7 @@ of the segment that its position is in, all cuts between them, those where the s
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import struct
@@ -153,11 +154,25 @@ def _chain_keys(
     """
     end_of_use = max(snapshots, default=0)
     tokens = np.asarray(token_ids[:end_of_use], dtype="<i4")
-    cuts = cuts[: bisect_right(cuts, end_of_use)]
-    segments = [
-        struct.pack("<I", end) + hashlib.blake2b(tokens[start:end].tobytes(), digest_size=16).digest()
+    cuts = tuple(cuts[: bisect_right(cuts, end_of_use)])
+    segments = tuple(
+        struct.pack("<I", end) + hashlib.blake2b(tokens[start:end], digest_size=16).digest()
         for start, end in itertools.pairwise([0, *cuts])
-    ]
+    )
+    block_keys, snapshot_keys = _link_keys(root, cuts, segments, tuple(snapshots), tuple(rounded), block_tokens)
+    return block_keys, dict(snapshot_keys)
+
+
+@functools.lru_cache(maxsize=64)
+def _link_keys(
+    root: bytes,
+    cuts: tuple[int, ...],
+    segments: tuple[bytes, ...],
+    snapshots: tuple[int, ...],
+    rounded: tuple[int, ...],
+    block_tokens: int,
+) -> tuple[tuple[str, ...], tuple[tuple[int, str], ...]]:
+    """`_chain_keys` from what the segments up to each of the `cuts` hold: the same for all questions about a text."""
 
     def link(previous: bytes, start: int, end: int) -> bytes:
         data = struct.pack("<I", end - start) + b"".join(
@@ -168,11 +183,11 @@ def _chain_keys(
             data += struct.pack(f"<{len(seen)}I", *seen)
         return hashlib.blake2b(data, key=previous, digest_size=16).digest()
 
-    ends = range(block_tokens, end_of_use + 1, block_tokens)
+    ends = range(block_tokens, max(snapshots, default=0) + 1, block_tokens)
     chain = list(itertools.accumulate(ends, lambda key, end: link(key, end - block_tokens, end), initial=root))
-    snapshot_keys = {}
+    snapshot_keys = []
     for position in snapshots:
         full, tail = divmod(position, block_tokens)
         digest = link(chain[full], position - tail, position) if tail else chain[full]
-        snapshot_keys[position] = f"snap:{digest.hex()}"
-    return tuple(f"kv:{digest.hex()}" for digest in chain[1:]), snapshot_keys
+        snapshot_keys.append((position, f"snap:{digest.hex()}"))
+    return tuple(f"kv:{digest.hex()}" for digest in chain[1:]), tuple(snapshot_keys)
