@@ -228,14 +228,10 @@ class RunningAnswer:
         request = await self._request(reading)
         request = replace(request, constraint=constraint, counted=counted, on_read=self._progress.note)
         self._progress.begin(len(request.token_ids))
-        submitted, question = time.perf_counter(), self._query.question
-        quote_id = service.format.decision_ids[0] if service.format.decision_ids else -1
-        lines = await anyio.to_thread.run_sync(AskedLines, question, reading.passages)
-        width = service.advice.quote_beginnings
-        rows = replace(reading, passages=tuple(lines.named()))
-        named = await anyio.to_thread.run_sync(service.format.constrain, rows, limits) if rows.passages else None
-        back = ask_back_by(service.format, question, service.advice.ask_back, service.advice.verdict)
-        search = QuoteSearch(quote_id, width, question, lines.misses, named, back)
+        search = QuoteSearch()
+        if constraint is not None:
+            search = await anyio.to_thread.run_sync(self._search_quotes, reading, limits)
+        submitted = time.perf_counter()
         async with aclosing(generate_likeliest(service.engine, request, search)) as outputs:
             async for output in outputs:
                 if counted:
@@ -244,6 +240,15 @@ class RunningAnswer:
                 self._check_alive()
                 _check_finish(output)
                 yield output
+
+    def _search_quotes(self, reading: Evidence, limits: QuoteLimits) -> QuoteSearch:
+        """What is tried beside the greedy quote. Blocks."""
+        form, advice, question = self._service.format, self._service.advice, self._query.question
+        lines = AskedLines(question, reading.passages)
+        rows = replace(reading, passages=tuple(lines.named()))
+        named = form.constrain(rows, limits) if rows.passages else None
+        back = ask_back_by(form, question, advice.ask_back, advice.verdict)
+        return QuoteSearch(form.decision_ids[0], advice.quote_beginnings, question, lines.misses, named, back)
 
     async def _generate(self, reading: Evidence, writer: AnswerReader, allow_none: bool) -> AsyncIterator[Event]:
         self._check_alive()

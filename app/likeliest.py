@@ -15,6 +15,8 @@ from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from app.conversation import only_repeats
 from app.quotes import QuoteConstraint
 from model.engine_request import (
@@ -66,7 +68,7 @@ class QuoteSearch:
     are nearly as likely, the one that most likely is asked for by the question.
     """
 
-    quote_id: int
+    quote_id: int = -1
     width: int = 1
     question: str = ""
     misses: Callable[[str], bool] = lambda quote: False
@@ -177,7 +179,7 @@ async def _nats_of_questions(
     end = max(request.boundaries, default=0)  # of the documents
     scored = replace(
         request,
-        token_ids=(*request.token_ids[:end], pieces[0][0][0]),
+        token_ids=np.append(request.token_ids[:end], pieces[0][0][0]),
         sampling=SamplingParams(max_new_tokens=1),
         constraint=None,
         watch_tokens=(),
@@ -209,7 +211,7 @@ def _continued(request: EngineRequest, constraint: QuoteConstraint, begun: tuple
     room = request.sampling.max_new_tokens - len(begun)
     return replace(
         request,
-        token_ids=request.token_ids + begun,
+        token_ids=np.append(request.token_ids, begun),
         sampling=replace(request.sampling, max_new_tokens=max(1, room)),
         constraint=constraint.after(begun),
         watch_tokens=(),

@@ -72,6 +72,8 @@ class AskedLines:
 
 def _rows_of(passage: Passage) -> list[Passage]:
     """The rows of tables in it, without their headers, each as a passage."""
+    if _CELL not in passage.text:
+        return []
     lines = list(_LINE.finditer(passage.text))
     pairs = zip(lines, [*(line[0] for line in lines[1:]), ""], strict=True)
     rows = [line for line, below in pairs if _CELL in line[0] and not _is_header(line[0], below)]
