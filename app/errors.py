@@ -29,7 +29,7 @@ from ingest.parse import ParseError
 from ingest.sniff import EmptyFile, UnsupportedMediaType
 from model.engine_request import ContextTooLong, EngineOverloaded
 from model.engine_thread import EngineStopped
-from retrieval.packing import BudgetTooSmall, EvidenceTooLarge
+from retrieval.packing import BudgetTooSmall
 from retrieval.store import (
     CollectionExists,
     CollectionNotFound,
@@ -41,6 +41,7 @@ from retrieval.store import (
     StorageFull,
     StorageUnwritable,
 )
+from retrieval.whole import EvidenceTooLarge
 
 log = logging.getLogger(__name__)
 

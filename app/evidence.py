@@ -11,10 +11,11 @@ from app.auth import LOCAL_ADMIN, Principal
 from app.conversation import Turn, standalone_query
 from app.prompting import AnswerFormat
 from app.setting_groups import AnswerSettings
-from retrieval.packing import BudgetTooSmall, EvidenceTooLarge, RecentEvidence, pack_evidence, rank_documents
+from retrieval.packing import BudgetTooSmall, RecentEvidence, pack_evidence, rank_documents
 from retrieval.search import Retriever
 from retrieval.store import DocumentStore
 from retrieval.types import Evidence, EvidenceMode, Filters, Hit, SearchParams
+from retrieval.whole import EvidenceTooLarge, WholeSelections
 
 SHOWN_SOURCES = 10
 
@@ -73,6 +74,7 @@ class EvidenceFinder:
         self._store, self._retriever, self._format = store, retriever, prompt_format
         self._settings, self._advice, self._evidence_hits = settings, advice, evidence_hits
         self._recent = RecentEvidence()
+        self._whole = WholeSelections(store, prompt_format.count_tokens, prompt_format.cut_ahead)
 
     def find(self, query: Query, widened: bool = False) -> Found:
         """Evidence for a question; `widened` takes all that fits. Raises ContextTooLong, CollectionNotFound,
@@ -107,11 +109,15 @@ class EvidenceFinder:
         """The model has read this: other evidence may begin alike."""
         self._recent.remember(evidence)
 
+    def forget(self) -> None:
+        """Drop all text kept, as when a document was deleted."""
+        self._whole.forget()
+
     def read_whole(self, collection: str) -> Evidence | None:
         """All of a collection, as a question with the default settings reads it; None if that reads only parts of it.
         Raises CollectionNotFound."""
         try:
-            return self._pack_as("full_context", self._plain_query([collection]), (), self.whole_budget("auto"))
+            return self._whole.pack([collection], self.whole_budget("auto"))
         except EvidenceTooLarge:
             return None
 
@@ -138,7 +144,7 @@ class EvidenceFinder:
             return None
         try:
             budget = whole_budget if query.mode == "full_context" else self._auto_budget(query, whole_budget)
-            return self._pack_as("full_context", query, (), budget)
+            return self._whole.pack(query.collections, budget, query.document_ids, query.filters)
         except EvidenceTooLarge:
             if query.mode == "full_context":
                 raise
@@ -147,11 +153,11 @@ class EvidenceFinder:
     def _pack(self, query: Query, hits: Sequence[Hit], whole_budget: int, widened: bool) -> Evidence:
         budget = self._auto_budget if widened else self._rag_budget
         try:
-            return self._pack_as("rag", query, hits, budget(query, whole_budget))
+            return self._pack_hits(query, hits, budget(query, whole_budget), whole_budget)
         except BudgetTooSmall as error:  # as advised for English: words of other languages are many more tokens
             if error.needed_tokens > whole_budget:
                 raise
-            return self._pack_as("rag", query, hits, error.needed_tokens)
+            return self._pack_hits(query, hits, error.needed_tokens, whole_budget)
 
     def _auto_budget(self, query: Query, whole_budget: int) -> int:
         if query.max_evidence_tokens is not None or self._advice.auto_evidence_tokens is None:
@@ -163,25 +169,24 @@ class EvidenceFinder:
             return whole_budget
         return min(whole_budget, self._advice.rag_evidence_tokens)
 
-    def _recent_budget(self, query: Query, budget_tokens: int) -> int:
-        if query.max_evidence_tokens is not None:
-            return budget_tokens
-        advised = self._advice.recent_evidence_tokens or 2 * self._advice.rag_evidence_tokens
-        return min(self._whole_budget(query), advised)
-
-    def _pack_as(self, mode: EvidenceMode, query: Query, hits: Sequence[Hit], budget_tokens: int) -> Evidence:
+    def _pack_hits(self, query: Query, hits: Sequence[Hit], budget_tokens: int, whole_budget: int) -> Evidence:
         return pack_evidence(
             self._store,
             query.collections,
             hits,
             budget_tokens,
             self._format.count_tokens,
-            mode,
+            "rag",
             query.document_ids,
             query.filters,
             None if self._advice.read_apart else self._recent,
-            self._recent_budget(query, budget_tokens),
+            self._recent_budget(query, budget_tokens, whole_budget),
         )
+
+    def _recent_budget(self, query: Query, budget_tokens: int, whole_budget: int) -> int:
+        if query.max_evidence_tokens is not None:
+            return budget_tokens
+        return min(whole_budget, self._advice.recent_evidence_tokens or 2 * self._advice.rag_evidence_tokens)
 
 
 def describe_scores(scores: Mapping[str, float]) -> dict[str, float | None]:

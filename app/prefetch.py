@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Literal
 
 import anyio.to_thread
 
-from app.prompting import passage_key, prompt_salt
+from app.kept_tokens import passage_key
+from app.prompting import prompt_salt
 from model.engine_request import EngineOverloaded, EngineRequest
 from model.engine_thread import EngineStopped, TokenStream
 from model.prefix_plan import PrefixPlan

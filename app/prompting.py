@@ -8,15 +8,16 @@ others. What the model's answer means stands in answering.py. Start at `QuoteFor
 import hashlib
 import json
 import re
-import threading
-from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
+
+import numpy as np
 
 from app.answering import AnswerReader, AnswerWriter
 from app.conversation import Turn
+from app.kept_tokens import KeptTokens, LruByWeight, TokenRow, passage_key
 from app.quotes import QuoteConstraint, QuoteIndex, QuoteLimits, QuoteTokens, TokenBytes
 from model.chat_format import ChatFormat
 from model.engine_request import ContextTooLong
@@ -25,20 +26,16 @@ from model.tokenizer import Tokenizer
 from retrieval.types import Evidence, Passage
 
 _MAX_TITLE_CHARS = 120
-_CACHED_TEXT_TOKENS = 8_000_000
 _CACHED_INDEXES = 4
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """`boundaries`: lengths of the prefixes worth keeping: the system text, then up to the end of each document.
-
-    `document_starts`: where the tokens of each document (by id) begin.
+    """`token_ids`: (t,) int64. `boundaries`: lengths of the prefixes worth keeping: the system text, then up to the end
+    of each document. `document_starts`: where the tokens of each document (by id) begin.
     """
 
-    token_ids: tuple[int, ...]
+    token_ids: np.ndarray
     boundaries: tuple[int, ...]
     document_starts: Mapping[str, int]
 
@@ -60,6 +57,10 @@ class AnswerFormat(Protocol):
 
     def count_tokens(self, passages: Sequence[Passage]) -> int:
         """At most so many tokens of a prompt are about one document, given its passages in order."""
+        ...
+
+    def cut_ahead(self, passages: Sequence[Passage]) -> None:
+        """Cut these passages into tokens, all at once, for those methods that need them."""
         ...
 
     def build_prompt(self, question: str, evidence: Evidence, turns: Sequence[Turn] = ()) -> Prompt:
@@ -114,22 +115,27 @@ class QuoteFormat(AnswerFormat):
         self.decision_ids = (self._format.quote, self._format.none)
         self._vocabulary = vocabulary
         self._separator = tuple(tokenizer.encode(" "))
-        self._texts = LruByWeight[tuple[int, ...]](_CACHED_TEXT_TOKENS)
+        self._kept = KeptTokens(tokenizer)
         self._indexes = LruByWeight[QuoteIndex](_CACHED_INDEXES)
 
     def count_tokens(self, passages: Sequence[Passage]) -> int:
         """Tokens of one document of a prompt, given its passages in order."""
-        return len(self._document(passages))
+        return sum(map(len, self._document(passages)))
+
+    def cut_ahead(self, passages: Sequence[Passage]) -> None:
+        self._kept.cut_ahead(passages)
 
     def build_prompt(self, question: str, evidence: Evidence, turns: Sequence[Turn] = ()) -> Prompt:
         """Tokens of `system | documents | question`. Earlier turns are left out: the model is not trained on any."""
-        ids = self._format.system()
-        boundaries, starts = [len(ids)], {}
+        row = TokenRow()
+        row.add(self._kept.of(self._format.system))
+        boundaries, starts = [len(row)], {}
         for document_id, group in groupby(evidence.passages, key=lambda passage: passage.document_id):
-            starts.setdefault(document_id, len(ids))  # it may stand in two places
-            ids += self._document(list(group))
-            boundaries.append(len(ids))
-        return Prompt((*ids, *self._format.ask(question)), tuple(boundaries), starts)
+            starts.setdefault(document_id, len(row))  # it may stand in two places
+            row.add(*self._document(list(group)))
+            boundaries.append(len(row))
+        row.add(self._format.ask(question))
+        return Prompt(row.joined(), tuple(boundaries), starts)
 
     def constrain(self, evidence: Evidence, limits: QuoteLimits) -> QuoteConstraint:
         """What the model may answer from this evidence."""
@@ -147,7 +153,7 @@ class QuoteFormat(AnswerFormat):
         return AnswerWriter(self._tokenizer, self.answer_tokens(evidence), evidence.passages, question)
 
     def forget(self) -> None:
-        self._texts.clear()
+        self._kept.forget()
         self._indexes.clear()
 
     def answer_tokens(self, evidence: Evidence) -> QuoteTokens:
@@ -162,17 +168,9 @@ class QuoteFormat(AnswerFormat):
             document_ids={ordinal: tuple(self._format.citation(ordinal)) for ordinal in ordinals},
         )
 
-    def _document(self, passages: Sequence[Passage]) -> list[int]:
-        texts = [self._text(passage) for passage in passages]
-        return self._format.document(passages[0].ordinal, title_of(passages[0]), texts)
-
-    def _text(self, passage: Passage) -> tuple[int, ...]:
-        key = passage_key(passage)
-        ids = self._texts.get(key)
-        if ids is None:
-            ids = tuple(self._tokenizer.encode(passage.text))
-            self._texts.put(key, ids, weight=len(ids))
-        return ids
+    def _document(self, passages: Sequence[Passage]) -> list[Sequence[int] | np.ndarray]:
+        head = self._kept.of(self._format.document_head, passages[0].ordinal, title_of(passages[0]))
+        return self._format.document_pieces(head, [self._kept.of_passage(passage) for passage in passages])
 
 
 def title_of(passage: Passage) -> str:
@@ -185,39 +183,3 @@ def prompt_salt(secret: bytes, evidence: Evidence) -> bytes:
     them, shares a state or notices by the time an answer takes that there is one."""
     collections = dict.fromkeys(passage.collection for passage in evidence.passages)
     return hashlib.blake2b(json.dumps(list(collections)).encode(), key=secret, digest_size=16).digest()
-
-
-def passage_key(passage: Passage) -> Hashable:
-    """Equal for passages with the same text."""
-    return (passage.document_id, passage.document_version, passage.char_start, passage.char_end)
-
-
-class LruByWeight(Generic[Value]):
-    """A small mapping that forgets what was used longest ago once the weights exceed `max_weight`."""
-
-    def __init__(self, max_weight: int) -> None:
-        self._max_weight, self._weight = max_weight, 0
-        self._entries: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable) -> Value | None:
-        with self._lock:
-            entry = self._entries.get(key)
-            if entry is None:
-                return None
-            self._entries.move_to_end(key)
-            return entry[0]
-
-    def put(self, key: Hashable, value: Value, weight: int) -> None:
-        with self._lock:
-            if key in self._entries:
-                self._weight -= self._entries.pop(key)[1]
-            self._entries[key] = (value, weight)
-            self._weight += weight
-            while self._weight > self._max_weight and len(self._entries) > 1:
-                self._weight -= self._entries.popitem(last=False)[1][1]
-
-    def clear(self) -> None:
-        with self._lock:
-            self._entries.clear()
-            self._weight = 0

@@ -230,6 +230,7 @@ class RagService:
                 answer.lose(gone)
         self.prefetch.forget(gone)
         self.format.forget()
+        self.finder.forget()
         self.cache.invalidate(gone)
         self.store.forgotten(document_ids)
 

@@ -11,9 +11,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Self
 
+import numpy as np
+
 from app.chat_template import ChatTemplate, Slot
 from app.conversation import Turn, alternate_turns
-from app.prompting import AnswerFormat, LruByWeight, Prompt, passage_key, title_of
+from app.kept_tokens import KeptTokens, TokenRow
+from app.prompting import AnswerFormat, Prompt, title_of
 from app.quotes import QuoteLimits
 from app.text_answer import NOT_FOUND_MARKER, TextAnswerReader
 from model.tokenizer import Tokenizer
@@ -32,7 +35,6 @@ _NO_DOCUMENTS = "(no documents)"
 _GAP = "\n[...]\n"
 _NAMED_DOCUMENTS = 5
 _MANY_DOCUMENTS = 1000  # templates that number the documents spend more tokens on later ones
-_CACHED_TEXT_TOKENS = 8_000_000
 
 
 class TextFormat(AnswerFormat):
@@ -55,7 +57,7 @@ class TextFormat(AnswerFormat):
         ends_with_token = bool(ends) and tokenizer.is_control(ends[0])
         self.stop_ids = tuple(dict.fromkeys([*end_ids, *(ends if ends_with_token else [])]))
         self.stop_texts = () if ends_with_token or not template.turn_end.strip() else (template.turn_end.rstrip(),)
-        self._texts = LruByWeight[tuple[int, ...]](_CACHED_TEXT_TOKENS)
+        self._kept = KeptTokens(tokenizer, self._without_nonce)
         self._head_tokens = self._count_head()
 
     @classmethod
@@ -66,8 +68,11 @@ class TextFormat(AnswerFormat):
 
     def count_tokens(self, passages: Sequence[Passage]) -> int:
         """At most so many tokens of a prompt are about one document, its mention before the question included."""
-        mention = len(self._tokenizer.encode(f" d{passages[0].ordinal},"))
-        return self._head_tokens + 2 * mention + len(self._document(passages, " "))
+        mention = len(self._cut(f" d{passages[0].ordinal},"))
+        return self._head_tokens + 2 * mention + sum(map(len, self._document(passages, " ")))
+
+    def cut_ahead(self, passages: Sequence[Passage]) -> None:
+        self._kept.cut_ahead(passages)
 
     def build_prompt(self, question: str, evidence: Evidence, turns: Sequence[Turn] = ()) -> Prompt:
         """Tokens of `system | documents | earlier turns | question`."""
@@ -75,25 +80,23 @@ class TextFormat(AnswerFormat):
         messages = [self._without_nonce(turn.text) for turn in alternate_turns([*turns, Turn("user", question)])]
         messages[-1] = f"{_name_best(documents, evidence)}{messages[-1]}\n\n{_REMINDER}"
         ordinals = [passages[0].ordinal for passages in documents] or [0]
-        ids: list[int] = []
-        boundaries: list[int] = []
-        starts: dict[str, int] = {}
+        row, boundaries, starts = TokenRow(), list[int](), dict[str, int]()
         for piece in self._template.lay_out(ordinals, len(messages)):
             if isinstance(piece, str):
-                ids += self._tokenizer.encode_template(piece)
+                row.add(self._kept.of(self._tokenizer.encode_template, piece))
             elif piece.kind == "message":
-                ids += self._tokenizer.encode(piece.lead + messages[piece.index])
+                row.add(self._tokenizer.encode(piece.lead + messages[piece.index]))
             elif piece.kind == "system":
-                ids += self._tokenizer.encode(piece.lead + SYSTEM_TEXT.format(nonce=self._nonce))
-                boundaries.append(len(ids))
+                row.add(self._cut(piece.lead + SYSTEM_TEXT.format(nonce=self._nonce)))
+                boundaries.append(len(row))
             elif documents:
                 passages = documents[piece.index]
                 starts.setdefault(passages[0].document_id, boundaries[-1])  # the template may have named it since
-                ids += self._document(passages, piece.lead)
-                boundaries.append(len(ids))
+                row.add(*self._document(passages, piece.lead))
+                boundaries.append(len(row))
             else:
-                ids += self._tokenizer.encode(piece.lead + _NO_DOCUMENTS)
-        return Prompt(tuple(ids), tuple(boundaries), starts)
+                row.add(self._cut(piece.lead + _NO_DOCUMENTS))
+        return Prompt(row.joined(), tuple(boundaries), starts)
 
     def constrain(self, evidence: Evidence, limits: QuoteLimits) -> None:
         """Nothing: the model writes freely, and its quotes are checked."""
@@ -103,23 +106,18 @@ class TextFormat(AnswerFormat):
 
     def forget(self) -> None:
         """Drop everything kept, as when a document was deleted."""
-        self._texts.clear()
+        self._kept.forget()
 
-    def _document(self, passages: Sequence[Passage], lead: str) -> list[int]:
-        encode = self._tokenizer.encode
+    def _document(self, passages: Sequence[Passage], lead: str) -> list[np.ndarray]:
         title = self._without_nonce(title_of(passages[0]))
-        ids = encode(f"{lead}<doc {self._nonce} d{passages[0].ordinal}> {title}\n")
+        pieces = [self._cut(f"{lead}<doc {self._nonce} d{passages[0].ordinal}> {title}\n")]
         for i, passage in enumerate(passages):
-            ids += [*(encode(_GAP) if i else []), *self._text(passage)]
-        return ids + encode(f"\n</doc {self._nonce}>")
+            pieces += [*([self._cut(_GAP)] if i else []), self._kept.of_passage(passage)]
+        return [*pieces, self._cut(f"\n</doc {self._nonce}>")]
 
-    def _text(self, passage: Passage) -> tuple[int, ...]:
-        key = passage_key(passage)
-        ids = self._texts.get(key)
-        if ids is None:
-            ids = tuple(self._tokenizer.encode(self._without_nonce(passage.text)))
-            self._texts.put(key, ids, weight=len(ids))
-        return ids
+    def _cut(self, text: str) -> np.ndarray:
+        """Tokens of the form's own text, or of a title."""
+        return self._kept.of(self._tokenizer.encode, text)
 
     def _without_nonce(self, text: str) -> str:
         """Who gets to know the nonce still can't write the fence."""

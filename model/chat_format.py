@@ -7,6 +7,7 @@ service both build their prompts here; the same as text is the checkpoint's chat
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from model.tokenizer import Tokenizer
@@ -35,10 +36,17 @@ class ChatFormat:
 
     def document(self, ordinal: int, title: str, passages: Sequence[Sequence[int]]) -> list[int]:
         """One document; `passages` are the token ids of its spans in order, set apart by `<|gap|>`."""
-        ids = [self.doc, *self.tokenizer.encode(f"d{ordinal} {title}\n")]
+        return list(itertools.chain(*self.document_pieces(self.document_head(ordinal, title), passages)))
+
+    def document_head(self, ordinal: int, title: str) -> list[int]:
+        return [self.doc, *self.tokenizer.encode(f"d{ordinal} {title}\n")]
+
+    def document_pieces(self, head: Sequence[int], passages: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+        """What `document` puts one behind the other."""
+        pieces = [head]
         for i, passage in enumerate(passages):
-            ids += [self.gap, *passage] if i else passage
-        return [*ids, self.doc_end]
+            pieces += [(self.gap,), passage] if i else [passage]
+        return [*pieces, (self.doc_end,)]
 
     def ask(self, question: str) -> list[int]:
         """The question, up to where the model begins to answer."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -61,7 +61,7 @@ class EngineRequest:
     another request reads them, or when they came from the cache. It must be quick and not raise.
     """
 
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int] | np.ndarray
     boundaries: tuple[int, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     salt: bytes = b""

@@ -15,9 +15,7 @@ from typing import NamedTuple, Self
 
 from .store import DocumentStore
 from .types import Document, Evidence, EvidenceMode, Filters, Hit, ParsedDocument, Passage
-
-TokenCounter = Callable[[Sequence[Passage]], int]
-"""Tokens that the prompt spends on one document, given its passages in order, headers and separators included."""
+from .whole import EvidenceTooLarge, TokenCounter, pack_whole, passage_of
 
 Span = tuple[int, int]
 Group = tuple["Place", ...]
@@ -26,10 +24,6 @@ Pack = tuple[Group, ...]
 
 _TRIED_BEGINNINGS = 4
 _ANY_TOKENS = 1 << 62
-
-
-class EvidenceTooLarge(ValueError):
-    """`full_context` was asked for, and the documents selected do not fit the budget."""
 
 
 class BudgetTooSmall(ValueError):
@@ -68,40 +62,16 @@ def pack_evidence(
     with store.snapshot():
         documents = store.ready_documents(collections, document_ids, filters)
         if mode != "rag":
-            whole = _pack_whole(store, documents, hits, budget_tokens, count_tokens)
+            whole = pack_whole(store, documents, budget_tokens, count_tokens)
             if whole is not None:
-                return whole
+                return rank_documents(whole, hits)
             if mode == "full_context":
-                raise EvidenceTooLarge(
-                    f"the {len(documents)} documents selected take more than the {budget_tokens} tokens there are for "
-                    f"evidence; select fewer, or use mode auto or rag"
-                )
+                raise EvidenceTooLarge(len(documents), budget_tokens)
         evidence = _pack_hits(store, documents, hits, budget_tokens, count_tokens)
         if recent is not None:
             room = max(recent_tokens, budget_tokens)
             evidence = begin_alike(evidence, recent, store, documents, hits, room, count_tokens)
         return evidence
-
-
-def _pack_whole(
-    store: DocumentStore,
-    documents: Sequence[Document],
-    hits: Sequence[Hit],
-    budget_tokens: int,
-    count_tokens: TokenCounter,
-) -> Evidence | None:
-    passages: list[Passage] = []
-    tokens = 0
-    for document in documents:
-        content = store.get_content(document.id)
-        if not content.text.strip():
-            continue
-        passage = _passage(document, content, (0, len(content.text)))
-        tokens += count_tokens([passage])
-        if tokens > budget_tokens:
-            return None
-        passages.append(passage)
-    return Evidence(tuple(passages), "full_context", tokens, _relevance(hits, {p.document_id for p in passages}))
 
 
 def _pack_hits(
@@ -236,9 +206,9 @@ def begin_alike(
     held = [hit for hit in _live(documents, hits) if any(place.holds(hit) for group in own for place in group)]
     for beginning, missing in recent.beginnings(documents, held):
         taken = [
-            _passage(by_id[place.document_id], store.get_content(place.document_id), (place.char_start, place.char_end))
+            passage_of(by_id[one.document_id], store.get_content(one.document_id), (one.char_start, one.char_end))
             for group in beginning
-            for place in group
+            for one in group
         ]
         tokens, last = _count(taken, count_tokens), taken[-1].document_id
         room = min(budget_tokens - tokens, fewest - 1)
@@ -299,7 +269,7 @@ class _PackedDocument:
         if any(start < span[1] and span[0] < end for start, end in self.taken):
             return 0
         spans = _merge([*self.spans, span], self.content.text)
-        tokens = self.count_tokens([_passage(self.document, self.content, merged) for merged in spans])
+        tokens = self.count_tokens([passage_of(self.document, self.content, merged) for merged in spans])
         cost = tokens - self.tokens
         if cost > budget_tokens:
             return 0
@@ -307,7 +277,7 @@ class _PackedDocument:
         return cost
 
     def passages(self) -> list[Passage]:
-        return [_passage(self.document, self.content, span) for span in self.spans]
+        return [passage_of(self.document, self.content, span) for span in self.spans]
 
     def covers(self, span: Span) -> bool:
         return any(start < span[1] and span[0] < end for start, end in self.spans)
@@ -360,22 +330,6 @@ def _merge(spans: Sequence[Span], text: str) -> list[Span]:
         else:
             merged.append((start, end))
     return merged
-
-
-def _passage(document: Document, content: ParsedDocument, span: Span) -> Passage:
-    return Passage(
-        document_id=document.id,
-        document_version=document.version,
-        collection=document.collection,
-        ordinal=document.ordinal,
-        filename=document.filename,
-        title=document.title,
-        text=content.text[span[0] : span[1]],
-        char_start=span[0],
-        char_end=span[1],
-        pages=content.pages,
-        headings=content.headings,
-    )
 
 
 def rank_documents(evidence: Evidence, hits: Sequence[Hit]) -> Evidence:

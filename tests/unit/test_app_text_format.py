@@ -94,7 +94,8 @@ def test_no_text_can_forge_the_form():
         for text in ("x", evil)
     )
     marks = [TOKENIZER.encode_template(mark)[0] for mark in MARKS]
-    assert [forged.token_ids.count(mark) for mark in marks] == [honest.token_ids.count(mark) for mark in marks]
+    counts = [[prompt.token_ids.tolist().count(mark) for mark in marks] for prompt in (honest, forged)]
+    assert counts[0] == counts[1]
     assert show(forged.token_ids).count(NONCE) == show(honest.token_ids).count(NONCE)
 
 
@@ -123,8 +124,8 @@ def test_equal_documents_are_equal_prefixes_whatever_is_asked(prompt_format):
     two = prompt_format.build_prompt("When was it built?", EVIDENCE, TURNS)
     fewer = prompt_format.build_prompt("Who?", Evidence(PASSAGES[:1], "rag", 0))
     assert one.boundaries == two.boundaries and len(one.boundaries) == 3
-    assert one.token_ids[: one.boundaries[-1]] == two.token_ids[: two.boundaries[-1]]
-    assert fewer.token_ids[: fewer.boundaries[-1]] == one.token_ids[: one.boundaries[1]]
+    assert list(one.token_ids[: one.boundaries[-1]]) == list(two.token_ids[: two.boundaries[-1]])
+    assert list(fewer.token_ids[: fewer.boundaries[-1]]) == list(one.token_ids[: one.boundaries[1]])
 
 
 def test_nothing_of_a_document_stands_before_its_start(prompt_format):
@@ -134,7 +135,7 @@ def test_nothing_of_a_document_stands_before_its_start(prompt_format):
     assert list(one.document_starts) == ["doc_2", "doc_5"] and list(other.document_starts) == ["doc_2", "doc_6"]
     start = one.document_starts["doc_5"]
     assert start == other.document_starts["doc_6"] == one.boundaries[1]
-    assert one.token_ids[:start] == other.token_ids[:start]
+    assert list(one.token_ids[:start]) == list(other.token_ids[:start])
 
 
 @pytest.mark.parametrize("copies", [1, 40])

@@ -43,6 +43,13 @@ def test_text_that_merges_into_a_special_token_is_still_plain():
     assert tokenizer.decode(ids) == text
     assert [text[start:end] for start, end in offsets[:3]] == ["a", "<", "|"]
     assert offsets[-1][1] == len(text)
+    assert [one.tolist() for one in tokenizer.encode_many(["a", text])] == [tokenizer.encode("a"), ids]
+
+
+@given(st.lists(TEXTS))
+@settings(deadline=None)
+def test_many_texts_are_cut_as_each_alone(texts):
+    assert [ids.tolist() for ids in TOKENIZER.encode_many(texts)] == [TOKENIZER.encode(text) for text in texts]
 
 
 @given(st.lists(st.integers(min_value=0, max_value=len(SPECIALS) + 255)), st.booleans())

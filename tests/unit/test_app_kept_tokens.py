@@ -1,0 +1,71 @@
+"""Tokens that are kept are those that the tokenizer gives, until a document goes."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from app_kit import GARDEN, LIGHTHOUSE, make_settings, running_service
+from text_kit import PASSAGES, TOKENIZER, passage
+
+from app.kept_tokens import KeptTokens, TokenRow
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """Texts that were cut, in the order of cutting."""
+    texts, encode_many = [], TOKENIZER.encode_many
+    monkeypatch.setattr(TOKENIZER, "encode_many", lambda many: texts.extend(many) or encode_many(many))
+    return texts
+
+
+def test_a_passage_is_cut_once(cut):
+    kept = KeptTokens(TOKENIZER, str.upper)
+    kept.of_passage(PASSAGES[0])
+    kept.cut_ahead([*PASSAGES, *PASSAGES])
+    for one in (*PASSAGES, *PASSAGES):
+        assert kept.of_passage(one).tolist() == TOKENIZER.encode(one.text.upper())
+    assert cut == [one.text.upper() for one in PASSAGES]
+    kept.forget()
+    kept.of_passage(PASSAGES[0])
+    assert len(cut) == len(PASSAGES) + 1
+
+
+def test_a_new_version_is_another_text(cut):
+    kept, old = KeptTokens(TOKENIZER), passage(1, "old")
+    new = replace(old, document_version=2, text="new")
+    assert [kept.of_passage(one).tolist() for one in (old, new)] == [TOKENIZER.encode("old"), TOKENIZER.encode("new")]
+
+
+def test_pieces_are_made_once_and_stand_one_behind_the_other():
+    made = []
+
+    def head(ordinal: int, title: str) -> list[int]:
+        made.append(ordinal)
+        return TOKENIZER.encode(f"d{ordinal} {title}")
+
+    kept, row = KeptTokens(TOKENIZER), TokenRow()
+    assert (len(row), row.joined().tolist()) == (0, [])
+    row.add(kept.of(head, 1, "a"), [7], (), kept.of(head, 1, "a"), kept.of(head, 2, "a"))
+    expected = [*TOKENIZER.encode("d1 a"), 7, *TOKENIZER.encode("d1 a"), *TOKENIZER.encode("d2 a")]
+    assert (row.joined().tolist(), row.joined().dtype, len(row)) == (expected, np.int64, len(expected))
+    assert made == [1, 2]
+
+
+@pytest.mark.anyio
+async def test_a_collection_is_read_and_cut_once_for_all_questions(tiny_checkpoint, tmp_path, monkeypatch):
+    async with running_service(make_settings(tiny_checkpoint, tmp_path)) as client:
+        documents = [await client.upload(name, text) for name, text in (("a.md", LIGHTHOUSE), ("b.md", GARDEN))]
+        service, read = client.app.state.service, []
+        get_content = service.store.get_content
+        monkeypatch.setattr(service.store, "get_content", lambda i: read.append(i) or get_content(i))
+        answers = [
+            await client.ask(question, mode="full_context") for question in ("Who is the keeper?", "What grows?")
+        ]
+        assert answers[1]["cache"]["prefix_tokens"] > 0
+        assert read == [document["id"] for document in documents]
+        assert service.finder._whole._kept and service.format._kept._kept._entries
+        await client.delete(f"/v1/documents/{documents[0]['id']}")
+        assert not service.finder._whole._kept and not service.format._kept._kept._entries
+        answer = await client.ask("Who is the keeper?", mode="full_context")
+        assert {source["document_id"] for source in answer["sources"]} == {documents[1]["id"]}
+        assert read[2:] == [documents[1]["id"]]
