@@ -5,16 +5,18 @@ What the pieces are say prompting.py and text_format.py. Start at `KeptTokens`.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from model.tokenizer import Tokenizer
 from retrieval.types import Passage
 
-_MAX_TOKENS = 8_000_000
+_MAX_TOKENS = 8_000_000  # of passages
+_MAX_PIECES = 10_000
 
+PassageKey = tuple[str, int, int, int]  # document, version, where it begins and ends
 Value = TypeVar("Value")
 
 
@@ -23,35 +25,39 @@ class KeptTokens:
 
     def __init__(self, tokenizer: Tokenizer, prepare: Callable[[str], str] = str) -> None:
         self._tokenizer, self._prepare = tokenizer, prepare
-        self._kept = LruByWeight[np.ndarray](_MAX_TOKENS)
+        self._passages, self._pieces = (LruByWeight[np.ndarray](weight) for weight in (_MAX_TOKENS, _MAX_PIECES))
 
     def cut_ahead(self, passages: Iterable[Passage]) -> None:
         """Cut what is not kept of these passages, on all cores."""
-        missing = {key: one for one in passages if self._kept.get(key := passage_key(one)) is None}
+        missing = {key: one for one in passages if self._passages.get(key := passage_key(one)) is None}
         if missing:
-            texts = [self._prepare(passage.text) for passage in missing.values()]
-            for key, ids in zip(missing, self._tokenizer.encode_many(texts), strict=True):
-                self._kept.put(key, ids, weight=len(ids))
+            self._cut(missing)
 
     def of_passage(self, passage: Passage) -> np.ndarray:
         key = passage_key(passage)
-        ids = self._kept.get(key)
-        if ids is None:
-            (ids,) = self._tokenizer.encode_many([self._prepare(passage.text)])
-            self._kept.put(key, ids, weight=len(ids))
-        return ids
+        ids = self._passages.get(key)
+        return self._cut({key: passage})[0] if ids is None else ids
 
     def of(self, cut: Callable[..., Sequence[int]], *arguments: Hashable) -> np.ndarray:
         """What `cut` gives for these arguments."""
         key = (cut, *arguments)
-        ids = self._kept.get(key)
+        ids = self._pieces.get(key)
         if ids is None:
             ids = as_ids(cut(*arguments))
-            self._kept.put(key, ids, weight=1 + len(ids))
+            self._pieces.put(key, ids, weight=1)
         return ids
 
-    def forget(self) -> None:
-        self._kept.clear()
+    def forget(self, document_ids: Collection[str]) -> None:
+        """Drop what is kept of these documents."""
+        self._passages.drop(lambda key: key[0] in document_ids)
+        self._pieces.drop(lambda key: True)  # some are their titles, and soon made again
+
+    def _cut(self, passages: Mapping[PassageKey, Passage]) -> list[np.ndarray]:
+        texts = [self._prepare(passage.text) for passage in passages.values()]
+        cut = self._tokenizer.encode_many(texts)
+        for key, ids in zip(passages, cut, strict=True):
+            self._passages.put(key, ids, weight=len(ids))
+        return cut
 
 
 class TokenRow:
@@ -77,7 +83,7 @@ def as_ids(ids: Sequence[int] | np.ndarray) -> np.ndarray:
     return np.asarray(ids, dtype=np.int32)
 
 
-def passage_key(passage: Passage) -> Hashable:
+def passage_key(passage: Passage) -> PassageKey:
     """Equal for passages with the same text."""
     return (passage.document_id, passage.document_version, passage.char_start, passage.char_end)
 
@@ -107,7 +113,8 @@ class LruByWeight(Generic[Value]):
             while self._weight > self._max_weight and len(self._entries) > 1:
                 self._weight -= self._entries.popitem(last=False)[1][1]
 
-    def clear(self) -> None:
+    def drop(self, is_gone: Callable[[Any], bool]) -> None:
+        """Forget the keys of which this is true."""
         with self._lock:
-            self._entries.clear()
-            self._weight = 0
+            for key in [key for key in self._entries if is_gone(key)]:
+                self._weight -= self._entries.pop(key)[1]

@@ -8,7 +8,7 @@ others. What the model's answer means stands in answering.py. Start at `QuoteFor
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
@@ -81,8 +81,8 @@ class AnswerFormat(Protocol):
         """A reader of one answer to the question from this evidence."""
         ...
 
-    def forget(self) -> None:
-        """Drop everything kept, as when a document was deleted."""
+    def forget(self, document_ids: Collection[str]) -> None:
+        """Drop everything kept of these documents, which are gone."""
         ...
 
     def count_prompt(self, question: str, turns: Sequence[Turn] = ()) -> int:
@@ -152,9 +152,9 @@ class QuoteFormat(AnswerFormat):
     def read_answer(self, evidence: Evidence, question: str = "") -> AnswerWriter:
         return AnswerWriter(self._tokenizer, self.answer_tokens(evidence), evidence.passages, question)
 
-    def forget(self) -> None:
-        self._kept.forget()
-        self._indexes.clear()
+    def forget(self, document_ids: Collection[str]) -> None:
+        self._kept.forget(document_ids)
+        self._indexes.drop(lambda passages: any(key[0] in document_ids for key in passages))
 
     def answer_tokens(self, evidence: Evidence) -> QuoteTokens:
         """What answers from this evidence are spelled with."""

@@ -229,7 +229,7 @@ class RagService:
             for answer in self._running:
                 answer.lose(gone)
         self.prefetch.forget(gone)
-        self.format.forget()
+        self.format.forget(gone)
         self.finder.forget()
         self.cache.invalidate(gone)
         self.store.forgotten(document_ids)

@@ -6,7 +6,7 @@ Start at `TextFormat.build_prompt`.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Self
@@ -104,9 +104,8 @@ class TextFormat(AnswerFormat):
     def read_answer(self, evidence: Evidence, question: str = "") -> TextAnswerReader:
         return TextAnswerReader(self._tokenizer, evidence.passages, self.stop_ids, self.stop_texts, question)
 
-    def forget(self) -> None:
-        """Drop everything kept, as when a document was deleted."""
-        self._kept.forget()
+    def forget(self, document_ids: Collection[str]) -> None:
+        self._kept.forget(document_ids)
 
     def _document(self, passages: Sequence[Passage], lead: str) -> list[np.ndarray]:
         title = self._without_nonce(title_of(passages[0]))

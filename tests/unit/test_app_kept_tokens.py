@@ -8,6 +8,7 @@ from app_kit import GARDEN, LIGHTHOUSE, make_settings, running_service
 from text_kit import PASSAGES, TOKENIZER, passage
 
 from app.kept_tokens import KeptTokens, TokenRow
+from app.service import RagService
 
 
 @pytest.fixture
@@ -25,9 +26,9 @@ def test_a_passage_is_cut_once(cut):
     for one in (*PASSAGES, *PASSAGES):
         assert kept.of_passage(one).tolist() == TOKENIZER.encode(one.text.upper())
     assert cut == [one.text.upper() for one in PASSAGES]
-    kept.forget()
-    kept.of_passage(PASSAGES[0])
-    assert len(cut) == len(PASSAGES) + 1
+    kept.forget({"doc_5"})
+    kept.cut_ahead(PASSAGES)
+    assert cut[len(PASSAGES) :] == [one.text.upper() for one in PASSAGES if one.document_id == "doc_5"]
 
 
 def test_a_new_version_is_another_text(cut):
@@ -63,9 +64,14 @@ async def test_a_collection_is_read_and_cut_once_for_all_questions(tiny_checkpoi
         ]
         assert answers[1]["cache"]["prefix_tokens"] > 0
         assert read == [document["id"] for document in documents]
-        assert service.finder._whole._kept and service.format._kept._kept._entries
+        assert service.finder._whole._kept and kept_of(service) == {document["id"] for document in documents}
         await client.delete(f"/v1/documents/{documents[0]['id']}")
-        assert not service.finder._whole._kept and not service.format._kept._kept._entries
+        assert not service.finder._whole._kept and kept_of(service) == {documents[1]["id"]}
         answer = await client.ask("Who is the keeper?", mode="full_context")
         assert {source["document_id"] for source in answer["sources"]} == {documents[1]["id"]}
         assert read[2:] == [documents[1]["id"]]
+
+
+def kept_of(service: RagService) -> set[str]:
+    """Documents whose tokens are kept."""
+    return {key[0] for key in service.format._kept._passages._entries}

@@ -154,7 +154,6 @@ def test_a_conversation_longer_than_the_context_is_refused_with_numbers(prompt_f
 
 
 def test_a_reader_of_no_tokens_has_nothing_to_show(prompt_format):
-    prompt_format.forget()
     reader = prompt_format.read_answer(EVIDENCE)
     assert list(reader.finish()) == [] and (reader.text, reader.unchecked_text, reader.quoted) == ("", "", [])
 
