@@ -75,8 +75,9 @@ class EventWriter:
     def write(self, event: Event) -> str:
         self._number += 1
         self.has_ended = event.type.endswith((".completed", ".error"))
-        data = event.data.model_dump_json() if isinstance(event.data, BaseModel) else json.dumps(event.data)
-        return f"id: {self._number}\nevent: {event.type}\ndata: {data}\n\n"
+        data = event.data.model_dump(mode="json") if isinstance(event.data, BaseModel) else event.data
+        line = json.dumps(data)  # ASCII: many clients take U+2028 and U+0085 for ends of lines
+        return f"id: {self._number}\nevent: {event.type}\ndata: {line}\n\n"
 
 
 async def format_events(

@@ -124,7 +124,7 @@ export async function uploadFile(file, collection, onProgress, signal) {
 function parseEvent(block) {
   const event = { type: "message", data: "" };
   for (const line of block.split(/\r?\n/)) {
-    const [, field, value] = /^([a-z]*):? ?(.*)$/.exec(line) || [];
+    const [, field, value] = /^([a-z]*):? ?(.*)$/s.exec(line) || [];
     if (field === "event") event.type = value;
     if (field === "data") event.data += (event.data && "\n") + value;
   }

@@ -10,6 +10,7 @@ import httpx
 import pytest
 from app_kit import GARDEN, LIGHTHOUSE, make_settings, read_events, running_service, serving
 
+from app.schemas import Problem
 from app.sse import KEEPALIVE, Event, format_events, send_with_keepalive
 from app.uploads import BadUpload, read_field, read_in_thread, read_parts
 from model.engine import JambaEngine, StepOutput
@@ -149,6 +150,14 @@ async def test_events_are_numbered_and_idle_streams_say_so():
     real = [line for line in lines if line != KEEPALIVE]
     assert real[0].startswith("id: 1\nevent: a\ndata: ") and real[0].endswith("\n\n")
     assert json.loads(real[0].split("data: ")[1]) == {"x": "ü\n"} and real[1].startswith("id: 2\nevent: b\n")
+
+
+async def test_an_event_is_three_lines_whatever_a_client_takes_for_the_end_of_one():
+    said = "one\u2028two\u2029three\x85four\x0bfive\x0csix\r\n\nü"
+    problem = Problem(type=said, title=said, status=409, detail=said, code=said, request_id=said)
+    lines = [line async for line in format_events(one_by_one(Event("a", problem), Event("b", {"x": said})))]
+    assert all(len(line.splitlines()) == 4 for line in lines)
+    assert json.loads(lines[0].splitlines()[2].removeprefix("data: "))["detail"] == said
 
 
 async def test_a_stream_that_is_dropped_closes_its_source():
