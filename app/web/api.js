@@ -43,13 +43,22 @@ function authorization() {
   return session.key ? { Authorization: `Bearer ${session.key}` } : {};
 }
 
+/** What `action` gives; where the network fails the browser's words for it, which differ and say little, become ours. */
+async function reach(action) {
+  try {
+    return await action();
+  } catch (problem) {
+    throw problem instanceof TypeError ? new Error("The service cannot be reached: is it running, and are you online?") : problem;
+  }
+}
+
 /** A successful Response; anything else is thrown as Problem. Paths are relative, so the page works behind a path prefix. */
 async function request(path, { method = "GET", json, signal, prefer } = {}) {
   const headers = authorization();
   if (prefer) headers.Prefer = prefer;
   if (json !== undefined) headers["Content-Type"] = "application/json";
   const body = json === undefined ? undefined : JSON.stringify(json);
-  const response = await fetch(path, { method, headers, body, signal });
+  const response = await reach(() => fetch(path, { method, headers, body, signal }));
   if (!response.ok) throw problemOf(response.status, await response.text(), response.headers.get("Retry-After"));
   return response;
 }
@@ -134,7 +143,7 @@ function parseEvent(block) {
 async function* readEvents(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   for (let buffer = ""; ; ) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reach(() => reader.read());
     if (done) return;
     const blocks = (buffer + value).split(/\r?\n\r?\n/);
     buffer = blocks.pop();

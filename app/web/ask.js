@@ -8,6 +8,8 @@ const STORED_THREAD = "jamba-rag.thread";
 const KEPT_TURNS = 20;
 const SENT_TURNS = 6; // earlier ones that go along with a follow-up
 const NEAREST = 3;
+const LONG_QUESTION = 1000; // characters, from which on it is shown in a box that scrolls
+const NOT_AS_IT_IS = [413, 422]; // what the service says to a question that must be changed
 const NOT_FOUND = "This is not in your documents.";
 const STILL_READING = "Some documents of this collection were still being read: ask again when they are ready.";
 const UNSUPPORTED = "Dotted words have no quote in their sentence: nobody checked them.";
@@ -37,7 +39,7 @@ class Turn {
     Object.assign(this, { panel, question, collection, answer, text: "", citations: [], sources: [], frame: 0, asked: performance.now() });
     this.body = h("div", { class: "answer", "aria-busy": "true" });
     this.footer = h("div", { class: "footer" });
-    this.element = h("article", { class: "turn" }, h("h3", {}, question), this.body, this.footer);
+    this.element = h("article", { class: "turn" }, h("h3", question.length > LONG_QUESTION ? { class: "long", tabindex: "0" } : {}, question), this.body, this.footer);
     if (answer) this.finish(answer);
   }
 
@@ -262,6 +264,7 @@ export class AskPanel {
     } catch (problem) {
       if (problem.name === "AbortError") turn.stop("Stopped.", false);
       else turn.stop(problem.message, true);
+      if (NOT_AS_IT_IS.includes(problem.status)) this.field.value ||= question;
       if (problem.status === 404) this.onMissing();
     }
     this.running = null;

@@ -288,6 +288,7 @@ export class DocumentsPanel {
   toggleForm(open = byId("new-collection-form").hidden) {
     byId("new-collection-form").hidden = !open;
     byId("new-collection").setAttribute("aria-expanded", String(open));
+    byId("documents-error").hidden = true; // of a name that was refused
     byId(open ? "collection-name" : "new-collection").focus();
   }
 
