@@ -82,8 +82,9 @@ _HTML_START = re.compile(r"\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype
 _MAIL_HEADERS = re.compile(r"(?:(?:[!-9;-~]{1,76}:[^\n]*|[ \t][^\n]*|>?From [^\n]*)\r?\n)+(?=\r?\n|\Z)")
 _MAIL_SENDER = re.compile(r"^(?:From|Sender|Return-Path):", re.I | re.M)
 _MAIL_TRACE = re.compile(r"^(?:Received|Message-ID|MIME-Version|Date):", re.I | re.M)
-_NOTEBOOK = re.compile(r'\s*\{.*?"(?:cells|worksheets)"\s*:\s*\[', re.S)
-_NOTEBOOK_SIGN = re.compile(r'"cell_type"\s*:\s*"(?:code|markdown|raw|heading)"|"nbformat"\s*:\s*\d')
+_CELLS = re.compile(r'"(?:cells|worksheets)"\s*:\s*\[')
+_CELL = re.compile(r'"cell_type"\s*:\s*"(?:code|markdown|raw|heading)"')
+_NBFORMAT = re.compile(r'"nbformat(_minor)?"\s*:\s*\d')
 _MAN = (re.compile(r"^[.'][ \t]*(?:TH|Dd)[ \t]", re.M), re.compile(r"^[.'][ \t]*S[Hh]\b", re.M))
 _HTML_TAG = re.compile(r"<(?:p|div|h[1-6]|table|ul|ol|span|a|br|article|section)\b[^>]*>", re.I)
 
@@ -165,13 +166,19 @@ def _sniff_text(text: str, suffix: str) -> str:
         return HTML
     if suffix in {".html", ".htm", ".xhtml"} and _HTML_TAG.search(text):
         return HTML
-    if _NOTEBOOK.match(text) and _NOTEBOOK_SIGN.search(text):
+    if text.lstrip().startswith("{") and _is_notebook(text):
         return NOTEBOOK
     if text.lstrip()[:1] in (".", "'") and all(macro.search(text) for macro in _MAN):
         return MAN
     if _is_mail(text, suffix):
         return MBOX if text.startswith("From ") else EML
     return _TEXT_BY_SUFFIX.get(suffix, TEXT)
+
+
+def _is_notebook(text: str) -> bool:
+    """An object with cells, or, where they come too late to be seen, with both numbers of the format."""
+    formats = {found[1] for found in _NBFORMAT.finditer(text)}
+    return len(formats) == 2 or bool(_CELLS.search(text) and (formats or _CELL.search(text)))
 
 
 def _is_mail(text: str, suffix: str) -> bool:

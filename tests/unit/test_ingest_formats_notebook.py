@@ -66,6 +66,11 @@ def test_format_three_and_keys_in_another_order():
     assert [(h.level, h.title) for h in parsed.headings] == [(2, "Old title")]
 
 
+def test_cells_may_come_after_much_else():
+    late = {"nbformat": 4, "nbformat_minor": 5, "metadata": {"widgets": "x" * SNIFF_BYTES}}
+    assert read(json.dumps({**late, "cells": [cell("markdown", "Late.")]}).encode()).text == "Late."
+
+
 @pytest.mark.parametrize(
     "data",
     [
