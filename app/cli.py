@@ -214,12 +214,14 @@ def delete_documents(
     key: Key = None,
     data_dir: DataDirectory = None,
 ) -> None:
-    """Remove documents from everything."""
+    """Remove documents from everything. Exit 1 if one of them is not there; the others go."""
     from app.client import connect
+    from app.ingesting import delete_document
 
     with connect(choose_settings(url, key, data_dir, known=True), answering=False) as service:
-        for document_id in document_ids:
-            service.request("DELETE", f"/v1/documents/{quote(document_id, safe='')}")
+        failed = [_fail(problem) for document_id in document_ids if (problem := delete_document(service, document_id))]
+    if failed:
+        raise typer.Exit(1)
 
 
 @documents.command("retry")

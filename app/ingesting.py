@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from app import render
 from app.client import CommandFailed, Service, connect
@@ -103,6 +104,15 @@ def _ensure_collection(service: Service, name: str) -> tuple[str | None, str | N
         return None, None
     service.request("POST", "/v1/collections", json={"name": name})
     return name, next(iter(difflib.get_close_matches(name, known, n=1)), None)
+
+
+def delete_document(service: Service, document_id: str) -> str | None:
+    """Why it cannot be deleted, if it cannot."""
+    try:
+        service.request("DELETE", f"/v1/documents/{quote(document_id, safe='')}")
+    except CommandFailed as error:
+        return str(error)
+    return None
 
 
 def wait_for(service: Service, queued: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -134,7 +134,8 @@ def _check_names(names: Mapping[str, Any], source: str) -> None:
     valid = [info.name for info in describe_settings()]
     for name in names:
         if name.upper().startswith(PREFIX) and name.upper() not in valid:
-            nearest = difflib.get_close_matches(name.upper(), valid, n=1, cutoff=0.0)[0]
+            without_group = [known for known in valid if known.endswith(name.upper().replace(PREFIX, "__", 1))]
+            nearest = (without_group or difflib.get_close_matches(name.upper(), valid, n=1, cutoff=0.0))[0]
             raise SettingsError(f"{name} in {source} is not a setting; the nearest is {nearest}")
 
 

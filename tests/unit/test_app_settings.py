@@ -35,6 +35,7 @@ def test_names_come_from_a_file_and_the_environment_wins(monkeypatch, tmp_path):
     [
         ("JAMBA_RAG_MODEL_PATH", "JAMBA_RAG_MODEL__PATH"),
         ("JAMBA_RAG_REDIS__URI", "JAMBA_RAG_REDIS__URL"),
+        ("JAMBA_RAG_PORT", "JAMBA_RAG_SERVER__PORT"),
         ("jamba_rag_auth__enable", "JAMBA_RAG_AUTH__ENABLED"),
     ],
 )
