@@ -3,11 +3,13 @@
 Knows rooms and rights, not HTTP. Everything that blocks runs in worker threads; the model has a thread of its own.
 """
 
+import difflib
 import logging
 import threading
 import unicodedata
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from app.advice import Advice
@@ -175,9 +177,10 @@ class RagService:
 
     def visible_collection(self, name: str, principal: Principal) -> str:
         """`name` if it exists and the key may see it, else CollectionNotFound. Blocks."""
-        if not principal.may_see(name):
-            raise CollectionNotFound(f"there is no collection {name[:80]!r}")
-        return self.store.get_collection(name).name
+        with suppress(CollectionNotFound):
+            if principal.may_see(name):
+                return self.store.get_collection(name).name
+        return self.visible_collections([name], principal)[0]
 
     def visible_collections(self, names: Sequence[str] | None, principal: Principal) -> list[str]:
         """The collections a request is about, in canonical order; None: all that the key may see. Blocks."""
@@ -185,7 +188,9 @@ class RagService:
         if names is None:
             return existing
         if missing := [name for name in names if name not in existing]:
-            raise CollectionNotFound(f"there is no collection {missing[0][:80]!r}")
+            nearest = difflib.get_close_matches(missing[0][:80], existing, n=1)
+            advice = f"the nearest is {nearest[0]!r}" if nearest else "GET /v1/collections lists them, POST makes one"
+            raise CollectionNotFound(f"there is no collection {missing[0][:80]!r}; {advice}")
         return [name for name in existing if name in names]
 
     def delete_document(self, document: Document) -> None:

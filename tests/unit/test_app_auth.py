@@ -262,3 +262,14 @@ async def test_without_auth_everyone_is_an_admin(tiny_checkpoint, tmp_path):
             reply = await client.post("/v1/documents", headers=headers, files={"file": ("a.txt", b"planted")})
             assert reply.status_code == status
     assert not (settings.data_dir / "admin.key").exists()
+
+
+async def test_a_mistyped_collection_is_told_the_nearest_that_the_key_may_see(client, keys, documents):
+    for kind, told in (("free writer", "; the nearest is 'foreign'"), ("bound writer", "; GET /v1/collections lists")):
+        headers = {"Authorization": f"Bearer {keys[kind]}"}
+        asked = await client.post("/v1/search", json={"query": "x", "collections": ["foreigm"]}, headers=headers)
+        files, data = {"file": ("a.txt", b"text")}, {"collection": "foreigm"}
+        sent = await client.post("/v1/documents", files=files, data=data, headers=headers)
+        for reply in (asked, sent, await client.get("/v1/collections/foreigm", headers=headers)):
+            assert (reply.status_code, reply.json()["code"]) == (404, "collection_not_found")
+            assert reply.json()["detail"].startswith(f"there is no collection 'foreigm'{told}")
