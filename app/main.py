@@ -69,6 +69,7 @@ log = logging.getLogger(__name__)
 
 VERSION = "0.1.0"
 _DEFAULT_CONTEXT_TOKENS = 262_144
+_CPU_QUESTION_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,8 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
     with loading(opened, reranker) if answering else nullcontext():  # what asks nothing may need neither
         model = build_model(settings, stack, answering, _kept_secret(store, "document_nonce", 6))
     embedder = take_over(store, opened)
-    tracing = Tracing(settings.telemetry.otlp_endpoint)
+    metrics, tracing = Metrics(), Tracing(settings.telemetry.otlp_endpoint)
     stack.callback(tracing.close)
-    metrics = Metrics()
     index = open_index(store, data_dir.index, embedder.dim, embedder.name)
     stack.callback(index.close)
     weights = FusionWeights(chosen.dense_weight, chosen.lexical_weight)
@@ -204,6 +204,7 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
         tokenizer=model.tokenizer,
         model_name=model.name,
         has_reranker=reranker is not None,
+        max_question_tokens=longest_question(settings) if answering else 0,
         salt=bytes.fromhex(_kept_secret(store, "prefix_salt", 16)),
         wake_workers=worker.notify,
         checks=make_checks(store, files, index, words, engine_thread),
@@ -288,6 +289,12 @@ def build_model(settings: Settings, stack: ExitStack, answering: bool, nonce: st
     prompt_format = _choose_format(path, tokenizer, nonce, engine.max_context_tokens)
     check_room(prompt_format, settings)
     return LoadedModel(engine, cache, tokenizer, prompt_format, path.resolve().name, engine.times)
+
+
+def longest_question(settings: Settings) -> int:
+    """In tokens; 0: any that fits the context."""
+    on_cpu = choose_device(settings.model).type == "cpu"
+    return settings.answers.max_question_tokens or (_CPU_QUESTION_TOKENS if on_cpu else 0)
 
 
 def gpu_cache_bytes(settings: Settings, free_bytes: int, layout: StateLayout, max_context_tokens: int) -> int:

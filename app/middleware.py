@@ -98,7 +98,7 @@ class RequestFrame:
         principal = authenticator.authenticate(headers.get("authorization"))
         scope.setdefault("state", {})["principal"] = principal
         self._owner.state.service.meter.admit_request(principal)
-        if (encoding := headers.get("content-encoding", "identity")) not in ("", "identity"):
+        if (encoding := headers.get("content-encoding", "")).lower() not in ("", "identity"):
             raise EncodedBody(f"the body has the Content-Encoding {encoding[:40]!r}; send it without compression")
 
     def _count(self, change: int) -> None:

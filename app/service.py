@@ -83,6 +83,7 @@ class RagService:
     tokenizer: Tokenizer
     model_name: str
     has_reranker: bool
+    max_question_tokens: int  # 0: any
     salt: bytes
     wake_workers: Callable[[], None]
     checks: Mapping[str, Callable[[], str]]
@@ -295,9 +296,9 @@ class RagService:
     def _check_length(self, query: Query) -> None:
         """Raises InvalidRequest for a question that would be read for minutes, ContextTooLong for one that no context
         holds."""
-        limit = self.settings.max_question_tokens
+        limit = self.max_question_tokens
         tokens = self.format.count_prompt(query.question) - self.format.count_prompt("")
-        if tokens > limit:
+        if limit and tokens > limit:
             self.format.room_for_evidence(query.question, query.max_output_tokens, query.turns)
             raise InvalidRequest(
                 f"the question has {tokens} tokens, the limit is {limit} (JAMBA_RAG_ANSWERS__MAX_QUESTION_TOKENS); "

@@ -164,10 +164,10 @@ class AnswerSettings(Group):
         "tokens",
         ge=MIN_EVIDENCE_TOKENS,
     )
-    max_question_tokens: int = setting(
-        8192,
-        "Longest question: it is read anew each time, on two cores without a GPU in 20 s for so many tokens, and for "
-        "60,000 in minutes.",
+    max_question_tokens: int | None = setting(
+        None,
+        "Longest question, which is read anew each time; unset: 8192 on a CPU, which two cores read in 20 s (60,000 "
+        "take minutes), any on a GPU.",
         "tokens",
         ge=1,
     )

@@ -211,7 +211,7 @@ async def test_a_question_longer_than_the_context_is_refused_before_the_first_by
 async def test_a_question_that_takes_long_to_read_is_refused_with_the_limit(client, stream, turns):
     service, long = client.app.state.service, {"role": "user", "content": "why " * 300}
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(service, "settings", service.settings.model_copy(update={"max_question_tokens": 100}))
+        patched.setattr(service, "max_question_tokens", 100)
         reply = await client.post("/v1/answers", json={"messages": [*turns, long], "stream": stream})
         chat = {"model": "jamba-rag/default", "messages": [long], "stream": stream}
         told = [reply, await client.post("/v1/chat/completions", json=chat)]

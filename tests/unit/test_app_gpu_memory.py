@@ -1,8 +1,11 @@
-"""How a GPU's memory is shared between prefix states and answers, and how much main memory there is."""
+"""How a GPU's memory is shared between prefix states and answers, how much main memory there is, and what else depends
+on the device."""
 
+import pytest
 import torch
 
-from app.main import gpu_cache_bytes, main_memory_bytes
+from app import main
+from app.main import gpu_cache_bytes, longest_question, main_memory_bytes
 from app.settings import load_settings
 from model.state import HybridState, StateLayout
 
@@ -26,3 +29,17 @@ def test_main_memory_is_what_a_container_may_have(tmp_path):
     for text, expected in (("max\n", machine), (f"{1 << 27}\n", 1 << 27), (f"{machine * 2}\n", machine)):
         (tmp_path / "memory.max").write_text(text)
         assert main_memory_bytes(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "answers", "tokens"),
+    [
+        ("cpu", {}, 8192),
+        ("cuda", {}, 0),
+        ("cpu", {"max_question_tokens": 9}, 9),
+        ("cuda", {"max_question_tokens": 9}, 9),
+    ],
+)
+def test_questions_are_as_long_as_the_device_reads_in_time(monkeypatch, device, answers, tokens):
+    monkeypatch.setattr(main, "choose_device", lambda settings: torch.device(device))
+    assert longest_question(load_settings(env_file=None, answers=answers)) == tokens
