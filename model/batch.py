@@ -9,12 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from model.state import HybridState
+
+
+class Padding(NamedTuple):
+    """Of one sequence whose last rows are no tokens: they are computed, and leave its state as it is."""
+
+    rows: Tensor  # (t, 1) bool: which
+    last: Tensor  # (w-1,) int64: the last rows that are tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +34,7 @@ class Group:
     states: tuple[HybridState, ...]  # b of them, or none
     conv: Tensor | None  # (n_mamba, b, e, w-1): the states' own memory when b = 1, otherwise gathered
     ssm: Tensor | None  # (n_mamba, b, e, n)
+    padding: Padding | None = None  # b = 1
 
     def cut(self, x: Tensor) -> Tensor:
         """(T, c) -> (b, t, c)"""

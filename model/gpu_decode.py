@@ -57,14 +57,14 @@ class GpuDecoder:
     def __init__(self, model: Jamba) -> None:
         self._embedding, self._layers = model.embed_tokens, model.layers  # not the model, which holds this
         self._norm, self._head = model.final_layernorm, model.lm_head
-        self._device = model.embed_tokens.weight.device
+        self.device = model.embed_tokens.weight.device
         with torch.inference_mode(False):  # an inference tensor could not be written outside inference mode
-            self._buffers = _Buffers.empty(model.config, self._device)
-            self._staging = torch.zeros(_STAGED_ROWS * MAX_BATCH, dtype=torch.int64, device=self._device)
+            self._buffers = _Buffers.empty(model.config, self.device)
+            self._staging = torch.zeros(_STAGED_ROWS * MAX_BATCH, dtype=torch.int64, device=self.device)
             host = torch.zeros_like(self._staging, device="cpu")
-            self._host = host.pin_memory() if self._device.type == "cuda" else host
+            self._host = host.pin_memory() if self.device.type == "cuda" else host
         self._host_array = self._host.numpy()
-        self._uploaded = torch.cuda.Event() if self._device.type == "cuda" else None
+        self._uploaded = torch.cuda.Event() if self.device.type == "cuda" else None
         self._max_members = attention.max_members(model.config.num_attention_heads // model.config.num_key_value_heads)
         self._origins: list[Origin] = []  # of the last step's states, and what they shared
         self._shared: list[tuple[int, int]] = []
@@ -80,7 +80,7 @@ class GpuDecoder:
         shared = self._share(states)
         kind = len(states), sharing or any(until for _, until in shared) or any(state.lent for state in states)
         self._upload(token_ids, states, shared)
-        if self._device.type == "cuda" and kind in self._launched:
+        if self.device.type == "cuda" and kind in self._launched:
             if kind not in self._graphs:
                 self._graphs[kind] = self._capture(kind)
             self._graphs[kind].replay()

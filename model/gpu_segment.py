@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from model.batch import Batch, Group
+from model.gpu_graphs import GraphCapture
 from model.kernels.gpu_linear import MAX_TOKENS, token_tiles
 from model.state import HybridState
 
@@ -50,8 +52,7 @@ class GpuSegments:
             self._logits = torch.empty(1, c.vocab_size, dtype=layout.kv_dtype, device=device)
         self._graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}  # of each length
         self._launched: set[int] = set()  # what `_kernels` gives, of lengths whose kernels are compiled and loaded
-        self._pool: tuple[int, int] | None = None
-        self._stream: torch.cuda.Stream | None = None  # graphs are captured on it
+        self._capture = GraphCapture(device)
         self._usable, self._longest = True, model.graphed_tokens
 
     def takes(self, t: int) -> bool:
@@ -84,21 +85,11 @@ class GpuSegments:
         """Those of this length; none before its kernels have run once."""
         if t not in self._graphs and _kernels(t) in self._launched:
             try:
-                self._graphs[t] = [self._capture(i, t) for i in range(len(self._stretches))]
+                self._graphs[t] = [self._capture(partial(self._launch, i, t)) for i in range(len(self._stretches))]
             except RuntimeError:
                 self._usable = False
                 _log.warning("short segments cannot be captured; they run as modules, slower", exc_info=True)
         return self._graphs.get(t)
-
-    def _capture(self, i: int, t: int) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()  # graphs never run at once: they share their memory
-        self._stream = self._stream or torch.cuda.Stream(self._ids.device)
-        with torch.cuda.stream(self._stream):
-            torch.cuda.current_blas_handle()  # a thread's first one can't be made during a capture
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            self._launch(i, t)
-        return graph
 
     def _launch(self, i: int, t: int) -> None:
         """Stretch i: what follows attention i - 1, up to the projections of attention i or to the logits."""

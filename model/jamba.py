@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from model import gpu_segment
+from model import gpu_layers, gpu_segment
 from model.attention import Attention
 from model.batch import Batch
 from model.config import JambaConfig
@@ -71,7 +71,9 @@ class Jamba(nn.Module):
         self._decode: list[DecodeLayer] | None = None
         self._gpu_decode: GpuDecoder | Literal["unfit"] | None = None
         self._gpu_segments: gpu_segment.GpuSegments | None = None
+        self._gpu_layers: gpu_layers.GpuLayers | None = None
         self.graphed_tokens = gpu_segment.MAX_TOKENS  # longest piece behind a past that a GPU is given as graphs
+        self.padded_tokens = 0  # longest one that a GPU is given as graphs of layers, padded
         self._collect_router_stats = False
         if not embedding.is_meta:  # arithmetic on the meta device imports torch._dynamo, which takes a second
             nn.init.normal_(embedding, std=0.02)
@@ -224,6 +226,14 @@ class Jamba(nn.Module):
             self._gpu_segments = gpu_segment.GpuSegments(self)
         return self._gpu_segments if self._gpu_segments.takes(t) else None
 
+    def padded_layers(self, t: int) -> gpu_layers.GpuLayers | None:
+        """What computes t tokens of one sequence as graphs of a layer, if this model and its card can."""
+        if not self.graphed_tokens < t <= self.padded_tokens or self._gpu_decoder(1) is None:
+            return None
+        if self._gpu_layers is None:
+            self._gpu_layers = gpu_layers.GpuLayers(self)
+        return self._gpu_layers
+
     @torch.inference_mode()
     def prepare(self, max_batch: int) -> Iterator[None]:
         """Capture the graphs of decode steps up to this batch and of short segments, and compile what longer ones need,
@@ -250,10 +260,14 @@ class Jamba(nn.Module):
             for own in (state, other):
                 self.forward_packed(ids[:t], [t], [own])
 
+        def pad(t: int) -> None:
+            self.padded_layers(t).run(torch.zeros(t, dtype=torch.int64, device=decoder.device), self.new_state())
+
         batches = range(1, min(max_batch, MAX_GPU_BATCH) + 1)
         steps: list[Callable[[], None]] = [partial(read_on, t) for t in _PIECES]
         steps += [partial(decode, b, False) for b in batches]
         steps += [partial(read, t) for t in range(self.graphed_tokens, 1, -1)]
+        steps += [partial(pad, t) for t in range(gpu_layers.ROWS, self.padded_tokens + 1, gpu_layers.ROWS)]
         steps += [partial(decode, b, True) for b in batches]
         for step in steps:
             for _ in range(2):  # the first of its shape compiles what the second captures
@@ -262,7 +276,7 @@ class Jamba(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         """Every way to move or cast the weights comes through here."""
-        self._decode = self._gpu_decode = self._gpu_segments = None
+        self._decode = self._gpu_decode = self._gpu_segments = self._gpu_layers = None
         return super()._apply(*args, **kwargs)
 
     def _moe_layers(self) -> Iterator[MoE]:

@@ -1,7 +1,8 @@
 """A long prefill segment computed piece by piece, so that decode steps of others can come between.
 
-A piece is a layer's mixer or its feed-forward, or a part of the queries of an attention over many keys. Pieces follow
-from the segment and its past alone, and so does every bit of the result, whatever comes between them.
+A piece is a layer's mixer or its feed-forward, a layer as a graph (gpu_layers.py), or a part of the queries of an
+attention over many keys. Pieces follow from the segment and its past alone, and so does every bit of the result,
+whatever comes between them.
 """
 
 from __future__ import annotations
@@ -34,8 +35,7 @@ class LayeredPrefill:
     ) -> None:
         self._model, self._piece_s = model, {} if piece_s is None else piece_s
         self._batch = Batch.of_states([len(token_ids)], [state], token_ids.device)
-        self._x = model.embed_tokens(token_ids)
-        self._pieces = self._compute()
+        self._pieces = self._compute(token_ids)
         self._next: str | None = next(self._pieces)
 
     def run(self, seconds: float | None = None) -> Tensor | None:
@@ -43,7 +43,7 @@ class LayeredPrefill:
 
         On a GPU pieces are launched one behind the other, as many as should fit; nobody waits between them.
         """
-        start, watch, kinds, passed = time.perf_counter(), Stopwatch(self._x.device), list[str](), 0.0
+        start, watch, kinds, passed = time.perf_counter(), Stopwatch(self._batch.device), list[str](), 0.0
         while self._next is not None:
             kind, self._next = self._next, next(self._pieces, None)
             if seconds is None:
@@ -65,24 +65,29 @@ class LayeredPrefill:
     def _expected_s(self, kind: str | None) -> float:
         return 0.0 if kind is None else self._piece_s.get(kind, 0.0) * self._batch.lengths[0]
 
-    def _compute(self) -> Iterator[str]:
+    def _compute(self, token_ids: Tensor) -> Iterator[str]:
         """Yields the kind of each piece before it is computed."""
+        if (padded := self._model.padded_layers(len(token_ids))) is not None:
+            self._x = yield from padded.compute(token_ids, self._batch.states[0], self._attend)
+            return
+        self._x = self._model.embed_tokens(token_ids)
         for layer in self._model.layers:
+            x, block = layer.input_layernorm(self._x), layer.feed_forward
             if layer.is_attention:
-                mixed = yield from self._attend(layer.self_attn, layer.input_layernorm(self._x))
+                attention = layer.self_attn
+                q, k, v = attention.project(x)
+                attended = yield from self._attend(attention, *attention.turn(q, k, self._batch), v)
+                mixed = attention.o_proj(attended.flatten(-2))
             else:
                 yield "mamba"
-                mixed = layer.mamba(layer.input_layernorm(self._x), self._batch)
+                mixed = layer.mamba(x, self._batch)
             self._x = self._x + mixed
-            block = layer.feed_forward
             yield "experts" if isinstance(block, MoE) else "mlp"
             self._x = self._x + block(layer.pre_ff_layernorm(self._x))
 
-    def _attend(self, block: Attention, x: Tensor) -> Generator[str, None, Tensor]:
-        """As `Attention.forward`."""
+    def _attend(self, block: Attention, q: Tensor, k: Tensor, v: Tensor) -> Generator[str, None, Tensor]:
+        """As `Attention.attend_states`."""
         (state,) = self._batch.states
-        q, k, v = block.project(x)
-        q, k = block.turn(q, k, self._batch)
         kv = state.append_kv(block.index, k, v)
         past, outputs = state.num_tokens, []
         rows = max(MAX_SCORES // (past + len(q)) // _QUERY_UNIT, 1) * _QUERY_UNIT
@@ -90,7 +95,7 @@ class LayeredPrefill:
             yield "attention"
             past += len(own)
             outputs.append(attend_past(own, kv.first(past)))
-        return block.o_proj(torch.cat(outputs).flatten(-2))
+        return torch.cat(outputs)
 
 
 class Stopwatch:

@@ -57,9 +57,14 @@ class MambaMixer(nn.Module):
 
     def _convolve(self, group: Group, u: Tensor) -> Tensor:
         state = None if group.conv is None else group.conv[self.index]
-        return causal_conv(u, state, self.conv1d.weight.squeeze(1), self.conv1d.bias)
+        out = causal_conv(u, state, self.conv1d.weight.squeeze(1), self.conv1d.bias)
+        if group.padding is not None:
+            state.copy_(u.index_select(1, group.padding.last).mT)
+        return out
 
     def _scan(self, group: Group, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor) -> Tensor:
         state = None if group.ssm is None else group.ssm[self.index]
+        if group.padding is not None:  # the step of the scan is softplus of it: none
+            dt = dt.masked_fill(group.padding.rows, -torch.inf)
         A = -torch.exp(self.A_log.float())
         return selective_scan(u, dt, A, B, C, self.D, z, state, self.dt_proj.bias)

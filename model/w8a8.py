@@ -12,7 +12,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from model import gpu_segment
+from model import gpu_layers, gpu_segment
 from model.int8 import Int8Experts, Int8Linear
 from model.jamba import Jamba
 from model.kernels import w8a8
@@ -93,8 +93,8 @@ def round_activations(model: Jamba, sites: Collection[str] = SITES) -> None:
             if (rounding := _rounding(name, child, sites)) is not None:
                 setattr(module, name, rounding)
                 changed += 1
-    if set(sites) == set(SITES):  # longer ones read the weights once, too
-        model.graphed_tokens = gpu_segment.LONGEST
+    if set(sites) == set(SITES):  # longer ones read the weights once, too, and nothing in a layer waits
+        model.graphed_tokens, model.padded_tokens = gpu_segment.LONGEST, gpu_layers.LONGEST
     if sites and not changed:
         raise ValueError("none of the model's products at these sites is int8; load it with quantize='int8'")
 

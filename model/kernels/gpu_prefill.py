@@ -7,6 +7,8 @@ for the counts.
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +21,7 @@ _MAX_SCRATCH = 1 << 27  # weights unpacked at a time
 _MAX_NORM_COLUMNS = 8192
 _THREADS = 256
 
-_scratch: dict[torch.device, Tensor] = {}
+_scratch: defaultdict[torch.device, list[Tensor]] = defaultdict(list)  # the largest last; graphs have those before
 
 
 def fits(x: Tensor, *weights: Tensor) -> bool:
@@ -146,11 +148,11 @@ def _gated(x: Tensor, gate_up: Tensor) -> Tensor:
 
 def _room(weight: Tensor) -> Tensor:
     """Memory for `weight` in bfloat16, one and the same for all calls on a device: it is full until the next call."""
-    key, size = weight.device, weight.numel()
-    if key not in _scratch or _scratch[key].numel() < size:
+    rooms, size = _scratch[weight.device], weight.numel()
+    if not rooms or rooms[-1].numel() < size:
         with torch.inference_mode(False):
-            _scratch[key] = torch.empty(size, dtype=torch.bfloat16, device=weight.device)
-    return _scratch[key][:size].view(weight.shape)
+            rooms.append(torch.empty(size, dtype=torch.bfloat16, device=weight.device))
+    return rooms[-1][:size].view(weight.shape)
 
 
 def _grid(threads: int) -> tuple[int]:
