@@ -7,9 +7,10 @@ begins alike and goes on with what is missing: `RecentEvidence`. Who is most rel
 """
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import groupby
 from typing import NamedTuple, Self
 
@@ -67,24 +68,27 @@ def pack_evidence(
                 return rank_documents(whole, hits)
             if mode == "full_context":
                 raise EvidenceTooLarge(len(documents), budget_tokens)
-        evidence = _pack_hits(store, documents, hits, budget_tokens, count_tokens)
+        reader = _Reader(store, count_tokens)
+        evidence = _pack_hits(reader, documents, hits, budget_tokens)
         if recent is not None:
-            room = max(recent_tokens, budget_tokens)
-            evidence = begin_alike(evidence, recent, store, documents, hits, room, count_tokens)
+            evidence = begin_alike(evidence, recent, reader, documents, hits, max(recent_tokens, budget_tokens))
         return evidence
 
 
-def _pack_hits(
-    store: DocumentStore,
-    documents: Sequence[Document],
-    hits: Sequence[Hit],
-    budget_tokens: int,
-    count_tokens: TokenCounter,
-) -> Evidence:
+class _Reader:
+    """What documents say, read once for one evidence."""
+
+    def __init__(self, store: DocumentStore, count_tokens: TokenCounter) -> None:
+        self.count_tokens = count_tokens
+        self.content: Callable[[str], ParsedDocument] = cache(store.get_content)
+        self.chunk_spans: Callable[[str], list[Span]] = cache(store.chunk_spans)
+
+
+def _pack_hits(reader: _Reader, documents: Sequence[Document], hits: Sequence[Hit], budget_tokens: int) -> Evidence:
     live = _live(documents, hits)
-    packed, left = _pack_spans(store, documents, live, budget_tokens, count_tokens, _WAYS)
+    packed, left = _pack_spans(reader, documents, live, budget_tokens, _WAYS)
     if not packed:
-        _, rest = _pack_spans(store, documents, live[:1], _ANY_TOKENS, count_tokens, (_itself,))
+        _, rest = _pack_spans(reader, documents, live[:1], _ANY_TOKENS, (_itself,))
         if rest < _ANY_TOKENS:  # else there was no hit, or one without a word
             raise BudgetTooSmall(budget_tokens, _ANY_TOKENS - rest)
     passages = tuple(passage for one in packed for passage in one.passages())
@@ -98,11 +102,10 @@ def _live(documents: Sequence[Document], hits: Sequence[Hit]) -> list[Hit]:
 
 
 def _pack_spans(
-    store: DocumentStore,
+    reader: _Reader,
     documents: Sequence[Document],
     hits: Sequence[Hit],
     budget_tokens: int,
-    count_tokens: TokenCounter,
     ways: Sequence[Callable[["_PackedDocument", Hit], Iterator[Span]]],
     taken: Sequence[Passage] = (),
 ) -> tuple[list["_PackedDocument"], int]:
@@ -115,7 +118,7 @@ def _pack_spans(
     for document in documents:
         if document.id in wanted:
             spans = [(passage.char_start, passage.char_end) for passage in taken if passage.document_id == document.id]
-            packed[document.id] = _PackedDocument(document, store, count_tokens, spans)
+            packed[document.id] = _PackedDocument(document, reader, spans)
     left = budget_tokens
     for widen in ways:
         for hit in hits:
@@ -136,11 +139,14 @@ class Place(NamedTuple):
     def of(cls, passage: Passage) -> Self:
         return cls(passage.document_id, passage.document_version, passage.char_start, passage.char_end)
 
-    def holds(self, hit: Hit) -> bool:
-        if (self.document_id, self.version) != (hit.document_id, hit.document_version):
-            return False
+    @classmethod
+    def of_hit(cls, hit: Hit) -> Self:
+        """Without the white space at its ends."""
         start, end = _trim((0, len(hit.chunk.text)), hit.chunk.text)
-        return self.char_start <= hit.chunk.char_start + start and hit.chunk.char_start + end <= self.char_end
+        return cls(hit.document_id, hit.document_version, hit.chunk.char_start + start, hit.chunk.char_start + end)
+
+    def holds(self, other: "Place") -> bool:
+        return self[:2] == other[:2] and self.char_start <= other.char_start and other.char_end <= self.char_end
 
 
 class RecentEvidence:
@@ -177,52 +183,62 @@ class RecentEvidence:
         with self._lock:
             packs = list(self._packs)
         current = {(document.id, document.version) for document in documents}
-        found: dict[Pack, list[Hit]] = {}
+        wanted: dict[tuple[str, int], list[tuple[Place, Hit]]] = defaultdict(list)
+        for hit in hits:
+            place = Place.of_hit(hit)
+            wanted[place[:2]].append((place, hit))
+        found: dict[Pack, set[int]] = {}
         for pack in packs:
-            missing = list(hits)
+            held = set[int]()  # by id: hits are compared by all that they hold
             for end, group in enumerate(pack, start=1):
                 if group[0][:2] not in current:
                     break
-                left = [hit for hit in missing if not any(place.holds(hit) for place in group)]
-                if len(left) < len(missing):
-                    found[pack[:end]] = missing = left
-        return sorted(found.items(), key=lambda one: sum(hit.chunk.tokens for hit in one[1]))[:_TRIED_BEGINNINGS]
+                more = {id(hit) for own, hit in wanted.get(group[0][:2], ()) if any(one.holds(own) for one in group)}
+                if not more <= held:
+                    found[pack[:end]] = held = held | more
+        lacking = [(pack, [hit for hit in hits if id(hit) not in held]) for pack, held in found.items()]
+        return sorted(lacking, key=lambda one: sum(hit.chunk.tokens for hit in one[1]))[:_TRIED_BEGINNINGS]
 
 
 def begin_alike(
     evidence: Evidence,
     recent: RecentEvidence,
-    store: DocumentStore,
+    reader: _Reader,
     documents: Sequence[Document],
     hits: Sequence[Hit],
     budget_tokens: int,
-    count_tokens: TokenCounter,
 ) -> Evidence:
     """`evidence`, or what begins as something read lately, holds every hit that `evidence` holds, stays within the
     budget, and has fewer tokens that are new."""
     own, by_id = _groups(evidence.passages), {document.id: document for document in documents}
     known = sum(len(group) for group in own[: recent.known_groups(own)])
-    fewest = _count(evidence.passages[known:], count_tokens)
-    held = [hit for hit in _live(documents, hits) if any(place.holds(hit) for group in own for place in group)]
+    fewest = _count(evidence.passages[known:], reader.count_tokens)
+    places = [place for group in own for place in group]
+    held = [hit for hit in _live(documents, hits) if _hold(places, hit)]
     for beginning, missing in recent.beginnings(documents, held):
         taken = [
-            passage_of(by_id[one.document_id], store.get_content(one.document_id), (one.char_start, one.char_end))
+            passage_of(by_id[one.document_id], reader.content(one.document_id), (one.char_start, one.char_end))
             for group in beginning
             for one in group
         ]
-        tokens, last = _count(taken, count_tokens), taken[-1].document_id
+        tokens, last = _count(taken, reader.count_tokens), taken[-1].document_id
         room = min(budget_tokens - tokens, fewest - 1)
-        packed, left = _pack_spans(store, documents, missing, room, count_tokens, (_itself,), taken)
+        packed, left = _pack_spans(reader, documents, missing, room, (_itself,), taken)
         packed.sort(key=lambda one: one.document.id == last)  # else the two would be one document, and both new
         passages = (*taken, *(passage for one in packed for passage in one.passages()))
         if (
             room >= 0
-            and all(any(Place.of(passage).holds(hit) for passage in passages) for hit in missing)
+            and all(_hold([Place.of(passage) for passage in passages], hit) for hit in missing)
             and not (packed and packed[0].document.id == last)
             and _collections(passages) == _collections(evidence.passages)  # states are kept apart by them
         ):
             evidence, fewest = Evidence(passages, "rag", tokens + room - left, evidence.relevance), room - left
     return evidence
+
+
+def _hold(places: Sequence[Place], hit: Hit) -> bool:
+    wanted = Place.of_hit(hit)
+    return any(place.holds(wanted) for place in places)
 
 
 def _groups(passages: Sequence[Passage]) -> Pack:
@@ -248,17 +264,14 @@ class _PackedDocument:
     """Spans of one document chosen so far: sorted, not touching; and what they cost."""
 
     document: Document
-    store: DocumentStore
-    count_tokens: TokenCounter
+    reader: _Reader
     taken: Sequence[Span] = ()  # of this document, by a beginning
     spans: list[Span] = field(default_factory=list)
     tokens: int = 0
-    content: ParsedDocument = field(init=False)
-    chunk_spans: list[Span] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.content = self.store.get_content(self.document.id)
-        self.chunk_spans = [(chunk.char_start, chunk.char_end) for chunk in self.store.get_chunks(self.document.id)]
+    @property
+    def content(self) -> ParsedDocument:
+        return self.reader.content(self.document.id)
 
     def try_add(self, span: Span, budget_tokens: int) -> int:
         """Add a span, without white space at its ends, if that costs no more than the budget and nothing of it is
@@ -269,7 +282,7 @@ class _PackedDocument:
         if any(start < span[1] and span[0] < end for start, end in self.taken):
             return 0
         spans = _merge([*self.spans, span], self.content.text)
-        tokens = self.count_tokens([passage_of(self.document, self.content, merged) for merged in spans])
+        tokens = self.reader.count_tokens([passage_of(self.document, self.content, merged) for merged in spans])
         cost = tokens - self.tokens
         if cost > budget_tokens:
             return 0
@@ -306,10 +319,10 @@ def _neighbours(packed: _PackedDocument, hit: Hit) -> Iterator[Span]:
     """The chunk after, then the one before: an answer more often goes on than begins earlier."""
     if not packed.covers((hit.chunk.char_start, hit.chunk.char_end)):
         return
-    position = hit.chunk.ordinal
+    position, spans = hit.chunk.ordinal, packed.reader.chunk_spans(packed.document.id)
     for neighbour in (position + 1, position - 1):
-        if 0 <= neighbour < len(packed.chunk_spans):
-            yield packed.chunk_spans[neighbour]
+        if 0 <= neighbour < len(spans):
+            yield spans[neighbour]
 
 
 _WAYS = (_itself, _section, _neighbours)

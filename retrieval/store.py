@@ -318,6 +318,11 @@ class DocumentStore(IndexFeed):
         with self._db.read() as c:
             return searching.get_chunks(c, document_id)
 
+    def chunk_spans(self, document_id: str) -> list[tuple[int, int]]:
+        """Where the chunks stand in the text, in order. Raises DocumentNotReady."""
+        with self._db.read() as c:
+            return searching.chunk_spans(c, document_id)
+
     def chunk_at(self, document_id: str, char_start: int, char_end: int) -> Chunk | None:
         """The chunk that shares most characters with the span, the first such; None if none does."""
         with self._db.read() as c:

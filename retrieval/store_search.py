@@ -48,6 +48,12 @@ def get_chunks(c: sqlite3.Connection, document_id: str) -> list[Chunk]:
     return [_chunk(row, document_id) for row in rows]
 
 
+def chunk_spans(c: sqlite3.Connection, document_id: str) -> list[tuple[int, int]]:
+    document_row, _ = get_current(c, document_id)
+    rows = c.execute("SELECT char_start, char_end FROM chunks WHERE document_row = ? ORDER BY ordinal", (document_row,))
+    return [tuple(row) for row in rows]
+
+
 def chunks_behind(c: sqlite3.Connection, row: int, number: int) -> list[tuple[int, str | None, Chunk]]:
     """(row, title of its document, chunk) of the next ones."""
     rows = c.execute(
