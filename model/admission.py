@@ -6,10 +6,12 @@ Knows bytes of states and of a device; not who waits for them (engine.py).
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 
 import torch
 
 from model.jamba import Jamba
+from model.lending import Lenders
 from model.state import HybridState, StateLayout
 
 _SLACK = 1.25  # a prefill whose tokens prefer one expert needs more than the one that was measured
@@ -30,13 +32,13 @@ class StateBudget:
             return None
         return bisect_right(range(1, _LONGEST_TOKENS), self.max_bytes, key=self._bytes_of)
 
-    def has_room(self, num_tokens: int, states: list[HybridState]) -> bool:
+    def has_room(self, num_tokens: int, others: Sequence[HybridState | Lenders]) -> bool:
         """Whether a state with KV of its own for `num_tokens` fits beside these, and what they are lent."""
         if self.max_bytes is None:
             return True
         held: dict[int, int] = {}
-        for state in states:
-            held |= state.memory
+        for other in others:
+            held |= other.memory
         return self._bytes_of(num_tokens) + sum(held.values()) <= self.max_bytes
 
     def _bytes_of(self, num_tokens: int) -> int:

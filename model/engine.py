@@ -34,8 +34,8 @@ from model.engine_times import EngineTimes
 from model.generation import FinishReason, Generated, Generation, Likeliest, score
 from model.jamba import Jamba
 from model.layered_prefill import LayeredPrefill
+from model.lending import Lenders
 from model.prefix_cache import PrefixCache, PrefixHit
-from model.prefix_plan import PrefixPlan
 from model.state import HybridState, LentKv, Origin
 from model.tokenizer import Tokenizer
 
@@ -75,17 +75,17 @@ class JambaEngine:
         fitting = self._budget.max_tokens
         self.max_context_tokens = max_context_tokens if fitting is None else min(fitting, max_context_tokens)
         self._device = model.embed_tokens.weight.device
-        self._ids = (f"seq-{number}" for number in itertools.count(1))
+        self._ids = map("seq-{}".format, itertools.count(1))
         self._sequences: dict[str, RunningSequence] = {}  # all of them, in order of arrival
         self._aborted: set[str] = set()
         self._waiting: deque[RunningSequence] = deque()
         self._loading: dict[RunningSequence, Future[tuple[PrefixHit | None, float]]] = {}
         self._prefilling: deque[RunningSequence] = deque()
         self._decoding: list[RunningSequence] = []
-        self._decode_s = 0.0  # of the last batch
-        self._piece_s: dict[str, float] = {}  # of LayeredPrefill
+        self._decode_s, self._piece_s = 0.0, dict[str, float]()  # of the last batch, and of LayeredPrefill
         self._preparing = itertools.chain(model.prepare(max_batch), self.prefix_cache.prepare(model.state_layout))
-        self._lends = model.can_borrow
+        self._lends, self._lenders = model.can_borrow, Lenders()
+        self.prefix_cache.on_invalidated = self._lenders.forget
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefix-load")
 
     def add(self, request: EngineRequest) -> str:
@@ -142,6 +142,7 @@ class JambaEngine:
         """Forget all requests and end the loading thread. The cache stays open."""
         for group in (self._sequences, self._waiting, self._loading, self._prefilling, self._decoding):
             group.clear()
+        self._lenders.forget()
         self._loader.shutdown(cancel_futures=True)
 
     def _end_aborted(self) -> list[StepOutput]:
@@ -168,31 +169,31 @@ class JambaEngine:
             if sequence.state is None:  # nobody overtakes it, or it might wait for ever
                 break
             self._waiting.remove(sequence)
-            self._loading[sequence] = self._loader.submit(self._find_prefix, sequence.plan, sequence.request.counted)
+            self._loading[sequence] = self._loader.submit(self._find_prefix, sequence)
         return outputs
 
     def _new_state(self, sequence: RunningSequence, others: list[HybridState]) -> HybridState | None:
         """With room for prompt and answer; None if there is no memory for that beside the `others`."""
-        lent = self._find_lender(sequence, others)
-        if not self._budget.has_room(sequence.max_tokens - (lent.num_tokens if lent else 0), others):
-            return None
-        try:
-            state = self._model.new_state(lent)
-            state.reserve(sequence.max_tokens)
-        except torch.OutOfMemoryError:
-            if others:
+        while True:
+            lent = self._find_lent(sequence, others)
+            own_tokens = sequence.max_tokens - (0 if lent is None else lent.num_tokens)
+            if self._budget.has_room(own_tokens, [*others, self._lenders]):
+                try:
+                    state = self._model.new_state(lent)
+                    state.reserve(sequence.max_tokens)
+                    return state
+                except torch.OutOfMemoryError:
+                    if not others and not self._lenders.memory:
+                        raise
+            if not (self._budget.has_room(own_tokens, others) and self._lenders.drop_oldest()):
                 return None
-            raise
-        return state
 
-    def _find_lender(self, sequence: RunningSequence, others: list[HybridState]) -> LentKv | None:
-        """The most that the others have of the state that is about to be loaded."""
-        if not (sequence.may_borrow and self._lends and any(state.origin.keys for state in others)):
+    def _find_lent(self, sequence: RunningSequence, others: list[HybridState]) -> LentKv | None:
+        """KV of the state that is about to be loaded, where somebody has it already."""
+        if not (self._lends and sequence.may_borrow):
             return None
-        plan = sequence.plan
-        wanted, kept = Origin(plan.block_keys, plan.block_tokens), self.prefix_cache.kept_tokens(plan, nearest=True)
-        offers = [state.lend(min(state.origin.common_tokens(wanted), kept)) for state in others]
-        return max(filter(None, offers), key=lambda lent: lent.num_tokens, default=None)
+        plan, kept = sequence.plan, self.prefix_cache.kept_tokens(sequence.plan, nearest=True)
+        return self._lenders.find(Origin(plan.block_keys, plan.block_tokens), kept, plan.block_tokens, others)
 
     def _coming_prefix(self, sequence: RunningSequence) -> int | None:
         """How far another request has read that will pass a snapshot this one could start from; None: none will."""
@@ -207,11 +208,11 @@ class JambaEngine:
                 return other.position
         return None
 
-    def _find_prefix(self, plan: PrefixPlan, counted: bool) -> tuple[PrefixHit | None, float]:
+    def _find_prefix(self, sequence: RunningSequence) -> tuple[PrefixHit | None, float]:
         """Runs on the loading thread, so that a slow store delays only its own request. (hit, milliseconds)"""
         start = time.perf_counter()
         try:
-            hit = self.prefix_cache.longest_prefix(plan, counted)
+            hit = self.prefix_cache.longest_prefix(sequence.plan, sequence.request.counted, sequence.state.lent_tokens)
         except Exception:
             _log.exception("looking for a cached prefix failed; computing it")
             hit = None
@@ -223,7 +224,7 @@ class JambaEngine:
         for sequence in [sequence for sequence, future in self._loading.items() if future.done()]:
             hit, load_ms = self._loading.pop(sequence).result()
             start = time.perf_counter()
-            if hit is not None and hit.num_tokens >= sequence.state.lent_tokens:
+            if hit is not None:
                 self._restore(sequence, hit)
             if sequence.position < sequence.state.lent_tokens:  # what it was to begin with was given up meanwhile
                 sequence.state, sequence.may_borrow = None, False
@@ -383,6 +384,8 @@ class JambaEngine:
 
     def _forget(self, sequence: RunningSequence) -> None:
         del self._sequences[sequence.request_id]
+        if self._lends and sequence.state is not None:
+            self._lenders.keep(sequence.state, sequence.plan, self.prefix_cache.is_current)
         self._loading.pop(sequence, None)
         for group in (self._waiting, self._prefilling, self._decoding):
             if sequence in group:

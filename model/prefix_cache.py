@@ -40,7 +40,7 @@ class PrefixHit:
 
     num_tokens: int
     snapshot: Snapshot
-    kv: tuple[Tensor, ...]  # pieces of (n_attn, 2, t, g, p) that cover num_tokens in order
+    kv: tuple[Tensor, ...]  # pieces of (n_attn, 2, t, g, p) that cover num_tokens in order, but for what is lent
     tier: str  # the slowest one that something had to come from
     origin: Origin
 
@@ -77,6 +77,7 @@ class PrefixCache:
         self._device = stores[0] if stores and isinstance(stores[0], DeviceStateStore) else None
         slower = self._stores[self._first :]
         self.on_moved: Callable[[str, str, float], None] = lambda what, tier, seconds: None
+        self.on_invalidated: Callable[[Collection[str]], None] = lambda tags: None
         on_saved = lambda tier, seconds: self.on_moved("save", tier, seconds)
         self._behind = WriteBehind(slower, self._layout, on_saved=on_saved) if slower else None
         self._stats = CacheStats()
@@ -112,17 +113,17 @@ class PrefixCache:
         epoch = self._epoch if epoch is None else epoch
         return plan_prefix(root_key(self._fingerprint, salt), token_ids, boundaries, self.settings, tags, epoch)
 
-    def longest_prefix(self, plan: PrefixPlan, counted: bool = True) -> PrefixHit | None:
+    def longest_prefix(self, plan: PrefixPlan, counted: bool = True, lent_tokens: int = 0) -> PrefixHit | None:
         """The deepest position of the plan with a snapshot and all KV before it, leaving a token to compute.
 
-        Loads what it returns. Values that cannot be used are dropped, counted, and the next position is tried. What
-        is not `counted` is no question: neither a lookup nor a use of what it finds.
+        Loads what it returns, less the KV of `lent_tokens`. Values that cannot be used are dropped, counted, and the
+        next position is tried. What is not `counted` is no question: neither a lookup nor a use of what it finds.
         """
         where = locate(self._stores, plan.keys_deepest_first(plan.num_tokens - 1), peek=not counted)
         loaded: dict[str, StateTensors] = {}
-        hit = None
-        while hit is None and (position := _deepest(plan, where)):
-            hit = self._load(plan, position, where, loaded)
+        hit, lent_blocks = None, lent_tokens // plan.block_tokens
+        while hit is None and (position := _deepest(plan, where, lent_blocks)) and position >= lent_tokens:
+            hit = self._load(plan, position, where, loaded, lent_blocks)
         if not counted:
             return hit
         with self._lock:
@@ -134,10 +135,8 @@ class PrefixCache:
         return hit
 
     def kept_tokens(self, plan: PrefixPlan, nearest: bool = False) -> int:
-        """How deep `longest_prefix` would start, without loading anything or counting it as a use.
-
-        `nearest`: from the fastest store alone, and without asking a server.
-        """
+        """How deep `longest_prefix` would start, without loading anything or counting it as a use; `nearest`: from the
+        fastest store alone, and without asking a server."""
         stores = [store for store in self._stores[:1] if store.keeps_tensors] if nearest else self._stores
         return _deepest(plan, locate(stores, plan.keys_deepest_first(plan.num_tokens - 1), peek=True))
 
@@ -188,6 +187,12 @@ class PrefixCache:
             self._behind.forget(tags)
         for store in self._stores:
             store.delete(tags=tags)
+        self.on_invalidated(tags)
+
+    def is_current(self, plan: PrefixPlan, tags: Iterable[str]) -> bool:
+        """Whether none of these documents was invalidated since the plan was made."""
+        with self._lock:
+            return all(self._invalidated.get(tag, self._forgotten_epoch) <= plan.epoch for tag in tags)
 
     def prepare(self, layout: StateLayout) -> Iterator[None]:
         """Lock main memory for states of this layout, a little between two yields."""
@@ -228,9 +233,8 @@ class PrefixCache:
 
     def _put(self, plan: PrefixPlan, items: Sequence[StateItem], *puts: Callable[[Sequence[StateItem]], None]) -> bool:
         """Put the items unless one of their documents was invalidated since the plan was made."""
-        tags = frozenset().union(*(item.tags for item in items))
         with self._lock:  # an invalidation waits, and then deletes what was put
-            if any(self._invalidated.get(tag, self._forgotten_epoch) > plan.epoch for tag in tags):
+            if not self.is_current(plan, frozenset().union(*(item.tags for item in items))):
                 self._stats.refused += 1
                 return False
             for put in puts:
@@ -244,11 +248,11 @@ class PrefixCache:
         self.on_moved("save", self._device.tier, time.perf_counter() - started)
 
     def _load(
-        self, plan: PrefixPlan, position: int, where: dict[str, int], loaded: dict[str, StateTensors]
+        self, plan: PrefixPlan, position: int, where: dict[str, int], loaded: dict[str, StateTensors], lent_blocks: int
     ) -> PrefixHit | None:
         """Fetch and check one position; None if that failed, and then what is missing has left `where`."""
         snapshot_key = plan.snapshot_keys[position]
-        block_keys = plan.block_keys[: position // plan.block_tokens]
+        block_keys = plan.block_keys[lent_blocks : position // plan.block_tokens]
         self._fetch([snapshot_key], 4 if self.settings.int8_snapshots else 3, where, loaded)
         if snapshot_key in loaded:
             block_bytes = plan.block_tokens * _token_bytes(loaded[snapshot_key].tensors[-1])
@@ -329,7 +333,7 @@ class PrefixCache:
     def _promote(self, plan: PrefixPlan, position: int, where: dict[str, int], loaded: dict[str, StateTensors]) -> None:
         """Copy what came from slower stores to the device, and behind the answer to the stores between."""
         size = plan.block_tokens
-        ends = [(key, (i + 1) * size) for i, key in enumerate(plan.block_keys[: position // size])]
+        ends = [(key, (i + 1) * size) for i, key in enumerate(plan.block_keys[: position // size]) if key in loaded]
         ends.append((plan.snapshot_keys[position], position))
         if self._device is not None:
             self._bring_to_device(plan, self._device, ends, where, loaded)
@@ -386,9 +390,10 @@ def _origin(plan: PrefixPlan, position: int) -> Origin:
     return Origin(plan.block_keys[: position // plan.block_tokens], plan.block_tokens)
 
 
-def _deepest(plan: PrefixPlan, where: Mapping[str, int]) -> int:
+def _deepest(plan: PrefixPlan, where: Mapping[str, int], lent_blocks: int = 0) -> int:
     """The last position with a snapshot and all KV that still leaves a token to compute; 0 if there is none."""
-    blocks = next((i for i, key in enumerate(plan.block_keys) if key not in where), len(plan.block_keys))
+    keys = plan.block_keys
+    blocks = next((i for i in range(lent_blocks, len(keys)) if keys[i] not in where), len(keys))
     for position, key in reversed(plan.snapshot_keys.items()):
         if key in where and position // plan.block_tokens <= blocks and position < plan.num_tokens:
             return position

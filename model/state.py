@@ -6,8 +6,9 @@ Not here: who keeps which state for how long (prefix_cache.py), or how a call fi
 from __future__ import annotations
 
 import hashlib
+import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from functools import cache
 from typing import NamedTuple, Self
@@ -82,6 +83,10 @@ class Origin(NamedTuple):
         places = range(min(len(self.keys), len(other.keys)))
         return bisect_left(places, True, key=lambda i: self.keys[i] != other.keys[i]) * self.block_tokens
 
+    def first(self, num_tokens: int) -> Origin:
+        """Of the whole blocks among the first tokens."""
+        return self._replace(keys=self.keys[: num_tokens // self.block_tokens])
+
 
 class LentKv(NamedTuple):
     """KV of a sequence's first tokens in another state's memory, where it has the same bits. Read, never written."""
@@ -145,8 +150,7 @@ class HybridState:
     @num_tokens.setter
     def num_tokens(self, num_tokens: int) -> None:
         if num_tokens < self._num_tokens:  # other tokens may follow
-            keys, size = self.origin
-            self.origin = Origin(keys[: num_tokens // size], size)
+            self.origin = self.origin.first(num_tokens)
         self._num_tokens = num_tokens
 
     @property
@@ -173,13 +177,11 @@ class HybridState:
         """Where the KV lies whose first tokens are lent, and its rows; zeros if nothing is."""
         return (0, 0) if self.lent is None else (self.lent.kv.data_ptr(), self.lent.kv.shape[2])
 
-    def lend(self, num_tokens: int) -> LentKv | None:
-        """What of its first tokens' KV another state could read here instead of holding it; None: too little."""
-        kv = self._kv
+    def lend(self, num_tokens: int, unit: int = 1) -> LentKv | None:
+        """What of its first tokens' KV another state could read here instead of holding it, see `lend`."""
         if self.lent is not None:
-            kv, num_tokens = self.lent.kv, min(num_tokens, self.lent_tokens)
-        lent = LentKv(kv, num_tokens // LENT_UNIT * LENT_UNIT)
-        return lent if lent.num_tokens >= _MIN_LENT_TOKENS else None
+            return lend(self.lent.kv, min(num_tokens, self.lent_tokens), unit)
+        return lend(self._kv, min(num_tokens, self.num_tokens), unit)
 
     def reserve(self, num_tokens: int) -> None:
         """Make room for the KV of `num_tokens` tokens in all. Appending one by one is cheap: the room doubles, a large
@@ -214,7 +216,7 @@ class HybridState:
 
     def copy_to(self, empty: HybridState) -> None:
         """Let an empty state go on from here; what it is lent is not copied."""
-        empty.restore(self.snapshot(), self._pieces(0, self.num_tokens))
+        empty.restore(self.snapshot(), self._pieces(empty.lent_tokens, self.num_tokens))
 
     def _pieces(self, start: int, end: int) -> list[Tensor]:
         """Views of the KV of tokens start..end: what is lent, and its own."""
@@ -231,25 +233,22 @@ class HybridState:
         return Snapshot(self.num_tokens, self.conv.clone(), self.ssm.clone())
 
     def restore(self, snapshot: Snapshot, kv: Sequence[Tensor]) -> None:
-        """Fill this empty state. The pieces of `kv`, in order, are the KV of exactly the snapshot's tokens.
+        """Fill this empty state. The pieces of `kv`, in order, are the KV of the snapshot's tokens that are not lent.
 
-        What is lent is not copied. Raises ValueError, and stays empty, when the state is not empty, when it is lent
-        more than that or when anything does not fit its layout.
+        Raises ValueError, and stays empty, when the state is not empty or anything does not fit its layout.
         """
         if self.num_tokens:
             raise ValueError(f"restore needs an empty state, this one has seen {self.num_tokens} tokens")
-        covered = sum(piece.shape[2] for piece in kv)
+        covered = self.lent_tokens + sum(piece.shape[2] for piece in kv)
         if covered != snapshot.num_tokens:
             raise ValueError(f"KV of {covered} tokens does not cover the snapshot's {snapshot.num_tokens}")
-        if covered < self.lent_tokens:
-            raise ValueError(f"a state that is lent the KV of {self.lent_tokens} tokens cannot begin with {covered}")
         layout = self.layout
         _check_fit("conv", snapshot.conv, layout.conv_shape, layout.conv_dtype)
         _check_fit("ssm", snapshot.ssm, layout.ssm_shape, torch.float32 if snapshot.scale is None else torch.int8)
         for piece in kv:
             _check_fit("KV", piece, layout.kv_shape(piece.shape[2]), layout.kv_dtype)
         self.reserve(covered)
-        self._fill_kv(list(_behind(kv, self.lent_tokens)), covered - self.lent_tokens)
+        self._fill_kv([piece for piece in kv if piece.shape[2]], covered - self.lent_tokens)
         self.conv.copy_(snapshot.conv)
         if snapshot.scale is None:
             self.ssm.copy_(snapshot.ssm)
@@ -272,12 +271,11 @@ class HybridState:
             return torch.empty(self.layout.kv_shape(capacity), dtype=self.layout.kv_dtype, device=self.conv.device)
 
 
-def _behind(pieces: Sequence[Tensor], start: int) -> Iterator[Tensor]:
-    """What of the pieces (n_attn, 2, t, g, p) lies behind their first `start` tokens."""
-    for piece in pieces:
-        skipped, start = min(start, piece.shape[2]), max(0, start - piece.shape[2])
-        if skipped < piece.shape[2]:
-            yield piece[:, :, skipped:]
+def lend(kv: Tensor, num_tokens: int, unit: int = 1) -> LentKv | None:
+    """The first tokens of KV, at most so many, in whole `unit`s; None: too few to be worth it."""
+    unit = math.lcm(unit, LENT_UNIT)
+    lent = LentKv(kv, num_tokens // unit * unit)
+    return lent if lent.num_tokens >= _MIN_LENT_TOKENS else None
 
 
 def _check_fit(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

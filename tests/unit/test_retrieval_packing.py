@@ -249,7 +249,9 @@ def test_beginning_alike_loses_no_hit_and_is_never_more_to_read(tmp_path_factory
             assert plain.tokens <= budget and ours.tokens <= max(budget, 100) and ours.relevance == plain.relevance
             places = {id(evidence): list(map(Place.of, evidence.passages)) for evidence in (plain, ours)}
             for hit in hits:
-                held = [any(place.holds(Place.of_hit(hit)) for place in places[id(evidence)]) for evidence in (plain, ours)]
+                held = [
+                    any(place.holds(Place.of_hit(hit)) for place in places[id(evidence)]) for evidence in (plain, ours)
+                ]
                 assert held[1] >= held[0]
             assert new_tokens(ours, read) <= new_tokens(plain, read)
             for one, other in itertools.combinations(ours.passages, 2):

@@ -242,16 +242,49 @@ def test_who_finds_its_prefix_given_up_goes_without_a_loan(lending, monkeypatch)
     _, answers = start(lending, ask(0, new=40))
     find, lost = lending.prefix_cache.longest_prefix, []
 
-    def lose_once(plan: object, counted: bool) -> object:
-        return find(plan, counted) if lost else lost.append(plan)
+    def lose_once(plan: object, counted: bool, lent_tokens: int) -> object:
+        return find(plan, counted, lent_tokens) if lost else lost.append(lent_tokens)
 
     monkeypatch.setattr(lending.prefix_cache, "longest_prefix", lose_once)
     second = lending.add(ask(1))
     answers[second] = Answer()
     while lending.has_work():
         step(lending, answers)
-    assert lost and answers[second].token_ids == expected.token_ids
+    assert lost == [128] and answers[second].token_ids == expected.token_ids
     assert answers[second].end.cached_tokens == 160
+
+
+def test_what_an_ended_sequence_read_is_there_for_the_next_one(lending) -> None:
+    """Until its documents go, or somebody needs the memory."""
+    tagged = {"tags": frozenset({"document"})}
+    (expected,) = run_all(lending, [ask(0, **tagged)])
+    held = dict(lending._lenders.memory)
+    assert len(held) == 1 and lending._lenders.memory.keys() == held.keys()
+    (again,) = run_all(lending, [ask(0, **tagged)])
+    assert_same_bits(again, expected)
+    assert dict(lending._lenders.memory) == held  # read where it is, by both
+    lending.prefix_cache.invalidate(["another"])
+    assert lending._lenders.memory
+    lending.prefix_cache.invalidate(["document"])
+    assert not lending._lenders.memory
+    request_id, answers = start(lending, ask(0, epoch=lending.prefix_cache.epoch, **tagged))
+    lending.prefix_cache.invalidate(["document"])  # under way: kept by nobody when it ends
+    while lending.has_work():
+        step(lending, answers)
+    assert answers[request_id].token_ids == expected.token_ids and not lending._lenders.memory
+
+
+def test_memory_of_ended_sequences_gives_way(lending, monkeypatch) -> None:
+    (expected,) = run_all(lending, [ask(0)])
+    run_all(lending, [ask(0, prompt(96, 7))])
+    assert len(lending._lenders.memory) == 2
+    state = lending._model.new_state()
+    state.reserve(300)
+    monkeypatch.setattr(lending, "_budget", StateBudget(lending._model.state_layout, state.nbytes))
+    (again,) = run_all(lending, [ask(0)])
+    assert again.token_ids == expected.token_ids
+    (new,) = run_all(lending, [ask(0, prompt(250, 9))])
+    assert len(new.token_ids) == 12 and len(lending._lenders.memory) == 1
 
 
 def test_a_tenant_is_lent_nothing_of_another(lending) -> None:
@@ -276,7 +309,7 @@ def test_a_copy_of_a_state_reads_what_its_source_has_seen(lending) -> None:
     assert copy.lent_tokens == again.lent_tokens == 128 and copy.lender_address() == again.lender_address()
     for start, end in ((0, 160), (100, 160), (0, 64), (130, 140), (128, 128)):
         assert torch.equal(again.read_kv(start, end), state.read_kv(start, end))
-    with pytest.raises(ValueError, match="lent the KV of 128 tokens cannot begin with 64"):
+    with pytest.raises(ValueError, match="KV of 192 tokens does not cover the snapshot's 64"):
         model.new_state(state.lend(160)).restore(replace(state.snapshot(), num_tokens=64), [state.read_kv(0, 64)])
     for _ in range(2):
         logits = [model.forward_packed(torch.tensor([7]), [1], [own]) for own in (state, copy, again)]

@@ -1,0 +1,83 @@
+"""Whose KV a sequence can read instead of holding it: of those under way, and of some that have ended.
+
+The memory of an ended one is kept as long as nobody else needs it, so that the next question about the same documents
+copies nothing. Knows not who needs memory (engine.py), nor what is kept in earnest (prefix_cache.py).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from model.prefix_plan import PrefixPlan
+from model.state import HybridState, LentKv, Origin, lend
+
+_LIMIT = 4  # prefixes of ended sequences
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    kv: Tensor  # (n_attn, 2, capacity, g, p)
+    origin: Origin  # of its first tokens
+    tags: frozenset[str]  # documents that it has seen
+
+
+class Lenders:
+    """Those that have ended. `forget` may be called from any thread, the rest by the engine's alone."""
+
+    def __init__(self) -> None:
+        self._ended: OrderedDict[int, _Ended] = OrderedDict()  # by address, the least recently used first
+        self._lock = threading.Lock()
+
+    @property
+    def memory(self) -> Mapping[int, int]:
+        """As HybridState's."""
+        with self._lock:
+            return {address: one.kv.nbytes for address, one in self._ended.items()}
+
+    def find(self, wanted: Origin, most_tokens: int, unit: int, states: Sequence[HybridState]) -> LentKv | None:
+        """The most that anyone has of the first `most_tokens` of a state that will have these blocks, in `unit`s."""
+        with self._lock:
+            ended = list(self._ended.values())
+        offers = [state.lend(min(state.origin.common_tokens(wanted), most_tokens), unit) for state in states]
+        offers += [lend(one.kv, min(one.origin.common_tokens(wanted), most_tokens), unit) for one in ended]
+        best = max(filter(None, offers), key=lambda lent: lent.num_tokens, default=None)
+        if best is not None:
+            with self._lock:
+                if best.kv.data_ptr() in self._ended:
+                    self._ended.move_to_end(best.kv.data_ptr())
+        return best
+
+    def keep(
+        self, state: HybridState, plan: PrefixPlan, is_current: Callable[[PrefixPlan, Collection[str]], bool]
+    ) -> None:
+        """An ended sequence's memory, or what it was lent, if others could read it and its documents are still there:
+        `is_current` as PrefixCache has it."""
+        own = state.lend(state.num_tokens, 1)
+        if own is None or not state.origin.keys:
+            return
+        with self._lock:
+            known = self._ended.pop(own.kv.data_ptr(), None)
+            if known is None or len(state.origin.keys) > len(known.origin.keys):
+                known = _Ended(own.kv, state.origin.first(own.num_tokens), frozenset(plan.tags))
+            self._ended[own.kv.data_ptr()] = known
+            while len(self._ended) > _LIMIT:
+                self._ended.popitem(last=False)
+        if not is_current(plan, plan.tags):  # asked last: who invalidates them later finds them here
+            self.forget(plan.tags)
+
+    def drop_oldest(self) -> bool:
+        """Give back the memory of one; False if there is none."""
+        with self._lock:
+            return bool(self._ended) and bool(self._ended.popitem(last=False))
+
+    def forget(self, tags: Collection[str] | None = None) -> None:
+        """Give back the memory of those that have seen one of these documents; None: of all."""
+        with self._lock:
+            for address, one in list(self._ended.items()):
+                if tags is None or not one.tags.isdisjoint(tags):
+                    del self._ended[address]
