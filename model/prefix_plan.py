@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+_OF_THE_WAY = 16
 _FULL_HASH_BYTES = 1 << 28
 _SAMPLE_BYTES = 1 << 16
 _SAMPLE_EVERY_BYTES = 1 << 24
@@ -27,7 +28,7 @@ _SAMPLE_EVERY_BYTES = 1 << 24
 @dataclass(frozen=True, slots=True)
 class PlanSettings:
     """`min_snapshot_distance`: boundaries nearer than this to the last chosen one get neither cut nor snapshot, the
-    last boundary excepted. `sparse_snapshot_tokens`: distance of snapshots in long stretches without a boundary, to
+    last boundary excepted; far into a prompt, those nearer than a sixteenth of the way to it. `sparse_snapshot_tokens`: distance of snapshots in long stretches without a boundary, to
     resume after a restart; 0 means none. All in tokens; segments and sparse snapshots lie on one grid.
     `int8_snapshots`: snapshots are rounded, and whatever is computed behind them goes on from the rounded state.
 
@@ -100,14 +101,15 @@ def plan_prefix(
 def choose_snapshots(num_tokens: int, boundaries: Iterable[int], settings: PlanSettings) -> list[int]:
     """Positions worth a snapshot: spaced boundaries, the last boundary always, and a sparse grid between them.
 
-    A choice depends only on what lies before it (the last boundary excepted), so prompts that begin alike agree.
+    A choice depends only on what lies before it (the last boundary excepted), so prompts that begin alike agree. Who
+    starts from a snapshot computes what follows it again, which is little beside what it stands for.
     """
     ends = {position for position in boundaries if 0 < position <= num_tokens}
     sparse = settings.sparse_snapshot_tokens
     grid = range(sparse, num_tokens, sparse) if sparse else range(0)
     chosen, last = [], 0
     for position in sorted({*ends, *grid}):
-        distance = settings.min_snapshot_distance if position in ends else sparse
+        distance = max(settings.min_snapshot_distance, last // _OF_THE_WAY) if position in ends else sparse
         if position - last >= distance:
             chosen.append(position)
             last = position
