@@ -83,7 +83,8 @@ class CacheSettings(Group):
     block_tokens: int = setting(256, "Length of a stored run of KV.", "tokens", ge=1)
     snapshot_tokens: int | None = setting(
         None,
-        "Ends of documents nearer than this share a snapshot of the state; unset: 512 on a CPU, 2048 on a GPU.",
+        "Ends of documents nearer than this, or behind 32K tokens than a sixteenth of the way to them, share a "
+        "snapshot of the state; unset: 512 on a CPU, 2048 on a GPU.",
         "tokens",
         ge=0,
     )

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-_OF_THE_WAY = 16
+_FAR_TOKENS = 32_768
 _FULL_HASH_BYTES = 1 << 28
 _SAMPLE_BYTES = 1 << 16
 _SAMPLE_EVERY_BYTES = 1 << 24
@@ -27,10 +27,11 @@ _SAMPLE_EVERY_BYTES = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class PlanSettings:
-    """`min_snapshot_distance`: boundaries nearer than this to the last chosen one get neither cut nor snapshot, the
-    last boundary excepted; far into a prompt, those nearer than a sixteenth of the way to it. `sparse_snapshot_tokens`: distance of snapshots in long stretches without a boundary, to
-    resume after a restart; 0 means none. All in tokens; segments and sparse snapshots lie on one grid.
-    `int8_snapshots`: snapshots are rounded, and whatever is computed behind them goes on from the rounded state.
+    """`min_snapshot_distance`: boundaries nearer than this to the last chosen one get neither cut nor snapshot, nor
+    those behind 32K tokens that are nearer than a sixteenth of the way to it, the last boundary excepted.
+    `sparse_snapshot_tokens`: distance of snapshots in long stretches without a boundary, to resume after a restart; 0
+    means none. All in tokens; segments and sparse snapshots lie on one grid. `int8_snapshots`: snapshots are rounded,
+    and whatever is computed behind them goes on from the rounded state.
 
     Raises ValueError when the grids do not fit each other.
     """
@@ -109,7 +110,8 @@ def choose_snapshots(num_tokens: int, boundaries: Iterable[int], settings: PlanS
     grid = range(sparse, num_tokens, sparse) if sparse else range(0)
     chosen, last = [], 0
     for position in sorted({*ends, *grid}):
-        distance = max(settings.min_snapshot_distance, last // _OF_THE_WAY) if position in ends else sparse
+        near = max(settings.min_snapshot_distance, last // 16 if last >= _FAR_TOKENS else 0)
+        distance = near if position in ends else sparse
         if position - last >= distance:
             chosen.append(position)
             last = position

@@ -1,6 +1,7 @@
 import hashlib
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -155,3 +156,11 @@ def test_fingerprint_follows_weights_quantization_and_layout(tmp_path):
     seen.append(state_fingerprint(tmp_path, None, b"layout"))
     assert len(set(seen)) == len(seen)
     assert state_fingerprint(tmp_path, None, b"layout") == seen[-1]
+
+
+def test_far_into_a_prompt_snapshots_stand_a_sixteenth_of_the_way_apart():
+    ends, settings = range(1000, 260_001, 1000), PlanSettings(min_snapshot_distance=2000, sparse_snapshot_tokens=0)
+    chosen = choose_snapshots(260_000, ends, settings)
+    assert chosen[:16] == list(range(2000, 32_001, 2000)) and chosen[-1] == 260_000
+    for last, position in pairwise(chosen[16:-1]):
+        assert last / 16 <= position - last <= last / 16 + 1000
