@@ -16,7 +16,7 @@ from model.state import HybridState, StateLayout
 
 _SLACK = 1.25  # a prefill whose tokens prefer one expert needs more than the one that was measured
 _LONGEST_TOKENS = 1 << 26
-_SPARE_BYTES = 512 << 20  # beside that, for what the allocator cannot use and for graphs of decode steps
+_SPARE_BYTES = 1 << 30  # beside that, for what the allocator cannot use and for graphs of decode steps
 
 
 class StateBudget:
@@ -66,6 +66,9 @@ def measure_state_bytes(model: Jamba, segment_tokens: int) -> int | None:
     del state, tokens
     for t in (1, 8, 16, 32, 64):  # a decode step, and short pieces in all shapes that linear.cu has
         model.forward_packed(torch.zeros(t, dtype=torch.int64), [t], [model.new_state()])
+    if (padded := model.padded_layers(model.padded_tokens)) is not None:
+        for _ in range(2):  # the second time as graphs, whose memory is that of shorter ones too
+            padded.run(torch.zeros(model.padded_tokens, dtype=torch.int64, device=device), model.new_state())
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     return max(0, free - int(_SLACK * workspace) - _SPARE_BYTES)

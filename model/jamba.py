@@ -267,7 +267,7 @@ class Jamba(nn.Module):
         steps: list[Callable[[], None]] = [partial(read_on, t) for t in _PIECES]
         steps += [partial(decode, b, False) for b in batches]
         steps += [partial(read, t) for t in range(self.graphed_tokens, 1, -1)]
-        steps += [partial(pad, t) for t in range(gpu_layers.ROWS, self.padded_tokens + 1, gpu_layers.ROWS)]
+        steps += [partial(pad, t) for t in range(self.padded_tokens, self.graphed_tokens, -gpu_layers.ROWS)]
         steps += [partial(decode, b, True) for b in batches]
         for step in steps:
             for _ in range(2):  # the first of its shape compiles what the second captures
