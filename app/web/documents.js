@@ -48,10 +48,10 @@ export class DocumentsPanel {
     return this.entries.some((entry) => !entry.failure && (entry.active || !entry.document));
   }
 
-  /** Runs an action and shows what went wrong instead of losing it. */
-  async guard(action) {
+  /** Runs an action and shows what went wrong instead of losing it. What nobody asked for leaves an older error there. */
+  async guard(action, isAsked = true) {
     const error = byId("documents-error");
-    error.hidden = true;
+    if (isAsked) error.hidden = true;
     try {
       await action();
     } catch (problem) {
@@ -74,7 +74,7 @@ export class DocumentsPanel {
       await this.loadCollections();
       await this.load();
       if (this.collection !== before) throw new Error(`The collection ${before} is gone.`);
-    });
+    }, false);
     this.catchingUp = false;
   }
 
@@ -122,7 +122,7 @@ export class DocumentsPanel {
     await this.guard(async () => {
       this.collections = await api.listCollections();
       this.showFacts();
-    });
+    }, false);
   }
 
   async load() {
@@ -215,7 +215,7 @@ export class DocumentsPanel {
       await new Promise((resolve) => setTimeout(resolve, POLL_MS));
     }
     this.polling = false;
-    if (!byId("workspace").hidden) await this.guard(() => this.loadCollections());
+    if (!byId("workspace").hidden) await this.guard(() => this.loadCollections(), false);
   }
 
   async refresh(entry) {
@@ -325,19 +325,31 @@ export class DocumentsPanel {
     onFiles("drop", async ({ dataTransfer }) => {
       highlight(false);
       const roots = [...dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
-      await this.guard(async () => this.add((await Promise.all(roots.map(readEntry))).flat()));
+      await this.guard(async () => {
+        const unread = [];
+        this.add((await Promise.all(roots.map((root) => readEntry(root, unread)))).flat());
+        if (!unread.length) return;
+        const more = unread.length > 3 ? ` and ${formatNumber(unread.length - 3)} more` : "";
+        throw new Error(`${unread.slice(0, 3).join(", ")}${more} could not be read; the other files are added.`);
+      });
     });
   }
 }
 
-/** The files under one dropped file or folder. A folder's reader gives at most 100 at a time. */
-async function readEntry(entry) {
-  if (entry.isFile) return [await new Promise((resolve, reject) => entry.file(resolve, reject))];
-  const reader = entry.createReader();
+/** The files under one dropped file or folder; paths of what the browser cannot read are added to `unread`. A folder's
+    reader gives at most 100 at a time. */
+async function readEntry(entry, unread) {
+  const reader = entry.isDirectory && entry.createReader();
   const files = [];
-  for (;;) {
-    const children = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
-    if (!children.length) return files;
-    files.push(...(await Promise.all(children.map(readEntry))).flat());
+  try {
+    if (!reader) return [await new Promise((resolve, reject) => entry.file(resolve, reject))];
+    for (;;) {
+      const children = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
+      if (!children.length) return files;
+      files.push(...(await Promise.all(children.map((child) => readEntry(child, unread)))).flat());
+    }
+  } catch {
+    unread.push(entry.fullPath.slice(1));
+    return files;
   }
 }

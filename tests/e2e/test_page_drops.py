@@ -52,6 +52,27 @@ def test_a_folder_of_more_files_than_the_browser_names_at_once_comes_whole(page,
         )
 
 
+# what a browser gives for a folder of two files, of which one is gone when it is read
+HALF_READABLE = """
+DataTransferItem.prototype.webkitGetAsEntry = () => {
+  const log = new File(["The weather was fair."], "log.txt");
+  const children = [
+    { isDirectory: false, fullPath: "/island/lost.txt", file: (give, fail) => fail(new DOMException("gone")) },
+    { isDirectory: false, fullPath: "/island/log.txt", file: (give) => give(log) },
+  ];
+  const createReader = () => ({ readEntries: (give) => give(children.splice(0)) });
+  return { isDirectory: true, fullPath: "/island", createReader };
+};
+"""
+
+
+def test_a_file_that_cannot_be_read_does_not_keep_the_others_out(page, tmp_path):
+    page.driver.execute_script(HALF_READABLE)
+    drag(page, "dragEnter dragOver drop", tmp_path)
+    page.wait(lambda: page.status("log.txt") == "ready")
+    assert "island/lost.txt could not be read; the other files are added." in page.find("#documents-error").text
+
+
 def test_dragged_text_is_no_file(page):
     text = {"items": [{"mimeType": "text/plain", "data": "words"}], "files": [], "dragOperationsMask": 1}
     for kind in ("dragEnter", "dragOver", "drop"):
