@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from model import gpu_segment
-from model.admission import StateBudget
 from model.branches import score_branches
 from model.drafting import PromptLookup, draft_all, score_pieces
 from model.engine_request import (
@@ -34,9 +33,9 @@ from model.engine_times import EngineTimes
 from model.generation import FinishReason, Generated, Generation, Likeliest, score
 from model.jamba import Jamba
 from model.layered_prefill import LayeredPrefill
-from model.lending import Lenders
 from model.prefix_cache import PrefixCache, PrefixHit
-from model.state import HybridState, LentKv, Origin
+from model.prefix_plan import PrefixPlan
+from model.state_room import StateRoom
 from model.tokenizer import Tokenizer
 
 _LOAD_WAIT_S = 0.05  # how long a step without anything else to do waits for a state to load
@@ -50,9 +49,9 @@ class JambaEngine:
 
     A prefill segment is always computed alone, so that its bits depend on nothing but its prompt. `max_batch` bounds
     the requests under way, `max_waiting` those before them, `max_context_tokens` prompt and answer of one,
-    `state_max_bytes` (None: nothing) the memory of all states under way: it is taken when a request starts, for all of
-    its prompt and answer, and who does not find it waits for others to end. `draft_tokens`: at most so many of an
-    answer's tokens are guessed and checked in one step, where the model can; the answer is the same.
+    `state_max_bytes` (None: nothing) the memory of all states (state_room.py): it is taken when a request starts, for
+    all of its prompt and answer, and who does not find it waits for others to end. `draft_tokens`: at most so many of
+    an answer's tokens are guessed and checked in one step, where the model can; the answer is the same.
     """
 
     def __init__(
@@ -71,8 +70,8 @@ class JambaEngine:
         self._draft_tokens, self.times = draft_tokens, EngineTimes()
         self.prefix_cache = prefix_cache or PrefixCache(())
         self._max_batch, self._max_waiting = max_batch, max_waiting
-        self._budget = StateBudget(model.state_layout, state_max_bytes)
-        fitting = self._budget.max_tokens
+        self._room = StateRoom(model, self.prefix_cache, state_max_bytes, max_batch)
+        fitting = self._room.max_tokens
         self.max_context_tokens = max_context_tokens if fitting is None else min(fitting, max_context_tokens)
         self._device = model.embed_tokens.weight.device
         self._ids = map("seq-{}".format, itertools.count(1))
@@ -84,8 +83,6 @@ class JambaEngine:
         self._decoding: list[RunningSequence] = []
         self._decode_s, self._piece_s = 0.0, dict[str, float]()  # of the last batch, and of LayeredPrefill
         self._preparing = itertools.chain(model.prepare(max_batch), self.prefix_cache.prepare(model.state_layout))
-        self._lends, self._lenders = model.can_borrow, Lenders()
-        self.prefix_cache.on_invalidated = self._lenders.forget
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefix-load")
 
     def add(self, request: EngineRequest) -> str:
@@ -142,7 +139,7 @@ class JambaEngine:
         """Forget all requests and end the loading thread. The cache stays open."""
         for group in (self._sequences, self._waiting, self._loading, self._prefilling, self._decoding):
             group.clear()
-        self._lenders.forget()
+        self._room.close()
         self._loader.shutdown(cancel_futures=True)
 
     def _end_aborted(self) -> list[StepOutput]:
@@ -162,38 +159,18 @@ class JambaEngine:
                 sequence.tell(coming_tokens)
                 continue
             try:
-                sequence.state = self._new_state(sequence, [other.state for other in under_way])
+                plan, others = sequence.plan, [other.state for other in under_way]
+                sequence.state = self._room.new_state(plan, sequence.max_tokens, others, sequence.may_borrow)
             except Exception as error:
                 outputs.append(self._fail(sequence, error))
                 continue
             if sequence.state is None:  # nobody overtakes it, or it might wait for ever
                 break
             self._waiting.remove(sequence)
-            self._loading[sequence] = self._loader.submit(self._find_prefix, sequence)
+            self._loading[sequence] = self._loader.submit(
+                self._find_prefix, sequence.plan, sequence.counted, sequence.state.lent_tokens
+            )
         return outputs
-
-    def _new_state(self, sequence: RunningSequence, others: list[HybridState]) -> HybridState | None:
-        """With room for prompt and answer; None if there is no memory for that beside the `others`."""
-        while True:
-            lent = self._find_lent(sequence, others)
-            own_tokens = sequence.max_tokens - (0 if lent is None else lent.num_tokens)
-            if self._budget.has_room(own_tokens, [*others, self._lenders]):
-                try:
-                    state = self._model.new_state(lent)
-                    state.reserve(sequence.max_tokens)
-                    return state
-                except torch.OutOfMemoryError:
-                    if not others and not self._lenders.memory:
-                        raise
-            if not (self._budget.has_room(own_tokens, others) and self._lenders.drop_oldest()):
-                return None
-
-    def _find_lent(self, sequence: RunningSequence, others: list[HybridState]) -> LentKv | None:
-        """KV of the state that is about to be loaded, where somebody has it already."""
-        if not (self._lends and sequence.may_borrow):
-            return None
-        plan, kept = sequence.plan, self.prefix_cache.kept_tokens(sequence.plan, nearest=True)
-        return self._lenders.find(Origin(plan.block_keys, plan.block_tokens), kept, plan.block_tokens, others)
 
     def _coming_prefix(self, sequence: RunningSequence) -> int | None:
         """How far another request has read that will pass a snapshot this one could start from; None: none will."""
@@ -208,11 +185,11 @@ class JambaEngine:
                 return other.position
         return None
 
-    def _find_prefix(self, sequence: RunningSequence) -> tuple[PrefixHit | None, float]:
+    def _find_prefix(self, plan: PrefixPlan, counted: bool, lent_tokens: int) -> tuple[PrefixHit | None, float]:
         """Runs on the loading thread, so that a slow store delays only its own request. (hit, milliseconds)"""
         start = time.perf_counter()
         try:
-            hit = self.prefix_cache.longest_prefix(sequence.plan, sequence.request.counted, sequence.state.lent_tokens)
+            hit = self.prefix_cache.longest_prefix(plan, counted, lent_tokens)
         except Exception:
             _log.exception("looking for a cached prefix failed; computing it")
             hit = None
@@ -228,7 +205,7 @@ class JambaEngine:
                 self._restore(sequence, hit)
             if sequence.position < sequence.state.lent_tokens:  # what it was to begin with was given up meanwhile
                 sequence.state, sequence.may_borrow = None, False
-                self._waiting.appendleft(sequence)
+                bisect.insort_left(self._waiting, sequence, key=lambda one: one.request.turn)
                 continue
             sequence.timings = RequestTimings(state_load_ms=load_ms + _ms_since(start))
             self._prefilling.append(sequence)
@@ -368,6 +345,8 @@ class JambaEngine:
         if isinstance(error, torch.AcceleratorError):
             raise error
         _log.error("request %s failed", sequence.request_id, exc_info=error)
+        if isinstance(error, torch.OutOfMemoryError):
+            self._room.give_back()
         return self._end(sequence, "error", f"{type(error).__name__}: {error}")
 
     def _end(self, sequence: RunningSequence, reason: FinishReason, error: str | None = None) -> StepOutput:
@@ -384,9 +363,10 @@ class JambaEngine:
 
     def _forget(self, sequence: RunningSequence) -> None:
         del self._sequences[sequence.request_id]
-        if self._lends and sequence.state is not None:
-            self._lenders.keep(sequence.state, sequence.plan, self.prefix_cache.is_current)
-        self._loading.pop(sequence, None)
+        if sequence.state is not None:
+            self._room.leave(sequence.state, sequence.plan)
+        if (loading := self._loading.pop(sequence, None)) is not None:
+            loading.cancel()
         for group in (self._waiting, self._prefilling, self._decoding):
             if sequence in group:
                 group.remove(sequence)

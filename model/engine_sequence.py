@@ -23,7 +23,7 @@ class RunningSequence:
     lookup: PromptLookup
     added_s: float
     state: HybridState | None = None  # with room for prompt and answer, from when it need not wait any more
-    may_borrow: bool = True  # KV that another request under way has
+    may_borrow: bool = True  # KV that another has
     kept_tokens: int = 0  # how many tokens' KV the cache has
     cached_tokens: int = 0
     tier: str = "none"
@@ -39,6 +39,11 @@ class RunningSequence:
     def max_tokens(self) -> int:
         """How long prompt and answer may become together."""
         return self.plan.num_tokens + self.request.sampling.max_new_tokens
+
+    @property
+    def counted(self) -> bool:
+        """Whether looking for its prefix is a use of what is found; once."""
+        return self.request.counted and self.may_borrow
 
     def tell(self, read_tokens: int) -> None:
         if self.request.on_read is not None:

@@ -14,21 +14,21 @@ class EngineTimes:
     what prefills came to, `drafts` what guesses did. To be written by the engine's thread alone, read by any."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock, self._part, self._since = clock, "idle", clock()
-        self._seconds: dict[str, float] = {}
+        self._clock = clock
+        self._now: tuple[dict[str, float], str, float] = {}, "idle", clock()  # whole parts, the present one, since when
         self.drafts = DraftCounts()
         self.decode_steps = self.decoded_tokens = self.prefill_tokens = 0
 
     def enter(self, part: str) -> None:
         """From now on it is in this part."""
+        seconds, before, since = self._now
         now = self._clock()
-        self._seconds[self._part] = self._seconds.get(self._part, 0.0) + now - self._since
-        self._part, self._since = part, now
+        self._now = {**seconds, before: seconds.get(before, 0.0) + now - since}, part, now
 
     @contextmanager
     def within(self, part: str) -> Iterator[None]:
         """In this part for the block, then in the one before it."""
-        before = self._part
+        before = self._now[1]
         self.enter(part)
         try:
             yield
@@ -38,10 +38,10 @@ class EngineTimes:
     @property
     def seconds(self) -> dict[str, float]:
         """The present part counts when it ends, but for idling."""
-        seconds, part, since = dict(self._seconds), self._part, self._since
+        seconds, part, since = self._now
         if part == "idle":
-            seconds[part] = seconds.get(part, 0.0) + self._clock() - since
-        return seconds
+            return {**seconds, part: seconds.get(part, 0.0) + self._clock() - since}
+        return dict(seconds)
 
     @property
     def done(self) -> dict[str, int]:

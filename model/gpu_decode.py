@@ -1,5 +1,5 @@
 """One decode step of a few sequences on the GPU: some eight kernels a layer, replayed as one CUDA graph a batch size,
-and another one for steps in which sequences share the read of a prefix (sharing.py).
+and others for steps in which sequences are lent KV (lending.py) or share the read of a prefix (sharing.py).
 
 Not a second network: jamba.py, mamba.py, attention.py and moe.py say what a layer is; this only hands their weights to
 the kernels. Models that are not int8 and shapes that the kernels are not made for run as modules. The residual stays
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -72,13 +72,16 @@ class GpuDecoder:
         self._graphs: dict[_Kind, torch.cuda.CUDAGraph] = {}
 
     @torch.no_grad()
-    def step(self, token_ids: Tensor, states: Sequence[HybridState], sharing: bool = False) -> Tensor:
+    def step(self, token_ids: Tensor, states: Sequence[HybridState], how: How = "plain") -> Tensor:
         """Advance each state by its token: token_ids (b,) on the CPU or the model's device -> logits (b, v) float32.
 
-        With `sharing` by the kernels of a step that shares a prefix even if no states do.
+        `how`: by kernels that can do more than these states need. Lent KV changes no bit; shared reads do.
         """
         shared = self._share(states)
-        kind = len(states), sharing or any(until for _, until in shared) or any(state.lent for state in states)
+        if how == "sharing" or any(until for _, until in shared):
+            kind: _Kind = len(states), "sharing"
+        else:
+            kind = len(states), "lent" if any(state.lent for state in states) else how
         self._upload(token_ids, states, shared)
         if self.device.type == "cuda" and kind in self._launched:
             if kind not in self._graphs:
@@ -127,9 +130,9 @@ class GpuDecoder:
 
     def _launch(self, kind: _Kind) -> None:
         """The kernels of one step, from what is staged to the logits."""
-        b, shares = kind
+        b, how = kind
         staged = self._staging[: _STAGED_ROWS * b].view(_STAGED_ROWS, b)
-        inputs, now = _Inputs(*staged, shares=shares), self._buffers.cut(b)
+        inputs, now = _Inputs(*staged, how=how), self._buffers.cut(b)
         now.residual.copy_(self._embedding(inputs.token_ids))
         pending: _Pending = (None, None)
         for layer in self._layers:
@@ -141,7 +144,8 @@ class GpuDecoder:
             now.logits.copy_(self._head(now.normed))
 
 
-_Kind = tuple[int, bool]  # sequences of a step, and whether some share a prefix
+How = Literal["plain", "lent", "sharing"]  # each can do what is before it, too
+_Kind = tuple[int, How]  # sequences of a step, and what its kernels can do
 _Pending = tuple[Tensor | None, Tensor | None]  # not yet added to the residual: (b, d), or (b, k, d) and weights (b, k)
 
 
@@ -160,7 +164,7 @@ class _Inputs:
     lenders: Tensor
     lender_capacities: Tensor
     num_lent: Tensor
-    shares: bool  # whether the last five say anything
+    how: How  # which of the last five say anything
 
     @property
     def caches(self) -> attention.Caches:
@@ -168,9 +172,11 @@ class _Inputs:
 
     @property
     def sharing(self) -> attention.Sharing | None:
-        if not self.shares:
-            return None
-        return attention.Sharing(self.owners, self.until, self.lenders, self.lender_capacities, self.num_lent)
+        return attention.Sharing(self.owners, self.until) if self.how == "sharing" else None
+
+    @property
+    def loans(self) -> attention.Loans | None:
+        return None if self.how == "plain" else attention.Loans(self.lenders, self.lender_capacities, self.num_lent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,8 +260,9 @@ def _mix(mixer: MambaMixer, inputs: _Inputs, now: _Buffers) -> None:
 def _attend(block: Attention, inputs: _Inputs, now: _Buffers) -> None:
     for projection, out in ((block.q_proj, now.q), (block.k_proj, now.k), (block.v_proj, now.v)):
         _project(projection, now.normed, out.flatten(1))
-    partials = attention.Partials.empty(now.q, now.k.shape[1], inputs.shares)
-    attention.attend(now.q, now.k, now.v, inputs.caches, block.index, partials, now.attended, inputs.sharing)
+    partials = attention.Partials.empty(now.q, now.k.shape[1], inputs.how == "sharing")
+    arguments = (now.q, now.k, now.v, inputs.caches, block.index, partials, now.attended)
+    attention.attend(*arguments, inputs.sharing, inputs.loans)
     _project(block.o_proj, now.attended.flatten(1), now.mixed)
 
 

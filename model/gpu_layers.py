@@ -66,7 +66,7 @@ class GpuLayers:
         rows = -(-t // ROWS) * ROWS
         self._conv.copy_(state.conv), self._ssm.copy_(state.ssm)
         self._x[:t].copy_(self._embedding(token_ids))
-        self._x[t:rows].zero_()
+        self._x[t:rows].zero_(), self._attended[t:rows].zero_()
         torch.ge(self._places, t, out=self._padding.rows)
         torch.add(self._places[: len(self._padding.last), 0], t - len(self._padding.last), out=self._padding.last)
         replayed = self._usable and rows in self._launched

@@ -2,7 +2,7 @@
 
 The modules' own kernels, captured once a length: launched one by one, some 800 of them take Python longer than they
 take the card. Attention is left out, for its keys differ with every call; all between two of them is a graph.
-Not here: a single token (gpu_decode.py), longer pieces (the modules). Start at `GpuSegments.run`.
+Not here: a single token (gpu_decode.py), longer pieces (gpu_layers.py, the modules). Start at `GpuSegments.run`.
 """
 
 from __future__ import annotations

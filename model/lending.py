@@ -11,19 +11,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from model.prefix_plan import PrefixPlan
-from model.state import HybridState, LentKv, Origin, lend
+from model.state import HybridState, LentKv, Origin, cut_loan
 
 _LIMIT = 4  # prefixes of ended sequences
 
 
 @dataclass(frozen=True, slots=True)
 class _Ended:
-    kv: Tensor  # (n_attn, 2, capacity, g, p)
-    origin: Origin  # of its first tokens
-    tags: frozenset[str]  # documents that it has seen
+    loan: LentKv
+    origin: Origin  # of its tokens
 
 
 class Lenders:
@@ -37,15 +34,15 @@ class Lenders:
     def memory(self) -> Mapping[int, int]:
         """As HybridState's."""
         with self._lock:
-            return {address: one.kv.nbytes for address, one in self._ended.items()}
+            return {address: one.loan.kv.nbytes for address, one in self._ended.items()}
 
     def find(self, wanted: Origin, most_tokens: int, unit: int, states: Sequence[HybridState]) -> LentKv | None:
         """The most that anyone has of the first `most_tokens` of a state that will have these blocks, in `unit`s."""
         with self._lock:
             ended = list(self._ended.values())
         offers = [state.lend(min(state.origin.common_tokens(wanted), most_tokens), unit) for state in states]
-        offers += [lend(one.kv, min(one.origin.common_tokens(wanted), most_tokens), unit) for one in ended]
-        best = max(filter(None, offers), key=lambda lent: lent.num_tokens, default=None)
+        offers += [cut_loan(one.loan, min(one.origin.common_tokens(wanted), most_tokens), unit) for one in ended]
+        best = max(filter(None, offers), key=lambda loan: loan.num_tokens, default=None)
         if best is not None:
             with self._lock:
                 if best.kv.data_ptr() in self._ended:
@@ -57,27 +54,34 @@ class Lenders:
     ) -> None:
         """An ended sequence's memory, or what it was lent, if others could read it and its documents are still there:
         `is_current` as PrefixCache has it."""
-        own = state.lend(state.num_tokens, 1)
-        if own is None or not state.origin.keys:
+        loan = state.lend(state.origin.num_tokens)
+        if loan is None:
             return
+        own, address = _Ended(loan, state.origin.first(loan.num_tokens)), loan.kv.data_ptr()
         with self._lock:
-            known = self._ended.pop(own.kv.data_ptr(), None)
-            if known is None or len(state.origin.keys) > len(known.origin.keys):
-                known = _Ended(own.kv, state.origin.first(own.num_tokens), frozenset(plan.tags))
-            self._ended[own.kv.data_ptr()] = known
+            known = self._ended.pop(address, None)
+            if known is not None and known.loan.num_tokens > loan.num_tokens:
+                own = known
+            for other, one in list(self._ended.items()):
+                if own.origin.common_tokens(one.origin) == one.origin.num_tokens:  # has nothing that this one has not
+                    del self._ended[other]
+            self._ended[address] = own
             while len(self._ended) > _LIMIT:
                 self._ended.popitem(last=False)
-        if not is_current(plan, plan.tags):  # asked last: who invalidates them later finds them here
-            self.forget(plan.tags)
+        if not is_current(plan, own.loan.tags | state.tags):  # asked last: who invalidates them later finds them here
+            with self._lock:
+                self._ended.pop(address, None)
 
-    def drop_oldest(self) -> bool:
-        """Give back the memory of one; False if there is none."""
+    def drop_oldest(self, keep: LentKv | None = None) -> bool:
+        """Give back the memory of one, not that of `keep`; False if there is none."""
         with self._lock:
-            return bool(self._ended) and bool(self._ended.popitem(last=False))
+            kept = None if keep is None else keep.kv.data_ptr()
+            oldest = next((address for address in self._ended if address != kept), None)
+            return oldest is not None and bool(self._ended.pop(oldest))
 
     def forget(self, tags: Collection[str] | None = None) -> None:
         """Give back the memory of those that have seen one of these documents; None: of all."""
         with self._lock:
             for address, one in list(self._ended.items()):
-                if tags is None or not one.tags.isdisjoint(tags):
+                if tags is None or not one.loan.tags.isdisjoint(tags):
                     del self._ended[address]

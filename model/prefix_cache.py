@@ -77,7 +77,7 @@ class PrefixCache:
         self._device = stores[0] if stores and isinstance(stores[0], DeviceStateStore) else None
         slower = self._stores[self._first :]
         self.on_moved: Callable[[str, str, float], None] = lambda what, tier, seconds: None
-        self.on_invalidated: Callable[[Collection[str]], None] = lambda tags: None
+        self.on_invalidated: list[Callable[[Collection[str]], None]] = []
         on_saved = lambda tier, seconds: self.on_moved("save", tier, seconds)
         self._behind = WriteBehind(slower, self._layout, on_saved=on_saved) if slower else None
         self._stats = CacheStats()
@@ -94,6 +94,11 @@ class PrefixCache:
     @property
     def keeps_states(self) -> bool:
         return bool(self._stores)
+
+    @property
+    def has_near_states(self) -> bool:
+        """Whether the fastest store is memory, not a server."""
+        return bool(self._stores) and self._stores[0].keeps_tensors
 
     @property
     def epoch(self) -> int:
@@ -122,7 +127,7 @@ class PrefixCache:
         where = locate(self._stores, plan.keys_deepest_first(plan.num_tokens - 1), peek=not counted)
         loaded: dict[str, StateTensors] = {}
         hit, lent_blocks = None, lent_tokens // plan.block_tokens
-        while hit is None and (position := _deepest(plan, where, lent_blocks)) and position >= lent_tokens:
+        while hit is None and (position := plan.deepest(where, lent_blocks)) and position >= lent_tokens:
             hit = self._load(plan, position, where, loaded, lent_blocks)
         if not counted:
             return hit
@@ -137,8 +142,8 @@ class PrefixCache:
     def kept_tokens(self, plan: PrefixPlan, nearest: bool = False) -> int:
         """How deep `longest_prefix` would start, without loading anything or counting it as a use; `nearest`: from the
         fastest store alone, and without asking a server."""
-        stores = [store for store in self._stores[:1] if store.keeps_tensors] if nearest else self._stores
-        return _deepest(plan, locate(stores, plan.keys_deepest_first(plan.num_tokens - 1), peek=True))
+        stores = self._stores[: int(self.has_near_states)] if nearest else self._stores
+        return plan.deepest(locate(stores, plan.keys_deepest_first(plan.num_tokens - 1), peek=True))
 
     def restore(self, hit: PrefixHit, state: HybridState) -> None:
         """Make an empty state that of the hit. Raises ValueError, leaving it empty, if it is another model's."""
@@ -187,7 +192,8 @@ class PrefixCache:
             self._behind.forget(tags)
         for store in self._stores:
             store.delete(tags=tags)
-        self.on_invalidated(tags)
+        for tell in self.on_invalidated:
+            tell(tags)
 
     def is_current(self, plan: PrefixPlan, tags: Iterable[str]) -> bool:
         """Whether none of these documents was invalidated since the plan was made."""
@@ -388,13 +394,3 @@ def _token_bytes(kv: Tensor) -> int:
 def _origin(plan: PrefixPlan, position: int) -> Origin:
     """Of a state of the plan's first `position` tokens whose blocks are stored."""
     return Origin(plan.block_keys[: position // plan.block_tokens], plan.block_tokens)
-
-
-def _deepest(plan: PrefixPlan, where: Mapping[str, int], lent_blocks: int = 0) -> int:
-    """The last position with a snapshot and all KV that still leaves a token to compute; 0 if there is none."""
-    keys = plan.block_keys
-    blocks = next((i for i in range(lent_blocks, len(keys)) if keys[i] not in where), len(keys))
-    for position, key in reversed(plan.snapshot_keys.items()):
-        if key in where and position // plan.block_tokens <= blocks and position < plan.num_tokens:
-            return position
-    return 0

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import struct
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,6 +74,16 @@ class PrefixPlan:
         ends = [(i * size, key) for i, key in enumerate(self.block_keys[: position // size], start=1)]
         ends += [(end, key) for end, key in self.snapshot_keys.items() if end <= position]
         return [key for _, key in sorted(ends, key=lambda pair: pair[0], reverse=True)]
+
+    def deepest(self, there: Container[str], lent_blocks: int = 0) -> int:
+        """The last position whose snapshot is there, and all blocks before it but the first `lent_blocks`, and that
+        still leaves a token to compute; 0 if there is none."""
+        keys = self.block_keys
+        blocks = next((i for i in range(lent_blocks, len(keys)) if keys[i] not in there), len(keys))
+        for position, key in reversed(self.snapshot_keys.items()):
+            if key in there and position // self.block_tokens <= blocks and position < self.num_tokens:
+                return position
+        return 0
 
     def tags_before(self, position: int) -> frozenset[str]:
         """Documents that a state of the first `position` tokens has seen."""

@@ -78,6 +78,10 @@ class Origin(NamedTuple):
     keys: tuple[str, ...] = ()
     block_tokens: int = 1
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.keys) * self.block_tokens
+
     def common_tokens(self, other: Origin) -> int:
         """How many first tokens' KV has the same bits in both."""
         places = range(min(len(self.keys), len(other.keys)))
@@ -93,6 +97,12 @@ class LentKv(NamedTuple):
 
     kv: Tensor  # (n_attn, 2, capacity, g, p), which lives as long as someone reads it
     num_tokens: int  # a multiple of LENT_UNIT
+    tags: frozenset[str] = frozenset()  # documents that this memory has seen, also behind these tokens
+
+    @property
+    def memory(self) -> dict[int, int]:
+        """As `HybridState.memory`."""
+        return {self.kv.data_ptr(): self.kv.nbytes}
 
 
 class LayerKv(NamedTuple):
@@ -131,12 +141,14 @@ class HybridState:
     """Starts empty; a forward pass advances it in place.
 
     `origin` is what is known to be stored of its KV; going back to fewer tokens forgets what lies behind them. With
-    `lent` memory it holds the KV behind that alone, and is of use once it has seen what is lent: see `restore`.
+    `lent` memory it holds the KV behind that alone, and is of use once it has seen what is lent: see `restore`. `tags`:
+    the documents that it has or will have seen.
     """
 
     def __init__(self, layout: StateLayout, device: torch.device | str = "cpu", lent: LentKv | None = None) -> None:
         self.layout, self._num_tokens, self.origin, self.lent = layout, 0, Origin(), lent
         self.lent_tokens = 0 if lent is None else lent.num_tokens
+        self.tags: frozenset[str] = frozenset()
         with torch.inference_mode(False):  # an inference tensor could not be advanced outside inference mode
             self.conv = torch.zeros(layout.conv_shape, dtype=layout.conv_dtype, device=device)
             self.ssm = torch.zeros(layout.ssm_shape, dtype=torch.float32, device=device)
@@ -161,8 +173,8 @@ class HybridState:
     @property
     def memory(self) -> dict[int, int]:
         """Address and bytes of all that it keeps alive, what it is lent included."""
-        tensors = (self.conv, self.ssm, self._kv, *((self.lent.kv,) if self.lent else ()))
-        return {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+        own = {tensor.data_ptr(): tensor.nbytes for tensor in (self.conv, self.ssm, self._kv)}
+        return own if self.lent is None else own | self.lent.memory
 
     @property
     def capacity(self) -> int:
@@ -178,10 +190,10 @@ class HybridState:
         return (0, 0) if self.lent is None else (self.lent.kv.data_ptr(), self.lent.kv.shape[2])
 
     def lend(self, num_tokens: int, unit: int = 1) -> LentKv | None:
-        """What of its first tokens' KV another state could read here instead of holding it, see `lend`."""
+        """What of its first tokens' KV another state could read here instead of holding it, see `cut_loan`."""
         if self.lent is not None:
-            return lend(self.lent.kv, min(num_tokens, self.lent_tokens), unit)
-        return lend(self._kv, min(num_tokens, self.num_tokens), unit)
+            return cut_loan(self.lent, min(num_tokens, self.lent_tokens), unit)
+        return cut_loan(LentKv(self._kv, self.num_tokens, self.tags), min(num_tokens, self.num_tokens), unit)
 
     def reserve(self, num_tokens: int) -> None:
         """Make room for the KV of `num_tokens` tokens in all. Appending one by one is cheap: the room doubles, a large
@@ -271,11 +283,11 @@ class HybridState:
             return torch.empty(self.layout.kv_shape(capacity), dtype=self.layout.kv_dtype, device=self.conv.device)
 
 
-def lend(kv: Tensor, num_tokens: int, unit: int = 1) -> LentKv | None:
-    """The first tokens of KV, at most so many, in whole `unit`s; None: too few to be worth it."""
+def cut_loan(loan: LentKv, num_tokens: int, unit: int = 1) -> LentKv | None:
+    """At most the first `num_tokens` of it, in whole `unit`s; None: too few to be worth it."""
     unit = math.lcm(unit, LENT_UNIT)
-    lent = LentKv(kv, num_tokens // unit * unit)
-    return lent if lent.num_tokens >= _MIN_LENT_TOKENS else None
+    num_tokens = num_tokens // unit * unit
+    return loan._replace(num_tokens=num_tokens) if num_tokens >= _MIN_LENT_TOKENS else None
 
 
 def _check_fit(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

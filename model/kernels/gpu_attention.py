@@ -25,7 +25,7 @@ _JOINERS = 4  # threads of attend_combine a dimension of the head
 class Caches(NamedTuple):
     """Of b sequences, int64 on the device; a cache is (layers, 2, capacity, g, p) bfloat16 with room for a token.
 
-    With `Sharing` it has no rows for the tokens that are lent."""
+    It has no rows for the tokens that are lent, see `Loans`."""
 
     addresses: Tensor  # (b,)
     capacities: Tensor  # (b,) tokens
@@ -41,8 +41,14 @@ class Sharing(NamedTuple):
 
     owners: Tensor  # (b,) place in the batch, a sequence's own if it shares nothing
     until: Tensor  # (b,) tokens from the first on, a multiple of SHARED_UNIT; 0 if it shares nothing
-    lenders: Tensor  # (b,) address of the cache that a sequence's first tokens are read from, in the place of its own
-    lender_capacities: Tensor  # (b,)
+
+
+class Loans(NamedTuple):
+    """Of b sequences, int64 on the device: whose cache a sequence's first tokens are read from, in the place of its
+    own. The result has the same bits."""
+
+    lenders: Tensor  # (b,) addresses
+    capacities: Tensor  # (b,)
     num_lent: Tensor  # (b,) how many tokens that are, a multiple of SHARED_UNIT; 0: none
 
 
@@ -82,6 +88,7 @@ def attend(
     partials: Partials,
     out: Tensor,
     sharing: Sharing | None = None,
+    loans: Loans | None = None,
     overlap: bool = True,
 ) -> None:
     """Attend with one token a sequence to its cache and itself, and write its key and value behind the cached ones.
@@ -91,12 +98,12 @@ def attend(
     caches nothing may come from the kernel before.
     """
     (b, h, p), g, (parts, members) = q.shape, k.shape[1], partials.outs.shape[:2]
-    constants = {"HEAD_DIM": p, "GROUP": h // g, "MEMBERS": members}
+    constants = {"HEAD_DIM": p, "GROUP": h // g, "MEMBERS": members, "LENT": int(loans is not None)}
     split, combine = (gpu.kernel("decode_attention", name, **constants) for name in ("attend_split", "attend_combine"))
     scale = math.log2(math.e) / math.sqrt(p)
     addresses, capacities, lengths = caches
-    step = (lengths, *(sharing[:2] if sharing else (None, None)))
-    inputs = (q, k, v, addresses, capacities, *step, *(sharing[2:] if sharing else (None,) * 3), *partials)
+    step = (lengths, *(sharing or (None,) * 2))
+    inputs = (q, k, v, addresses, capacities, *step, *(loans or (None,) * 3), *partials)
     split((parts, g * _tiles(h // g)), _THREADS, *inputs, layer, b, g, scale, overlap=overlap)
     combine((h, b), _JOINERS * p, *partials, *step, out, b, parts, overlap=overlap)
 

@@ -51,7 +51,7 @@ def takes(
 ) -> bool:
     """Whether `attend` is for these, of the shapes that it says."""
     rows = [keys, values, *([] if lent_keys is None else [lent_keys, lent_values])]
-    return len(q) > 1 and all(x.is_contiguous() for x in rows) and fits(q, q.shape[-1])
+    return all(x.is_contiguous() for x in rows) and fits(q, q.shape[-1])
 
 
 def attend(

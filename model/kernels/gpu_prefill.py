@@ -1,8 +1,8 @@
 """int8 weights and many tokens on the GPU: weights are unpacked to bfloat16, a matrix at a time, and cuBLAS multiplies.
 
 Also the passes over rows around the products: gate, norm, and the sum over experts. Callers ask `gpu.supports` and
-`fits` first. The kernels are in elementwise.cu. Few tokens: gpu_linear.py. Not captured in graphs: `mix_experts` waits
-for the counts.
+`fits` first. The kernels are in elementwise.cu. Few tokens: gpu_linear.py. `mix_experts` waits for the counts, and so
+is not captured in graphs.
 """
 
 from __future__ import annotations

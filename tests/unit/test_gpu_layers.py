@@ -70,6 +70,18 @@ def test_the_bits_are_the_same_by_kernels_by_graphs_and_piece_by_piece(padding: 
         assert {rows for rows, _, _ in padding._gpu_layers._graphs} == {96}
 
 
+def test_what_is_no_number_goes_with_its_request(padding: Jamba) -> None:
+    (state,) = prefilled(padding, [21])
+    ids, results = tokens(1, 70)[0], []
+    for poison in (False, True):
+        (own,) = same_states(padding, [state])
+        if poison:
+            for room in (padding._gpu_layers._x, padding._gpu_layers._attended, padding._gpu_layers._q):
+                room.fill_(torch.nan)
+        results.append((read(padding, ids, own).cpu(), state_bytes(own)))
+    assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
+
+
 @torch.no_grad()
 def test_only_lengths_between_graphs_and_modules_are_padded(padding: Jamba) -> None:
     assert padding.padded_layers(64) is None and padding.padded_layers(161) is None

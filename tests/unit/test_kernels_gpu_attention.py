@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.kernels.gpu_attention import Caches, Partials, Sharing, attend, attend_ref, fits, max_members
+from model.kernels.gpu_attention import Caches, Loans, Partials, Sharing, attend, attend_ref, fits, max_members
 from tests.numeric import assert_close
 
 RATIO = 6e-3  # bfloat16 of the weights before they meet the values, and of the result
@@ -33,14 +33,13 @@ def run(
     described = Caches(addresses, capacities, torch.tensor(lengths, device=device))
     partials = Partials.empty(q, k.shape[1], sharing is not None)
     partials = Partials(*(room[:parts].fill_(torch.nan) for room in partials))
-    shared = None
-    if sharing:
-        lenders = lent or [(None, 0)] * len(caches)
-        where = [(0, 0, 0) if kv is None else (kv.data_ptr(), kv.shape[2], tokens) for kv, tokens in lenders]
-        rows = [(*own, *lender) for own, lender in zip(sharing, where, strict=True)]
-        shared = Sharing(*torch.tensor(rows, device=device).T.contiguous())
+    shared = sharing and Sharing(*torch.tensor(sharing, device=device).T.contiguous())
+    loans = None
+    if lent:
+        where = [(0, 0, 0) if kv is None else (kv.data_ptr(), kv.shape[2], tokens) for kv, tokens in lent]
+        loans = Loans(*torch.tensor(where, device=device).T.contiguous())
     out = torch.full_like(q, torch.nan)
-    attend(*qkv, described, layer, partials, out, shared, overlap=False)
+    attend(*qkv, described, layer, partials, out, shared, loans, overlap=False)
     return out
 
 
@@ -139,8 +138,8 @@ def test_shared_scores_far_apart(device: str) -> None:
     check([200, 130], 4, 2, 64, device, parts=6, scale=8.0, sharing=[(1, 128), (1, 128)])
 
 
-@pytest.mark.parametrize("sharing", [[(0, 128), (1, 0), (0, 128)], [(0, 0), (1, 0), (2, 0)]])
-def test_first_keys_in_memory_that_another_has_lent(sharing: list[tuple[int, int]], device: str) -> None:
+@pytest.mark.parametrize("sharing", [[(0, 128), (1, 0), (0, 128)], [(0, 0), (1, 0), (2, 0)], None])
+def test_first_keys_in_memory_that_another_has_lent(sharing: list[tuple[int, int]] | None, device: str) -> None:
     """Of the third all of them but the new one, of the second none; the same bits as in one piece."""
     lengths, lent = [300, 70, 256], [192, 0, 256]
     caches = [normal(LAYERS, 2, length + 3 + i, 2, 64, seed=i).to(device) for i, length in enumerate(lengths)]

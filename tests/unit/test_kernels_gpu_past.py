@@ -45,10 +45,9 @@ def check(device, monkeypatch, past, t, h, g, p, tma, lent=0):  # noqa: F811
         assert torch.equal(gpu_past.attend(q, *rest.unbind(), *first.unbind()), whole)
 
 
-def test_several_queries_of_bfloat16_are_taken(device):  # noqa: F811
+def test_queries_of_bfloat16_are_taken(device):  # noqa: F811
     q, kv = tokens(device, 256, 2, 64), tokens(device, 2, 300, 1, 64)
-    assert gpu_past.takes(q, *kv) and gpu_past.takes(q[:2], *kv, *kv)
-    assert not gpu_past.takes(q[:1], *kv)
+    assert gpu_past.takes(q, *kv) and gpu_past.takes(q[:1], *kv, *kv)
     assert not gpu_past.takes(q.float(), *kv)
 
 

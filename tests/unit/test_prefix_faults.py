@@ -12,11 +12,14 @@ import os
 import random
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import valkey
 from clock_kit import Clock
 from engine_kit import SMALL, TOKENIZER, Answer, doc_prompt, run_all
 from state_kit import FaultyProxy, pinned_store, running_server
@@ -237,9 +240,9 @@ class World:
 
     def damage_redis(self) -> None:
         self.evict()
-        if not self.server.is_running():
-            return
-        with self.server.client() as client:
+        with self.running_client() as client:
+            if client is None:
+                return
             limit = client.config_get("maxmemory")["maxmemory"]
             client.config_set("maxmemory", 0)
             names = sorted(name for name in client.keys(PREFIX + b"*") if not name.startswith(PREFIX + b"tag:"))
@@ -275,6 +278,16 @@ class World:
                 self.server.terminate()
                 self.seen["killed"] += 1
 
+    @contextmanager
+    def running_client(self) -> Iterator[valkey.Valkey | None]:
+        """Of the server, which nothing kills meanwhile; None if it is dead."""
+        with self.killing:
+            if not self.server.is_running():
+                yield None
+                return
+            with self.server.client() as client:
+                yield client
+
     def stall(self) -> None:
         self.proxy.hold = True
 
@@ -282,13 +295,13 @@ class World:
         self.proxy.delay_s = self.rng.choice([0.001, 0.01])
 
     def fill(self) -> None:
-        if self.server.is_running():
-            with self.server.client() as client:
+        with self.running_client() as client:
+            if client is not None:
                 client.config_set("maxmemory", self.rng.choice([1, 2_000_000]))
 
     def lose_everything(self) -> None:
-        if self.server.is_running():
-            with self.server.client() as client:
+        with self.running_client() as client:
+            if client is not None:
                 client.flushall()
 
     def mend(self) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import wait
 from dataclasses import replace
@@ -186,7 +189,7 @@ def lending(engine_of_kernels, monkeypatch: pytest.MonkeyPatch) -> JambaEngine:
     """It lends even short prefixes."""
     monkeypatch.setattr("model.state.LENT_UNIT", 64)
     monkeypatch.setattr("model.state._MIN_LENT_TOKENS", 64)
-    assert engine_of_kernels._lends
+    assert engine_of_kernels._room._lends
     return engine_of_kernels
 
 
@@ -258,33 +261,76 @@ def test_what_an_ended_sequence_read_is_there_for_the_next_one(lending) -> None:
     """Until its documents go, or somebody needs the memory."""
     tagged = {"tags": frozenset({"document"})}
     (expected,) = run_all(lending, [ask(0, **tagged)])
-    held = dict(lending._lenders.memory)
-    assert len(held) == 1 and lending._lenders.memory.keys() == held.keys()
+    held = dict(lending._room._lenders.memory)
+    assert len(held) == 1 and lending._room._lenders.memory.keys() == held.keys()
     (again,) = run_all(lending, [ask(0, **tagged)])
     assert_same_bits(again, expected)
-    assert dict(lending._lenders.memory) == held  # read where it is, by both
+    assert dict(lending._room._lenders.memory) == held  # read where it is, by both
     lending.prefix_cache.invalidate(["another"])
-    assert lending._lenders.memory
+    assert lending._room._lenders.memory
     lending.prefix_cache.invalidate(["document"])
-    assert not lending._lenders.memory
+    assert not lending._room._lenders.memory
     request_id, answers = start(lending, ask(0, epoch=lending.prefix_cache.epoch, **tagged))
     lending.prefix_cache.invalidate(["document"])  # under way: kept by nobody when it ends
     while lending.has_work():
         step(lending, answers)
-    assert answers[request_id].token_ids == expected.token_ids and not lending._lenders.memory
+    assert answers[request_id].token_ids == expected.token_ids and not lending._room._lenders.memory
+
+
+def test_a_lone_answer_has_the_same_bits_where_its_prefix_is_lent(lending, monkeypatch) -> None:
+    """Also where a step that shares would cut the keys into other parts."""
+    monkeypatch.setattr("model.kernels.gpu.sm_count", lambda device: 2)
+    long = prompt(420, 4)
+    expected, again = (run_all(lending, [ask(0, long, new=5)])[0] for _ in range(2))
+    assert (expected.end.cached_tokens, again.end.cached_tokens) == (0, 420)
+    assert len(lending._room._lenders.memory) == 1
+    assert_same_bits(again, expected)
+
+
+def test_what_is_lent_goes_with_any_document_of_its_memory(lending) -> None:
+    """One that began like it and ended does not make it less."""
+    whole = {"boundaries": (128, 224), "tags": frozenset({"a", "b"}), "tag_starts": {"a": 0, "b": 128}}
+    run_all(lending, [ask(0, prompt(224, 5), **whole)])
+    (address,) = lending._room._lenders.memory
+    other = {"boundaries": (128, 192), "tags": frozenset({"a", "c"}), "tag_starts": {"a": 0, "c": 128}}
+    run_all(lending, [ask(1, prompt(224, 5)[:128] + prompt(64, 6), **other)])
+    assert list(lending._room._lenders.memory) == [address]
+    _, answers = start(lending, ask(2, prompt(224, 5), **whole))
+    assert [one.state.lent_tokens for one in lending._sequences.values()] == [192]
+    while lending.has_work():
+        step(lending, answers)
+    lending.prefix_cache.invalidate(["b"])
+    assert not lending._room._lenders.memory
+
+
+def test_who_gives_up_while_loading_leaves_no_memory_behind(lending, monkeypatch) -> None:
+    run_all(lending, [ask(0, new=1)])
+    lending._room.give_back()
+    gate, states = threading.Event(), []
+    blocked = lending._loader.submit(gate.wait)  # as by a slow store
+    for question in range(3):
+        request_id = lending.add(ask(question, prompt(96, 20 + question)))
+        lending.step()
+        states.append(weakref.ref(lending._sequences[request_id].state))
+        lending.abort(request_id)
+        lending.step()
+    gc.collect()
+    assert [state() for state in states] == [None] * 3
+    gate.set()
+    blocked.result()
 
 
 def test_memory_of_ended_sequences_gives_way(lending, monkeypatch) -> None:
     (expected,) = run_all(lending, [ask(0)])
     run_all(lending, [ask(0, prompt(96, 7))])
-    assert len(lending._lenders.memory) == 2
+    assert len(lending._room._lenders.memory) == 2
     state = lending._model.new_state()
     state.reserve(300)
-    monkeypatch.setattr(lending, "_budget", StateBudget(lending._model.state_layout, state.nbytes))
+    monkeypatch.setattr(lending._room, "_budget", StateBudget(lending._model.state_layout, state.nbytes))
     (again,) = run_all(lending, [ask(0)])
     assert again.token_ids == expected.token_ids
     (new,) = run_all(lending, [ask(0, prompt(250, 9))])
-    assert len(new.token_ids) == 12 and len(lending._lenders.memory) == 1
+    assert len(new.token_ids) == 12 and len(lending._room._lenders.memory) == 1
 
 
 def test_a_tenant_is_lent_nothing_of_another(lending) -> None:

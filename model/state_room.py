@@ -1,0 +1,76 @@
+"""The memory of an engine's states: who gets some, and whose KV is read instead of being held twice.
+
+Knows how much there is (admission.py) and who could lend (lending.py); not whose turn it is (engine.py).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from model.admission import StateBudget
+from model.jamba import MAX_GPU_BATCH, Jamba
+from model.lending import Lenders
+from model.prefix_cache import PrefixCache
+from model.prefix_plan import PrefixPlan
+from model.state import HybridState, LentKv, Origin
+
+
+class StateRoom:
+    """`max_bytes` of all states under way and of what ended ones have left to lend; None: no bound."""
+
+    def __init__(self, model: Jamba, cache: PrefixCache, max_bytes: int | None, max_batch: int) -> None:
+        self._model, self._cache = model, cache
+        self._budget = StateBudget(model.state_layout, max_bytes)
+        self._lends = model.can_borrow and cache.has_near_states and max_batch <= MAX_GPU_BATCH
+        self._lenders = Lenders()
+        cache.on_invalidated.append(self._lenders.forget)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Of the longest sequence that fits when it is alone; 0 if none does, None without a bound."""
+        return self._budget.max_tokens
+
+    def new_state(
+        self, plan: PrefixPlan, max_tokens: int, others: list[HybridState], may_borrow: bool
+    ) -> HybridState | None:
+        """For prompt and answer of `max_tokens`; None if there is no memory for that beside the `others`.
+
+        What ended sequences have left gives way; what this one could be lent of it at last, and if that helps. Raises
+        torch.OutOfMemoryError when there is none for it alone.
+        """
+        while True:
+            lent = self._find_lent(plan, others) if may_borrow and self._lends else None
+            own_tokens = max_tokens - (0 if lent is None else lent.num_tokens)
+            least = others if lent is None else [*others, lent]
+            if self._budget.has_room(own_tokens, [*least, self._lenders]):
+                try:
+                    state = self._model.new_state(lent) if lent else self._model.new_state()
+                    state.reserve(max_tokens)
+                    state.tags = frozenset(plan.tags)
+                    return state
+                except torch.OutOfMemoryError:
+                    if not others and not self._lenders.memory:
+                        raise
+            keep = lent if self._budget.has_room(own_tokens, least) else None
+            if keep is None and not self._budget.has_room(max_tokens, others):
+                return None
+            if not self._lenders.drop_oldest(keep):
+                return None
+
+    def leave(self, state: HybridState, plan: PrefixPlan) -> None:
+        """A sequence has ended, and needs its state no more."""
+        if self._lends:
+            self._lenders.keep(state, plan, self._cache.is_current)
+
+    def give_back(self) -> None:
+        """All that ended sequences have left."""
+        self._lenders.forget()
+
+    def close(self) -> None:
+        self.give_back()
+        self._cache.on_invalidated.remove(self._lenders.forget)
+
+    def _find_lent(self, plan: PrefixPlan, others: list[HybridState]) -> LentKv | None:
+        """KV of the state that is about to be loaded, where somebody has it already."""
+        wanted, kept = Origin(plan.block_keys, plan.block_tokens), self._cache.kept_tokens(plan, nearest=True)
+        return self._lenders.find(wanted, kept, plan.block_tokens, others)
