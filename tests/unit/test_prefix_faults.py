@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import valkey
 from clock_kit import Clock
 from engine_kit import SMALL, TOKENIZER, Answer, doc_prompt, run_all
 from state_kit import FaultyProxy, pinned_store, running_server
@@ -279,7 +279,7 @@ class World:
                 self.seen["killed"] += 1
 
     @contextmanager
-    def running_client(self) -> Iterator[valkey.Valkey | None]:
+    def running_client(self) -> Iterator[Any]:
         """Of the server, which nothing kills meanwhile; None if it is dead."""
         with self.killing:
             if not self.server.is_running():
