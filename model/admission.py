@@ -6,17 +6,26 @@ Knows bytes of states and of a device; not who waits for them (engine.py).
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 
 from model.jamba import Jamba
-from model.lending import Lenders
 from model.state import HybridState, StateLayout
 
 _SLACK = 1.25  # a prefill whose tokens prefer one expert needs more than the one that was measured
 _LONGEST_TOKENS = 1 << 26
 _SPARE_BYTES = 1 << 30  # beside that, for what the allocator cannot use and for graphs of decode steps
+
+
+class HoldsMemory(Protocol):
+    """A state, or what is kept of others to be lent."""
+
+    @property
+    def memory(self) -> Mapping[int, int]:
+        """Address and bytes; what several hold is counted once."""
+        ...
 
 
 class StateBudget:
@@ -32,7 +41,7 @@ class StateBudget:
             return None
         return bisect_right(range(1, _LONGEST_TOKENS), self.max_bytes, key=self._bytes_of)
 
-    def has_room(self, num_tokens: int, others: Sequence[HybridState | Lenders]) -> bool:
+    def has_room(self, num_tokens: int, others: Sequence[HoldsMemory]) -> bool:
         """Whether a state with KV of its own for `num_tokens` fits beside these, and what they are lent."""
         if self.max_bytes is None:
             return True

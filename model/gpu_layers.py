@@ -69,7 +69,7 @@ class GpuLayers:
         self._x[t:rows].zero_(), self._attended[t:rows].zero_()
         torch.ge(self._places, t, out=self._padding.rows)
         torch.add(self._places[: len(self._padding.last), 0], t - len(self._padding.last), out=self._padding.last)
-        replayed = self._usable and rows in self._launched
+        replayed = rows in self._launched
         for i, layer in enumerate(self._layers):
             yield f"graph of {_kind(layer, False)}"
             self._run(rows, i, False, replayed)
