@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from model.train.extents import settle
 from model.train.lexical import words
 from model.train.passages import NegativeFinder, cut_passages
 from model.train.sources import EXCLUDED, HELD_OUT, is_dev_document, read_word_lists
@@ -55,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(kept)} pairs kept; dropped {dict(dropped)}", flush=True)
     for split in args.splits:
         chosen = [p for p in kept if is_dev_document(p["source"], p["doc"]) == (split == "dev")]
+        if split == "train":  # development questions stay as they were, so that scores can be compared
+            _settle(chosen)
         passages = _passages(chosen, args.corpora, split, random.Random(args.seed))
         _add_negatives(chosen, passages, args.negatives, args.workers)
         wanted = {i for pair in chosen for i in (pair["passage_id"], *pair["negatives"])}
@@ -182,6 +185,14 @@ def _fault(passage: str, start: int, end: int) -> float:
     if len(tokens) >= 5 and re.match(r" [a-z]", after) and not re.search(r"[.,;]$", span):
         fault += 0.2  # may stop in the middle of a clause
     return fault
+
+
+def _settle(pairs: list[Pair]) -> None:
+    """Let all answers begin and end as such answers do."""
+    for pair in pairs:
+        if pair["answer"] is not None:
+            start, end = settle(pair["passage"], pair["start"], pair["start"] + len(pair["answer"]), pair["question"])
+            pair["answer"], pair["start"] = pair["passage"][start:end], start
 
 
 def _passages(pairs: list[Pair], corpora: Path, split: str, rng: random.Random) -> list[dict[str, Any]]:
