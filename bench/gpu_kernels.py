@@ -261,11 +261,12 @@ def attention_case(config: JambaConfig, keys: int, device: torch.device) -> Case
     cache = torch.randn(copies, 2, keys + 1, g, p, dtype=BF16, device=device)
     numbers = (torch.tensor([value], device=device) for value in (cache.data_ptr(), keys + 1, keys))
     caches, q = gpu_attention.Caches(*numbers), random(h, p, device)[None]
+    loans = gpu_attention.Loans(*torch.zeros(3, 1, dtype=torch.int64, device=device))
     k, v, out = random(g, p, device)[None], random(g, p, device)[None], torch.empty(1, h, p, dtype=BF16, device=device)
     partials = gpu_attention.Partials.empty(q, g)
 
     def launch(i: int, overlap: bool) -> None:
-        gpu_attention.attend(q, k, v, caches, i, partials, out, overlap=overlap)
+        gpu_attention.attend(q, k, v, caches, loans, i, partials, out, overlap=overlap)
 
     def expected() -> Tensor:
         ours = cache[:1].transpose(1, 2)[0].float()  # (s+1, 2, g, p)

@@ -1,5 +1,5 @@
 """One decode step of a few sequences on the GPU: some eight kernels a layer, replayed as one CUDA graph a batch size,
-and others for steps in which sequences are lent KV (lending.py) or share the read of a prefix (sharing.py).
+and another for steps in which sequences share the read of a prefix (sharing.py).
 
 Not a second network: jamba.py, mamba.py, attention.py and moe.py say what a layer is; this only hands their weights to
 the kernels. Models that are not int8 and shapes that the kernels are not made for run as modules. The residual stays
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
@@ -72,16 +72,13 @@ class GpuDecoder:
         self._graphs: dict[_Kind, torch.cuda.CUDAGraph] = {}
 
     @torch.no_grad()
-    def step(self, token_ids: Tensor, states: Sequence[HybridState], how: How = "plain") -> Tensor:
+    def step(self, token_ids: Tensor, states: Sequence[HybridState], sharing: bool = False) -> Tensor:
         """Advance each state by its token: token_ids (b,) on the CPU or the model's device -> logits (b, v) float32.
 
-        `how`: by kernels that can do more than these states need. Lent KV changes no bit; shared reads do.
+        `sharing`: by the kernels of shared reads in any case, which give other bits.
         """
         shared = self._share(states)
-        if how == "sharing" or any(until for _, until in shared):
-            kind: _Kind = len(states), "sharing"
-        else:
-            kind = len(states), "lent" if any(state.lent for state in states) else how
+        kind = len(states), sharing or any(until for _, until in shared)
         self._upload(token_ids, states, shared)
         if self.device.type == "cuda" and kind in self._launched:
             if kind not in self._graphs:
@@ -130,9 +127,9 @@ class GpuDecoder:
 
     def _launch(self, kind: _Kind) -> None:
         """The kernels of one step, from what is staged to the logits."""
-        b, how = kind
+        b, sharing = kind
         staged = self._staging[: _STAGED_ROWS * b].view(_STAGED_ROWS, b)
-        inputs, now = _Inputs(*staged, how=how), self._buffers.cut(b)
+        inputs, now = _Inputs(*staged, shares=sharing), self._buffers.cut(b)
         now.residual.copy_(self._embedding(inputs.token_ids))
         pending: _Pending = (None, None)
         for layer in self._layers:
@@ -144,8 +141,7 @@ class GpuDecoder:
             now.logits.copy_(self._head(now.normed))
 
 
-How = Literal["plain", "lent", "sharing"]  # each can do what is before it, too
-_Kind = tuple[int, How]  # sequences of a step, and what its kernels can do
+_Kind = tuple[int, bool]  # sequences of a step, and whether reads may be shared
 _Pending = tuple[Tensor | None, Tensor | None]  # not yet added to the residual: (b, d), or (b, k, d) and weights (b, k)
 
 
@@ -164,7 +160,7 @@ class _Inputs:
     lenders: Tensor
     lender_capacities: Tensor
     num_lent: Tensor
-    how: How  # which of the last five say anything
+    shares: bool  # whether `owners` and `until` say anything
 
     @property
     def caches(self) -> attention.Caches:
@@ -172,11 +168,11 @@ class _Inputs:
 
     @property
     def sharing(self) -> attention.Sharing | None:
-        return attention.Sharing(self.owners, self.until) if self.how == "sharing" else None
+        return attention.Sharing(self.owners, self.until) if self.shares else None
 
     @property
-    def loans(self) -> attention.Loans | None:
-        return None if self.how == "plain" else attention.Loans(self.lenders, self.lender_capacities, self.num_lent)
+    def loans(self) -> attention.Loans:
+        return attention.Loans(self.lenders, self.lender_capacities, self.num_lent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,9 +256,9 @@ def _mix(mixer: MambaMixer, inputs: _Inputs, now: _Buffers) -> None:
 def _attend(block: Attention, inputs: _Inputs, now: _Buffers) -> None:
     for projection, out in ((block.q_proj, now.q), (block.k_proj, now.k), (block.v_proj, now.v)):
         _project(projection, now.normed, out.flatten(1))
-    partials = attention.Partials.empty(now.q, now.k.shape[1], inputs.how == "sharing")
-    arguments = (now.q, now.k, now.v, inputs.caches, block.index, partials, now.attended)
-    attention.attend(*arguments, inputs.sharing, inputs.loans)
+    partials = attention.Partials.empty(now.q, now.k.shape[1], inputs.shares)
+    arguments = (now.q, now.k, now.v, inputs.caches, inputs.loans, block.index, partials, now.attended)
+    attention.attend(*arguments, inputs.sharing)
     _project(block.o_proj, now.attended.flatten(1), now.mixed)
 
 

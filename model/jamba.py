@@ -21,7 +21,7 @@ from model.batch import Batch
 from model.config import JambaConfig
 from model.cpu_decode import MAX_TOKENS, DecodeLayer, Trial, project
 from model.gpu_decode import MAX_BATCH as MAX_GPU_BATCH
-from model.gpu_decode import GpuDecoder, How, fits
+from model.gpu_decode import GpuDecoder, fits
 from model.kernels import cpu, gpu, gpu_past
 from model.kernels.rms_norm import RMSNorm
 from model.mamba import MambaMixer
@@ -244,8 +244,8 @@ class Jamba(nn.Module):
         if (decoder := self._gpu_decoder(1)) is None:
             return
 
-        def decode(b: int, how: How) -> None:
-            decoder.step(torch.zeros(b, dtype=torch.int64), [self.new_state() for _ in range(b)], how)
+        def decode(b: int, sharing: bool) -> None:
+            decoder.step(torch.zeros(b, dtype=torch.int64), [self.new_state() for _ in range(b)], sharing)
 
         def read(t: int) -> None:
             self.forward_packed(torch.zeros(t, dtype=torch.int64), [t], [self.new_state()])
@@ -265,11 +265,10 @@ class Jamba(nn.Module):
 
         batches = range(1, min(max_batch, MAX_GPU_BATCH) + 1)
         steps: list[Callable[[], None]] = [partial(read_on, t) for t in _PIECES]
-        steps += [partial(decode, b, "plain") for b in batches]
+        steps += [partial(decode, b, False) for b in batches]
         steps += [partial(read, t) for t in range(self.graphed_tokens, 1, -1)]
         steps += [partial(pad, t) for t in range(self.padded_tokens, self.graphed_tokens, -gpu_layers.ROWS)]
-        steps += [partial(decode, b, "lent") for b in batches]
-        steps += [partial(decode, b, "sharing") for b in batches[1:]]
+        steps += [partial(decode, b, True) for b in batches[1:]]
         for step in steps:
             for _ in range(2):  # the first of its shape compiles what the second captures
                 step()

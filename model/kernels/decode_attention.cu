@@ -8,10 +8,10 @@
 //
 // Of sequences that share their first keys (MEMBERS > 1) one's copy is read for up to MEMBERS of them: the query heads of
 // all are rows of one product of scores, up to 8 of the first, up to 16 in two products of values. What lies behind the
-// shared keys is read for each alone. With LENT a copy may lie in two places, the first of its keys lent by another
-// sequence: other addresses, the same parts and so the same bits.
+// shared keys is read for each alone. A copy may lie in two places, the first of its keys lent by another sequence: other
+// addresses, the same parts and so the same bits.
 //
-// Constants: HEAD_DIM p (a multiple of 64), GROUP query heads a KV head, MEMBERS sequences of a block, LENT 0 or 1.
+// Constants: HEAD_DIM p (a multiple of 64), GROUP query heads a KV head, MEMBERS sequences of a block.
 #include "gpu.cuh"
 
 constexpr int P = HEAD_DIM;
@@ -91,7 +91,7 @@ struct Rows {
     int stride, length, num_lent;  // a multiple of KEYS
 
     // Where the rows of the tile are that begins at `key`
-    __device__ __forceinline__ const bf16* of(int key) const { return LENT && key < num_lent ? lent : cached; }
+    __device__ __forceinline__ const bf16* of(int key) const { return key < num_lent ? lent : cached; }
 
     __device__ __forceinline__ uint4 load(const bf16* rows, int row, int column) const {
         if (row < length) return load_streaming16(rows + (long long)row * stride + column);
@@ -232,7 +232,7 @@ __device__ __forceinline__ void join_warps(const Shared& shared, int first, int 
 }
 
 // q (b, g GROUP, P), k, v (b, g, P); caches: b addresses of (layers, 2, capacity, g, P), capacities, and Step's (b);
-// with LENT the same of what is lent, its first `num_lent` rows in the place of the cache's, which has none for them
+// the same of what is lent, its first `num_lent` rows in the place of the cache's, which has none for them
 // -> outs (parts, MEMBERS, g GROUP, P), weights (parts, MEMBERS, g GROUP, 2); writes k and v into the caches.
 // Grid (parts, g TILES). With 16 rows the registers of two blocks a multiprocessor.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, SIDES > 1 ? 2 : 3)
@@ -249,12 +249,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, SIDES > 1 ? 2 : 3)
     const Part part = find_part(step, blockIdx.x, gridDim.x);
     if (part.sequence < 0) return;
     const long long plane = capacities[part.sequence] * g * P, first_head = head * GROUP + tile * HEADS;
-    const int stride = (int)g * P, lent = LENT ? (int)num_lent[part.sequence] : 0;
+    const int stride = (int)g * P, lent = (int)num_lent[part.sequence];
     bf16* cache = reinterpret_cast<bf16*>(caches[part.sequence]) + 2 * layer * plane + head * P - (long long)lent * stride;
     const long long fresh = (part.sequence * g + head) * P;
     Rows keys{cache, k + fresh, nullptr, stride, part.length, lent};
     Rows values{cache + plane, v + fresh, nullptr, stride, part.length, lent};
-    if (LENT && lent) {
+    if (lent) {
         const long long lent_plane = lender_capacities[part.sequence] * stride;
         keys.lent = reinterpret_cast<const bf16*>(lenders[part.sequence]) + 2 * layer * lent_plane + head * P;
         values.lent = keys.lent + lent_plane;

@@ -84,11 +84,11 @@ def attend(
     k: Tensor,
     v: Tensor,
     caches: Caches,
+    loans: Loans,
     layer: int,
     partials: Partials,
     out: Tensor,
     sharing: Sharing | None = None,
-    loans: Loans | None = None,
     overlap: bool = True,
 ) -> None:
     """Attend with one token a sequence to its cache and itself, and write its key and value behind the cached ones.
@@ -98,12 +98,12 @@ def attend(
     caches nothing may come from the kernel before.
     """
     (b, h, p), g, (parts, members) = q.shape, k.shape[1], partials.outs.shape[:2]
-    constants = {"HEAD_DIM": p, "GROUP": h // g, "MEMBERS": members, "LENT": int(loans is not None)}
+    constants = {"HEAD_DIM": p, "GROUP": h // g, "MEMBERS": members}
     split, combine = (gpu.kernel("decode_attention", name, **constants) for name in ("attend_split", "attend_combine"))
     scale = math.log2(math.e) / math.sqrt(p)
     addresses, capacities, lengths = caches
     step = (lengths, *(sharing or (None,) * 2))
-    inputs = (q, k, v, addresses, capacities, *step, *(loans or (None,) * 3), *partials)
+    inputs = (q, k, v, addresses, capacities, *step, *loans, *partials)
     split((parts, g * _tiles(h // g)), _THREADS, *inputs, layer, b, g, scale, overlap=overlap)
     combine((h, b), _JOINERS * p, *partials, *step, out, b, parts, overlap=overlap)
 

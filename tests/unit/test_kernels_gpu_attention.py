@@ -34,12 +34,11 @@ def run(
     partials = Partials.empty(q, k.shape[1], sharing is not None)
     partials = Partials(*(room[:parts].fill_(torch.nan) for room in partials))
     shared = sharing and Sharing(*torch.tensor(sharing, device=device).T.contiguous())
-    loans = None
-    if lent:
-        where = [(0, 0, 0) if kv is None else (kv.data_ptr(), kv.shape[2], tokens) for kv, tokens in lent]
-        loans = Loans(*torch.tensor(where, device=device).T.contiguous())
+    places = lent or [(None, 0)] * len(caches)
+    where = [(0, 0, 0) if kv is None else (kv.data_ptr(), kv.shape[2], tokens) for kv, tokens in places]
+    loans = Loans(*torch.tensor(where, device=device).T.contiguous())
     out = torch.full_like(q, torch.nan)
-    attend(*qkv, described, layer, partials, out, shared, loans, overlap=False)
+    attend(*qkv, described, loans, layer, partials, out, shared, overlap=False)
     return out
 
 
