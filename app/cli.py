@@ -58,11 +58,12 @@ def serve(
 
     from app.log import configure_logging
     from app.main import create_app
-    from app.serving import SteadyServer
+    from app.serving import SteadyServer, check_address
 
     server = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = choose_settings(None, None, data_dir, **({"server": server} if server else {}))
     configure_logging(settings.log.level, settings.log.format)
+    check_address(settings.server.host, settings.server.port)
     config = uvicorn.Config(
         create_app(settings),
         host=settings.server.host,

@@ -17,6 +17,18 @@ _BYTES_ACKED = 120  # where struct tcp_info has the count, in linux/tcp.h
 _INFO_BYTES = 128
 
 
+def check_address(host: str, port: int) -> None:
+    """Raises OSError where nobody could listen now, which is better known before a model is loaded."""
+    try:
+        for family, kind, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+    except OSError as error:
+        advice = "set JAMBA_RAG_SERVER__PORT or --port, or stop what listens there"
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; {advice}") from None
+
+
 class SteadyServer(uvicorn.Server):
     """Ends a connection whose client has taken nothing for `stall_s` though there was something, within twice as long.
 

@@ -377,7 +377,8 @@ def test_a_start_that_fails_is_not_put_down_to_the_port(run, monkeypatch, tmp_pa
     assert code == 1 and "cannot start" in err and "listen" not in err
 
 
-def test_a_port_that_is_taken_is_exit_1(run, tmp_path):
+def test_a_port_that_is_taken_is_exit_1_before_anything_is_loaded(run, monkeypatch, tmp_path):
+    monkeypatch.setattr("app.main.create_app", lambda settings: 1 // 0)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
