@@ -1,11 +1,16 @@
 """BERT's encoder, for embedder and reranker: PyTorch's own layers, filled from a checkpoint. Start at `load_bert`.
 
+On a CPU a forward pass is one operation to Python. As a hundred it takes the interpreter's lock a hundred times anew,
+and beside a thread that computes in Python each can wait for 5 ms: a question's vector took 290 instead of 7 ms beside
+two such threads, and takes 12 now.
+
 Not its pooler, heads or training; and not that of `transformers`, whose import takes 3 s of CPU that the first question
 after a start waited for.
 Source: Devlin, Chang, Lee, Toutanova 2019; for the stored names transformers, models/bert/modeling_bert.py.
 """
 
 import json
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,8 +59,8 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-class Bert(nn.Module):
-    """Takes a `read_config`. Built on the meta device, without weights: `load_state_dict` with `assign` fills it."""
+class _Layers(nn.Module):
+    """Built on the meta device, without weights: `load_state_dict` with `assign` fills it."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -69,15 +74,37 @@ class Bert(nn.Module):
             layer = nn.TransformerEncoderLayer(d, heads, inner, activation=activate, layer_norm_eps=eps)
             self.encoder = nn.TransformerEncoder(layer, config["num_hidden_layers"], enable_nested_tensor=False)
 
-    def forward(self, ids: Tensor, mask: Tensor, kinds: Tensor | None = None) -> Tensor:
-        """ids (b, t), mask (b, t) 1 = a token and 0 = padding, kinds (b, t), None = all 0 -> (b, t, d).
+    def forward(self, ids: Tensor, kinds: Tensor, padding: Tensor | None = None) -> Tensor:
+        """Tokens come first inside: with batch_first PyTorch takes its fused layer, which uses 1.2 times the CPU.
 
-        Tokens come first inside: with batch_first PyTorch takes its fused layer, which uses 1.2 times the CPU.
+        Nothing may be a number of Python's here: it would stay what it was when this became one operation.
         """
-        ids, kinds = ids.t(), torch.zeros_like(ids.t()) if kinds is None else kinds.t()
-        places = torch.arange(len(ids), device=ids.device)[:, None]
+        ids, kinds = ids.t(), kinds.t()
+        places = torch.arange(ids.shape[0], device=ids.device)[:, None]
         x = self.norm(self.words(ids) + self.kinds(kinds) + self.places(places))  # (t, b, d)
-        return self.encoder(x, src_key_padding_mask=None if mask.all() else mask == 0).transpose(0, 1)
+        return self.encoder(x, src_key_padding_mask=padding).transpose(0, 1)
+
+
+class Bert:
+    """Thread safe, in inference mode."""
+
+    def __init__(self, layers: _Layers) -> None:
+        weight = layers.norm.weight
+        self.layers, self.dtype = layers, weight.dtype
+        self._whole = self._padded = layers
+        if weight.device.type == "cpu":
+            ids, padding = torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, dtype=torch.bool)
+            with torch.inference_mode(), warnings.catch_warnings():
+                # that sizes which are compared stay what they are; and that this is going to be replaced, by what
+                # compiles C++ at every start or is a hundred operations again
+                warnings.simplefilter("ignore")
+                self._whole = torch.jit.trace(layers, (ids, ids), check_trace=False)
+                self._padded = torch.jit.trace(layers, (ids, ids, padding), check_trace=False)
+
+    def __call__(self, ids: Tensor, mask: Tensor, kinds: Tensor | None = None) -> Tensor:
+        """ids (b, t), mask (b, t) 1 = a token and 0 = padding, kinds (b, t), None = all 0 -> (b, t, d)."""
+        kinds = torch.zeros_like(ids) if kinds is None else kinds
+        return self._whole(ids, kinds) if mask.all() else self._padded(ids, kinds, mask == 0)
 
 
 def load_bert(model_dir: Path, updates: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> Bert:
@@ -85,7 +112,7 @@ def load_bert(model_dir: Path, updates: dict[str, Tensor], device: torch.device,
 
     `updates` holds NAME.A (rank, in) and NAME.B (out, rank) for stored weights NAME, to which B·A is added.
     """
-    model = Bert(read_config(model_dir / "config.json"))
+    layers = _Layers(read_config(model_dir / "config.json"))
     weights = {k: v for k, v in load_file(model_dir / "model.safetensors").items() if not k.startswith(_UNUSED)}
     for name in [key.removesuffix(".A") for key in updates if key.endswith(".A")]:
         weights[name] = weights[name] + updates[f"{name}.B"].float() @ updates[f"{name}.A"].float()
@@ -94,5 +121,5 @@ def load_bert(model_dir: Path, updates: dict[str, Tensor], device: torch.device,
         weights[name] = torch.cat([weights.pop(part) for part in parts if part in weights])
     for stored, ours in _NAMES.items():
         weights = {name.replace(stored, ours): tensor for name, tensor in weights.items()}
-    model.load_state_dict(weights, strict=True, assign=True)
-    return model.eval().requires_grad_(False).to(device, dtype)
+    layers.load_state_dict(weights, strict=True, assign=True)
+    return Bert(layers.eval().requires_grad_(False).to(device, dtype))

@@ -54,7 +54,7 @@ def assert_same_vectors(got: torch.Tensor, expected: torch.Tensor, dtype: torch.
 def assert_agrees(ours: Bert, theirs: transformers.BertModel, tokens: int, vocab_size: int = 97) -> None:
     """`theirs` is in float32. Of float32 each token's state is compared, too."""
     ids, mask, kinds = make_batch(tokens, vocab_size)
-    dtype = next(ours.parameters()).dtype
+    dtype = ours.dtype
     with torch.inference_mode():
         for rows, named in ((slice(None), {}), (slice(None), {"token_type_ids": kinds}), (slice(1), {})):
             expected = theirs(input_ids=ids[rows], attention_mask=mask[rows], **named).last_hidden_state
@@ -151,3 +151,15 @@ print([name for name in ("transformers", "sentence_transformers", "torch._dynamo
 """
     ended = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
     assert (ended.stdout, ended.stderr) == ("(384,) (2,)\n[]\n", "")
+
+
+def test_one_operation_gives_the_bits_of_the_layers_for_any_sizes():
+    """What is traced for one row of two tokens must hold for all others."""
+    model = load_bert(wheel_model_dir(), {}, CPU, torch.float32)
+    for rows, tokens in ((1, 1), (1, 9), (3, 2), (5, 61)):
+        ids, mask, kinds = (tensor[:rows] for tensor in make_batch(tokens, 30_000))
+        with torch.inference_mode():
+            whole, padded = torch.ones_like(mask), mask == 0
+            assert torch.equal(model(ids, whole, kinds), model.layers(ids, kinds))
+            if padded.any():
+                assert torch.equal(model(ids, mask, kinds), model.layers(ids, kinds, padded))

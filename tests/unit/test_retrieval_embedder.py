@@ -91,7 +91,9 @@ def test_the_shipped_one_is_the_published_weights_with_low_rank_updates(minilm, 
     updates = load_file(TUNED)
     name = "encoder.layer.3.intermediate.dense.weight"
     published = MiniLMEmbedder(dtype=torch.float32, adapter=None)
-    added = minilm._model.encoder.layers[3].linear1.weight - published._model.encoder.layers[3].linear1.weight
+    added = (
+        minilm._model.layers.encoder.layers[3].linear1.weight - published._model.layers.encoder.layers[3].linear1.weight
+    )
     torch.testing.assert_close(added, updates[f"{name}.B"].float() @ updates[f"{name}.A"].float(), atol=1e-6, rtol=0)
     assert len(updates) == 2 * 6 * 6 and minilm.embed_query("short") @ published.embed_query("short") < 0.9999
     save_file(updates | {f"{name}.B": -updates[f"{name}.B"]}, tmp_path / "other.safetensors")
