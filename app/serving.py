@@ -5,6 +5,7 @@ read. A client that reads slowly gets all of it; one that takes nothing would ho
 """
 
 import asyncio
+import errno
 import fcntl
 import socket
 import struct
@@ -19,15 +20,26 @@ _INFO_BYTES = 128
 
 
 def check_address(host: str, port: int) -> None:
-    """Raises OSError where nobody could listen now, which is better known before a model is loaded."""
+    """Raises OSError where another listens, which is better known before a model is loaded; other faults show later."""
     try:
-        for family, kind, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-            with socket.socket(family, kind) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror:
+        return
+    if any(_is_taken(family, address) for family, *_, address in found):
+        advice = "set --port or JAMBA_RAG_SERVER__PORT, or stop what listens there"
+        raise OSError(f"cannot listen on {host}:{port}: another does; {advice}")
+
+
+def _is_taken(family: socket.AddressFamily, address: tuple) -> bool:
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            probe.bind(address)
     except OSError as error:
-        advice = "set JAMBA_RAG_SERVER__PORT or --port, or stop what listens there"
-        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; {advice}") from None
+        return error.errno == errno.EADDRINUSE
+    return False
 
 
 class SteadyServer(uvicorn.Server):
