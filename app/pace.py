@@ -4,13 +4,11 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from statistics import fmean
 
 from app.errors import Overloaded
 
 _UNMEASURED_S = 1.0  # between two answers, until one has been measured
 _KEPT = 32  # more than are finished together
-_LATEST = 8  # so many quick ones and what was slow before is over, as when whole libraries have been read once
 _ALWAYS = 2  # places whatever they take: one slow answer must not shut the others out
 
 
@@ -27,7 +25,7 @@ class Pace:
 
     def admit(self, pending: int) -> float:
         """One more beside `pending` others; returns now. Raises Overloaded, which says when there will be room."""
-        gap_s = self._gap_s()
+        gap_s = sum(self._gaps) / len(self._gaps) if self._gaps else _UNMEASURED_S
         wait_s, limit_s = pending * gap_s, self._max_wait_s
         if pending >= self._max_pending:
             raise _refusal(f"answers running or waiting: {pending}, which is the limit", gap_s)
@@ -35,11 +33,6 @@ class Pace:
             what = f"answers running or waiting: {pending}, which takes about {wait_s:.0f} s"
             raise _refusal(f"{what}; the limit is {limit_s:g} s", wait_s - limit_s)
         return self._clock()
-
-    def _gap_s(self) -> float:
-        """What one more answer takes: as lately, or as the latest if that is less."""
-        gaps = [*self._gaps] or [_UNMEASURED_S]
-        return min(fmean(gaps), fmean(gaps[-_LATEST:]))
 
     def finish(self, admitted: float) -> None:
         """An answer that was admitted then was finished, not given up."""
