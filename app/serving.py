@@ -14,7 +14,7 @@ import termios
 
 import uvicorn
 
-_SWITCH_S = 1e-3  # a thread waits for Python's lock that long at most, not 5 ms: what the card does next waits, too
+_SWITCH_S = 1e-3  # until a thread that computes in Python lets another have the lock; by default 5 ms
 _BYTES_ACKED = 120  # where struct tcp_info has the count, in linux/tcp.h
 _INFO_BYTES = 128
 

@@ -243,9 +243,8 @@ def bench_sharing(bench: Bench, run: BenchRun) -> None:
         return engine.add(EngineRequest(tuple(random_tokens(model, num_tokens, seed).tolist()), sampling=sampling))
 
     try:
-        ask(
-            min(long, 2 * plan.segment_tokens + short), 1, seed=answers + 1
-        )  # compiles what is missing, also behind a past
+        # compiles what is missing, also what reads behind a past
+        ask(min(long, 2 * plan.segment_tokens + short), 1, seed=answers + 1)
         while engine.has_work():
             engine.step()
         running = {ask(short, 4000, seed) for seed in range(answers)}

@@ -8,8 +8,8 @@
 //
 // Of sequences that share their first keys (MEMBERS > 1) one's copy is read for up to MEMBERS of them: the query heads of
 // all are rows of one product of scores, up to 8 of the first, up to 16 in two products of values. What lies behind the
-// shared keys is read for each alone. A copy may lie in two places, the first of its keys lent by another sequence: other
-// addresses, the same parts and so the same bits.
+// shared keys is read for each alone. A copy may lie in two places, the first of its keys lent by another sequence:
+// other addresses, the same parts and so the same bits.
 //
 // Constants: HEAD_DIM p (a multiple of 64), GROUP query heads a KV head, MEMBERS sequences of a block.
 #include "gpu.cuh"

@@ -27,7 +27,8 @@ _ROUNDED = re.compile(
 )
 _COUNT_OF = re.compile(rf"(?P<count>(?:[a-z]+ ){{0,2}}(?:{_NUMBER}))(?P<of>(?: [\w-]+)+)$", re.I)
 _MONTH = r"january|february|march|april|may|june|july|august|september|october|november|december"
-_ON_A_DATE = re.compile(rf"(?:on|in|at)(?: the)? (?=\d|(?:{_MONTH})\b)", re.I)
+_DATE = rf"(?:\d{{1,2}}(?:st|nd|rd|th)? (?:of )?)?(?:{_MONTH})\b|[12]\d\d\d\b|\d{{1,2}}:\d\d"
+_ON_A_DATE = re.compile(rf"(?:on|in|at)(?: the)? (?={_DATE})", re.I)
 _BEGINNINGS = {  # words that belong to what an answer to this says, if they stand right before it
     "why": r"because(?: of)?|since|so that|in order to|due to|owing to|thanks to|to",
     "how": r"by(?: means of)?|using|via|through|with(?: the help of)?",

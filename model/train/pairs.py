@@ -56,10 +56,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(kept)} pairs kept; dropped {dict(dropped)}", flush=True)
     for split in args.splits:
         chosen = [p for p in kept if is_dev_document(p["source"], p["doc"]) == (split == "dev")]
-        if split == "train":  # development questions stay as they were, so that scores can be compared
-            _settle(chosen)
         passages = _passages(chosen, args.corpora, split, random.Random(args.seed))
         _add_negatives(chosen, passages, args.negatives, args.workers)
+        if split == "train":  # development questions stay as they were, so that scores can be compared
+            _settle(chosen)  # last: the shorter answer is found in more passages, which would be no negatives
         wanted = {i for pair in chosen for i in (pair["passage_id"], *pair["negatives"])}
         passages = [passage for passage in passages if passage["id"] in wanted]
         _write(args.out / f"passages_{split}.jsonl", passages)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "i
 
 def write_bert(path: Path, **fields: object) -> transformers.BertModel:
     torch.manual_seed(0)
-    config = transformers.BertConfig(vocab_size=97, max_position_embeddings=50, **SIZES, **fields)
+    config = transformers.BertConfig(vocab_size=97, max_position_embeddings=50, **SIZES | fields)
     model = transformers.BertModel(config, add_pooling_layer=False).eval()
     model.save_pretrained(path)
     return model
@@ -153,13 +154,29 @@ print([name for name in ("transformers", "sentence_transformers", "torch._dynamo
     assert (ended.stdout, ended.stderr) == ("(384,) (2,)\n[]\n", "")
 
 
-def test_one_operation_gives_the_bits_of_the_layers_for_any_sizes():
-    """What is traced for one row of two tokens must hold for all others."""
-    model = load_bert(wheel_model_dir(), {}, CPU, torch.float32)
-    for rows, tokens in ((1, 1), (1, 9), (3, 2), (5, 61)):
-        ids, mask, kinds = (tensor[:rows] for tensor in make_batch(tokens, 30_000))
+@pytest.mark.parametrize("heads", [1, 2, 3])
+def test_one_operation_gives_the_bits_of_the_layers_for_any_sizes(tmp_path, heads):
+    """What is traced for two rows of two tokens must hold for all others."""
+    write_bert(tmp_path, num_attention_heads=heads)
+    model = load_bert(tmp_path, {}, CPU, torch.float32)
+    for rows, tokens in ((1, 1), (1, 9), (3, 2), (5, 50)):
+        ids, mask, kinds = (tensor[:rows] for tensor in make_batch(tokens, 97))
         with torch.inference_mode():
             whole, padded = torch.ones_like(mask), mask == 0
             assert torch.equal(model(ids, whole, kinds), model.layers(ids, kinds))
             if padded.any():
                 assert torch.equal(model(ids, mask, kinds), model.layers(ids, kinds, padded))
+
+
+def test_several_threads_at_once_get_what_one_gets():
+    model = load_bert(wheel_model_dir(), {}, CPU, torch.float32)
+    batches = [make_batch(tokens, 30_000) for tokens in (3, 9, 17, 31)]
+
+    def compute(batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        with torch.inference_mode():
+            return model(*batch)
+
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(compute, 3 * batches))
+    for batch, got in zip(3 * batches, together, strict=True):
+        assert torch.equal(got, compute(batch))

@@ -13,6 +13,7 @@ CASES = [
     ("How long may a line be?", "No line has more than [80 characters].", "more than 80 characters"),
     ("When did it appear?", "It appeared [on 21 April 1999] at last.", "21 April 1999"),
     ("When did it appear?", "It appeared in [March 1996].", "March 1996"),
+    ("When is it sent?", "It is sent [in 3 days] again.", "in 3 days"),
     ("When does it start?", "It starts right after [the boot].", "right after the boot"),
     ("Where are the samples?", "They are in the [samples folder].", "in the samples folder"),
     ("Where was it held?", "It was held in [Managua, Nicaragua].", "Managua, Nicaragua"),
