@@ -1,16 +1,15 @@
-"""A prefill segment of some hundred to a few thousand tokens on the GPU, as CUDA graphs of a layer each.
+"""A prefill segment of some hundred to a few thousand tokens on the GPU, as CUDA graphs of a few layers each.
 
 Of so few tokens the host launches a layer's kernels no faster than the card runs them, and much slower where other
-threads want the interpreter. A graph is of one length: segments are padded to a multiple of ROWS, by rows that leave
-the states as they are (batch.Padding). Attention is left out, for its keys differ with every call. Fewer tokens:
-gpu_segment.py; more: the modules. Start at `GpuLayers.compute`.
+threads want the interpreter, which each launch lets go. A graph is of one length: segments are padded to a multiple of
+ROWS, by rows that leave the states as they are (batch.Padding). Attention is left out, for its keys differ with every
+call. Fewer tokens: gpu_segment.py; more: the modules. Start at `GpuLayers.compute`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator
-from functools import partial
+from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor
 from model.attention import Attention
 from model.batch import Batch, Group, Padding
 from model.gpu_graphs import GraphCapture
-from model.moe import MoE
 from model.state import HybridState
 
 if TYPE_CHECKING:
@@ -27,8 +25,10 @@ if TYPE_CHECKING:
 
 ROWS = 256
 LONGEST = 3072
+LAYERS = 4  # of a graph, about: the more, the fewer launches, and the longer the others' next tokens wait
 _log = logging.getLogger(__name__)
 
+_Span = tuple[tuple[int, bool], ...]  # layers, and whether of an attention's what lies behind it
 Attend = Callable[[Attention, Tensor, Tensor, Tensor], Generator[str, None, Tensor]]
 
 
@@ -53,7 +53,8 @@ class GpuLayers:
             is_padding = torch.empty(LONGEST, 1, dtype=torch.bool, device=device)
             self._padding = Padding(is_padding, self._places[: layout.w - 1, 0].clone())
         self._capture = GraphCapture(device)
-        self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}  # of rows, layer and which half
+        self._spans = _spans(self._layers)
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # of rows and span
         self._launched: set[int] = set()  # rows whose kernels are compiled and loaded
         self._usable = device.type == "cuda"
 
@@ -70,14 +71,12 @@ class GpuLayers:
         torch.ge(self._places, t, out=self._padding.rows)
         torch.add(self._places[: len(self._padding.last), 0], t - len(self._padding.last), out=self._padding.last)
         replayed = rows in self._launched
-        for i, layer in enumerate(self._layers):
-            yield f"graph of {_kind(layer, False)}"
-            self._run(rows, i, False, replayed)
-            if layer.is_attention:
-                out = yield from attend(layer.self_attn, self._q[:t], self._k[:t], self._v[:t])
+        for number, span in enumerate(self._spans):
+            yield f"graph {number}"
+            self._run(rows, number, replayed)
+            if (block := self._attention_behind(span)) is not None:
+                out = yield from attend(block, self._q[:t], self._k[:t], self._v[:t])
                 self._attended[:t].copy_(out.flatten(-2))
-                yield f"graph of {_kind(layer, True)}"
-                self._run(rows, i, True, replayed)
         self._launched.add(rows)
         state.conv.copy_(self._conv), state.ssm.copy_(self._ssm)
         return self._x[:t]
@@ -92,9 +91,16 @@ class GpuLayers:
         for _ in self.compute(token_ids, state, attend):
             pass
 
-    def _run(self, rows: int, i: int, is_second: bool, replayed: bool) -> None:
-        key = rows, i, is_second
-        launch = partial(self._launch, *key)
+    def _attention_behind(self, span: _Span) -> Attention | None:
+        i, is_second = span[-1]
+        return self._layers[i].self_attn if self._layers[i].is_attention and not is_second else None
+
+    def _run(self, rows: int, number: int, replayed: bool) -> None:
+        def launch() -> None:
+            for part in self._spans[number]:
+                self._launch(rows, *part)
+
+        key = rows, number
         if replayed and self._usable and key not in self._graphs:
             try:
                 self._graphs[key] = self._capture(launch)
@@ -122,7 +128,13 @@ class GpuLayers:
         self._x[:rows].copy_(x)
 
 
-def _kind(layer: JambaLayer, is_second: bool) -> str:
-    if layer.is_attention and not is_second:
-        return "projections"
-    return f"{'attention' if is_second else 'mamba'} and {'experts' if isinstance(layer.feed_forward, MoE) else 'mlp'}"
+def _spans(layers: Iterable[JambaLayer]) -> list[_Span]:
+    """What one graph each computes; none goes beyond an attention, which stands between two."""
+    spans: list[list[tuple[int, bool]]] = [[]]
+    for i, layer in enumerate(layers):
+        if len(spans[-1]) >= LAYERS and not layer.is_attention:
+            spans.append([])
+        spans[-1].append((i, False))
+        if layer.is_attention:
+            spans.append([(i, True)])
+    return [tuple(span) for span in spans if span]

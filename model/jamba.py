@@ -227,7 +227,7 @@ class Jamba(nn.Module):
         return self._gpu_segments if self._gpu_segments.takes(t) else None
 
     def padded_layers(self, t: int) -> gpu_layers.GpuLayers | None:
-        """What computes t tokens of one sequence as graphs of a layer, if this model and its card can."""
+        """What computes t tokens of one sequence as graphs of some layers, if this model and its card can."""
         if not self.graphed_tokens < t <= self.padded_tokens or self._gpu_decoder(1) is None:
             return None
         if self._gpu_layers is None:

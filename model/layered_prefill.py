@@ -1,6 +1,6 @@
 """A long prefill segment computed piece by piece, so that decode steps of others can come between.
 
-A piece is a layer's mixer or its feed-forward, a layer as a graph (gpu_layers.py), or a part of the queries of an
+A piece is a layer's mixer or its feed-forward, some layers as a graph (gpu_layers.py), or a part of the queries of an
 attention over many keys. Pieces follow from the segment and its past alone, and so does every bit of the result,
 whatever comes between them.
 """

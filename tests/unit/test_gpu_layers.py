@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_gpu_decode import RATIO, make, prefilled, same_states, tokens  # noqa: F401
 from torch import Tensor
 
 from model import Jamba
-from model.gpu_layers import GpuLayers
+from model.gpu_layers import GpuLayers, _spans
 from model.layered_prefill import LayeredPrefill
 from model.state import HybridState
 from model.w8a8 import round_activations
@@ -67,7 +69,7 @@ def test_the_bits_are_the_same_by_kernels_by_graphs_and_piece_by_piece(padding: 
     for logits, after in results[1:]:
         assert torch.equal(logits, results[0][0]) and after == results[0][1]
     if state.conv.is_cuda:
-        assert {rows for rows, _, _ in padding._gpu_layers._graphs} == {96}
+        assert set(padding._gpu_layers._graphs) == {(96, i) for i in range(len(padding._gpu_layers._spans))}
 
 
 def test_what_is_no_number_goes_with_its_request(padding: Jamba) -> None:
@@ -101,3 +103,10 @@ def test_a_segment_that_is_given_up_leaves_its_state_as_it_was(padding: Jamba) -
     assert state_bytes(state) == before
     read(padding, ids, padding.new_state())
     assert torch.equal(read(padding, ids, state), read(padding, ids, same))
+
+
+def test_a_graph_is_of_some_layers_and_ends_at_an_attention() -> None:
+    layers = [SimpleNamespace(is_attention=i % 8 == 4) for i in range(16)]
+    parts = [[i for i, _ in span] for span in _spans(layers)]
+    assert parts == [[0, 1, 2, 3, 4], [4, 5, 6, 7], [8, 9, 10, 11, 12], [12, 13, 14, 15]]
+    assert [span[0][1] for span in _spans(layers)] == [False, True, False, True]
