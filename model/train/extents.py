@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from model.train.lexical import words
+from model.train.lexical import MONTHS, words
 
 _COUNTED = re.compile(r"how (?:many|much|long|old|often|far|large|big)\b", re.I)
 _HOW = re.compile(r"how (?!many\b|much\b|long\b|old\b|often\b|far\b|large\b|big\b)", re.I)
@@ -21,13 +21,12 @@ _NUMBER = (
     r"(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand"
 )
 _ROUNDED = re.compile(
-    r"\b(?:about|around|approximately|almost|nearly|roughly|over|at (?:least|most)|up to|"
-    r"(?:no )?(?:more|less|fewer) than) $",
+    r"\b(?:(?:about|around|approximately|almost|nearly|roughly|over|at (?:least|most)|up to|"
+    r"(?:no )?(?:more|less|fewer) than) )+$",
     re.I,
 )
 _COUNT_OF = re.compile(rf"(?P<count>(?:[a-z]+ ){{0,2}}(?:{_NUMBER}))(?P<of>(?: [\w-]+)+)$", re.I)
-_MONTH = r"january|february|march|april|may|june|july|august|september|october|november|december"
-_DATE = rf"(?:\d{{1,2}}(?:st|nd|rd|th)? (?:of )?)?(?:{_MONTH})\b|[12]\d\d\d\b|\d{{1,2}}:\d\d"
+_DATE = rf"(?:\d{{1,2}}(?:st|nd|rd|th)? (?:of )?)?(?:{MONTHS})\b|[12]\d\d\d\b|\d{{1,2}}:\d\d"
 _ON_A_DATE = re.compile(rf"(?:on|in|at)(?: the)? (?={_DATE})", re.I)
 _BEGINNINGS = {  # words that belong to what an answer to this says, if they stand right before it
     "why": r"because(?: of)?|since|so that|in order to|due to|owing to|thanks to|to",

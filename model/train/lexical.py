@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"  # of a pattern
 _WORD = re.compile(r"[A-Za-z0-9_]{2,}")
 
 

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from model.train.lexical import MONTHS
 from model.train.statements import facts_of
 
 _UNITS = (
@@ -21,7 +22,7 @@ _UNITS = (
 )
 _ORDERS = "use run type click press select choose set add open enter specify edit install remove call"
 _PARTS = {
-    "MONTH": "(?:January|February|March|April|May|June|July|August|September|October|November|December)",
+    "MONTH": f"(?:{MONTHS})",
     "UNIT": rf"(?: ?%| percent| ?[kKMGT]i?B\b| ?[kMG]?Hz\b| ?(?:{_UNITS})\b)",
     "ORDERS": "|".join(f"[{word[0].upper()}{word[0]}]{word[1:]}" for word in _ORDERS.split()),
     "END": r"(?=[.;:!?)]|, (?:and|but|so|which|while|although)\b|$)",

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from model.train.cloze import SENTENCE_END, STOPWORDS
+from model.train.lexical import MONTHS
 from model.train.sources import read_word_lists
 
 
@@ -36,7 +37,6 @@ _WORDS = {
 }
 VERBS, _GENERAL = _WORDS["verbs"], _WORDS["general"]
 _MADE = {word: word for word in _WORDS["made"]} | {"written": "wrote", "maintained": "maintains"}
-_MONTH = r"(?:January|February|March|April|May|June|July|August|September|October|November|December)"
 _TOKEN = r"[\w'’“”\"`./+#$<>\[\]*@%&=~^-]*[\w'’”\"`>\]*+#$%]"
 _LEADS_TO = (
     "connected attached added assigned linked sent bound mapped related compared limited converted moved copied set"
@@ -56,7 +56,7 @@ _PARTS = {
     "MADE": "|".join(_MADE),
     "NOUNS": "|".join(sorted(_WORDS["nouns"])),
     "TO": "|".join(rf"(?<={word} )to" for word in _LEADS_TO.split()),
-    "DATE": rf"(?:(?:\d{{1,2}} )?{_MONTH}(?: \d{{1,2}},?)? (?:1[5-9]|20)\d\d|(?:1[5-9]|20)\d\d)",
+    "DATE": rf"(?:(?:\d{{1,2}} )?(?:{MONTHS})(?: \d{{1,2}},?)? (?:1[5-9]|20)\d\d|(?:1[5-9]|20)\d\d)",
     "NAME": r"(?:[A-Z][\w'’-]+|[A-Z]\.)(?: (?:[A-Z][\w'’-]+|[A-Z]\.|von|van|de|der)){0,3}",
     "COUNT": "(?:(?:up to|at least|at most|about|over|more than|only|exactly|approximately|nearly) )?"
     r"(?:\d[\d,.]*\d|\d|two|three|four|five|six|seven|eight|nine|ten|twelve|fifteen|twenty|thirty|fifty|hundred)",

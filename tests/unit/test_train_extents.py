@@ -11,6 +11,7 @@ CASES = [
     ("How many developers were there?", "It had about [sixty developers] then.", "about sixty"),
     ("How many developers were there?", "It had [sixty paid maintainers] then.", "sixty paid maintainers"),
     ("How long may a line be?", "No line has more than [80 characters].", "more than 80 characters"),
+    ("How long is it?", "It takes at least about [60 seconds].", "at least about 60 seconds"),
     ("When did it appear?", "It appeared [on 21 April 1999] at last.", "21 April 1999"),
     ("When did it appear?", "It appeared in [March 1996].", "March 1996"),
     ("When is it sent?", "It is sent [in 3 days] again.", "in 3 days"),
