@@ -10,7 +10,7 @@ Source: Devlin, Chang, Lee, Toutanova 2019; for the stored names transformers, m
 """
 
 import json
-import warnings
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ _NEEDED = (*_ROWS, "hidden_size", "num_hidden_layers", "num_attention_heads", "i
 _PAPER = {"type_vocab_size": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-12}  # what BERT's first files lack
 _TANH = partial(F.gelu, approximate="tanh")
 _ACTIVATIONS = {"gelu": F.gelu, "gelu_new": _TANH, "gelu_pytorch_tanh": _TANH, "relu": F.relu, "silu": F.silu}
+_TRACING = threading.Lock()  # PyTorch has one table of what is traced, for all threads
 _UNUSED = ("pooler.", "embeddings.position_ids")  # of the stored weights: a head for another task, and 0, 1, 2 …
 _NAMES = {  # parts of stored names and what they are called here, in the order of replacing
     "embeddings.word_embeddings": "words",
@@ -106,10 +107,8 @@ def _trace(layers: _Layers, padded: bool = False) -> Callable[..., Tensor]:
     """As one operation, with the same bits for rows of any number and length; ready, which takes three calls."""
     ids = torch.zeros(2, 2, dtype=torch.long)  # with one row of one head PyTorch would take a way of its own
     inputs = (ids, ids, ids == 1) if padded else (ids, ids)
-    with torch.inference_mode(), warnings.catch_warnings():
-        # that sizes which are compared stay what they are; and that this is going to be replaced, by what compiles C++
-        # at every start or is a hundred operations again
-        warnings.simplefilter("ignore")
+    # `torch.jit` is deprecated; what shall replace it compiles C++ at every start or is a hundred operations again
+    with _TRACING, torch.inference_mode():
         traced = torch.jit.trace(layers, inputs, check_trace=False)
         for _ in range(3):
             traced(*inputs)
