@@ -10,6 +10,7 @@ is kept under data/fuzz/ and named on the last line. Exit 1 if there was one.
 import argparse
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from tests.fuzz.target import CORPUS, FORMATS
@@ -27,6 +28,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := set(arguments.formats) - set(FORMATS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    if find_spec("atheris") is None:
+        parser.error("atheris is not installed: pip install '.[fuzz]'")
     formats = arguments.formats or list(FORMATS)
     share_s = 60 * arguments.minutes / len(formats)
     turns = max(1, round(share_s / _TURN_S))
