@@ -364,7 +364,7 @@ class JambaEngine:
     def _forget(self, sequence: RunningSequence) -> None:
         del self._sequences[sequence.request_id]
         if sequence.state is not None:
-            self._room.leave(sequence.state, sequence.plan)
+            self._room.leave(sequence.state)
         if (loading := self._loading.pop(sequence, None)) is not None:
             loading.cancel()
         for group in (self._waiting, self._prefilling, self._decoding):

@@ -19,7 +19,7 @@ _LIMIT = 4  # prefixes of ended sequences
 
 @dataclass(frozen=True, slots=True)
 class _Ended:
-    loan: LentKv
+    loan: LentKv  # which has a plan
     origin: Origin  # of its tokens
 
 
@@ -49,13 +49,11 @@ class Lenders:
                     self._ended.move_to_end(best.kv.data_ptr())
         return best
 
-    def keep(
-        self, state: HybridState, plan: PrefixPlan, is_current: Callable[[PrefixPlan, Collection[str]], bool]
-    ) -> None:
-        """An ended sequence's memory, or what it was lent, if others could read it and its documents are still there:
-        `is_current` as PrefixCache has it."""
+    def keep(self, state: HybridState, is_current: Callable[[PrefixPlan, Collection[str]], bool]) -> None:
+        """An ended sequence's memory, or what it was lent, if others could read it and all documents that this memory
+        has seen are still there: `is_current` as PrefixCache has it."""
         loan = state.lend(state.origin.num_tokens)
-        if loan is None:
+        if loan is None or loan.plan is None:
             return
         own, address = _Ended(loan, state.origin.first(loan.num_tokens)), loan.kv.data_ptr()
         with self._lock:
@@ -68,7 +66,7 @@ class Lenders:
             self._ended[address] = own
             while len(self._ended) > _LIMIT:
                 self._ended.popitem(last=False)
-        if not is_current(plan, own.loan.tags | state.tags):  # asked last: who invalidates them later finds them here
+        if not is_current(loan.plan, loan.plan.tags):  # asked last: who invalidates them later finds them here
             with self._lock:
                 self._ended.pop(address, None)
 
@@ -83,5 +81,5 @@ class Lenders:
         """Give back the memory of those that have seen one of these documents; None: of all."""
         with self._lock:
             for address, one in list(self._ended.items()):
-                if tags is None or not one.loan.tags.isdisjoint(tags):
+                if tags is None or not one.loan.plan.tags.keys().isdisjoint(tags):
                     del self._ended[address]

@@ -11,13 +11,16 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from functools import cache
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from model.config import JambaConfig
 from model.ssm_rounding import dequantize_ssm, quantize_ssm
+
+if TYPE_CHECKING:
+    from model.prefix_plan import PrefixPlan
 
 LENT_UNIT = 256  # tokens of what is lent: a multiple of all tiles that kernels read keys in
 _MIN_CAPACITY_TOKENS, _MAX_SPARE_TOKENS = 256, 16_384
@@ -97,7 +100,7 @@ class LentKv(NamedTuple):
 
     kv: Tensor  # (n_attn, 2, capacity, g, p), which lives as long as someone reads it
     num_tokens: int  # a multiple of LENT_UNIT
-    tags: frozenset[str] = frozenset()  # documents that this memory has seen, also behind these tokens
+    plan: PrefixPlan | None = None  # of the prompt that the memory was filled by, also behind these tokens
 
     @property
     def memory(self) -> dict[int, int]:
@@ -141,14 +144,14 @@ class HybridState:
     """Starts empty; a forward pass advances it in place.
 
     `origin` is what is known to be stored of its KV; going back to fewer tokens forgets what lies behind them. With
-    `lent` memory it holds the KV behind that alone, and is of use once it has seen what is lent: see `restore`. `tags`:
-    the documents that it has or will have seen.
+    `lent` memory it holds the KV behind that alone, and is of use once it has seen what is lent: see `restore`. `plan`:
+    of the prompt that it is of, if it is of one.
     """
 
     def __init__(self, layout: StateLayout, device: torch.device | str = "cpu", lent: LentKv | None = None) -> None:
         self.layout, self._num_tokens, self.origin, self.lent = layout, 0, Origin(), lent
         self.lent_tokens = 0 if lent is None else lent.num_tokens
-        self.tags: frozenset[str] = frozenset()
+        self.plan: PrefixPlan | None = None
         with torch.inference_mode(False):  # an inference tensor could not be advanced outside inference mode
             self.conv = torch.zeros(layout.conv_shape, dtype=layout.conv_dtype, device=device)
             self.ssm = torch.zeros(layout.ssm_shape, dtype=torch.float32, device=device)
@@ -193,7 +196,7 @@ class HybridState:
         """What of its first tokens' KV another state could read here instead of holding it, see `cut_loan`."""
         if self.lent is not None:
             return cut_loan(self.lent, min(num_tokens, self.lent_tokens), unit)
-        return cut_loan(LentKv(self._kv, self.num_tokens, self.tags), min(num_tokens, self.num_tokens), unit)
+        return cut_loan(LentKv(self._kv, self.num_tokens, self.plan), min(num_tokens, self.num_tokens), unit)
 
     def reserve(self, num_tokens: int) -> None:
         """Make room for the KV of `num_tokens` tokens in all. Appending one by one is cheap: the room doubles, a large

@@ -44,9 +44,9 @@ class StateRoom:
             least = others if lent is None else [*others, lent]
             if self._budget.has_room(own_tokens, [*least, self._lenders]):
                 try:
-                    state = self._model.new_state(lent) if lent else self._model.new_state()
+                    state = self._model.new_state(lent)
                     state.reserve(max_tokens)
-                    state.tags = frozenset(plan.tags)
+                    state.plan = plan
                     return state
                 except torch.OutOfMemoryError:
                     if not others and not self._lenders.memory:
@@ -54,13 +54,13 @@ class StateRoom:
             keep = lent if self._budget.has_room(own_tokens, least) else None
             if keep is None and not self._budget.has_room(max_tokens, others):
                 return None
-            if not self._lenders.drop_oldest(keep):
-                return None
+            if not self._lenders.drop_oldest(keep) and (others or not self._lenders.drop_oldest()):
+                return None  # until another ends; where there is none, nothing is kept back
 
-    def leave(self, state: HybridState, plan: PrefixPlan) -> None:
+    def leave(self, state: HybridState) -> None:
         """A sequence has ended, and needs its state no more."""
         if self._lends:
-            self._lenders.keep(state, plan, self._cache.is_current)
+            self._lenders.keep(state, self._cache.is_current)
 
     def give_back(self) -> None:
         """All that ended sequences have left."""

@@ -303,6 +303,20 @@ def test_what_is_lent_goes_with_any_document_of_its_memory(lending) -> None:
     assert not lending._room._lenders.memory
 
 
+def test_memory_of_a_document_that_went_while_it_was_lent_is_kept_by_nobody(lending) -> None:
+    """Though who was lent it asked after that, and of what is still there."""
+    whole = {"boundaries": (128, 224), "tags": frozenset({"a", "b"}), "tag_starts": {"a": 0, "b": 128}}
+    _, answers = start(lending, ask(0, prompt(224, 5), new=6, **whole))
+    lending.prefix_cache.invalidate(["b"])
+    rest = {"boundaries": (128,), "tags": frozenset({"a"}), "epoch": lending.prefix_cache.epoch}
+    second = lending.add(ask(1, prompt(224, 5)[:128], **rest))
+    answers[second], lent = Answer(), set[int]()
+    while lending.has_work():
+        step(lending, answers)
+        lent |= {one.state.lent_tokens for one in lending._sequences.values() if one.state is not None}
+    assert lent == {0, 128} and not lending._room._lenders.memory
+
+
 def test_who_gives_up_while_loading_leaves_no_memory_behind(lending, monkeypatch) -> None:
     run_all(lending, [ask(0, new=1)])
     lending._room.give_back()
@@ -331,6 +345,26 @@ def test_memory_of_ended_sequences_gives_way(lending, monkeypatch) -> None:
     assert again.token_ids == expected.token_ids
     (new,) = run_all(lending, [ask(0, prompt(250, 9))])
     assert len(new.token_ids) == 12 and len(lending._room._lenders.memory) == 1
+
+
+def test_what_could_be_lent_gives_way_too_where_a_device_has_no_memory_beside_it(lending, monkeypatch) -> None:
+    """Else the request would wait for ever: nobody else is there to end."""
+    (expected,) = run_all(lending, [ask(0)])
+    reserve, lenders = HybridState.reserve, lending._room._lenders
+
+    def reserve_if_free(self: HybridState, num_tokens: int) -> None:
+        if lenders.memory and self.conv.device.type != "meta":
+            raise torch.OutOfMemoryError
+        reserve(self, num_tokens)
+
+    monkeypatch.setattr(HybridState, "reserve", reserve_if_free)
+    request_id = lending.add(ask(0))
+    answers = {request_id: Answer()}
+    step(lending, answers)
+    assert lending._sequences[request_id].state is not None
+    while lending.has_work():
+        step(lending, answers)
+    assert answers[request_id].token_ids == expected.token_ids
 
 
 def test_a_tenant_is_lent_nothing_of_another(lending) -> None:
