@@ -26,7 +26,7 @@ from app.prompting import AnswerFormat
 from app.schemas import AnswerRequest
 from app.setting_groups import AnswerSettings
 from app.tracing import Tracing
-from ingest.files import FileStore, clean_filename
+from ingest.files import MAX_FILENAME_CHARS, FileStore, clean_filename
 from ingest.sniff import SNIFF_BYTES, sniff_media_type
 from model.engine_thread import EngineThread
 from model.engine_times import EngineTimes
@@ -39,7 +39,6 @@ from retrieval.words import WordIndex
 
 log = logging.getLogger(__name__)
 
-MAX_FILENAME_CHARS = 255
 MAX_QUESTION_CHARS = 4_000_000  # with the turns before it
 _MODEL_TOKENS_PER_TOKEN = 1.4  # of the answering model for one of the embedder: the small vocabulary cuts finer
 _TOKENS_PER_DOCUMENT = 40  # its head and end in a prompt

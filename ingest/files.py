@@ -30,8 +30,6 @@ _RESERVE_BYTES = 64 << 20
 class FileTooLarge(ValueError):
     """The upload is longer than the limit; nothing of it was kept."""
 
-    code = "file_too_large"
-
 
 class OriginalMissing(RuntimeError):
     """The bytes were there once; somebody or something removed them behind the service's back."""
@@ -71,7 +69,12 @@ class FileStore:
                     temporary.rename(self.path(digest))
                     if hold:
                         self._held[digest] += 1
-                self._sync_directory()
+                try:
+                    self._sync_directory()
+                except OSError:
+                    if hold:
+                        self.release(digest)
+                    raise
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise

@@ -92,13 +92,9 @@ _HTML_TAG = re.compile(r"<(?:p|div|h[1-6]|table|ul|ol|span|a|br|article|section)
 class UnsupportedMediaType(ValueError):
     """No parser reads this content; the message says what it seems to be and what is supported."""
 
-    code = "unsupported_media_type"
-
 
 class EmptyFile(ValueError):
     """The upload has no bytes."""
-
-    code = "empty_file"
 
 
 def sniff_media_type(head: bytes, filename: str) -> str:

@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -115,5 +116,21 @@ def test_a_held_file_stays_until_every_hold_has_ended(files):
     files.delete(digest)
     assert files.path(digest).exists()
     files.release(digest)
+    files.delete(digest)
+    assert not files.path(digest).exists()
+
+
+def test_a_save_that_fails_at_last_holds_nothing(files, monkeypatch):
+    digest, _ = files.save_stream([b"x"], 10)
+    sync = os.fsync
+
+    def sync_files_alone(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", sync_files_alone)
+    with pytest.raises(StorageUnwritable):
+        files.save_stream([b"x"], 10, hold=True)
     files.delete(digest)
     assert not files.path(digest).exists()
