@@ -152,7 +152,7 @@ class FaissIndex:
                 thread.join()
 
     def close(self) -> None:
-        """End the filling; what is missing comes from the store at the next start."""
+        """End the filling; what is missing comes from the store at the next start. A training comes to nothing."""
         self._closing.set()
         if (filler := self._filler) is not None:
             filler.join()
@@ -224,6 +224,8 @@ class FaissIndex:
         upto, count = self._generation, self._index.ntotal
         try:
             built = build_ivf(source.vectors(0, upto), source.vectors(0, upto), count, self._dim)
+            if self._closing.is_set():  # the directory may be another process' by now
+                return
             with self._writer:
                 if built is None:
                     self._refused = count
@@ -238,7 +240,8 @@ class FaissIndex:
                     _LOG.info("vector index: %d vectors in %d lists, %d probed, recall@10 %.3f", *numbers)
             self._keep()
         except Exception:
-            _LOG.exception("cannot train the vector index; the one in use goes on")
+            if not self._closing.is_set():
+                _LOG.exception("cannot train the vector index; the one in use goes on")
 
     def _changes(
         self, source: VectorSource, after: int, upto: int

@@ -186,6 +186,22 @@ def test_changes_during_training_are_taken_over(source, monkeypatch):
     assert not set(index.search(clustered(1, 13)[0], 2999)[0].tolist()) & {5, 6}
 
 
+def test_a_training_that_outlasts_the_index_changes_nothing(source, tmp_path, monkeypatch):
+    """Its directory may be another process' by then."""
+    index = FaissIndex(DIM, "e", LIMIT)
+    index._directory = tmp_path
+
+    def build(*arguments):
+        index.close()
+        return build_ivf(*arguments)
+
+    monkeypatch.setattr(index_module, "build_ivf", build)
+    fill(source, 1000, 2, LIMIT + 1)
+    index.catch_up(source)
+    index.settle()
+    assert index.is_exact and not list(tmp_path.iterdir())
+
+
 def test_without_clusters_it_stays_exact(caplog):
     rng, source, index = np.random.default_rng(0), Source(), FaissIndex(256, "e", 1500)
     vectors = rng.standard_normal((2000, 256)).astype(np.float32)
