@@ -123,12 +123,9 @@ class EvidenceFinder:
 
     def whole_budget(self, mode: EvidenceMode = "full_context") -> int:
         """Most tokens that a short question with the default settings reads whole in this mode."""
-        query = self._plain_query(())
+        query = Query("", (), None, None, mode, None, self._settings.max_output_tokens)
         budget = self._whole_budget(query)
         return self._auto_budget(query, budget) if mode == "auto" else budget
-
-    def _plain_query(self, collections: Sequence[str]) -> Query:
-        return Query("", collections, None, None, "auto", None, self._settings.max_output_tokens)
 
     def search(self, query: str, collections: Sequence[str], params: SearchParams) -> list[Hit]:
         """The best chunks, best first. Raises CollectionNotFound."""
@@ -176,7 +173,6 @@ class EvidenceFinder:
             hits,
             budget_tokens,
             self._format.count_tokens,
-            "rag",
             query.document_ids,
             query.filters,
             None if self._advice.read_apart else self._recent,

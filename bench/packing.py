@@ -152,7 +152,7 @@ def replay(
     for question in trace:
         own = hits[question.id]
         count = prompt_format.count_tokens
-        evidence = pack_evidence(store, ["default"], own, budget, count, "rag", recent=recent, recent_tokens=2 * budget)
+        evidence = pack_evidence(store, ["default"], own, budget, count, recent=recent, recent_tokens=2 * budget)
         if order == "score":
             evidence = by_score(evidence)
         if recent is not None:

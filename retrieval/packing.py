@@ -1,4 +1,6 @@
-"""Hits and documents to evidence: which spans the model reads, within a token budget, in an order that can be cached.
+"""Hits to evidence: which spans the model reads, within a token budget, in an order that can be cached.
+
+Whole selections without a search: whole.py. Start at `pack_evidence`.
 
 Order is canonical (age of the collection, ordinal, place in the text), never by score: the same documents are the same
 prompt prefix whatever was asked. Where earlier evidence begins with what this question needs too, the new evidence
@@ -15,8 +17,8 @@ from itertools import groupby
 from typing import NamedTuple, Self
 
 from .store import DocumentStore
-from .types import Document, Evidence, EvidenceMode, Filters, Hit, ParsedDocument, Passage
-from .whole import EvidenceTooLarge, TokenCounter, pack_whole, passage_of
+from .types import Document, Evidence, Filters, Hit, ParsedDocument, Passage
+from .whole import TokenCounter, passage_of
 
 Span = tuple[int, int]
 Group = tuple["Place", ...]
@@ -44,30 +46,21 @@ def pack_evidence(
     hits: Sequence[Hit],
     budget_tokens: int,
     count_tokens: TokenCounter,
-    mode: EvidenceMode = "auto",
     document_ids: Sequence[str] | None = None,
     filters: Filters | None = None,
     recent: "RecentEvidence | None" = None,
     recent_tokens: int = 0,
 ) -> Evidence:
-    """Choose evidence of at most `budget_tokens`, by `count_tokens` summed over its documents.
+    """The hits (best first), widened to whole sections and then to neighbouring chunks as far as the budget goes.
 
-    `full_context`: every ready document of the selection, whole; raises EvidenceTooLarge if they don't fit.
-    `rag`: the hits (best first), widened to whole sections and then to neighbouring chunks as far as the budget goes;
-    raises BudgetTooSmall when it holds none of them.
-    `auto`: the first if it fits, else the second. With `recent`, `rag` begins as earlier evidence did and goes on with
-    the hits that are missing there, if that leaves fewer tokens to read; all of it may take `recent_tokens`, or the
-    budget if that is more. Text stands in evidence once, also where chunks overlap; hits on text that has been replaced
-    or deleted since are left out. Raises CollectionNotFound.
+    `budget_tokens` bounds `count_tokens` summed over the documents. With `recent` the evidence begins as earlier
+    evidence did and goes on with the hits that are missing there, if that leaves fewer tokens to read; all of it may
+    take `recent_tokens`, or the budget if that is more. Text stands in evidence once, also where chunks overlap; hits
+    on text that has been replaced or deleted since are left out. Raises BudgetTooSmall when the budget holds none of
+    the hits; CollectionNotFound.
     """
     with store.snapshot():
         documents = store.ready_documents(collections, document_ids, filters)
-        if mode != "rag":
-            whole = pack_whole(store, documents, budget_tokens, count_tokens)
-            if whole is not None:
-                return rank_documents(whole, hits)
-            if mode == "full_context":
-                raise EvidenceTooLarge(len(documents), budget_tokens)
         reader = _Reader(store, count_tokens)
         evidence = _pack_hits(reader, documents, hits, budget_tokens)
         if recent is not None:

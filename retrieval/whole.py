@@ -55,7 +55,7 @@ class WholeSelections:
             evidence, tokens, num_documents = self._find(generation, key) or (None, 0, 0)
             if evidence is None and tokens <= budget_tokens:
                 documents = self._store.ready_documents(collections, document_ids, filters)
-                evidence = pack_whole(self._store, documents, budget_tokens, self._count_tokens, self._cut_ahead)
+                evidence = _pack_whole(self._store, documents, budget_tokens, self._count_tokens, self._cut_ahead)
                 tokens, num_documents = evidence.tokens if evidence else budget_tokens + 1, len(documents)
                 self._keep(generation, key, (evidence, tokens, num_documents))
         if evidence is None or tokens > budget_tokens:
@@ -81,12 +81,12 @@ class WholeSelections:
                     del self._kept[next(iter(self._kept))]
 
 
-def pack_whole(
+def _pack_whole(
     store: DocumentStore,
     documents: Sequence[Document],
     budget_tokens: int,
     count_tokens: TokenCounter,
-    cut_ahead: Callable[[Sequence[Passage]], object] = lambda passages: None,
+    cut_ahead: Callable[[Sequence[Passage]], object],
 ) -> Evidence | None:
     """These documents, whole; None when they take more than the budget."""
     passages: list[Passage] = []

@@ -10,7 +10,7 @@ from retrieval_kit import HashEmbedder, add, ingest, queue, sha
 
 from retrieval.index import FaissIndex
 from retrieval.location import heading_path, locate
-from retrieval.packing import BudgetTooSmall, EvidenceTooLarge, Place, RecentEvidence, pack_evidence
+from retrieval.packing import BudgetTooSmall, Place, RecentEvidence, pack_evidence
 from retrieval.search import Retriever
 from retrieval.store import CollectionNotFound, DocumentStore
 from retrieval.types import Chunk, Heading, Location, Page, ParsedDocument, SearchParams
@@ -34,34 +34,11 @@ def spans(evidence) -> list[tuple[int, str]]:
     return [(passage.ordinal, passage.text) for passage in evidence.passages]
 
 
-def test_everything_goes_in_when_it_fits(store):
-    add(store, "first text", "other")
-    add(store, "third one\n\nof two")
-    add(store, "", name="empty.txt")
-    second = add(store, "an apple")
-    hits = search(store, "apple")
-    evidence = pack_evidence(store, ["other", "default"], hits, 100, COUNT)
-    assert evidence.mode == "full_context"
-    assert spans(evidence) == [(1, "third one\n\nof two"), (3, "an apple"), (1, "first text")]
-    assert evidence.tokens == 4 + 4 + 4 + 4 + 2 + 2
-    assert evidence.relevance == (second.id,)
-
-
-def test_the_budget_is_met_to_the_token(store):
-    add(store, "one two three")
-    add(store, "four five")
-    total = 3 + 1 + 3 + 3 + 1 + 2
-    assert pack_evidence(store, ["default"], [], total, COUNT, "full_context").tokens == total
-    with pytest.raises(EvidenceTooLarge, match=f"2 documents .* more than the {total - 1} tokens"):
-        pack_evidence(store, ["default"], [], total - 1, COUNT, "full_context")
-    assert pack_evidence(store, ["default"], [], total - 1, COUNT, "auto").passages == ()
-
-
 def test_hits_stand_in_canonical_order_and_relevance_says_the_rest(store):
     late = [add(store, f"filler {i}\n\n{'apple ' * (i + 1)}\n\nmore filler {i}") for i in range(4)]
     hits = search(store, "apple")
     assert [hit.document_id for hit in hits] != [document.id for document in late]
-    evidence = pack_evidence(store, ["default"], hits, 10 + 4 * 4, COUNT, "rag")
+    evidence = pack_evidence(store, ["default"], hits, 10 + 4 * 4, COUNT)
     assert [text.strip() for _, text in spans(evidence)] == [
         "apple",
         "apple apple",
@@ -75,7 +52,7 @@ def test_hits_stand_in_canonical_order_and_relevance_says_the_rest(store):
 def test_the_same_documents_are_the_same_evidence_whatever_was_asked(store):
     for i in range(3):
         add(store, f"apple {i}\n\npear {i}")
-    one, two = (pack_evidence(store, ["default"], search(store, q), 500, COUNT, "rag") for q in ("apple", "pear"))
+    one, two = (pack_evidence(store, ["default"], search(store, q), 500, COUNT) for q in ("apple", "pear"))
     assert one.passages == two.passages
 
 
@@ -94,7 +71,7 @@ HEADINGS = (Heading(1, "A", SECTIONS.index("A\n")), Heading(1, "B", SECTIONS.ind
 )
 def test_hits_grow_to_sections_then_to_neighbours(store, budget, expected):
     ingest(store, queue(store, SECTIONS), SECTIONS, headings=HEADINGS)
-    evidence = pack_evidence(store, ["default"], search(store, "apple"), budget, COUNT, "rag")
+    evidence = pack_evidence(store, ["default"], search(store, "apple"), budget, COUNT)
     assert [text for _, text in spans(evidence)] == expected
 
 
@@ -111,7 +88,7 @@ def test_hits_grow_to_pages_where_there_are_no_headings(store):
     text = "one\n\ntwo apple\n\nthree\n\nfour\n\nfive"
     pages = (Page(1, None, 0, 21), Page(2, None, 23, 33))
     ingest(store, queue(store, text), text, pages=pages)
-    evidence = pack_evidence(store, ["default"], search(store, "apple"), 500, COUNT, "rag")
+    evidence = pack_evidence(store, ["default"], search(store, "apple"), 500, COUNT)
     assert [text for _, text in spans(evidence)] == ["one\n\ntwo apple\n\nthree"]
 
 
@@ -122,15 +99,15 @@ def test_stale_hits_are_left_out(store):
     new, _ = store.replace_document(document.id, "b", "text/plain", 3, sha("plum"))
     ingest(store, new, "plum")
     store.delete_document(gone.id)
-    assert pack_evidence(store, ["default"], hits, 100, COUNT, "rag").passages == ()
+    assert pack_evidence(store, ["default"], hits, 100, COUNT).passages == ()
 
 
 def test_selection(store):
-    one, two = add(store, "one", lang="en"), add(store, "two", lang="de")
-    assert spans(pack_evidence(store, ["default"], [], 99, COUNT, document_ids=[two.id])) == [(2, "two")]
-    assert spans(pack_evidence(store, ["default"], [], 99, COUNT, filters={"lang": "en"})) == [(1, "one")]
+    one, _ = add(store, "one", lang="en"), add(store, "two", lang="de")
     hits = search(store, "one two")
-    assert spans(pack_evidence(store, ["default"], hits, 99, COUNT, "rag", document_ids=[one.id])) == [(1, "one")]
+    for number, selection in ((1, {"document_ids": [one.id]}), (2, {"filters": {"lang": "de"}})):
+        evidence = pack_evidence(store, ["default"], hits, 99, COUNT, **selection)
+        assert [passage.ordinal for passage in evidence.passages] == [number]
     with pytest.raises(CollectionNotFound):
         pack_evidence(store, ["nowhere"], [], 99, COUNT)
 
@@ -151,18 +128,14 @@ def test_invariants(tmp_path_factory, data, documents, budget, overlap):
             headings = tuple(Heading(level, "h", start) for start, level in sorted(heads))
             ingest_overlapping(store, text, headings, overlap)
         hits = search(store, data.draw(WORDS), number=20)
-        everything = pack_evidence(store, ["default"], hits, 10_000, COUNT)
-        assert everything.mode == "full_context"
-        for mode in ("rag", "auto"):
-            try:
-                evidence = pack_evidence(store, ["default"], hits, budget, COUNT, mode)
-            except BudgetTooSmall as error:
-                assert hits and budget < error.needed_tokens < 60
-                continue
-            check(store, evidence, budget)
-            assert pack_evidence(store, ["default"], hits, budget, COUNT, mode) == evidence
-            assert evidence.passages or not hits
-            assert mode == "rag" or everything.tokens > budget or evidence == everything
+        try:
+            evidence = pack_evidence(store, ["default"], hits, budget, COUNT)
+        except BudgetTooSmall as error:
+            assert hits and budget < error.needed_tokens < 60
+            return
+        check(store, evidence, budget)
+        assert pack_evidence(store, ["default"], hits, budget, COUNT) == evidence
+        assert evidence.passages or not hits
     finally:
         store.close()
 
@@ -201,14 +174,14 @@ def test_evidence_begins_as_earlier_evidence_did_and_goes_on_with_what_it_lacks(
     for i in range(6):
         add(store, f"apple {i}" if i % 2 else f"pear {i}\n\nand {'more ' * 20}")
     recent = RecentEvidence()
-    pears = pack_evidence(store, ["default"], search(store, "pear"), 200, COUNT, "rag", recent=recent)
+    pears = pack_evidence(store, ["default"], search(store, "pear"), 200, COUNT, recent=recent)
     recent.remember(pears)
     asked = search(store, "pear apple")
-    plain, ours = (pack_evidence(store, ["default"], asked, 200, COUNT, "rag", recent=r) for r in (None, recent))
+    plain, ours = (pack_evidence(store, ["default"], asked, 200, COUNT, recent=r) for r in (None, recent))
     assert [ordinal for ordinal, _ in spans(plain)] == [1, 2, 3, 4, 5, 6]
     assert spans(ours) == [*spans(pears), (2, "apple 1"), (4, "apple 3"), (6, "apple 5")]
     assert (ours.tokens, ours.relevance) == (plain.tokens, plain.relevance)
-    alone = pack_evidence(store, ["default"], search(store, "apple"), 200, COUNT, "rag", recent=recent)
+    alone = pack_evidence(store, ["default"], search(store, "apple"), 200, COUNT, recent=recent)
     assert [ordinal for ordinal, _ in spans(alone)] == [2, 4, 6], "a beginning without a hit is no gain"
 
 
@@ -216,16 +189,16 @@ def test_a_beginning_is_of_documents_as_they_are_and_of_the_same_collections(sto
     first, second = add(store, "apple one"), add(store, "apple two\n\npear")
     add(store, "apple", "other")
     recent = RecentEvidence()
-    recent.remember(pack_evidence(store, ["default"], search(store, "one two"), 50, COUNT, "rag"))
+    recent.remember(pack_evidence(store, ["default"], search(store, "one two"), 50, COUNT))
     both = search(store, "apple", ("default", "other"))
-    passages = pack_evidence(store, ["default", "other"], both, 50, COUNT, "rag", recent=recent).passages
-    assert passages == pack_evidence(store, ["default", "other"], both, 50, COUNT, "rag").passages
+    passages = pack_evidence(store, ["default", "other"], both, 50, COUNT, recent=recent).passages
+    assert passages == pack_evidence(store, ["default", "other"], both, 50, COUNT).passages
     hits = search(store, "two")
-    selected = pack_evidence(store, ["default"], hits, 50, COUNT, "rag", document_ids=[second.id], recent=recent)
+    selected = pack_evidence(store, ["default"], hits, 50, COUNT, document_ids=[second.id], recent=recent)
     assert {passage.document_id for passage in selected.passages} == {second.id}
     new, _ = store.replace_document(first.id, "b", "text/plain", 4, sha("plum"))
     ingest(store, new, "plum")
-    after = pack_evidence(store, ["default"], search(store, "plum two"), 50, COUNT, "rag", recent=recent)
+    after = pack_evidence(store, ["default"], search(store, "plum two"), 50, COUNT, recent=recent)
     assert {text for _, text in spans(after)} == {"plum", "apple two\n\npear"}
 
 
@@ -241,7 +214,7 @@ def test_beginning_alike_loses_no_hit_and_is_never_more_to_read(tmp_path_factory
             hits = search(store, data.draw(WORDS), number=data.draw(st.integers(1, 8)))
             try:
                 plain, ours = (
-                    pack_evidence(store, ["default"], hits, budget, COUNT, "rag", recent=r, recent_tokens=100)
+                    pack_evidence(store, ["default"], hits, budget, COUNT, recent=r, recent_tokens=100)
                     for r in (None, recent)
                 )
             except BudgetTooSmall:

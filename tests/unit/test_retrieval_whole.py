@@ -1,9 +1,8 @@
-"""Selections read whole: the evidence that `pack_evidence` makes, made once until a document changes."""
+"""Selections read whole: all of their documents in order, made evidence once until a document changes."""
 
 import pytest
 from retrieval_kit import add, ingest, queue, sha
 
-from retrieval.packing import pack_evidence
 from retrieval.store import CollectionNotFound, DocumentStore
 from retrieval.whole import EvidenceTooLarge, WholeSelections
 
@@ -25,10 +24,21 @@ def counting(store, monkeypatch):
     return Counting(store, monkeypatch)
 
 
+def test_all_that_has_text_stands_in_the_order_of_collections_and_documents(store, counting):
+    store.create_collection("other")
+    for text, collection in (("first text", "other"), ("third one\n\nof two", "default"), ("", "default")):
+        add(store, text, collection)
+    add(store, "an apple")
+    evidence = counting.whole.pack(["other", "default"], 100)
+    found = [(passage.ordinal, passage.text) for passage in evidence.passages]
+    assert found == [(1, "third one\n\nof two"), (3, "an apple"), (1, "first text")]
+    assert (evidence.mode, evidence.tokens, evidence.relevance) == ("full_context", 8 + 6 + 6, ())
+
+
 def test_a_selection_is_read_once(store, counting):
     one, _ = add(store, "one two", lang="en"), add(store, "three", lang="de")
     for selection in ({}, {"document_ids": [one.id]}, {"filters": {"lang": ["de", "fr"]}}, {"filters": {"lang": "xx"}}):
-        expected = pack_evidence(store, ["default"], [], 50, COUNT, "full_context", **selection)
+        expected = WholeSelections(store, COUNT, len).pack(["default"], 50, **selection)
         counting.read.clear()
         first = counting.whole.pack(["default"], 50, **selection)
         assert first == expected
