@@ -1,4 +1,4 @@
-"""W8A8 prefills: the inputs of chosen int8 products are rounded to int8 too, a token at a time, where tokens are many.
+"""W8A8 prefills on a GPU: the inputs of chosen int8 products are rounded too, a token at a time, where tokens are many.
 
 Twice the rate of bfloat16's tensor cores, and no weight is unpacked. Decoding and short segments stay W8A16. Which
 products may be rounded is a matter of drift, measured on the shipped checkpoint by bench/w8a8_drift.py; the products
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model import gpu_layers, gpu_segment
 from model.int8 import Int8Experts, Int8Linear
 from model.jamba import Jamba
-from model.kernels import w8a8
+from model.kernels import cpu, w8a8
 from model.moe import MLP
 
 # a product whose input is rounded, by where it stands; of x_proj, the head and the router it never is
@@ -76,7 +76,9 @@ class W8A8Experts(Int8Experts):
 
 def check_device(device: torch.device) -> None:
     """Raises UnsupportedDevice where the products would be computed by their definition, slower than not rounded."""
-    if not w8a8.has_kernels(torch.empty(0, device=device)):
+    if device.type == "cpu" and not cpu.rounds_rows():
+        raise UnsupportedDevice("w8a8 needs a CPU with VNNI and without AMX, or with Arm's dot products; use int8")
+    if device.type != "cpu" and not w8a8.has_kernels(torch.empty(0, device=device)):
         raise UnsupportedDevice(f"w8a8 needs an H100 or later with Triton, not {device}; use int8")
 
 

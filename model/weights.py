@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from model.config import JambaConfig, UnsupportedWeights
 from model.int4 import GROUP_SIZE, unpack_int4
-from model.int8 import Int8Experts, quantize_rows, swap_linears
+from model.int8 import Int8Experts, quantize_rows, round_rows, swap_linears
 from model.jamba import Jamba
 from model.moe import Experts
 from model.w8a8 import check_device, round_activations
 
+Quantization = Literal["int8", "w8a8"]
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 QUANT_METHODS = ("jamba_rag_int8", "jamba_rag_int4")
 _READERS = 4
@@ -39,7 +40,7 @@ def load_model(
     path: Path | str,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    quantize: Literal["int8", "w8a8"] | None = None,
+    quantize: Quantization | None = None,
 ) -> Jamba:
     """Load a checkpoint directory into a model on `device`, in evaluation mode.
 
@@ -67,7 +68,7 @@ def load_model(
         for _ in pool.map(lambda name: slots[name].fill(reader[name]), reader.names):
             pass
     if quantize == "w8a8":
-        round_activations(model)
+        (round_rows if device.type == "cpu" else round_activations)(model)
     return model.eval()
 
 

@@ -19,6 +19,8 @@ from model.kernels.cpu_build import load_library
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _FEW_ROWS = {torch.float32: 64, torch.bfloat16: 24}  # from here on unpacking int8 weights pays: MKL; oneDNN with AMX
+_FEW_ROUNDED = 24  # from here on packing them does
+GROUP = 64  # columns of a row that share a scale where it is rounded to int8
 Pointer, Int64 = ctypes.c_void_p, ctypes.c_int64
 Pointers, _int64s = ctypes.POINTER(Pointer), ctypes.POINTER(Int64)
 
@@ -178,15 +180,23 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     return F.linear(x, unpacked, bias)
 
 
+def rounds_rows() -> bool:
+    """Whether `rounded_linear` is the fastest way here: VNNI or its like, and no AMX."""
+    return available() and bool(load_library().linear_int8_pays())
+
+
+def rounded_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `int8_linear`, with many rows of x rounded to int8, too: GROUP columns of a row in steps of a 127th of the
+    largest. A row's result is the same bits in any company of many.
+    """
+    if x.shape[:-1].numel() <= _FEW_ROUNDED:
+        return linear_few(x, weight, scale, bias)
+    return _linear("linear_int8", x, weight, scale, bias)
+
+
 def linear_few(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """`F.linear` for few rows of x, in one reading of the weight (int8 with its scale, bfloat16 or float32)."""
-    out, in_ = weight.shape
-    rows, y = _as_rows(x), torch.empty(*x.shape[:-1], out, dtype=x.dtype)
-    if rows.shape[1] != in_:
-        raise ValueError(f"x has {rows.shape[1]} columns, the weight takes {in_}")
-    linear, threads = Linear.of(weight, scale, bias), torch.get_num_threads()
-    call("linear_few", _LinearArgs(Rows.of(rows), Rows.of(_as_rows(y)), linear, len(rows), threads))
-    return y
+    return _linear("linear_few", x, weight, scale, bias)
 
 
 def attend_few(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
@@ -210,6 +220,15 @@ def attend_few(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], leng
     return out
 
 
+def rounded_linear_ref(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The definition of `rounded_linear` for many rows, in float32."""
+    k = x.shape[-1]
+    groups = F.pad(x.float(), (0, -k % GROUP)).unflatten(-1, (-1, GROUP))
+    largest = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    rounded = (groups * (127 / largest)).round() * (largest / 127)
+    return int8_linear_ref(rounded.flatten(-2)[..., :k], weight, scale, bias).to(x.dtype)
+
+
 def int8_linear_ref(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """The definition of `int8_linear`, in float32."""
     return F.linear(x.float(), weight.float() * scale[:, None], None if bias is None else bias.float()).to(x.dtype)
@@ -221,6 +240,16 @@ def call(name: str, *arguments: ctypes.Structure | ctypes._SimpleCData) -> None:
         _function(name)(ctypes.byref(arguments[0]))
     else:
         _function(name)(*arguments)
+
+
+def _linear(name: str, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    out, in_ = weight.shape
+    rows, y = _as_rows(x), torch.empty(*x.shape[:-1], out, dtype=x.dtype)
+    if rows.shape[1] != in_:
+        raise ValueError(f"x has {rows.shape[1]} columns, the weight takes {in_}")
+    linear, threads = Linear.of(weight, scale, bias), torch.get_num_threads()
+    call(name, _LinearArgs(Rows.of(rows), Rows.of(_as_rows(y)), linear, len(rows), threads))
+    return y
 
 
 @cache

@@ -21,7 +21,7 @@ from functools import cache, partial
 from pathlib import Path
 
 _HEADERS = ("cpu.h", "cpu_channels.h", "cpu_linear.h")
-_SOURCES = ("cpu.c", "cpu_linear.c", "cpu_layer.c", "cpu_rows.c", "cpu_attention.c", "cpu_scan_grad.c")
+_SOURCES = ("cpu.c", "cpu_linear.c", "cpu_int8.c", "cpu_layer.c", "cpu_rows.c", "cpu_attention.c", "cpu_scan_grad.c")
 # No -ffast-math: NaN must stay NaN. -march=native is why the file name carries the processor's features.
 _FLAGS = ["-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
 # (compile, link), best first: OpenMP from the runtime PyTorch has already loaded (two runtimes would fight for the

@@ -185,6 +185,55 @@ def test_int8_linear_equals_its_definition(rows: int, out: int, in_: int, dtype:
     assert_close("no bias", cpu.int8_linear(x, weight, scale), cpu.int8_linear_ref(x, weight, scale), RATIO[dtype])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("out", "in_"), [(1, 1), (7, 33), (131, 97), (64, 576), (33, 130)])
+@pytest.mark.parametrize("rows", [25, 65])
+@pytest.mark.usefixtures("poisoned")
+def test_rounded_rows_equal_their_definition(rows: int, out: int, in_: int, dtype: torch.dtype) -> None:
+    wide = normal(rows, 1, in_ + 3) * normal(rows, 1, 1, seed=1).exp()
+    x, scale, bias = wide.to(dtype)[..., 3:], normal(out).exp(), normal(out).to(dtype)
+    weight = torch.randint(-128, 128, (out, in_), dtype=torch.int8, generator=torch.Generator().manual_seed(out))
+    ratio = max(RATIO[dtype], 2e-3)  # what lies halfway may go either way
+    for added in (bias, None):
+        expected = cpu.rounded_linear_ref(x, weight, scale, added)
+        assert_close("y", cpu.rounded_linear(x, weight, scale, added), expected, ratio)
+
+
+def test_rounded_rows_are_exact_where_nothing_has_to_be_rounded() -> None:
+    x = torch.randint(-127, 128, (40, 192)).float()
+    x[:, ::64] = 127  # the largest of each group
+    weight, scale = torch.randint(-128, 128, (70, 192), dtype=torch.int8), torch.ones(70)
+    assert torch.equal(cpu.rounded_linear(x, weight, scale).double(), x.double() @ weight.double().T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounded_rows_have_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
+    x, scale = normal(95, 130).to(dtype), normal(131).exp()
+    weight = torch.randint(-127, 128, (131, 130), dtype=torch.int8)
+    together = cpu.rounded_linear(x, weight, scale)
+    apart = torch.cat([cpu.rounded_linear(part, weight, scale) for part in x.split([31, 26, 38])])
+    torch.set_num_threads(3)
+    shared = cpu.rounded_linear(x, weight, scale)
+    torch.set_num_threads(1)
+    assert torch.equal(apart, together) and torch.equal(shared, together)
+
+
+def test_an_outlier_costs_only_its_own_columns_their_precision() -> None:
+    x, weight, scale = normal(30, 256), torch.randint(-127, 128, (64, 256), dtype=torch.int8), torch.ones(64)
+    x[:, 5] = 1000
+    weight[:, :64] = 0
+    exact = cpu.int8_linear_ref(x, weight, scale)
+    assert_close("y", cpu.rounded_linear(x, weight, scale), exact, 1e-2)
+
+
+@pytest.mark.parametrize("strange", [torch.nan, torch.inf, -torch.inf])
+def test_rounded_rows_say_so_where_their_input_is_no_number(strange: float) -> None:
+    x = normal(30, 130)
+    x[3, 100] = strange
+    y = cpu.rounded_linear(x, torch.ones(5, 130, dtype=torch.int8), torch.ones(5))
+    assert not y[3].isfinite().any() and y[:3].isfinite().all() and y[4:].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_few_rows_give_the_same_bits_alone(dtype: torch.dtype) -> None:
     x = normal(15, 97)
