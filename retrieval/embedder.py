@@ -6,10 +6,8 @@ low-rank updates beside this file; no network is ever asked.
 
 import hashlib
 import json
-import threading
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +18,7 @@ from safetensors.torch import load_file
 from tokenizers import Encoding, Tokenizer
 
 from .bert import Bert, UnsupportedBert, load_bert, read_config
+from .once import once
 from .solo_threads import solo_threads
 from .types import Chunk
 
@@ -84,8 +83,6 @@ class BertEmbedder:
         self._read_kind()
         self.device = torch.device(device)
         self.dtype = dtype or (torch.bfloat16 if multiplies_bf16(self.device) else torch.float32)
-        self._loading = threading.Lock()
-        self._starting = threading.Lock()
 
     def _read_kind(self) -> None:
         path = self._dir / "model.safetensors"
@@ -110,7 +107,7 @@ class BertEmbedder:
             raise EmbedderUnavailable(str(error)) from error
         self.name = f"{self._dir.resolve().name}-{_digest(path)}"
 
-    @cached_property
+    @once
     def max_tokens(self) -> int:
         return json.loads((self._dir / "sentence_bert_config.json").read_text())["max_seq_length"]
 
@@ -134,8 +131,7 @@ class BertEmbedder:
 
     def load(self) -> None:
         """All that a query needs, now and not at the first one."""
-        self._loaded()
-        self._truncating  # noqa: B018 - is read here
+        self._model, self._truncating  # noqa: B018 - are made here
 
     def _embed(self, encodings: Sequence[Encoding]) -> np.ndarray:
         longest = max(len(encoding.ids) for encoding in encodings)
@@ -144,42 +140,32 @@ class BertEmbedder:
         for row, encoding in enumerate(encodings):
             ids[row, : len(encoding.ids)] = encoding.ids
             mask[row, : len(encoding.ids)] = 1
-        model = self._loaded()
         with torch.inference_mode():
             token_mask = torch.from_numpy(mask).to(self.device)
-            states = model(torch.from_numpy(ids).to(self.device), token_mask).float()
+            states = self._model(torch.from_numpy(ids).to(self.device), token_mask).float()
             weights = token_mask[:, :, None].float()
             pooled = states[:, 0] if self._first_token else (states * weights).sum(1) / weights.sum(1)
             return torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
 
-    def _loaded(self) -> Bert:
-        with self._loading:  # cached_property alone would let two threads load
-            return self._model
-
-    @property
+    @once
     def _pools(self) -> tuple[Executor, Executor]:
         """For passages, and for queries, which don't wait for passages."""
-        with self._starting:
-            return self._started_pools
-
-    @cached_property
-    def _started_pools(self) -> tuple[Executor, Executor]:
         cores = torch.get_num_threads() if self.device.type == "cpu" else 1
         return solo_threads(cores, "embed"), solo_threads(1, "embed-query")
 
-    @cached_property
+    @once
     def _model(self) -> Bert:
         updates = load_file(self._adapter) if self._adapter is not None else {}
         return load_bert(self._dir, updates, self.device, self.dtype)
 
-    @cached_property
+    @once
     def _counter(self) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(self._dir / "tokenizer.json"))
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
 
-    @cached_property
+    @once
     def _truncating(self) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(self._dir / "tokenizer.json"))
         tokenizer.no_padding()

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,6 +20,7 @@ from tokenizers import Tokenizer
 
 from .bert import Bert, load_bert
 from .embedder import encodable, multiplies_bf16, text_to_embed, wheel_model_dir
+from .once import once
 from .solo_threads import solo_threads
 from .types import Hit
 
@@ -68,7 +68,6 @@ class MiniLMReranker:
         """`dtype` None = bfloat16 where the CPU multiplies it fast, else float32."""
         self._dir, self._adapter = wheel_model_dir(), adapter
         self._dtype = dtype or (torch.bfloat16 if multiplies_bf16(_CPU) else torch.float32)
-        self._starting, self._loading = threading.Lock(), threading.Lock()
 
     def score(self, query: str, passages: Sequence[str]) -> np.ndarray:
         if not passages:
@@ -86,8 +85,7 @@ class MiniLMReranker:
         return scores
 
     def load(self) -> None:
-        self._loaded()
-        self._tokenizers  # noqa: B018 - is read here
+        self._model, self._tokenizers  # noqa: B018 - are made here
 
     def _score(self, rows: Sequence[Sequence[int]], question_tokens: int) -> np.ndarray:
         """Of rows of token ids, the longest first, that all begin with the question."""
@@ -97,33 +95,24 @@ class MiniLMReranker:
             ids[place, : len(row)] = torch.tensor(row)
             kinds[place, question_tokens : len(row)] = 1
             mask[place, : len(row)] = 1
-        bert, head = self._loaded()
+        bert, head = self._model
         with torch.inference_mode():
             first = bert(ids, mask, kinds)[:, 0].float()
             pooled = F.linear(first, head["pooler.dense.weight"], head["pooler.dense.bias"]).tanh()
             return F.linear(pooled, head["classifier.weight"], head["classifier.bias"])[:, 0].numpy()
 
-    def _loaded(self) -> tuple[Bert, dict[str, torch.Tensor]]:
-        with self._loading:  # cached_property alone would let two threads load
-            return self._model
-
-    @cached_property
+    @once
     def _model(self) -> tuple[Bert, dict[str, torch.Tensor]]:
         updates = load_file(self._adapter)
         head = {name: tensor.float() for name, tensor in updates.items() if name.startswith(_HEAD)}
         return load_bert(self._dir, updates, _CPU, self._dtype), head
 
-    @property
+    @once
     def _pool(self) -> tuple[Executor, int]:
-        with self._starting:
-            return self._started_pool
-
-    @cached_property
-    def _started_pool(self) -> tuple[Executor, int]:
         threads = torch.get_num_threads()
         return solo_threads(threads, "rerank"), threads
 
-    @cached_property
+    @once
     def _tokenizers(self) -> list[Tokenizer]:
         """For questions and for passages: a tokenizer keeps its limit as state."""
         tokenizers = [Tokenizer.from_file(str(self._dir / "tokenizer.json")) for _ in _MAX_TOKENS]
@@ -150,8 +139,7 @@ class CrossEncoderReranker:
         self._lock = threading.Lock()  # tokenizers keep truncation as state
 
     def load(self) -> None:
-        with self._lock:
-            self._model  # noqa: B018 - is read here
+        self._model  # noqa: B018 - is made here
 
     def score(self, query: str, passages: Sequence[str]) -> np.ndarray:
         if not passages:
@@ -161,7 +149,7 @@ class CrossEncoderReranker:
             scores = self._model.predict(pairs, batch_size=self._batch, show_progress_bar=False)
         return np.asarray(scores, dtype=np.float32)
 
-    @cached_property
+    @once
     def _model(self) -> "CrossEncoder":
         try:
             from sentence_transformers import CrossEncoder
