@@ -52,6 +52,7 @@ class Prefetch:
         self._stream: TokenStream | None = None  # being read right now
         self._passages: tuple[Hashable, ...] = ()
         self._reads: frozenset[str] = frozenset()  # documents of it
+        self._gone: set[str] = set()  # documents that were forgotten since the prompt that comes next was begun
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Future[None] | None = None
         self._handled: int | None = None  # generation of the store up to which all was read
@@ -93,6 +94,7 @@ class Prefetch:
 
     def _end(self, document_ids: frozenset[str]) -> None:
         self._read = {name: read for name, read in self._read.items() if not document_ids & read.request.tags}
+        self._gone |= document_ids
         if self._stream is not None and document_ids & self._reads:
             self._ending = asyncio.ensure_future(self._stream.aclose())  # kept, or it might be collected before it ran
 
@@ -107,6 +109,7 @@ class Prefetch:
                 continue
             if collection.pending:
                 return False
+            self._gone = set()
             reading = await anyio.to_thread.run_sync(self._prepare, collection.name)
             if reading is None:
                 continue
@@ -156,7 +159,7 @@ class Prefetch:
     async def _read_one(self, reading: _Reading) -> Outcome:
         if await anyio.to_thread.run_sync(self._service.cache.kept_tokens, reading.plan) >= reading.end:
             return "found"
-        if not self._is_idle():
+        if not self._is_idle() or not self._gone.isdisjoint(reading.request.tags):
             return "interrupted"
         self._passages, self._reads = reading.passages, reading.request.tags
         self._stream = self._service.engine.generate(reading.request)

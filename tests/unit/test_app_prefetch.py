@@ -130,6 +130,23 @@ async def test_deleting_one_of_its_documents_ends_it_and_another_does_not(client
     assert await ahead == "interrupted"
 
 
+async def test_what_is_deleted_while_its_prompt_is_made_is_not_read(client, monkeypatch):
+    service, read = client.app.state.service, []
+    prepare, generate = service.prefetch._prepare, service.engine.generate
+
+    def prepare_and_delete(collection):
+        reading = prepare(collection)
+        for document_id in reading.request.tags if reading else ():
+            service.delete_document(service.store.get_document(document_id))
+        return reading
+
+    monkeypatch.setattr(service.prefetch, "_prepare", prepare_and_delete)
+    monkeypatch.setattr(service.engine, "generate", lambda request: read.append(request.tags) or generate(request))
+    await client.upload("lighthouse.md", LIGHTHOUSE)
+    await until(lambda: handled(client))
+    assert await count(client, "interrupted") == 1 and not read
+
+
 async def test_being_cancelled_as_the_service_stops_leaves_the_engine_nothing_to_do(client):
     await client.upload("lighthouse.md", LIGHTHOUSE)
     await until(lambda: is_ready(client))
