@@ -65,6 +65,10 @@ class BodyTooLarge(ValueError):
     """A request that is no upload is longer than any such request needs to be."""
 
 
+class BodyStalled(ValueError):
+    """Nothing has come of a body that was begun, for as long as the service waits for it."""
+
+
 class EncodedBody(ValueError):
     """The body of a request is compressed."""
 
@@ -120,6 +124,7 @@ ERRORS: dict[type[Exception], ErrorKind] = {
     PageNotFound: ErrorKind(404, "page_not_found", "No such page"),
     KeyNotFound: ErrorKind(404, "key_not_found", "No such key"),
     ModelNotFound: ErrorKind(404, "model_not_found", "No such model"),
+    BodyStalled: ErrorKind(408, "request_timeout", "The rest of the request did not come"),
     CollectionExists: ErrorKind(409, "collection_exists", "The collection is there already"),
     DocumentNotReady: ErrorKind(409, "document_not_ready", "The document is not ready yet"),
     DuplicateDocument: ErrorKind(409, "duplicate", "The same file is there already"),
@@ -210,9 +215,11 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 
 def error_headers(error: Exception, status: int) -> dict[str, str]:
-    """What a client needs to know beside the body: how to sign in, or when to come again."""
+    """What a client needs to know beside the body: how to sign in, when to come again, that this connection ends."""
     if isinstance(error, Unauthorized):
         return {"WWW-Authenticate": "Bearer"}
+    if isinstance(error, BodyStalled):
+        return {"Connection": "close"}  # what comes late would be taken for another request
     return {"Retry-After": str(getattr(error, "retry_after_s", _RETRY_AFTER_S))} if status in (429, 503) else {}
 
 

@@ -132,7 +132,8 @@ def create_app(settings: Settings, answering: bool = True) -> FastAPI:
         app.include_router(module.router)
     app.mount("/web", StaticFiles(directory=system.WEB), name="web")
     install_error_handlers(app)
-    app.add_middleware(RequestFrame, owner=app, max_in_flight=settings.server.max_requests_in_flight)
+    server = settings.server
+    app.add_middleware(RequestFrame, owner=app, max_in_flight=server.max_requests_in_flight, stall_s=server.stall_s)
     return app
 
 

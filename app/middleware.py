@@ -17,6 +17,7 @@ from app.audit import AUDITED, WRITES
 from app.auth import Principal
 from app.errors import (
     METHODS,
+    BodyStalled,
     BodyTooLarge,
     EncodedBody,
     Overloaded,
@@ -50,8 +51,8 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 class RequestFrame:
     """The outermost ASGI layer of the service; plain, so that streams pass through it unbuffered."""
 
-    def __init__(self, app: ASGIApp, owner: FastAPI, max_in_flight: int) -> None:
-        self._app, self._owner, self._max_in_flight = app, owner, max_in_flight
+    def __init__(self, app: ASGIApp, owner: FastAPI, max_in_flight: int, stall_s: float) -> None:
+        self._app, self._owner, self._max_in_flight, self._stall_s = app, owner, max_in_flight, stall_s
         self._in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -68,7 +69,7 @@ class RequestFrame:
         self._count(1)
         with self._owner.state.service.tracing.request(scope["method"], headers) as span:
             try:
-                await self._handle(scope, _limit_body(receive, scope["path"], headers), sent)
+                await self._handle(scope, _limit_body(receive, scope["path"], headers, self._stall_s), sent)
             finally:
                 self._count(-1)
                 self._describe(span, scope, sent.status, request_id)
@@ -167,18 +168,23 @@ async def _refuse(error: Exception, scope: Scope, receive: Receive, send: Send) 
     await problem_response(scope["path"], body, error_headers(error, body["status"]))(scope, receive, send)
 
 
-def _limit_body(receive: Receive, path: str, headers: Headers) -> Receive:
-    """Refuse bodies over MAX_BODY_BYTES while they arrive; uploads have a limit of their own per file."""
+def _limit_body(receive: Receive, path: str, headers: Headers, stall_s: float) -> Receive:
+    """Refuse bodies over MAX_BODY_BYTES while they arrive, and those of which nothing more comes for `stall_s`; uploads
+    have a limit of their own per file."""
     is_form = headers.get("content-type", "").lower().startswith("multipart/")
-    if is_form and _UPLOAD_PATHS.fullmatch(path):
-        return receive
-    received = 0
+    is_upload = is_form and _UPLOAD_PATHS.fullmatch(path)
+    received, complete = 0, False
 
     async def limited() -> Message:
-        nonlocal received
-        message = await receive()
+        nonlocal received, complete
+        try:
+            async with asyncio.timeout(None if complete else stall_s):  # behind the body only the end of the connection
+                message = await receive()
+        except TimeoutError:
+            raise BodyStalled(f"nothing more of the body has come for {stall_s} s; send the request again") from None
+        complete = not message.get("more_body", False)
         received += len(message.get("body", b""))
-        if received > MAX_BODY_BYTES:
+        if received > MAX_BODY_BYTES and not is_upload:
             raise BodyTooLarge(f"the body is over the limit of {MAX_BODY_BYTES} bytes")
         return message
 

@@ -25,7 +25,12 @@ class ServerSettings(Group):
     port: int = setting(8000, "Port to listen on.", ge=0, le=65535)
     max_requests_in_flight: int = setting(512, "Open HTTP requests after which new ones get 429.", "requests", ge=1)
     keepalive_s: float = setting(15.0, "Pause after which an idle event stream sends a comment.", "seconds", gt=0)
-    stall_s: int = setting(60, "Time after which a client that takes nothing is cut off (Linux).", "seconds", ge=1)
+    stall_s: int = setting(
+        60,
+        "Time after which a client is cut off that sends no more of a body, or (Linux) takes nothing of an answer.",
+        "seconds",
+        ge=1,
+    )
     shutdown_s: int = setting(10, "Longest wait for open requests when the service stops.", "seconds", ge=0)
 
 

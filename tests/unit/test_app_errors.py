@@ -56,7 +56,7 @@ async def test_what_the_server_breaks_off_when_it_stops_is_told_so(tiny_checkpoi
 
     async with running_service(make_settings(tiny_checkpoint, tmp_path / "data")) as client:
         sent = []
-        frame = RequestFrame(wait, owner=client.app, max_in_flight=1)
+        frame = RequestFrame(wait, owner=client.app, max_in_flight=1, stall_s=60)
         request = asyncio.create_task(frame({"type": "http", "method": "GET", "path": "/", "headers": []}, wait, send))
         await asyncio.sleep(0)
         request.cancel()

@@ -1,0 +1,70 @@
+"""Clients that begin a body and never end it: a real socket each."""
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from http.client import HTTPResponse
+
+import httpx
+import pytest
+from app_kit import make_settings, serving
+
+from app.uploads import MAX_UPLOADS_AT_ONCE
+
+PART = b'--cut\r\nContent-Disposition: form-data; name="file"; filename="half.txt"\r\n\r\nthe first half'
+
+
+@pytest.fixture(scope="module")
+def service(tiny_checkpoint, tmp_path_factory) -> Iterator[httpx.Client]:
+    data = tmp_path_factory.mktemp("stalled") / "data"
+    server, ingest = {"stall_s": 1, "keepalive_s": 0.3}, {"workers": 0}
+    with serving(make_settings(tiny_checkpoint, data, server=server, ingest=ingest)) as url:
+        headers = {"Authorization": f"Bearer {(data / 'admin.key').read_text().strip()}"}
+        with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
+            yield client
+
+
+def send_half(service: httpx.Client, path: str, kind: str, half: bytes) -> socket.socket:
+    """A connection on which a request was begun."""
+    connection = socket.create_connection((service.base_url.host, service.base_url.port), timeout=60)
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: {service.headers['Authorization']}\r\n"
+    connection.sendall(f"{head}Content-Type: {kind}\r\nContent-Length: 1000\r\n\r\n".encode() + half)
+    return connection
+
+
+def read_refusal(connection: socket.socket) -> tuple[HTTPResponse, dict]:
+    response = HTTPResponse(connection)
+    response.begin()
+    problem = json.loads(response.read())
+    assert connection.recv(1) == b"", "the rest of the body would be taken for a request"
+    return response, problem
+
+
+def test_uploads_that_stall_make_room_for_others(service):
+    with ExitStack() as stack:
+        form = ("/v1/documents", "multipart/form-data; boundary=cut", PART)
+        stalled = [stack.enter_context(closing(send_half(service, *form))) for _ in range(MAX_UPLOADS_AT_ONCE)]
+        reply = service.post("/v1/documents", files={"file": ("whole.txt", b"all of it")})
+        assert reply.status_code == 202
+        for connection in stalled:
+            response, problem = read_refusal(connection)
+            assert (response.status, problem["code"]) == (408, "request_timeout")
+            assert response.headers["content-type"] == "application/problem+json"
+    assert [document["filename"] for document in service.get("/v1/documents").json()["data"]] == ["whole.txt"]
+
+
+@pytest.mark.parametrize("half", [b"", b'{"question": "Who'])
+def test_a_question_that_stalls_is_given_up(service, half):
+    with closing(send_half(service, "/v1/answers", "application/json", half)) as connection:
+        response, problem = read_refusal(connection)
+    assert (response.status, problem["code"], problem["status"]) == (408, "request_timeout", 408)
+    assert "1 s" in problem["detail"]
+
+
+def test_who_has_sent_all_may_wait_for_longer(service):
+    """For the events of a document that nobody ingests."""
+    document = service.post("/v1/documents", files={"file": ("other.txt", b"another one")}).json()["data"][0]
+    with service.stream("GET", f"/v1/documents/{document['id']}/events") as response:
+        lines = filter(": keepalive".__eq__, response.iter_lines())
+        assert len([next(lines) for _ in range(6)]) == 6
