@@ -94,6 +94,7 @@ class RagService:
         self._running: weakref.WeakSet[RunningAnswer] = weakref.WeakSet()
         self._pace = Pace(self.settings.max_pending, self.settings.max_wait_s)
         self._whole: dict[str, tuple[int, bool]] = {}  # by collection: the store's generation, `reads_whole`
+        self.metrics.answers_pending.set_function(lambda: self.answers_pending)
         self.prefetch = Prefetch(self)
 
     # Uploads
@@ -360,7 +361,6 @@ class RagService:
         with self._running_lock:
             answer.admitted = self._pace.admit(len(self._running))
             self._running.add(answer)
-            self.metrics.answers_pending.set(len(self._running))
         try:
             found = await answer.prepare()
             await self.prefetch.give_way(found.evidence)
@@ -381,7 +381,6 @@ class RagService:
             if answer.completed and answer in self._running:
                 self._pace.finish(answer.admitted)
             self._running.discard(answer)
-        self.metrics.answers_pending.set(len(self._running))
 
 
 def check_filename(name: str) -> str:

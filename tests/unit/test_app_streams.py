@@ -1,6 +1,7 @@
 """Connections as they are: clients that leave, clients that wait, uploads larger than memory should ever hold."""
 
 import asyncio
+import gc
 import json
 import resource
 import time
@@ -10,7 +11,7 @@ import httpx
 import pytest
 from app_kit import GARDEN, LIGHTHOUSE, make_settings, read_events, running_service, serving
 
-from app.schemas import Problem
+from app.schemas import AnswerRequest, Problem
 from app.sse import KEEPALIVE, Event, format_events, send_with_keepalive
 from app.uploads import BadUpload, read_field, read_in_thread, read_parts
 from model.engine import JambaEngine, StepOutput
@@ -56,13 +57,23 @@ async def wait_until_busy(http: httpx.AsyncClient) -> None:
         await asyncio.sleep(0.005)
 
 
+async def test_an_answer_that_nobody_reads_is_pending_for_nobody(tiny_checkpoint, tmp_path):
+    """As when the client has gone before the reply began."""
+    async with running_service(make_settings(tiny_checkpoint, tmp_path / "data")) as client:
+        service = client.app.state.service
+        principal = client.app.state.authenticator.authenticate(client.headers["Authorization"])
+        answer = await service.start_answer(service.read_query(AnswerRequest(question="Who?"), principal))
+        assert await pending(client) == 1
+        del answer
+        gc.collect()
+        assert await pending(client) == 0
+
+
 async def test_deleting_a_document_ends_the_answers_that_read_it(tiny_checkpoint, tmp_path):
     async with running_service(make_settings(tiny_checkpoint, tmp_path / "data")) as client:
         document = await client.upload("a.md", LIGHTHOUSE)
         service = client.app.state.service
         principal = client.app.state.authenticator.authenticate(client.headers["Authorization"])
-        from app.schemas import AnswerRequest
-
         answer = await service.start_answer(service.read_query(AnswerRequest(question="Who?"), principal))
         events = answer.events()
         seen = [await anext(events), await anext(events)]
