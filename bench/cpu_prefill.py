@@ -21,6 +21,7 @@ from transformers import JambaConfig, JambaForCausalLM
 
 from bench.runs import BenchRun, time_interleaved
 from model import Jamba, load_model
+from model.kernels import cpu
 
 DECODE_STEPS = 16
 MAX_LOGIT_ERROR = {torch.float32: 1e-5, torch.bfloat16: 0.1}  # relative RMS
@@ -92,19 +93,20 @@ def load_candidates(path: Path) -> list[Candidate]:
         theirs = JambaForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
         candidates.append(Candidate(rival, dtype, theirs, rival))
         candidates.append(Candidate(f"ours {short}", dtype, load_model(path, dtype=dtype), rival))
-        int8 = load_model(path, dtype=dtype, quantize="int8")
-        candidates.append(Candidate(f"ours int8, {short} activations", dtype, int8, rival))
+        for quantize in ("int8", "w8a8") if cpu.rounds_rows() else ("int8",):
+            model = load_model(path, dtype=dtype, quantize=quantize)
+            candidates.append(Candidate(f"ours {quantize}, {short} activations", dtype, model, rival))
     return candidates
 
 
 def check_agreement(candidates: list[Candidate], token_ids: Tensor) -> None:
-    """Every unquantized candidate gives the logits of `transformers` in float32; int8 is held to its own tests."""
+    """Every unquantized candidate gives the logits of `transformers` in float32; others are held to their own tests."""
     expected = run_prefill(candidates[0].model, token_ids)[0].float()
     for candidate in candidates:
         logits = run_prefill(candidate.model, token_ids)[0].float()
         error = ((logits - expected).norm() / expected.norm()).item()
         print(f"{candidate.name}: relative RMS of the last logits {error:.1e}")
-        if "int8" not in candidate.name and error > MAX_LOGIT_ERROR[candidate.dtype]:
+        if "activations" not in candidate.name and error > MAX_LOGIT_ERROR[candidate.dtype]:
             raise SystemExit(f"{candidate.name} is {error:.1e} off transformers in float32: nothing to compare")
 
 

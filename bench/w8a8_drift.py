@@ -4,7 +4,8 @@ checkpoint is and with its residual stream turned (model/rotation.py).
 Against the same int8 weights with float32 activations, over the sample documents as they stand in a prompt: KL a token
 in nats, agreement of the likeliest token, relative RMS of the hidden states before the head and of the recurrent states
 at the end. `peak_over_rms` is a token's largest input to these products over its RMS (the median and the largest
-token): what rounding by the largest value suffers from. By the definition, on the CPU.
+token): what rounding by the largest value suffers from. By the definition, on the CPU; "as on a CPU" by its kernel, 64
+columns at a time.
     python -m bench.w8a8_drift [--tokens 384] [--threads 2]
 """
 
@@ -25,6 +26,7 @@ from bench.hf_parity import SHIPPED, sample_texts
 from bench.runs import BenchRun
 from model import Jamba, convert_checkpoint, load_model
 from model.chat_format import ChatFormat
+from model.int8 import round_rows
 from model.kernels import w8a8
 from model.tokenizer import Tokenizer
 from model.w8a8 import SITES, round_activations
@@ -67,6 +69,11 @@ def measure(checkpoint: Path, documents: list[list[int]], float32: Outputs) -> I
         shape = {"peak_over_rms": every.median().item(), "largest_peak": every.max().item()}
         yield {"rounded": name} | drift(outputs, expected) | shape
     yield {"rounded": "weights and all, against float32"} | drift(outputs, float32, same_stream=False)
+    model = load_model(checkpoint, quantize="int8")
+    round_rows(model)
+    outputs = read(model, documents)
+    yield {"rounded": "all as on a CPU"} | drift(outputs, expected)
+    yield {"rounded": "weights and all as on a CPU, against float32"} | drift(outputs, float32, same_stream=False)
 
 
 def sample_documents(num_tokens: int) -> list[list[int]]:

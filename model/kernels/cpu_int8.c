@@ -46,6 +46,16 @@ INLINE vi dot4(vi sums, vi weights, int32_t x) {
 }
 #endif
 
+INLINE float max_lanes(vf x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float most = x[0];
+    for (int i = 1; i < VL; i++) most = x[i] > most ? x[i] : most;
+    return most;
+#endif
+}
+
 /* Whether this is the fastest way here: with AMX, oneDNN multiplies bf16 faster than this int8. */
 int linear_int8_pays(void) {
 #if defined(NO_DOT4) || defined(__AMX_BF16__)
@@ -72,9 +82,7 @@ INLINE void round_group(rows x, int64_t row, int64_t first, int64_t in, int8_t *
         largest = select_vf(magnitude > largest, magnitude, largest);
         strange += columns[i] * 0.0f;
     }
-    float most = 1e-30f;
-    for (int i = 0; i < VL; i++) most = largest[i] > most ? largest[i] : most;
-    const float steps = 127.0f / most;
+    const float most = fmaxf(max_lanes(largest), 1e-30f), steps = 127.0f / most;
     vi total = {0};
     for (int i = 0; i < GROUP / VL; i++) {
         const vf nearest = (columns[i] * steps + 12582912.0f) - 12582912.0f; /* 1.5 * 2^23: to even where halfway */
@@ -83,10 +91,8 @@ INLINE void round_group(rows x, int64_t row, int64_t first, int64_t in, int8_t *
         memcpy(values + i * VL, &bytes, VL);
         total += whole;
     }
-    int32_t sum = 0;
-    for (int i = 0; i < VL; i++) sum += total[i];
     *scale = most / 127.0f + sum_lanes(strange);
-    *base = -OFFSET * sum;
+    *base = OFFSET ? -OFFSET * (int32_t)sum_lanes(__builtin_convertvector(total, vf)) : 0; /* far below 2^24 */
 }
 
 /* PANEL rows of the weight from `first` on, as (in / 4, PANEL, 4) bytes; rows and columns that are not there are 0. */
