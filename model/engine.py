@@ -31,6 +31,7 @@ from model.engine_request import (
 from model.engine_sequence import RunningSequence
 from model.engine_times import EngineTimes
 from model.generation import FinishReason, Generated, Generation, Likeliest, score
+from model.gpu_warm_up import warm_up
 from model.jamba import Jamba
 from model.layered_prefill import LayeredPrefill
 from model.prefix_cache import PrefixCache, PrefixHit
@@ -82,7 +83,7 @@ class JambaEngine:
         self._prefilling: deque[RunningSequence] = deque()
         self._decoding: list[RunningSequence] = []
         self._decode_s, self._piece_s = 0.0, dict[str, float]()  # of the last batch, and of LayeredPrefill
-        self._preparing = itertools.chain(model.prepare(max_batch), self.prefix_cache.prepare(model.state_layout))
+        self._preparing = itertools.chain(warm_up(model, max_batch), self.prefix_cache.prepare(model.state_layout))
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefix-load")
 
     def add(self, request: EngineRequest) -> str:

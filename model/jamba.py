@@ -8,8 +8,7 @@ m experts, k experts a token, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -27,9 +26,6 @@ from model.kernels.rms_norm import RMSNorm
 from model.mamba import MambaMixer
 from model.moe import MLP, MoE
 from model.state import HybridState, LentKv, StateLayout
-
-_PIECES = (17, 200, 528, 517)  # few tokens, more, and many: a multiple of 16, for which Triton compiles apart, and not
-_PAST_TOKENS = 1280  # that they are read behind
 
 
 class JambaLayer(nn.Module):
@@ -56,8 +52,11 @@ class JambaLayer(nn.Module):
 
 
 class Jamba(nn.Module):
-    """Embedding, layers, norm, head: `_run` is all of it. What serves has shorter ways through the same layers, which
-    `forward_packed` chooses: a few tokens on a CPU (`_try`), a decode step or a short segment on a GPU.
+    """Embedding, layers, norm, head: `_run` is all of it.
+
+    Serving has shorter ways through the same layers, of which `forward_packed` chooses one: for a few tokens on a CPU
+    (cpu_decode.py), for a decode step (gpu_decode.py) or a short segment (gpu_segment.py) on a GPU. Long segments that
+    are to let others in between: layered_prefill.py.
     """
 
     def __init__(self, config: JambaConfig) -> None:
@@ -68,12 +67,13 @@ class Jamba(nn.Module):
         self.layers = nn.ModuleList(JambaLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.final_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # the shorter ways, each made when it is first taken: they hold addresses of the weights, see `_apply`
         self._decode: list[DecodeLayer] | None = None
         self._gpu_decode: GpuDecoder | Literal["unfit"] | None = None
         self._gpu_segments: gpu_segment.GpuSegments | None = None
         self._gpu_layers: gpu_layers.GpuLayers | None = None
-        self.graphed_tokens = gpu_segment.MAX_TOKENS  # longest piece behind a past that a GPU is given as graphs
-        self.padded_tokens = 0  # longest one that a GPU is given as graphs of layers, padded
+        self.graphed_tokens = gpu_segment.MAX_TOKENS  # longest segment that is CUDA graphs of its very length
+        self.padded_tokens = 0  # longest one that is padded to the length of graphs; 0: none is
         self._collect_router_stats = False
         if not embedding.is_meta:  # arithmetic on the meta device imports torch._dynamo, which takes a second
             nn.init.normal_(embedding, std=0.02)
@@ -95,8 +95,8 @@ class Jamba(nn.Module):
     @property
     @torch.no_grad()
     def can_borrow(self) -> bool:
-        """Whether states can be lent KV at no cost: where kernels read it in two pieces."""
-        return self._gpu_decoder(1) is not None and gpu_past.fits(self.embed_tokens.weight, self.config.head_dim)
+        """Whether a state may read its first KV in another's memory: the GPU kernels read KV in two pieces."""
+        return self.gpu_decoder(1) is not None and gpu_past.fits(self.embed_tokens.weight, self.config.head_dim)
 
     def forward(
         self,
@@ -133,7 +133,7 @@ class Jamba(nn.Module):
         exception the states are of no use.
         """
         self._check_packed(token_ids, lengths, states)
-        if max(lengths) == 1 and (decoder := self._gpu_decoder(len(states))):
+        if max(lengths) == 1 and (decoder := self.gpu_decoder(len(states))):
             return decoder.step(token_ids, states)
         if len(states) == 1 and logits == "last" and (segments := self._short_segments(lengths[0])):
             return segments.run(token_ids, states[0])
@@ -149,7 +149,7 @@ class Jamba(nn.Module):
 
     @property
     def can_try(self) -> bool:
-        """Whether `try_tokens` can be used: with the C kernels on a CPU, and unless something is to be collected."""
+        """Whether `try_tokens` can be used: with the C kernels on a CPU, unless router statistics are collected."""
         return cpu.supports(self.embed_tokens.weight.detach()) and not self.collect_router_stats
 
     @torch.no_grad()
@@ -205,13 +205,13 @@ class Jamba(nn.Module):
         return trial
 
     def _decode_layers(self) -> list[DecodeLayer]:
-        """The same layers for a few tokens on the CPU; they hold addresses of the weights, see `_apply`."""
+        """The same layers for a few tokens on the CPU."""
         if self._decode is None:
             self._decode = [DecodeLayer(layer) for layer in self.layers]
         return self._decode
 
-    def _gpu_decoder(self, b: int) -> GpuDecoder | None:
-        """What decodes b sequences on the GPU, if this model and its card can; it holds addresses of the weights."""
+    def gpu_decoder(self, b: int) -> GpuDecoder | None:
+        """What decodes b sequences on the GPU, if this model and its card can."""
         if b > MAX_GPU_BATCH or not gpu.supports(self.embed_tokens.weight) or self.collect_router_stats:
             return None
         if self._gpu_decode is None:
@@ -220,7 +220,7 @@ class Jamba(nn.Module):
 
     def _short_segments(self, t: int) -> gpu_segment.GpuSegments | None:
         """What computes t tokens of one sequence as graphs, if this model and its card can."""
-        if t > self.graphed_tokens or self._gpu_decoder(1) is None:
+        if t > self.graphed_tokens or self.gpu_decoder(1) is None:
             return None
         if self._gpu_segments is None:
             self._gpu_segments = gpu_segment.GpuSegments(self)
@@ -228,54 +228,14 @@ class Jamba(nn.Module):
 
     def padded_layers(self, t: int) -> gpu_layers.GpuLayers | None:
         """What computes t tokens of one sequence as graphs of some layers, if this model and its card can."""
-        if not self.graphed_tokens < t <= self.padded_tokens or self._gpu_decoder(1) is None:
+        if not self.graphed_tokens < t <= self.padded_tokens or self.gpu_decoder(1) is None:
             return None
         if self._gpu_layers is None:
             self._gpu_layers = gpu_layers.GpuLayers(self)
         return self._gpu_layers
 
-    @torch.inference_mode()
-    def prepare(self, max_batch: int) -> Iterator[None]:
-        """Capture the graphs of decode steps up to this batch and of short segments, and compile what longer ones need,
-        a little between two yields.
-
-        A call that comes before its turn takes that time too. Nothing on a CPU.
-        """
-        if (decoder := self._gpu_decoder(1)) is None:
-            return
-
-        def decode(b: int, sharing: bool) -> None:
-            decoder.step(torch.zeros(b, dtype=torch.int64), [self.new_state() for _ in range(b)], sharing)
-
-        def read(t: int) -> None:
-            self.forward_packed(torch.zeros(t, dtype=torch.int64), [t], [self.new_state()])
-
-        def read_on(t: int) -> None:
-            """Without a past, behind one, and behind one that is lent."""
-            state, ids = self.new_state(), torch.zeros(max(t, _PAST_TOKENS), dtype=torch.int64)
-            self.forward_packed(ids[:t], [t], [state])
-            self.forward_packed(ids[:_PAST_TOKENS], [_PAST_TOKENS], [state])
-            other = self.new_state(state.lend(_PAST_TOKENS))
-            state.copy_to(other)
-            for own in (state, other):
-                self.forward_packed(ids[:t], [t], [own])
-
-        def pad(t: int) -> None:
-            self.padded_layers(t).run(torch.zeros(t, dtype=torch.int64, device=decoder.device), self.new_state())
-
-        batches = range(1, min(max_batch, MAX_GPU_BATCH) + 1)
-        steps: list[Callable[[], None]] = [partial(read_on, t) for t in _PIECES]
-        steps += [partial(decode, b, False) for b in batches]
-        steps += [partial(read, t) for t in range(self.graphed_tokens, 1, -1)]
-        steps += [partial(pad, t) for t in range(self.padded_tokens, self.graphed_tokens, -gpu_layers.ROWS)]
-        steps += [partial(decode, b, True) for b in batches[1:]]
-        for step in steps:
-            for _ in range(2):  # the first of its shape compiles what the second captures
-                step()
-            yield
-
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        """Every way to move or cast the weights comes through here."""
+        """Every way to move or cast the weights comes through here: addresses of before are of no use."""
         self._decode = self._gpu_decode = self._gpu_segments = self._gpu_layers = None
         return super()._apply(*args, **kwargs)
 

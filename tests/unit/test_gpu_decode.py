@@ -159,8 +159,8 @@ def test_models_with_positions_or_other_dtypes_do_not_fit(make) -> None:
 def test_large_batches_and_router_statistics_are_the_modules_affair(make) -> None:
     model = make()
     with torch.no_grad():
-        assert model._gpu_decoder(MAX_BATCH) is not None
-        assert model._gpu_decoder(MAX_BATCH + 1) is None
+        assert model.gpu_decoder(MAX_BATCH) is not None
+        assert model.gpu_decoder(MAX_BATCH + 1) is None
     model.collect_router_stats = True
     (state,) = prefilled(model, [3])
     model.forward_packed(tokens(1, 1)[0].to(state.conv.device), [1], [state])

@@ -10,6 +10,7 @@ import torch
 from test_gpu_decode import KINDS, make, prefilled, same_states, tokens  # noqa: F401
 
 from model import Jamba, gpu_segment, jamba
+from model.gpu_warm_up import warm_up
 from model.w8a8 import round_activations
 from tests.numeric import state_bytes
 
@@ -80,15 +81,16 @@ def test_graphs_are_prepared_between_requests(make, monkeypatch) -> None:  # noq
     """Every length and batch, once; the answers after it are those before it."""
     model = make()
     model.graphed_tokens = 6
-    for name, small in {"jamba._PIECES": (3, 5), "jamba._PAST_TOKENS": 70, "state.LENT_UNIT": 64}.items():
-        monkeypatch.setattr(f"model.{name}", small)
-    monkeypatch.setattr("model.state._MIN_LENT_TOKENS", 64)
+    monkeypatch.setattr("model.gpu_warm_up._SEGMENT_TOKENS", (3, 5))
+    monkeypatch.setattr("model.gpu_warm_up._PAST_TOKENS", 70)
+    for name in ("LENT_UNIT", "_MIN_LENT_TOKENS"):
+        monkeypatch.setattr(f"model.state.{name}", 64)
     (state,) = prefilled(model, [6])
     (other,) = same_states(model, [state])
     ids = tokens(1, 5)[0]
     before = model.forward_packed(ids, [5], [state])
     with ThreadPoolExecutor(1) as another_thread:  # as an engine's
-        steps = another_thread.submit(lambda: len(list(model.prepare(max_batch=3)))).result()
+        steps = another_thread.submit(lambda: len(list(warm_up(model, max_batch=3)))).result()
     assert steps == 2 + 3 + 5 + 2
     assert torch.equal(model.forward_packed(ids, [5], [other]), before)
     if ids.device != state.conv.device:
