@@ -70,8 +70,10 @@ def choose_token(
 
 def _sample(scores: Tensor, params: SamplingParams, rng: random.Random) -> int:
     """Place in scores (v,) drawn at params.temperature from the top_p nucleus."""
-    scaled = scores.numpy().astype(np.float64) / params.temperature
-    weights = np.exp(scaled - scaled.max())
+    below = scores.numpy().astype(np.float64)
+    below -= below.max()
+    with np.errstate(over="ignore"):  # of a temperature near 0: all but the likeliest weigh nothing
+        weights = np.exp(below / params.temperature)
     if params.top_p < 1.0:
         order = np.argsort(-weights, kind="stable")
         mass = np.cumsum(weights[order])

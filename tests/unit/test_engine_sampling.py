@@ -31,6 +31,12 @@ def test_sampling_follows_the_probabilities():
     assert all(abs(cold.get(i, 0) - float(p)) < 0.03 for i, p in enumerate(expected))
 
 
+def test_a_temperature_near_zero_takes_the_likeliest():
+    for temperature in (1e-40, 1e-300, 5e-324):
+        assert draw(SamplingParams(temperature=temperature, seed=1), times=3) == {0: 1.0}
+        assert draw(SamplingParams(temperature=temperature, seed=1), times=3, allowed=[4, 3, 2]) == {2: 1.0}
+
+
 def test_top_p_keeps_the_smallest_nucleus_that_reaches_it():
     assert set(draw(SamplingParams(temperature=1.0, top_p=0.5, seed=1))) == {0}
     assert set(draw(SamplingParams(temperature=1.0, top_p=0.6, seed=1))) == {0, 1}
