@@ -173,8 +173,12 @@ def public_settings(settings: Settings) -> dict[str, Any]:
     values = settings.model_dump(mode="json")
     if settings.key is not None:
         values["key"] = "***"
+    if settings.url is not None:
+        values["url"] = hide_password(settings.url)
     if settings.redis.url is not None:
         values["redis"]["url"] = hide_password(settings.redis.url.get_secret_value())
+    if settings.telemetry.otlp_endpoint is not None:
+        values["telemetry"]["otlp_endpoint"] = hide_password(settings.telemetry.otlp_endpoint)
     return values
 
 

@@ -114,6 +114,9 @@ def test_secrets_are_not_shown():
     assert "secret" not in shown
     assert "redis://***@host:6379/0" in shown
     assert "secret" not in repr(settings)
+    addresses = {"url": "https://me:secret@host", "telemetry": {"otlp_endpoint": "https://me:secret@collector:4318"}}
+    shown = public_settings(load_settings(env_file=None, **addresses))
+    assert (shown["url"], shown["telemetry"]["otlp_endpoint"]) == ("https://***@host", "https://***@collector:4318")
 
 
 @pytest.mark.parametrize(
