@@ -49,6 +49,7 @@ class SteadyServer(uvicorn.Server):
     """
 
     def __init__(self, config: uvicorn.Config, stall_s: float) -> None:
+        config.ws = "none"  # a request for a WebSocket is answered as the request that it is
         super().__init__(config)
         self._stall_s = stall_s
         self._watching: asyncio.Task[None] | None = None

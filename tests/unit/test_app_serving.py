@@ -1,8 +1,10 @@
-"""Whether the address of the service is taken, before anything is loaded."""
+"""Whether the address of the service is taken, before anything is loaded; and what is no request of HTTP's own."""
 
 import socket
 
+import httpx
 import pytest
+from app_kit import make_settings, serving
 
 from app.serving import check_address
 
@@ -18,3 +20,17 @@ def test_a_port_is_taken_only_where_it_is():
         check_address("::", port)
     check_address("127.0.0.1", port)
     check_address("no-such-host.invalid", port)
+
+
+def test_an_upgrade_is_refused_as_any_request_is(tiny_checkpoint, tmp_path):
+    wanted = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==",
+    }
+    with serving(make_settings(tiny_checkpoint, tmp_path / "data")) as url:
+        reply = httpx.get(f"{url}/v1/documents", headers=wanted)
+        assert httpx.get(f"{url}/healthz", headers=wanted).status_code == 200
+    assert (reply.status_code, reply.json()["code"]) == (401, "unauthorized")
+    assert reply.headers["content-type"] == "application/problem+json"
