@@ -46,11 +46,16 @@ def respond(
     start, end = (min(max(0, offset - page.char_start), len(text)) for offset in span)
     name = f"{_DRAWING} {shown.sha256} {number} {start} {max(start, end)}"
     headers = {"ETag": f'"{hashlib.sha256(name.encode()).hexdigest()[:32]}"', "Cache-Control": "private, no-cache"}
-    if if_none_match is not None and headers["ETag"] in if_none_match:
+    if is_known(headers["ETag"], if_none_match):
         return Response(status_code=304, headers=headers)
     with _slot():
         image = render_page(service.files.find(shown.sha256), number, text, start, end, memory_bytes)
     return Response(image.png, media_type="image/png", headers={**headers, "Highlight-Boxes": _format_boxes(image)})
+
+
+def is_known(etag: str, if_none_match: str | None) -> bool:
+    """Whether the client has what this ETag names, by its header If-None-Match."""
+    return if_none_match is not None and (if_none_match.strip() == "*" or etag in if_none_match)
 
 
 @contextmanager

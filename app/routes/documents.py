@@ -13,6 +13,7 @@ from app import intake, page_images, schemas
 from app.auth import Unauthorized
 from app.deps import AuthenticatorDep, KnownQuery, Reader, ServiceDep, SettingsDep, Writer
 from app.errors import InvalidRequest, describe_error
+from app.page_images import is_known
 from app.sse import Event, event_response
 from retrieval.store import DocumentNotFound
 from retrieval.types import Document, Status
@@ -109,15 +110,24 @@ async def _progress_events(document: Document, look: Callable[[], Document]) -> 
         yield Event("document.failed", describe_error(error))
 
 
-@router.get("/{document_id}/file", response_class=FileResponse)
-def get_file(document_id: str, principal: Reader, service: ServiceDep) -> FileResponse:
+@router.get(
+    "/{document_id}/file",
+    response_class=FileResponse,
+    responses={304: {"description": "The bytes that If-None-Match names are still right"}},
+)
+def get_file(
+    document_id: str, principal: Reader, service: ServiceDep, if_none_match: Annotated[str | None, Header()] = None
+) -> Response:
     """The original bytes, always as a download."""
     document = service.visible_document(document_id, principal)
+    headers = {"ETag": f'"{document.sha256}"', "Cache-Control": "private, no-cache"}
+    if is_known(headers["ETag"], if_none_match):
+        return Response(status_code=304, headers=headers)
     return FileResponse(
         service.files.find(document.sha256),
         media_type=document.media_type,
         filename=document.filename,
-        headers={"Content-Security-Policy": "sandbox; default-src 'none'", "Cache-Control": "private, no-cache"},
+        headers={"Content-Security-Policy": "sandbox; default-src 'none'", **headers},
     )
 
 

@@ -116,6 +116,20 @@ async def test_ranges_are_ignored_not_refused_in_plain_text(client):
     await client.delete(f"/v1/documents/{document['id']}")
 
 
+async def test_an_original_that_a_client_has_is_not_sent_again(client):
+    """Its ETag is its content's: a new version has another one."""
+    document = await client.upload("kept.md", LIGHTHOUSE)
+    path = f"/v1/documents/{document['id']}/file"
+    tag = (await client.get(path)).headers["etag"]
+    assert document["sha256"] in tag
+    for wanted in (tag, f'"other", W/{tag}', "*"):
+        reply = await client.get(path, headers={"If-None-Match": wanted})
+        assert (reply.status_code, reply.content, reply.headers["etag"]) == (304, b"", tag)
+    reply = await client.get(path, headers={"If-None-Match": '"other"'})
+    assert (reply.status_code, reply.text) == (200, LIGHTHOUSE)
+    await client.delete(f"/v1/documents/{document['id']}")
+
+
 async def test_no_path_leads_to_another_host(client):
     for path in ("/v1/documents/", "/v1/answers/", "/docs/"):
         reply = await client.get(path, headers={"Host": "evil.example"})
