@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from app.datadir import DataDir
+from app.field_checks import in_plain_words
 from app.settings import Settings, load_settings
 
 Url = Annotated[
@@ -69,11 +70,11 @@ def choose_settings(
 
 
 class PlainGroup(TyperGroup):
-    """Commands whose wrong usage is told without the name of an exception, which pydantic puts before it."""
+    """Commands whose wrong usage is told as a person would, not as pydantic does."""
 
     def invoke(self, ctx: typer.Context) -> Any:
         try:
             return super().invoke(ctx)
         except typer.BadParameter as error:
-            error.message = error.message.removeprefix("Value error, ")
+            error.message = in_plain_words(error.message)
             raise

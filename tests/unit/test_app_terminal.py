@@ -68,6 +68,8 @@ def test_a_backup_into_a_folder_that_is_not_there_names_it(run, tmp_path):
         (["completion", "csh"], "'csh' is not one of 'bash'"),
         (["documents", "list", "--data-dir", ""], "must name a directory"),
         (["serve", "--host", ""], "at least 1 character"),
+        (["serve", "--port", "http"], "must be a whole number"),
+        (["search", "x", "--limit", "0"], "must be greater than or equal to 1"),
     ],
 )
 def test_wrong_usage_is_told_in_plain_words(run, arguments, told):
