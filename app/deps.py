@@ -39,9 +39,12 @@ class _Require:
 
 
 async def known_query(request: Request) -> None:
-    """Refuse query parameters that the route does not have, which it would otherwise ignore. Raises InvalidRequest."""
+    """Refuse query parameters that would otherwise be ignored: unknown ones and second ones. Raises InvalidRequest."""
+    names = [name for name, _ in request.query_params.multi_items()]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise InvalidRequest(f"the query parameter {repeated[:80]!r} is given twice")
     known = [field.alias for field in request.scope["route"].dependant.query_params]
-    if unknown := sorted(set(request.query_params) - set(known)):
+    if unknown := sorted(set(names) - set(known)):
         without = (
             "takes none"
             if request.method in ("GET", "HEAD", "DELETE")

@@ -12,6 +12,7 @@ def in_plain_words(message: str) -> str:
     )
     said = re.sub(r"a valid integer(, .*)?$", "a whole number", said.replace(" after validation", ""))
     said = re.sub(r"a valid number(, .*)?$", "a number", re.sub(r"a valid boolean(, .*)?$", "true or false", said))
+    said = said.replace("Unable to parse input string as an integer, exceeded maximum size", "has too many digits")
     said = said.replace("must be a valid string", "must be text").replace("must be a valid list", "must be a list")
     return said.replace("Field required", "is missing")
 
@@ -37,6 +38,20 @@ def printable(text: str) -> str:
     if not text.isprintable():
         raise ValueError("must not contain control characters")
     return text
+
+
+def number(value: object) -> object:
+    """A number of JSON, not text or a truth value that could be read as one."""
+    if isinstance(value, str | bool):
+        raise ValueError("must be a number")
+    return value
+
+
+def whole_number(value: object) -> object:
+    """As `number`, of those without a fraction."""
+    if isinstance(value, str | bool):
+        raise ValueError("must be a whole number")
+    return value
 
 
 def filterable(value: object) -> object:

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 MAX_METADATA_CHARS = 65_536
 MAX_IDEMPOTENCY_KEY_CHARS = 255
-_FIELDS = {"collection", "metadata", "on_conflict"}
+_FIELDS = ("collection", "metadata", "on_conflict")
 
 
 @dataclass
@@ -82,6 +82,8 @@ async def _receive_part(
     if part.name != "file":
         if part.name not in _FIELDS:
             raise BadUpload(f"the form has an unknown field {part.name[:80]!r}; known are file, {', '.join(_FIELDS)}")
+        if part.name in form.fields:
+            raise BadUpload(f"the form has the field {part.name!r} twice")
         form.fields[part.name] = await read_field(part)
         return
     if part.filename is None:

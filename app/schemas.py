@@ -26,6 +26,11 @@ Text = Annotated[str, AfterValidator(field_checks.plain)]
 Question = Annotated[Text, AfterValidator(field_checks.not_blank)]
 CollectionName = Annotated[str, Field(pattern=COLLECTION_PATTERN)]
 DocumentId = Annotated[Text, Field(min_length=1, max_length=128)]
+Flag = Annotated[bool, Field(strict=True)]
+Numeric, Whole = BeforeValidator(field_checks.number), BeforeValidator(field_checks.whole_number)
+Count = Annotated[int, Field(ge=1), Whole]
+Size = Annotated[int, Field(ge=0, lt=2**63), Whole]
+Temperature = Annotated[float, Field(ge=0, le=2), Numeric]
 FilterValue = str | int | Annotated[float, Field(allow_inf_nan=False)] | bool | None
 Filters = dict[Text, Annotated[FilterValue | list[FilterValue], BeforeValidator(field_checks.filterable)]]
 
@@ -190,9 +195,9 @@ class SearchRequest(Request):
     collections: list[CollectionName] | None = Field(None, max_length=1000)
     document_ids: list[DocumentId] | None = Field(None, max_length=MAX_DOCUMENT_IDS)
     filters: Filters | None = None
-    max_num_results: int = Field(10, ge=1, le=50)
+    max_num_results: Annotated[int, Field(ge=1, le=50), Whole] = 10
     mode: Literal["hybrid", "dense", "lexical"] = "hybrid"
-    rerank: bool | None = Field(None, description="Unset: in hybrid mode, as answers search, if there is a reranker.")
+    rerank: Flag | None = Field(None, description="Unset: in hybrid mode, as answers search, if there is a reranker.")
 
 
 class Scores(Response):
@@ -238,11 +243,11 @@ class AnswerRequest(Request):
     document_ids: list[DocumentId] | None = Field(None, min_length=1, max_length=MAX_DOCUMENT_IDS)
     filters: Filters | None = None
     mode: Literal["auto", "rag", "full_context"] = "auto"
-    max_evidence_tokens: int | None = Field(None, ge=1)
-    max_output_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(0.0, ge=0, le=2)
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    stream: bool = False
+    max_evidence_tokens: Count | None = None
+    max_output_tokens: Count | None = None
+    temperature: Temperature = 0.0
+    seed: Size | None = None
+    stream: Flag = False
 
 
 class Citation(Response):
@@ -315,12 +320,12 @@ class ChatCompletionRequest(BaseModel):
 
     model: str = Field(max_length=128)
     messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    seed: int | None = Field(None, gt=-(2**63), lt=2**63)
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    temperature: Temperature | None = None
+    seed: Annotated[int, Field(gt=-(2**63), lt=2**63), Whole] | None = None
     n: Literal[1] | None = None
-    stream: bool | None = None
+    stream: Flag | None = None
     stream_options: dict[str, JsonValue] | None = None
 
 
@@ -347,10 +352,10 @@ class Health(Response):
 class KeyLimits(Request):
     """What a key may ask for; 0 = any, null = as the deployment has it."""
 
-    requests_per_minute: int | None = Field(None, ge=0, lt=2**63)
-    tokens_per_minute: int | None = Field(None, ge=0, lt=2**63)
-    upload_bytes_per_day: int | None = Field(None, ge=0, lt=2**63)
-    documents_per_collection: int | None = Field(None, ge=0, lt=2**63)
+    requests_per_minute: Size | None = None
+    tokens_per_minute: Size | None = None
+    upload_bytes_per_day: Size | None = None
+    documents_per_collection: Size | None = None
 
 
 class KeyCreate(Request):

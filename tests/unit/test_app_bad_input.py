@@ -81,6 +81,17 @@ async def test_an_unknown_query_parameter_is_named_with_those_there_are(client, 
     assert repr(path.partition("?")[2].partition("=")[0]) in body["detail"] and known in body["detail"]
 
 
+async def test_a_query_parameter_given_twice_is_refused(client):
+    body = assert_problem(await client.get("/v1/documents?status=ready&status=failed"), 422, "invalid_request")
+    assert "'status' is given twice" in body["detail"]
+
+
+async def test_a_field_of_a_form_given_twice_is_refused(client):
+    parts = {"file": ("a.txt", b"text"), "collection": (None, "default")}
+    reply = await client.post("/v1/documents", files=[*parts.items(), ("collection", (None, "other"))])
+    assert "'collection' twice" in assert_problem(reply, 422, "invalid_request")["detail"]
+
+
 async def test_clients_of_openai_may_send_query_parameters_that_mean_nothing_here(client):
     assert (await client.get("/v1/models?api-version=2026-01-01")).status_code == 200
 
@@ -272,6 +283,32 @@ async def test_unknown_collections_and_documents_are_404(client, path):
     reply = await client.post(path, json=question | {"collections": ["default", "none"]})
     assert_problem(reply, 404, "collection_not_found")
     assert_problem(await client.post(path, json=question | {"document_ids": ["none"]}), 404, "document_not_found")
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "values", "told"),
+    [
+        ("/v1/search", "max_num_results", ["5", True, 5.5], "a whole number"),
+        ("/v1/search", "rerank", ["yes", 1], "true or false"),
+        ("/v1/answers", "temperature", ["0.5", True], "a number"),
+        ("/v1/answers", "seed", ["7", False], "a whole number"),
+        ("/v1/answers", "max_output_tokens", ["9", True], "a whole number"),
+        ("/v1/answers", "stream", ["false", 0], "true or false"),
+        ("/v1/chat/completions", "temperature", ["0.5", True], "a number"),
+        ("/v1/chat/completions", "max_tokens", ["9"], "a whole number"),
+        ("/v1/chat/completions", "stream", ["true"], "true or false"),
+    ],
+)
+async def test_a_value_of_another_type_is_not_taken_for_one(client, path, field, values, told):
+    body = {"/v1/search": {"query": "Who?"}, "/v1/answers": {"question": "Who?"}}.get(path)
+    body = body or {"model": "jamba-rag/default", "messages": [{"role": "user", "content": "Who?"}]}
+    for value in values:
+        problem = assert_problem(await client.post(path, json=body | {field: value}), 422, "invalid_request")
+        assert problem["detail"] == f"{field}: must be {told}"
+
+
+async def test_a_whole_number_may_have_a_decimal_point(client):
+    assert (await client.post("/v1/search", json={"query": "Who?", "max_num_results": 5.0})).status_code == 200
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=x", "status=done"])
