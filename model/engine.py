@@ -11,7 +11,6 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Collection
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 
@@ -303,12 +302,13 @@ class JambaEngine:
         """The next token of each sequence, and those behind it that were guessed right."""
         drafts = draft_all([one.lookup for one in batch], self._draft_tokens if self._model.can_try else 0)
         pieces = [[one.generation.token_ids[-1], *draft] for one, draft in zip(batch, drafts, strict=True)]
+        token_ids, lengths = torch.tensor(list(itertools.chain(*pieces))), [len(piece) for piece in pieces]
+        states, generations = [one.state for one in batch], [one.generation for one in batch]
         if not any(drafts):
-            scores = self._forward(pieces, batch)
+            scores = score(self._model.forward_packed(token_ids, lengths, states), generations)
             return [self._advance(sequence, own) for sequence, own in zip(batch, scores, strict=True)]
-        lengths, states = [len(piece) for piece in pieces], [sequence.state for sequence in batch]
-        trial = self._model.try_tokens(torch.tensor(list(itertools.chain(*pieces))), lengths, states)
-        scores = score_pieces(trial.logits, [sequence.generation for sequence in batch], lengths)
+        trial = self._model.try_tokens(token_ids, lengths, states)
+        scores = score_pieces(trial.logits, generations, lengths)
         outputs = [self._advance_all(*one) for one in zip(batch, scores, drafts, strict=True)]
         trial.keep([len(own) for own in outputs])
         return list(itertools.chain(*outputs))
@@ -324,13 +324,6 @@ class JambaEngine:
                 break
         sequence.lookup.learn(len(outputs) - 1)
         return outputs
-
-    def _forward(self, pieces: list[Collection[int]], batch: list[RunningSequence]) -> list[Tensor | Likeliest]:
-        """Advance each sequence by its piece of tokens; what each generation needs to choose the next one."""
-        token_ids = torch.tensor(list(itertools.chain.from_iterable(pieces)), device=self._device)
-        states = [sequence.state for sequence in batch]
-        logits = self._model.forward_packed(token_ids, [len(piece) for piece in pieces], states, logits="last")
-        return score(logits, [sequence.generation for sequence in batch])
 
     def _advance(self, sequence: RunningSequence, scores: Tensor | Likeliest) -> StepOutput:
         try:
