@@ -7,7 +7,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -272,27 +272,19 @@ def _check_port(settings: Settings) -> str:
 
 def _examine_data(settings: Settings) -> list[Finding]:
     findings = [_run("lock", lambda: _check_lock(settings.data_dir))] if settings.data_dir.is_dir() else []
-    if not (settings.data_dir / "rag.sqlite3").is_file():
+    database = DataDir.database_in(settings.data_dir)
+    if not database.is_file():
         return [*findings, Finding("database", True, f"{settings.data_dir} has none: the first start makes it")]
-    opened = _run("database", lambda: DocumentStore(settings.data_dir / "rag.sqlite3").close() or "")
+    opened = _run("database", lambda: DocumentStore(database).close() or "")
     if not opened.ok:
         return [*findings, opened]
-    with _open_store(settings.data_dir) as store:
+    with closing(DocumentStore(database)) as store:
         findings.append(_run("database", lambda: _check_database(store)))
         findings.append(_run("ingestion", lambda: _check_ingestion(store)))
         findings.append(_run("originals", lambda: _check_originals(store, settings.data_dir)))
         findings.append(_run("index", lambda: _check_index(store, settings)))
         findings.append(_run("words", lambda: _check_words(store, settings.data_dir / "words")))
     return findings
-
-
-@contextmanager
-def _open_store(data_dir: Path) -> Iterator[DocumentStore]:
-    store = DocumentStore(data_dir / "rag.sqlite3")
-    try:
-        yield store
-    finally:
-        store.close()
 
 
 def _check_lock(data_dir: Path) -> str:
