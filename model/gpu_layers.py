@@ -2,8 +2,8 @@
 
 Of so few tokens the host launches a layer's kernels no faster than the card runs them, and much slower where other
 threads want the interpreter, which each launch lets go. A graph is of one length: segments are padded to a multiple of
-ROWS, by rows that leave the states as they are (batch.Padding). Attention is left out, for its keys differ with every
-call. Fewer tokens: gpu_segment.py; more: the modules. Start at `GpuLayers.compute`.
+ROWS, by rows that leave the states as they are (batch.Padding). Fewer tokens: gpu_segment.py; more: the modules. Start
+at `GpuLayers.compute`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from model.attention import Attention
-from model.batch import Batch, Group, Padding
-from model.gpu_graphs import GraphCapture
+from model.batch import Padding
+from model.gpu_graphs import GraphCapture, GraphMemory
 from model.state import HybridState
 
 if TYPE_CHECKING:
@@ -38,17 +38,9 @@ class GpuLayers:
 
     def __init__(self, model: Jamba) -> None:
         self._embedding, self._layers = model.embed_tokens, model.layers  # not the model, which holds this
-        c, layout, device = model.config, model.state_layout, model.embed_tokens.weight.device
-
-        def room(*shape: int) -> Tensor:
-            return torch.zeros(LONGEST, *shape, dtype=layout.kv_dtype, device=device)
-
-        with torch.inference_mode(False):  # an inference tensor could not be written outside inference mode
-            self._conv = torch.empty(layout.conv_shape, dtype=layout.conv_dtype, device=device)
-            self._ssm = torch.empty(layout.ssm_shape, device=device)
-            self._x, self._attended = room(c.hidden_size), room(c.hidden_size)
-            self._q = room(c.num_attention_heads, c.head_dim)
-            self._k, self._v = (room(c.num_key_value_heads, c.head_dim) for _ in range(2))
+        layout, device = model.state_layout, model.embed_tokens.weight.device
+        self._memory = GraphMemory(model, LONGEST)
+        with torch.inference_mode(False):  # as GraphMemory's
             self._places = torch.arange(LONGEST, device=device)[:, None]
             is_padding = torch.empty(LONGEST, 1, dtype=torch.bool, device=device)
             self._padding = Padding(is_padding, self._places[: layout.w - 1, 0].clone())
@@ -63,11 +55,11 @@ class GpuLayers:
 
         Yields the kind of each piece before it is computed. `attend(block, q, k, v)` gives what `Attention` attends to.
         """
-        t = len(token_ids)
+        t, memory = len(token_ids), self._memory
         rows = -(-t // ROWS) * ROWS
-        self._conv.copy_(state.conv), self._ssm.copy_(state.ssm)
-        self._x[:t].copy_(self._embedding(token_ids))
-        self._x[t:rows].zero_(), self._attended[t:rows].zero_()
+        memory.load(state)
+        memory.x[:t].copy_(self._embedding(token_ids))
+        memory.x[t:rows].zero_(), memory.attended[t:rows].zero_()
         torch.ge(self._places, t, out=self._padding.rows)
         torch.add(self._places[: len(self._padding.last), 0], t - len(self._padding.last), out=self._padding.last)
         replayed = rows in self._launched
@@ -75,11 +67,11 @@ class GpuLayers:
             yield f"graph {number}"
             self._run(rows, number, replayed)
             if (block := self._attention_behind(span)) is not None:
-                out = yield from attend(block, self._q[:t], self._k[:t], self._v[:t])
-                self._attended[:t].copy_(out.flatten(-2))
+                out = yield from attend(block, memory.q[:t], memory.k[:t], memory.v[:t])
+                memory.attended[:t].copy_(out.flatten(-2))
         self._launched.add(rows)
-        state.conv.copy_(self._conv), state.ssm.copy_(self._ssm)
-        return self._x[:t]
+        memory.store(state)
+        return memory.x[:t]
 
     def run(self, token_ids: Tensor, state: HybridState) -> None:
         """All layers, attending to nothing: to prepare them."""
@@ -112,20 +104,14 @@ class GpuLayers:
 
     def _launch(self, rows: int, i: int, is_second: bool) -> None:
         """A layer; one of attention up to its projections, or from what was attended to on."""
-        layer, x = self._layers[i], self._x[:rows]
-        if layer.is_attention and not is_second:
-            projected = layer.self_attn.project(layer.input_layernorm(x))
-            for to, of in zip((self._q, self._k, self._v), projected, strict=True):
-                to[:rows].copy_(of)
-            return
-        padding = Padding(self._padding.rows[:rows], self._padding.last)
-        group = Group(1, rows, None, (), self._conv[:, None], self._ssm[:, None], padding)
+        layer, memory = self._layers[i], self._memory
+        x = memory.x[:rows]
         if is_second:
-            x = x + layer.self_attn.o_proj(self._attended[:rows])
-            x = x + layer.feed_forward(layer.pre_ff_layernorm(x))
+            x.copy_(memory.finish(layer, rows))
+        elif layer.is_attention:
+            memory.project(layer, x)
         else:
-            x = layer(x, Batch((rows,), (), (group,), x.device))
-        self._x[:rows].copy_(x)
+            x.copy_(layer(x, memory.batch(rows, Padding(self._padding.rows[:rows], self._padding.last))))
 
 
 def _spans(layers: Iterable[JambaLayer]) -> list[_Span]:

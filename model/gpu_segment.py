@@ -1,7 +1,7 @@
 """A few tokens of one sequence behind its past on the GPU, as CUDA graphs: what a question costs after a cache hit.
 
 The modules' own kernels, captured once a length: launched one by one, some 800 of them take Python longer than they
-take the card. Attention is left out, for its keys differ with every call; all between two of them is a graph.
+take the card. All between two attentions is a graph.
 Not here: a single token (gpu_decode.py), longer pieces (gpu_layers.py, the modules). Start at `GpuSegments.run`.
 """
 
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from model.batch import Batch, Group
-from model.gpu_graphs import GraphCapture
+from model.batch import Batch
+from model.gpu_graphs import GraphCapture, GraphMemory
 from model.kernels.gpu_linear import MAX_TOKENS, token_tiles
 from model.state import HybridState
 
@@ -37,19 +37,11 @@ class GpuSegments:
         self._embedding, self._norm, self._head = model.embed_tokens, model.final_layernorm, model.lm_head
         self._stretches = _cut(list(model.layers))
         self._attentions = [stretch[-1] for stretch in self._stretches[:-1]]
-        c, layout, device = model.config, model.state_layout, model.embed_tokens.weight.device
-
-        def room(*shape: int) -> Tensor:
-            return torch.empty(LONGEST, *shape, dtype=layout.kv_dtype, device=device)
-
-        with torch.inference_mode(False):  # an inference tensor could not be written outside inference mode
+        dtype, device = model.state_layout.kv_dtype, model.embed_tokens.weight.device
+        self._memory = GraphMemory(model, LONGEST)
+        with torch.inference_mode(False):  # as GraphMemory's
             self._ids = torch.zeros(LONGEST, dtype=torch.int64, device=device)
-            self._conv = torch.empty(layout.conv_shape, dtype=layout.conv_dtype, device=device)
-            self._ssm = torch.empty(layout.ssm_shape, device=device)
-            self._x, self._attended = room(c.hidden_size), room(c.hidden_size)
-            self._q = room(c.num_attention_heads, c.head_dim)
-            self._k, self._v = (room(c.num_key_value_heads, c.head_dim) for _ in range(2))
-            self._logits = torch.empty(1, c.vocab_size, dtype=layout.kv_dtype, device=device)
+            self._logits = torch.empty(1, model.config.vocab_size, dtype=dtype, device=device)
         self._graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}  # of each length
         self._launched: set[int] = set()  # what `_kernels` gives, of lengths whose kernels are compiled and loaded
         self._capture = GraphCapture(device)
@@ -61,23 +53,23 @@ class GpuSegments:
     @torch.no_grad()
     def run(self, token_ids: Tensor, state: HybridState) -> Tensor:
         """Advance the state by token_ids (t,), on the CPU or the model's device -> logits (1, v) of the last one."""
-        t, device = len(token_ids), self._ids.device
+        t, device, memory = len(token_ids), self._ids.device, self._memory
         state.reserve(state.num_tokens + t)
         graphs = self._graphs_of(t) if device.type == "cuda" else None
         batch = Batch((t,), (state,), (), device)
         self._ids[:t].copy_(token_ids)
-        self._conv.copy_(state.conv), self._ssm.copy_(state.ssm)
+        memory.load(state)
         for i in range(len(self._stretches)):
             if i:
                 own = self._attentions[i - 1].self_attn
-                out = own.attend_states(self._q[:t], self._k[:t], self._v[:t], batch)
-                self._attended[:t].copy_(out.flatten(-2))
+                out = own.attend_states(memory.q[:t], memory.k[:t], memory.v[:t], batch)
+                memory.attended[:t].copy_(out.flatten(-2))
             if graphs is None:
                 self._launch(i, t)
             else:
                 graphs[i].replay()
         self._launched.add(_kernels(t))
-        state.conv.copy_(self._conv), state.ssm.copy_(self._ssm)
+        memory.store(state)
         state.num_tokens += t
         return self._logits.clone()
 
@@ -93,25 +85,16 @@ class GpuSegments:
 
     def _launch(self, i: int, t: int) -> None:
         """Stretch i: what follows attention i - 1, up to the projections of attention i or to the logits."""
-        group = Group(1, t, None, (), self._conv[:, None], self._ssm[:, None])
-        batch = Batch((t,), (), (group,), self._ids.device)
-        if i:
-            before = self._attentions[i - 1]
-            x = self._x[:t] + before.self_attn.o_proj(self._attended[:t])
-            x = x + before.feed_forward(before.pre_ff_layernorm(x))
-        else:
-            x = self._embedding(self._ids[:t])
+        memory, batch = self._memory, self._memory.batch(t)
+        x = memory.finish(self._attentions[i - 1], t) if i else self._embedding(self._ids[:t])
         last = i == len(self._attentions)
         for layer in self._stretches[i] if last else self._stretches[i][:-1]:
             x = layer(x, batch)
         if last:
             self._logits.copy_(self._head(self._norm(x[-1:])))
             return
-        layer = self._attentions[i]
-        self._x[:t].copy_(x)
-        projected = layer.self_attn.project(layer.input_layernorm(x))
-        for to, of in zip((self._q, self._k, self._v), projected, strict=True):
-            to[:t].copy_(of)
+        memory.x[:t].copy_(x)
+        memory.project(self._attentions[i], x)
 
 
 def _kernels(t: int) -> int:

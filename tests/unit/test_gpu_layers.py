@@ -78,7 +78,8 @@ def test_what_is_no_number_goes_with_its_request(padding: Jamba) -> None:
     for poison in (False, True):
         (own,) = same_states(padding, [state])
         if poison:
-            for room in (padding._gpu_layers._x, padding._gpu_layers._attended, padding._gpu_layers._q):
+            memory = padding._gpu_layers._memory
+            for room in (memory.x, memory.attended, memory.q):
                 room.fill_(torch.nan)
         results.append((read(padding, ids, own).cpu(), state_bytes(own)))
     assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
