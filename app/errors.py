@@ -153,7 +153,7 @@ ERRORS: dict[type[Exception], ErrorKind] = {
     StorageFull: ErrorKind(507, "storage_full", "The disk is full"),
 }
 _INTERNAL = ErrorKind(500, "internal_error", "Something went wrong in the service")
-_OPENAI_PATHS = ("/v1/chat/", "/v1/models", "/v1/completions", "/v1/embeddings", "/v1/responses")
+_OPENAI_PATHS = ("/v1/chat/", "/v1/models")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _OF_SYSTEM = {errno.ENOSPC: StorageFull, errno.EDQUOT: StorageFull, errno.EROFS: StorageUnwritable}
 
@@ -193,8 +193,9 @@ def describe_error(error: Exception) -> dict[str, Any]:
 
 
 def problem_response(path: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
-    """problem+json; on the OpenAI-shaped paths also with the member `error` that clients of OpenAI read."""
-    if path.startswith(_OPENAI_PATHS):
+    """problem+json; on the OpenAI-shaped paths, and on those that are not there, as others of OpenAI's, also with the
+    member `error` that clients of OpenAI read."""
+    if path.startswith(_OPENAI_PATHS) or body["code"] == "not_found":
         error = {"message": body["detail"], "type": body["code"], "code": body["code"], "param": None}
         body = {**body, "error": error}
     return JSONResponse(body, body["status"], headers, media_type=PROBLEM_TYPE)

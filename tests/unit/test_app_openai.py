@@ -101,6 +101,8 @@ def test_errors_are_those_the_package_knows(url, chat, settings):
 def test_calls_that_are_not_there_say_which(chat):
     with pytest.raises(openai.NotFoundError, match="POST /v1/embeddings"):
         chat.embeddings.create(model="jamba-rag/default", input="text")
+    with pytest.raises(openai.NotFoundError, match="GET /v1/files: there is no such path"):
+        chat.files.list()
 
 
 @pytest.mark.anyio
