@@ -15,8 +15,10 @@ from starlette.types import Receive, Scope, Send
 from app.errors import ServiceStopping, describe_error
 
 SSE_HEADERS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache, no-transform"}
+_EVENTS: dict[str, Any] = {"text/event-stream": {}}
+STREAMS: dict[int | str, Any] = {200: {"content": _EVENTS, "description": "Server-Sent Events"}}
 STREAMS_TOO: dict[int | str, Any] = {
-    200: {"content": {"text/event-stream": {}}, "description": "The answer; with `stream`, its Server-Sent Events"}
+    200: {"content": _EVENTS, "description": "The answer; with `stream`, its Server-Sent Events"}
 }
 KEEPALIVE = ": keepalive\n\n"
 

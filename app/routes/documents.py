@@ -14,14 +14,15 @@ from app.auth import Unauthorized
 from app.deps import AuthenticatorDep, KnownQuery, Reader, ServiceDep, SettingsDep, Writer
 from app.errors import InvalidRequest, describe_error
 from app.page_images import is_known
-from app.sse import Event, event_response
+from app.sse import STREAMS, Event, event_response
 from retrieval.store import DocumentNotFound
 from retrieval.types import Document, Status
 
 router = APIRouter(prefix="/v1/documents", tags=["documents"], dependencies=[KnownQuery])
 
 _POLL_S = 0.1
-_FILE_FIELD = {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1}
+_BYTES = {"type": "string", "format": "binary"}
+_FILE_FIELD = {"type": "array", "items": _BYTES, "minItems": 1}
 _FIELDS = {
     "collection": {"type": "string", "default": "default"},
     "metadata": {"type": "string", "description": "A JSON object."},
@@ -78,7 +79,7 @@ def get_document(document_id: str, principal: Reader, service: ServiceDep) -> sc
     return schemas.Document.model_validate(service.visible_document(document_id, principal))
 
 
-@router.get("/{document_id}/events", response_class=Response)
+@router.get("/{document_id}/events", response_class=Response, responses=STREAMS)
 async def watch_document(
     document_id: str,
     principal: Reader,
@@ -113,7 +114,10 @@ async def _progress_events(document: Document, look: Callable[[], Document]) -> 
 @router.get(
     "/{document_id}/file",
     response_class=FileResponse,
-    responses={304: {"description": "The bytes that If-None-Match names are still right"}},
+    responses={
+        200: {"content": {"*/*": {"schema": _BYTES}}, "description": "The bytes, as the document's media type"},
+        304: {"description": "The bytes that If-None-Match names are still right"},
+    },
 )
 def get_file(
     document_id: str, principal: Reader, service: ServiceDep, if_none_match: Annotated[str | None, Header()] = None
@@ -153,7 +157,10 @@ def get_text(
     "/{document_id}/pages/{page}/image",
     response_class=Response,
     responses={
-        200: {"content": {"image/png": {}}, "description": "The page; Highlight-Boxes says what is marked on it"},
+        200: {
+            "content": {"image/png": {"schema": _BYTES}},
+            "description": "The page; Highlight-Boxes says what is marked on it",
+        },
         304: {"description": "The picture that If-None-Match names is still right"},
     },
 )
@@ -188,7 +195,7 @@ def get_chunks(document_id: str, principal: Reader, service: ServiceDep) -> sche
     "/{document_id}",
     status_code=202,
     responses={200: {"model": schemas.Document, "description": "The same bytes: nothing to do"}},
-    openapi_extra=_form({"file": {"type": "string", "format": "binary"}, "metadata": _FIELDS["metadata"]}),
+    openapi_extra=_form({"file": _BYTES, "metadata": _FIELDS["metadata"]}),
 )
 async def replace_document(
     document_id: str,

@@ -35,7 +35,11 @@ def readyz(service: ServiceDep, response: Response) -> schemas.Health:
     return schemas.Health(status="ready" if ready else "not ready", checks=checks)
 
 
-@router.get("/metrics", response_class=Response)
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text"}},
+)
 def metrics(principal: Reader, service: ServiceDep) -> Response:
     """Prometheus metrics, for a key that is not bound to collections."""
     if principal.collections is not None:
