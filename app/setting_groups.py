@@ -40,14 +40,18 @@ class AuthSettings(Group):
 
 class ModelSettings(Group):
     path: Path = setting(SHIPPED_CHECKPOINT, "Checkpoint directory in Hugging Face layout.")
-    device: str = setting("auto", "`auto`, `cpu`, `cuda` or `cuda:<n>`; `auto` takes a GPU when there is one.")
+    device: str = setting(
+        "auto",
+        "`auto`, `cpu`, `cuda` or `cuda:<n>`; `auto` takes a GPU when there is one.",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "Type of activations; `auto` fits the device.")
     quantize: Literal["auto", "none", "int8", "w8a8"] = setting(
         "auto",
         "How linear weights are kept: as stored, or in int8 rows; `w8a8` rounds the activations of prefills too, which "
         "makes them a third faster on an H100 and on a CPU with VNNI. `auto`: `w8a8` on such a CPU, else `int8`.",
     )
-    threads: int = setting(0, "CPU threads of the model; 0 takes all cores.", "threads", ge=0)
+    threads: int = setting(0, "CPU threads of the model; 0 takes all cores.", "threads", ge=0, le=1024)
     max_context_tokens: int = setting(
         0, "Longest prompt plus answer; 0 takes the checkpoint's `max_position_embeddings`.", "tokens", ge=0
     )

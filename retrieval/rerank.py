@@ -5,6 +5,7 @@ The one that ships is MiniLM with the low-rank updates and the head beside this 
 in a local directory. No network is asked. Start at `rerank`.
 """
 
+import json
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -133,6 +134,9 @@ class CrossEncoderReranker:
         self._dir = Path(model_dir)
         if not (self._dir / "config.json").is_file():
             raise RerankerUnavailable(f"{self._dir} holds no config.json; set it to the directory of a cross-encoder")
+        kinds = json.loads((self._dir / "config.json").read_text(encoding="utf-8")).get("architectures") or ["nothing"]
+        if not kinds[0].endswith("ForSequenceClassification"):  # its head would be drawn at random
+            raise RerankerUnavailable(f"{self._dir} holds {kinds[0]}; a cross-encoder is …ForSequenceClassification")
         self._device = device
         self._max_tokens = max_tokens
         self._batch = batch

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from app_kit import ServiceClient, make_settings, running_service
 from test_retrieval_rerank import make_checkpoint
+from transformers import BertConfig, BertModel
 
 from app import doctor
 from app.main import create_app
@@ -90,7 +91,11 @@ def lose_weights(folder: Path) -> None:
     (make_checkpoint(folder) / "model.safetensors").unlink()
 
 
-@pytest.mark.parametrize("make", [leave_empty, write_classifier, cut_off, lose_weights])
+def write_embedder(folder: Path) -> None:
+    BertModel(BertConfig.from_pretrained(make_checkpoint(folder))).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("make", [leave_empty, write_classifier, cut_off, lose_weights, write_embedder])
 def test_a_bad_reranker_stops_the_start_and_doctor_finds_it(tiny_checkpoint, tmp_path, make):
     make(tmp_path / "reranker")
     settings = make_settings(tiny_checkpoint, tmp_path / "data", retrieval={"reranker_path": tmp_path / "reranker"})

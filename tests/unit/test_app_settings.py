@@ -57,6 +57,15 @@ def test_a_wrong_value_names_the_setting_and_hides_the_value(monkeypatch):
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("DEVICE", "gpu"), ("DEVICE", "cuda:first"), ("DEVICE", "meta"), ("THREADS", "9999999")]
+)
+def test_what_no_model_can_run_on_is_refused_by_name(monkeypatch, name, value):
+    monkeypatch.setenv(f"JAMBA_RAG_MODEL__{name}", value)
+    with pytest.raises(SettingsError, match=f"JAMBA_RAG_MODEL__{name}: must"):
+        load_settings(env_file=None)
+
+
 def test_a_collector_without_a_scheme_is_refused_at_the_start(monkeypatch):
     monkeypatch.setenv("JAMBA_RAG_TELEMETRY__OTLP_ENDPOINT", "collector:4318")
     with pytest.raises(SettingsError, match=r"JAMBA_RAG_TELEMETRY__OTLP_ENDPOINT.*https"):

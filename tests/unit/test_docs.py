@@ -91,5 +91,11 @@ def test_commands_named_exist(page):
     assert set(re.findall(r"(?<![/\w])jamba-rag ([a-z]+)\b", page.read_text())) <= known
 
 
+def test_options_of_benchmarks_exist(page):
+    for name, options in re.findall(r"`python -m bench\.(\w+)\b([^`]*)`", page.read_text()):
+        code = (ROOT / "bench" / f"{name}.py").read_text()
+        assert [option for option in re.findall(r"--[a-z0-9-]+", options) if f'"{option}"' not in code] == [], name
+
+
 if __name__ == "__main__":
     OPERATIONS.write_text(TABLE.sub(lambda _: settings_table(), OPERATIONS.read_text()))
