@@ -87,7 +87,7 @@ class FaissIndex:
     """Exact search up to `flat_max` vectors (`IndexFlatIP`), then an inverted file; 1.5 KB a chunk at dim 384.
 
     The inverted file is trained in the background while searches go on, when there are too many vectors for exact
-    search and when they have drifted since; it takes over only if it finds 97% of what exact search does. Searches
+    search and when they have drifted since; it takes over only if it finds 98% of what exact search does. Searches
     within at most 4,096 given rows are exact, within more as good as those without.
     """
 

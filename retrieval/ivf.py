@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import faiss
 import numpy as np
 
-LEAST_RECALL = (
-    0.98  # of the ten nearest, against exact search, for made questions; real ones get .97: docs/retrieval.md
-)
+# Of the ten nearest that exact search finds, for made questions; real ones get .97: docs/retrieval.md
+LEAST_RECALL = 0.98
 _LISTS_PER_ROOT = 2.0
 _TRAINING_PER_LIST = 50
 _TRAINING_ROUNDS = 8

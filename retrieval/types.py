@@ -179,8 +179,8 @@ class Evidence:
     """What the model reads: passages grouped by document, in canonical order (collection, ordinal, char_start), or a
     beginning of earlier evidence and then what it lacked, each in that order.
 
-    `relevance` names document ids best first, empty in full_context without hits. `tokens` is counted by the
-    caller's counter, per passage.
+    `relevance` names document ids best first, empty where nothing was searched for. `tokens` is what the caller's
+    counter gives for each document's passages, summed.
     """
 
     passages: tuple[Passage, ...]
@@ -189,10 +189,10 @@ class Evidence:
     relevance: tuple[str, ...] = ()
 
 
-Position = tuple[int, int]  # in the order in which chunks came: (generation, last row taken of it)
-ChunkText = tuple[
-    int, int, int, str, str
-]  # row, rows of its collection and document, text, name with title and headings
+# In the order in which chunks came: generation, last row taken of it
+Position = tuple[int, int]
+# Row, rows of its collection and document, text, name of the file with title and headings
+ChunkText = tuple[int, int, int, str, str]
 
 
 @dataclass(frozen=True, slots=True)
