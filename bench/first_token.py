@@ -5,7 +5,8 @@ retrieval and HTTP are left out. In each round every context is new: the sample 
 their numbers changed. It is asked three questions: cold; again, when its state lies in this process; and once more
 after everything was closed and built anew with nothing kept but a Valkey server on this machine. A short prompt goes
 first each time, so that no row pays for a start. `ratio` is cold_ms over host_ms; `state_bytes` is what the host tier
-holds for the context. python -m bench.first_token [--rounds 7] [--threads 2] [--picture docs/images/first-token.png]
+holds for the context.
+    python -m bench.first_token [--rounds 7] [--threads 2] [--picture docs/images/first-token.png]
 `--rows FILE` draws an earlier run instead of measuring.
 """
 
