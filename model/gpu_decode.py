@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Self
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from model.attention import Attention
 from model.config import JambaConfig
+from model.gpu_graphs import GraphCapture
 from model.kernels import gpu_attention as attention
 from model.kernels import gpu_linear as linear
 from model.kernels import gpu_mamba as mamba
@@ -70,6 +72,7 @@ class GpuDecoder:
         self._shared: list[tuple[int, int]] = []
         self._launched: set[_Kind] = set()  # of what steps the kernels are compiled and loaded
         self._graphs: dict[_Kind, torch.cuda.CUDAGraph] = {}
+        self._capture = GraphCapture(self.device)
 
     @torch.no_grad()
     def step(self, token_ids: Tensor, states: Sequence[HybridState], sharing: bool = False) -> Tensor:
@@ -82,7 +85,7 @@ class GpuDecoder:
         self._upload(token_ids, states, shared)
         if self.device.type == "cuda" and kind in self._launched:
             if kind not in self._graphs:
-                self._graphs[kind] = self._capture(kind)
+                self._graphs[kind] = self._capture(partial(self._launch, kind))
             self._graphs[kind].replay()
         else:
             self._launch(kind)
@@ -117,13 +120,6 @@ class GpuDecoder:
             self._uploaded.record()
         if token_ids.is_cuda:
             self._staging[: len(states)].copy_(token_ids)
-
-    def _capture(self, kind: _Kind) -> torch.cuda.CUDAGraph:
-        graph, other = torch.cuda.CUDAGraph(), next(iter(self._graphs.values()), None)
-        pool = None if other is None else other.pool()  # graphs never run at once: they share their memory
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            self._launch(kind)
-        return graph
 
     def _launch(self, kind: _Kind) -> None:
         """The kernels of one step, from what is staged to the logits."""
