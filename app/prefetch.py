@@ -44,7 +44,7 @@ class _Reading:
 
 
 class Prefetch:
-    """The prefetching of one service; everything but `is_ready` belongs to the event loop."""
+    """The prefetching of one service; everything but `is_ready` and `forget` belongs to the event loop."""
 
     def __init__(self, service: RagService) -> None:
         self._service = service

@@ -142,7 +142,7 @@ class QuoteLimits:
 class QuoteConstraint:
     """Lets a model answer only with verbatim quotes and ids of documents that hold them, or with `<|none|>`.
 
-    A `model.engine.TokenConstraint` for one request. The work of a step is proportional to the number of places where
+    A `model.sampling.TokenConstraint` for one request. The work of a step is proportional to the number of places where
     the quote so far stands.
     """
 
