@@ -167,7 +167,6 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
         meter=Meter(store, KeyLimits(**settings.limits.model_dump())),
         settings=settings.answers,
         advice=advice,
-        tokenizer=model.tokenizer,
         model_name=model.name,
         has_reranker=reranker is not None,
         max_question_tokens=longest_question(settings) if answering else 0,

@@ -31,7 +31,6 @@ from ingest.sniff import SNIFF_BYTES, sniff_media_type
 from model.engine_thread import EngineThread
 from model.engine_times import EngineTimes
 from model.prefix_cache import PrefixCache
-from model.tokenizer import Tokenizer
 from retrieval.index import VectorIndex
 from retrieval.store import CollectionNotFound, DocumentNotFound, DocumentStore
 from retrieval.types import Collection, Document, Hit, OnConflict, SearchParams
@@ -63,7 +62,8 @@ class Scope:
 
 @dataclass
 class RagService:
-    """Built once by app.main, with every component of its own life time."""
+    """Built once by main.py; its components live as long as it does. `salt` is the secret that keys of states begin
+    with, `checks` is what /readyz looks at."""
 
     store: DocumentStore
     files: FileStore
@@ -79,7 +79,6 @@ class RagService:
     meter: Meter
     settings: AnswerSettings
     advice: Advice
-    tokenizer: Tokenizer
     model_name: str
     has_reranker: bool
     max_question_tokens: int  # 0: any
@@ -90,10 +89,10 @@ class RagService:
     def __post_init__(self) -> None:
         self._files_lock = threading.Lock()  # between "nobody needs these bytes" and their removal
         self._running_lock = threading.Lock()
-        self.replies_lock = threading.Lock()  # one request at a time per store of Idempotency-Keys
+        self.replies_lock = threading.Lock()  # for requests with an Idempotency-Key: one may be on its way twice
         self._running: weakref.WeakSet[RunningAnswer] = weakref.WeakSet()
         self._pace = Pace(self.settings.max_pending, self.settings.max_wait_s)
-        self._whole: dict[str, tuple[int, bool]] = {}  # by collection: the store's generation, `reads_whole`
+        self._whole: dict[str, tuple[int, bool]] = {}  # by collection: generation of the store, what `reads_whole` said
         self.metrics.answers_pending.set_function(lambda: self.answers_pending)
         self.prefetch = Prefetch(self)
 
