@@ -137,8 +137,9 @@ class DocumentStore(IndexFeed):
         metadata: Mapping[str, object] | None = None,
     ) -> tuple[Document, bool]:
         """Queue new bytes for a document; the old version answers until the new one is ready. Returns as
-        `create_document`. Same bytes and metadata as its newest version = nothing to do, unless that failed. `metadata`
-        None keeps the old one. A version on its way is superseded. Raises DuplicateDocument if another has these bytes.
+        `create_document`. Same bytes, name and metadata as its newest version = nothing to do, unless that failed.
+        `metadata` None keeps the old one. A version on its way is superseded. Raises DuplicateDocument if another has
+        these bytes.
         """
         with self._db.write() as c:
             old = documents.get_document(c, document_id)

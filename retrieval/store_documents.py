@@ -168,7 +168,8 @@ def replace_document(c: sqlite3.Connection, old: Document, upload: Upload, now: 
     (collection_row,) = collection_rows(c, [old.collection])
     if (twin := _find_twin(c, collection_row, upload.sha256)) and twin.id != old.id:
         raise DuplicateDocument(twin.id, twin.filename, old.collection)
-    if twin and twin.status != "failed" and twin.metadata == upload.metadata:
+    is_same = twin and (twin.filename, twin.metadata) == (upload.filename, upload.metadata)
+    if twin and is_same and twin.status != "failed":
         return replace(twin, duplicate_of=twin.id), False
     return _add_version(c, old, upload, now), True
 

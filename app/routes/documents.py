@@ -194,7 +194,7 @@ def get_chunks(document_id: str, principal: Reader, service: ServiceDep) -> sche
 @router.put(
     "/{document_id}",
     status_code=202,
-    responses={200: {"model": schemas.Document, "description": "The same bytes: nothing to do"}},
+    responses={200: {"model": schemas.Document, "description": "The same bytes, name and metadata: nothing to do"}},
     openapi_extra=_form({"file": _BYTES, "metadata": _FIELDS["metadata"]}),
 )
 async def replace_document(

@@ -192,6 +192,18 @@ async def test_a_new_version_of_the_same_bytes_may_bring_other_metadata(client):
     await client.delete(path)
 
 
+async def test_a_new_version_of_the_same_bytes_may_bring_another_name(client):
+    document = await client.upload("draft.txt", "bytes that get a name", metadata='{"year": 2023}')
+    path = f"/v1/documents/{document['id']}"
+    reply = await client.put(path, files={"file": ("final.txt", b"bytes that get a name")})
+    assert (reply.status_code, reply.json()["filename"]) == (202, "final.txt")
+    document = await client.settle(document["id"])
+    assert (document["filename"], document["version"], document["metadata"]) == ("final.txt", 2, {"year": 2023})
+    found = await client.post("/v1/search", json={"query": "bytes", "document_ids": [document["id"]]})
+    assert {hit["filename"] for hit in found.json()["data"]} == {"final.txt"}
+    await client.delete(path)
+
+
 async def test_a_new_version_cannot_move_a_document(client):
     document = await client.upload("stay.txt", "stays where it is")
     files = {"file": ("stay.txt", b"another text")}
