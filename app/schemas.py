@@ -129,7 +129,7 @@ class DocumentText(Response):
 
 
 class Location(Response):
-    """Offsets into the document's `/text`, end exclusive. Pages are left out where the format has none."""
+    """Offsets into the document's `/text` in code points, end exclusive. Formats without pages have none here."""
 
     page_start: int | None = None
     page_end: int | None = None
@@ -251,7 +251,7 @@ class AnswerRequest(Request):
 
 
 class Citation(Response):
-    """`start`, `end` are offsets into the answer's text; `cited_text` is a slice of the stored text."""
+    """`start`, `end` are offsets into the answer's text in code points; `cited_text` is a slice of the stored text."""
 
     start: int
     end: int
