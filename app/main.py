@@ -152,6 +152,7 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
         lease_s=settings.ingest.lease_s,
     )
     engine_thread = EngineThread(model.engine)
+    stack.callback(engine_thread.halt)
     service = RagService(
         store=store,
         files=files,

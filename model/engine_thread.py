@@ -88,7 +88,7 @@ class _Command(NamedTuple):
 
 
 class EngineThread:
-    """Runs `engine` until `close`. To be called from event loops; the engine stays its owner's to close."""
+    """Runs `engine` until `close` or `halt`. To be called from event loops; the engine stays its owner's to close."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -121,10 +121,14 @@ class EngineThread:
             self._draining = True
             self._wake.notify_all()
         await asyncio.to_thread(self._thread.join, drain_s)
+        await asyncio.to_thread(self.halt)
+
+    def halt(self) -> None:
+        """End the thread behind the step that it is in. Blocks; twice does no harm."""
         with self._wake:
-            self._halted = True
+            self._draining = self._halted = True
             self._wake.notify_all()
-        await asyncio.to_thread(self._thread.join)
+        self._thread.join()
 
     def _submit(self, command: _Command) -> None:
         with self._wake:

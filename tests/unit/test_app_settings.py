@@ -1,6 +1,7 @@
 """Settings: where they come from, what is refused and how that is said, and what is shown of them."""
 
 import re
+import threading
 from contextlib import nullcontext
 
 import pytest
@@ -163,3 +164,12 @@ def test_a_user_without_a_home_is_told_to_set_one(monkeypatch, tiny_checkpoint, 
     with pytest.raises(SettingsError, match="set HOME to a folder"):
         create_app(make_settings(tiny_checkpoint, tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_start_that_fails_at_last_leaves_no_engine_running(tiny_checkpoint, tmp_path):
+    settings, before = make_settings(tiny_checkpoint, tmp_path / "data"), set(threading.enumerate())
+    settings.data_dir.mkdir()
+    (settings.data_dir / "audit").write_text("where the audit log wants its folder")
+    with pytest.raises(FileExistsError):
+        create_app(settings)
+    assert "engine" not in {thread.name for thread in set(threading.enumerate()) - before}
