@@ -72,6 +72,7 @@ class Jamba(nn.Module):
         self._gpu_decode: GpuDecoder | Literal["unfit"] | None = None
         self._gpu_segments: gpu_segment.GpuSegments | None = None
         self._gpu_layers: gpu_layers.GpuLayers | None = None
+        self.few_tokens = MAX_TOKENS  # that the CPU's kernels take layer by layer
         self.graphed_tokens = gpu_segment.MAX_TOKENS  # longest segment that is CUDA graphs of its very length
         self.padded_tokens = 0  # longest one that is padded to the length of graphs; 0: none is
         self._collect_router_stats = False
@@ -137,7 +138,7 @@ class Jamba(nn.Module):
             return decoder.step(token_ids, states)
         if len(states) == 1 and logits == "last" and (segments := self._short_segments(lengths[0])):
             return segments.run(token_ids, states[0])
-        if token_ids.numel() <= MAX_TOKENS and self.can_try:
+        if token_ids.numel() <= self.few_tokens and self.can_try:
             trial = self._try(token_ids, Trial(lengths, states, token_ids.device, in_place=len(states) == 1), logits)
             trial.keep(lengths)
             return trial.logits

@@ -3,6 +3,7 @@
    Not here: any kernel (cpu.c: scan and convolution; cpu_linear.c: products with few rows).
    Build without -ffast-math: NaN must travel through, and the rounding trick below needs the order as written. */
 #pragma once
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,7 +28,7 @@ typedef uint32_t vu __attribute__((vector_size(4 * VL)));
 typedef uint16_t vh __attribute__((vector_size(2 * VL)));
 typedef uint16_t vh_any __attribute__((vector_size(2 * VL), aligned(1), may_alias));
 
-enum dtype { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
+enum dtype { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, PACKED = 3 };
 
 /* A matrix: row i starts `stride` elements after row i - 1, columns are contiguous. data NULL: not given. */
 typedef struct {
@@ -158,6 +159,20 @@ INLINE vf exp2v(vf x) {
     vi exponent = __builtin_convertvector(n, vi), half = exponent >> 1; /* in two steps: 2^-149 and 2^128 are reached */
     return p * (vf)((half + 127) << 23) * (vf)((exponent - half + 127) << 23);
 #endif
+}
+
+/* Row j of out = row i of x / sqrt(mean(x^2) + eps) * weight, of d columns */
+INLINE void norm_row(rows x, int64_t i, vec weight, rows out, int64_t j, int64_t d, double eps) {
+    vf squares[2] = {splat(0.0f), splat(0.0f)};
+    for (int64_t c = 0; c < d; c += VL) {
+        vf values = load(x, i, c, d - c < VL ? (int)(d - c) : VL);
+        squares[c / VL & 1] += values * values;
+    }
+    const float factor = (float)(1 / sqrt(sum_lanes(squares[0] + squares[1]) / (double)d + eps));
+    for (int64_t c = 0; c < d; c += VL) {
+        const int lanes = d - c < VL ? (int)(d - c) : VL;
+        store(out, j, c, lanes, load(x, i, c, lanes) * factor * load_vec(weight, c, lanes));
+    }
 }
 
 #define LOG2_E 1.44269504088896341f

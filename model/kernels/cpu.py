@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,8 @@ from torch import Tensor
 from model.kernels.cpu_build import load_library
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_PACKED = 3
 _FEW_ROWS = {torch.float32: 64, torch.bfloat16: 24}  # from here on unpacking int8 weights pays: MKL; oneDNN with AMX
-_FEW_ROUNDED = 24  # from here on packing them does
 GROUP = 64  # columns of a row that share a scale where it is rounded to int8
 Pointer, Int64 = ctypes.c_void_p, ctypes.c_int64
 Pointers, _int64s = ctypes.POINTER(Pointer), ctypes.POINTER(Int64)
@@ -43,17 +44,40 @@ class Vec(ctypes.Structure):
         return cls() if x is None else cls(_address(x), _DTYPES[x.dtype])
 
 
+class Packed(NamedTuple):
+    """An int8 matrix (out, in), or rows of one, in the order in which `rounded_linear` reads it."""
+
+    bytes: Tensor
+    shape: tuple[int, int]
+    first: int = 0  # of the rows that were packed
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Packed:
+        """weight (out, in) int8."""
+        out, in_ = (Int64(size) for size in weight.shape)
+        packed = torch.empty(_function("packed_bytes", ctypes.c_int64)(out, in_), dtype=torch.uint8)
+        call("pack_int8", Pointer(_address(weight)), Pointer(packed.data_ptr()), out, in_)
+        return cls(packed, tuple(weight.shape))
+
+    def chunk(self, parts: int) -> list[Packed]:
+        """As `Tensor.chunk`, of the rows, whose number is a multiple of `parts`."""
+        rows = self.shape[0] // parts
+        return [Packed(self.bytes, (rows, self.shape[1]), self.first + part * rows) for part in range(parts)]
+
+
 class Linear(ctypes.Structure):
     """Of cpu_linear.h: a weight (out, in), its scale (out,) when it is int8, its bias (out,) if any; all contiguous."""
 
     _fields_ = [("weight", Pointer), ("scale", Pointer), ("bias", Vec)]
-    _fields_ += [(name, Int64) for name in ("dtype", "in_features", "out_features")]
+    _fields_ += [(name, Int64) for name in ("dtype", "in_features", "out_features", "first")]
 
     @classmethod
-    def of(cls, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Linear:
+    def of(cls, weight: Tensor | Packed, scale: Tensor | None = None, bias: Tensor | None = None) -> Linear:
         out, in_ = weight.shape
-        scale_at = None if scale is None else _address(scale)
-        return cls(_address(weight), scale_at, Vec.of(bias), _DTYPES[weight.dtype], in_, out)
+        others = None if scale is None else _address(scale), Vec.of(bias)
+        if isinstance(weight, Packed):
+            return cls(weight.bytes.data_ptr(), *others, _PACKED, in_, out, weight.first)
+        return cls(_address(weight), *others, _DTYPES[weight.dtype], in_, out)
 
 
 class _ScanArgs(ctypes.Structure):
@@ -182,19 +206,17 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
 
 def rounds_rows() -> bool:
     """Whether `rounded_linear` is the fastest way here: VNNI or its like, and no AMX."""
-    return available() and bool(load_library().linear_int8_pays())
+    return available() and bool(_function("packing_pays", ctypes.c_int)())
 
 
-def rounded_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `int8_linear`, with many rows of x rounded to int8, too: GROUP columns of a row in steps of a 127th of the
-    largest. A row's result is the same bits in any company of many.
+def rounded_linear(x: Tensor, weight: Packed, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `int8_linear`, with the rows of x rounded to int8, too: GROUP columns of a row in steps of a 127th of the
+    largest. A row's result is the same bits in any company.
     """
-    if x.shape[:-1].numel() <= _FEW_ROUNDED:
-        return linear_few(x, weight, scale, bias)
-    return _linear("linear_int8", x, weight, scale, bias)
+    return _linear("linear_packed", x, weight, scale, bias)
 
 
-def linear_few(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def linear_few(x: Tensor, weight: Tensor | Packed, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """`F.linear` for few rows of x, in one reading of the weight (int8 with its scale, bfloat16 or float32)."""
     return _linear("linear_few", x, weight, scale, bias)
 
@@ -221,7 +243,7 @@ def attend_few(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], leng
 
 
 def rounded_linear_ref(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The definition of `rounded_linear` for many rows, in float32."""
+    """The definition of `rounded_linear`, in float32, of the weight before it is packed."""
     k = x.shape[-1]
     groups = F.pad(x.float(), (0, -k % GROUP)).unflatten(-1, (-1, GROUP))
     largest = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30)
@@ -242,7 +264,7 @@ def call(name: str, *arguments: ctypes.Structure | ctypes._SimpleCData) -> None:
         _function(name)(*arguments)
 
 
-def _linear(name: str, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def _linear(name: str, x: Tensor, weight: Tensor | Packed, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     out, in_ = weight.shape
     rows, y = _as_rows(x), torch.empty(*x.shape[:-1], out, dtype=x.dtype)
     if rows.shape[1] != in_:
@@ -253,9 +275,9 @@ def _linear(name: str, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Te
 
 
 @cache
-def _function(name: str) -> ctypes._CFuncPtr:
+def _function(name: str, returns: type[ctypes._SimpleCData] | None = None) -> ctypes._CFuncPtr:
     function = getattr(load_library(), name)
-    function.restype = None
+    function.restype = returns
     return function
 
 

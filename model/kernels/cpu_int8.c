@@ -1,17 +1,16 @@
-/* Products of many rows with a matrix of int8 weights in which the rows are rounded to int8, too: the prefill's shape.
+/* Products in which both sides are int8: weights packed once, rows rounded when they come.
 
    Each GROUP columns of a row have a scale of their own, so that a value forty times the others costs only its neighbours
    their precision. Sums within a group are exact, and added up in the same order whatever the number of rows or threads:
-   a row has the same bits in any company. Few rows, whose weights are what takes time: cpu_linear.c. */
+   a row has the same bits in any company. Weights that stay as they are and rows that are not rounded: cpu_linear.c. */
 #include "cpu_linear.h"
 
 #include <math.h>
 
 enum {
     GROUP = 64, /* columns of a row that share a scale */
-    TILE = 6,   /* rows multiplied at a time, and */
-    PANEL = 2 * VL, /* outputs: what the registers hold the sums of */
-    SHARES = 4, /* pieces of the work a thread, at least: they are taken as threads get free */
+    TILE = 6,   /* rows multiplied at a time, with two panels: what the registers hold the sums of */
+    SHARES = 4, /* pieces of many rows' work a thread, at least: they are taken as threads get free */
 };
 
 typedef int8_t vb __attribute__((vector_size(VL)));
@@ -57,7 +56,7 @@ INLINE float max_lanes(vf x) {
 }
 
 /* Whether this is the fastest way here: with AMX, oneDNN multiplies bf16 faster than this int8. */
-int linear_int8_pays(void) {
+int packing_pays(void) {
 #if defined(NO_DOT4) || defined(__AMX_BF16__)
     return 0;
 #else
@@ -72,6 +71,13 @@ typedef struct {
     int32_t *bases; /* (m, groups): what a sum begins with */
     int64_t groups;
 } rounded;
+
+static rounded new_rounded(int64_t m, int64_t in) {
+    const int64_t groups = (in + GROUP - 1) / GROUP;
+    float *scales = malloc((size_t)(m * groups) * (sizeof(float) + sizeof(int32_t) + GROUP));
+    int32_t *bases = (int32_t *)(scales + m * groups);
+    return (rounded){(int8_t *)(bases + m * groups), scales, bases, groups};
+}
 
 INLINE void round_group(rows x, int64_t row, int64_t first, int64_t in, int8_t *values, float *scale, int32_t *base) {
     vf columns[GROUP / VL], largest = splat(0.0f), strange = splat(0.0f); /* NaN where a value is, or infinite */
@@ -95,87 +101,127 @@ INLINE void round_group(rows x, int64_t row, int64_t first, int64_t in, int8_t *
     *base = OFFSET ? -OFFSET * (int32_t)sum_lanes(__builtin_convertvector(total, vf)) : 0; /* far below 2^24 */
 }
 
-/* PANEL rows of the weight from `first` on, as (in / 4, PANEL, 4) bytes; rows and columns that are not there are 0. */
-INLINE void pack_panel(const linear *l, int64_t first, int64_t in, uint32_t *panel) {
-    const int8_t *weight = l->weight;
-    for (int lane = 0; lane < PANEL; lane++) {
-        const int64_t there = first + lane < l->out ? l->in : 0, whole = there / 4;
-        const int8_t *row = weight + (first + lane) * l->in;
-        for (int64_t i = 0; i < in / 4; i++) {
+static void round_row(rounded to, rows x, int64_t row, int64_t in) {
+    for (int64_t group = 0; group < to.groups; group++) {
+        const int64_t at = row * to.groups + group;
+        round_group(x, row, group * GROUP, in, to.values + at * GROUP, to.scales + at, to.bases + at);
+    }
+}
+
+/* Bytes that `pack_int8` writes for a matrix of this size. */
+int64_t packed_bytes(int64_t out, int64_t in) {
+    return (out + VL - 1) / VL * VL * ((in + GROUP - 1) / GROUP * GROUP);
+}
+
+/* weight (out, in) as panels of VL rows, each (in / 4, VL, 4) bytes; rows and columns that are not there are 0. */
+void pack_int8(const int8_t *weight, uint32_t *panels, int64_t out, int64_t in) {
+    const int64_t quads = (in + GROUP - 1) / GROUP * (GROUP / 4);
+    for (int64_t row = 0; row < (out + VL - 1) / VL * VL; row++) {
+        const int64_t columns = row < out ? in : 0;
+        uint32_t *to = panels + row / VL * quads * VL + row % VL;
+        for (int64_t i = 0; i < quads; i++) {
+            const int64_t left = columns - 4 * i;
             uint32_t bytes = 0;
-            if (i < whole) memcpy(&bytes, row + 4 * i, 4);
-            else if (4 * i < there) memcpy(&bytes, row + 4 * i, there - 4 * i);
-            panel[i * PANEL + lane] = OFFSET ? bytes ^ 0x80808080u : bytes;
+            if (left > 0) memcpy(&bytes, weight + row * in + 4 * i, left < 4 ? left : 4);
+            to[i * VL] = OFFSET ? bytes ^ 0x80808080u : bytes;
         }
     }
 }
 
-/* `m` rows of x (constant where this is inlined) times a panel. */
-INLINE void multiply_tile(const linear_args *a, rounded x, int64_t row, const int m, int64_t first, const uint32_t *panel) {
+/* One vector of results, those of `column` and on, of which only first..last are wanted. */
+INLINE void finish(const linear *l, vf totals, rows y, int64_t row, int64_t column, int64_t first, int64_t last) {
+    if (column >= first && column + VL <= last) {
+        const vf bias = l->bias.data ? load_vec(l->bias, column, VL) : splat(0.0f);
+        store(y, row, column, VL, fma_vf(totals, load_vec((vec){l->scale, FLOAT32}, column, VL), bias));
+        return;
+    }
+    vf scale = splat(0.0f), bias = splat(0.0f);
+    const int from = first > column ? (int)(first - column) : 0, to = last - column < VL ? (int)(last - column) : VL;
+    for (int i = from; i < to; i++) {
+        scale[i] = l->scale[column + i];
+        if (l->bias.data) bias[i] = get(l->bias.data, l->bias.dtype, column + i);
+    }
+    const vf out = fma_vf(totals, scale, bias);
+    for (int i = from; i < to; i++) put(y.data, y.dtype, row * y.stride + column + i, out[i]);
+}
+
+/* `m` rows of x times `halves` panels; both constant where this is inlined. */
+INLINE void multiply_tile(const linear *l, rounded x, int64_t row, const int m, int64_t panel, const int halves, rows y,
+                          int64_t first, int64_t last) {
+    const int64_t quads = x.groups * (GROUP / 4);
+    const uint32_t *left = (const uint32_t *)l->weight + panel * quads * VL, *right = left + quads * VL;
     vf totals[TILE][2];
     for (int r = 0; r < m; r++) totals[r][0] = totals[r][1] = splat(0.0f);
     for (int64_t group = 0; group < x.groups; group++) {
         const int8_t *columns = x.values + (row * x.groups + group) * GROUP;
-        const uint32_t *weights = panel + group * (GROUP / 4) * PANEL;
         vi sums[TILE][2];
         for (int r = 0; r < m; r++) sums[r][0] = sums[r][1] = (vi){0} + x.bases[(row + r) * x.groups + group];
 #pragma GCC unroll 2
-        for (int i = 0; i < GROUP / 4; i++) {
-            const vi left = *(const vi_any *)(weights + i * PANEL), right = *(const vi_any *)(weights + i * PANEL + VL);
+        for (int i = 0; i < GROUP / 4; i++, left += VL, right += VL) {
+            const vi a = *(const vi_any *)left, b = *(const vi_any *)(halves == 2 ? right : left);
 #pragma GCC unroll 8
             for (int r = 0; r < m; r++) {
                 int32_t four;
                 memcpy(&four, columns + r * x.groups * GROUP + 4 * i, 4);
-                sums[r][0] = dot4(sums[r][0], left, four);
-                sums[r][1] = dot4(sums[r][1], right, four);
+                sums[r][0] = dot4(sums[r][0], a, four);
+                if (halves == 2) sums[r][1] = dot4(sums[r][1], b, four);
             }
         }
         for (int r = 0; r < m; r++) {
             const vf scale = splat(x.scales[(row + r) * x.groups + group]);
-            for (int half = 0; half < 2; half++)
+            for (int half = 0; half < halves; half++)
                 totals[r][half] = fma_vf(__builtin_convertvector(sums[r][half], vf), scale, totals[r][half]);
         }
     }
-    const linear *l = &a->linear;
-    for (int half = 0; half < 2; half++) {
-        const int64_t column = first + half * VL, left = l->out - column;
-        if (left <= 0) break;
-        const int lanes = left < VL ? (int)left : VL;
-        const vf scale = load_vec((vec){l->scale, FLOAT32}, column, lanes);
-        const vf bias = l->bias.data ? load_vec(l->bias, column, lanes) : splat(0.0f);
-        for (int r = 0; r < m; r++) store(a->y, row + r, column, lanes, fma_vf(totals[r][half], scale, bias));
+    for (int half = 0; half < halves; half++)
+        for (int r = 0; r < m; r++)
+            finish(l, totals[r][half], y, row + r, (panel + half) * VL - l->first, first, last);
+}
+
+INLINE void multiply_rows(const linear *l, rounded x, int64_t row, int64_t end, int64_t panel, const int halves, rows y,
+                          int64_t first, int64_t last) {
+    for (; row + TILE <= end; row += TILE) multiply_tile(l, x, row, TILE, panel, halves, y, first, last);
+    switch (end - row) { /* each reads the weights once */
+        case 5: multiply_tile(l, x, row, 5, panel, halves, y, first, last); break;
+        case 4: multiply_tile(l, x, row, 4, panel, halves, y, first, last); break;
+        case 3: multiply_tile(l, x, row, 3, panel, halves, y, first, last); break;
+        case 2: multiply_tile(l, x, row, 2, panel, halves, y, first, last); break;
+        case 1: multiply_tile(l, x, row, 1, panel, halves, y, first, last); break;
     }
 }
 
-INLINE void multiply_rows(const linear_args *a, rounded x, int64_t row, int64_t last, int64_t first, const uint32_t *panel) {
-    for (; row + TILE <= last; row += TILE) multiply_tile(a, x, row, TILE, first, panel);
-    for (; row < last; row++) multiply_tile(a, x, row, 1, first, panel);
+/* Columns first..last of y, for the rows row..end; panels of others are not read. */
+static void multiply(const linear *l, rounded x, int64_t row, int64_t end, rows y, int64_t first, int64_t last) {
+    int64_t panel = (l->first + first) / VL;
+    const int64_t panels = (l->first + last + VL - 1) / VL;
+    for (; panel + 2 <= panels; panel += 2) multiply_rows(l, x, row, end, panel, 2, y, first, last);
+    if (panel < panels) multiply_rows(l, x, row, end, panel, 1, y, first, last);
 }
 
-/* y (m, out) = round(x) (m, in) @ weight.T * scale + bias, the weight int8. */
-void linear_int8(const linear_args *a) {
-    const int64_t m = a->m, groups = (a->linear.in + GROUP - 1) / GROUP, in = groups * GROUP;
-    const int64_t panels = (a->linear.out + PANEL - 1) / PANEL, wanted = (SHARES * a->threads + panels - 1) / panels;
-    const int64_t block = (m + wanted - 1) / wanted, blocks = (m + block - 1) / block; /* of rows, with a packed panel */
-    rounded x = {malloc(m * in), malloc(m * groups * sizeof(float)), malloc(m * groups * sizeof(int32_t)), groups};
+void packed_span(const linear *l, const float *x, int64_t m, float *y, int64_t ldy, int64_t first, int64_t last) {
+    if (m == 0 || first == last) return;
+    const rounded own = new_rounded(m, l->in);
+    for (int64_t row = 0; row < m; row++) round_row(own, (rows){(void *)x, l->in, FLOAT32}, row, l->in);
+    multiply(l, own, 0, m, (rows){y, ldy, FLOAT32}, first, last);
+    free(own.scales);
+}
+
+/* y (m, out) = round(x) (m, in) @ weight.T * scale + bias for many rows, the weight packed. */
+void linear_packed(const linear_args *a) {
+    if (a->m == 0) return;
+    const linear *l = &a->linear;
+    const int64_t m = a->m, pairs = (l->out + 2 * VL - 1) / (2 * VL), wanted = (SHARES * a->threads + pairs - 1) / pairs;
+    const int64_t block = (m + wanted - 1) / wanted, blocks = (m + block - 1) / block; /* of rows, with two panels */
+    const rounded x = new_rounded(m, l->in);
 #pragma omp parallel num_threads(a->threads)
     {
-        uint32_t *panel = aligned_alloc(64, PANEL * in);
 #pragma omp for
-        for (int64_t row = 0; row < m; row++)
-            for (int64_t group = 0; group < groups; group++) {
-                const int64_t at = row * groups + group;
-                round_group(a->x, row, group * GROUP, a->linear.in, x.values + at * GROUP, x.scales + at, x.bases + at);
-            }
+        for (int64_t row = 0; row < m; row++) round_row(x, a->x, row, l->in);
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < panels * blocks; task++) {
-            const int64_t first = task / blocks * PANEL, row = task % blocks * block;
-            pack_panel(&a->linear, first, in, panel);
-            multiply_rows(a, x, row, row + block < m ? row + block : m, first, panel);
+        for (int64_t task = 0; task < pairs * blocks; task++) {
+            const int64_t first = task / blocks * 2 * VL, row = task % blocks * block;
+            multiply(l, x, row, row + block < m ? row + block : m, a->y, first, first + 2 * VL < l->out ? first + 2 * VL : l->out);
         }
-        free(panel);
     }
-    free(x.values);
     free(x.scales);
-    free(x.bases);
 }

@@ -2,7 +2,6 @@
 
    Not a second definition: mamba_step is mamba.py's forward and feed_forward_step is moe.py's, with everything between
    the two residuals in float32. Threads own channels, so that only the matrix products need a barrier. */
-#include <math.h>
 
 #include "cpu_channels.h"
 #include "cpu_linear.h"
@@ -31,17 +30,8 @@ typedef struct {
     double eps;
 } feed_forward_args;
 
-/* out = x / rms(x) * weight for one row of `width` */
-static void rms_norm(const float *x, vec weight, float *out, int64_t width, double eps) {
-    double squares = 0;
-    for (int64_t i = 0; i < width; i++) squares += (double)x[i] * x[i];
-    const float factor = (float)(1 / sqrt(squares / width + eps));
-    for (int64_t i = 0; i < width; i++) out[i] = x[i] * factor * get(weight.data, weight.dtype, i);
-}
-
 static void norm_rows(rows x, vec weight, float *out, int64_t m, int64_t d, double eps) {
-    copy_rows((rows){out, d, FLOAT32}, x, m, d);
-    for (int64_t k = 0; k < m; k++) rms_norm(out + k * d, weight, out + k * d, d, eps);
+    for (int64_t k = 0; k < m; k++) norm_row(x, k, weight, (rows){out, d, FLOAT32}, k, d, eps);
 }
 
 /* This thread's share of `count` columns, in whole vectors. */
@@ -51,10 +41,13 @@ static void own_columns(int64_t count, int64_t *first, int64_t *last) {
     *last = me + 1 == of ? count : blocks * (me + 1) / of * VL;
 }
 
+/* out = x + y; y (m, d) */
 static void add_columns(rows out, rows x, const float *y, int64_t m, int64_t d, int64_t first, int64_t last) {
     for (int64_t k = 0; k < m; k++)
-        for (int64_t c = first; c < last; c++)
-            put(out.data, out.dtype, k * out.stride + c, get(x.data, x.dtype, k * x.stride + c) + y[k * d + c]);
+        for (int64_t c = first; c < last; c += VL) {
+            const int lanes = last - c < VL ? (int)(last - c) : VL;
+            store(out, k, c, lanes, load(x, k, c, lanes) + load((rows){(void *)y, d, FLOAT32}, k, c, lanes));
+        }
 }
 
 /* out = x + mamba(norm(x)) for m tokens; advances the states, or leaves a trail of them. */
@@ -82,10 +75,10 @@ void mamba_step(const mamba_args *a) {
 #pragma omp barrier
         float *dt = per_thread + thread_index() * m * wide, *B = dt + m * r, *C = B + m * n;
         for (int64_t k = 0; k < m; k++) {
-            const float *row = dt_B_C + k * wide;
-            rms_norm(row, a->dt_norm, dt + k * r, r, a->eps);
-            rms_norm(row + r, a->b_norm, B + k * n, n, a->eps);
-            rms_norm(row + r + n, a->c_norm, C + k * n, n, a->eps);
+            float *row = dt_B_C + k * wide;
+            norm_rows((rows){row, r, FLOAT32}, a->dt_norm, dt + k * r, 1, r, a->eps);
+            norm_rows((rows){row + r, n, FLOAT32}, a->b_norm, B + k * n, 1, n, a->eps);
+            norm_rows((rows){row + r + n, n, FLOAT32}, a->c_norm, C + k * n, 1, n, a->eps);
         }
         const scan_args scan = {
             .u = {u, e, FLOAT32}, .delta = {delta, e, FLOAT32}, .z = {xz + e, 2 * e, FLOAT32},
@@ -165,9 +158,12 @@ void feed_forward_step(const feed_forward_args *a) {
             linear_span(&a->experts[j].down, gate + at * f, count, y + at * d, d, first, last);
         }
         for (int64_t i = 0; i < m; i++)
-            for (int64_t c = first; c < last; c++) {
-                sum[i * d + c] = 0;
-                for (int64_t s = i * k; s < (i + 1) * k; s++) sum[i * d + c] += weights[s] * y[slots[s] * d + c];
+            for (int64_t c = first; c < last; c += VL) {
+                const int lanes = last - c < VL ? (int)(last - c) : VL;
+                vf total = splat(0.0f);
+                for (int64_t s = i * k; s < (i + 1) * k; s++)
+                    total = fma_vf(splat(weights[s]), load((rows){y, d, FLOAT32}, slots[s], c, lanes), total);
+                store((rows){sum, d, FLOAT32}, i, c, lanes, total);
             }
         add_columns(a->out, a->x, sum, m, d, first, last);
     }

@@ -11,10 +11,10 @@ INLINE int thread_index(void) { return 0; }
 #endif
 
 typedef struct {
-    const void *weight; /* (out, in) */
+    const void *weight; /* (out, in), or what pack_int8 made of more rows, of which these are those from `first` on */
     const float *scale; /* (out,), or NULL: 1 */
     vec bias;           /* (out,), or NULL: 0 */
-    int64_t dtype, in, out;
+    int64_t dtype, in, out, first;
 } linear;
 
 typedef struct {
@@ -25,6 +25,8 @@ typedef struct {
 
 /* y[k * ldy + row] for rows first..last of the weight and k < m; x is (m, in) without gaps. */
 void linear_span(const linear *l, const float *x, int64_t m, float *y, int64_t ldy, int64_t first, int64_t last);
+/* As linear_span, of a packed weight; x is rounded to int8. See cpu_int8.c. */
+void packed_span(const linear *l, const float *x, int64_t m, float *y, int64_t ldy, int64_t first, int64_t last);
 /* The calling thread's part of all rows. */
 void linear_share(const linear *l, const float *x, int64_t m, float *y, int64_t ldy);
 /* Between float32 and bf16. */

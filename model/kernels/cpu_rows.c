@@ -1,6 +1,4 @@
 /* What stands between the matrix products, row by row in one pass: RMS norm, and SiLU(gate) * up. */
-#include <math.h>
-
 #include "cpu.h"
 
 typedef struct {
@@ -12,20 +10,8 @@ typedef struct {
 
 /* out = x / sqrt(mean(x^2) + eps) * weight */
 void rms_norm_rows(const norm_args *a) {
-    const int64_t d = a->d;
-#pragma omp parallel for num_threads(a->threads) if (a->m * d > 16384)
-    for (int64_t i = 0; i < a->m; i++) {
-        vf squares[2] = {splat(0.0f), splat(0.0f)};
-        for (int64_t c = 0; c < d; c += VL) {
-            vf x = load(a->x, i, c, d - c < VL ? (int)(d - c) : VL);
-            squares[c / VL & 1] += x * x;
-        }
-        const float factor = (float)(1 / sqrt(sum_lanes(squares[0] + squares[1]) / (double)d + a->eps));
-        for (int64_t c = 0; c < d; c += VL) {
-            const int lanes = d - c < VL ? (int)(d - c) : VL;
-            store(a->out, i, c, lanes, load(a->x, i, c, lanes) * factor * load_vec(a->weight, c, lanes));
-        }
-    }
+#pragma omp parallel for num_threads(a->threads) if (a->m * a->d > 16384)
+    for (int64_t i = 0; i < a->m; i++) norm_row(a->x, i, a->weight, a->out, i, a->d, a->eps);
 }
 
 typedef struct {

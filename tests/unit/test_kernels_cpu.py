@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Jamba, load_model
+from model import load_model
 from model.attention import attend_past
 from model.cpu_decode import MAX_TOKENS
+from model.int8 import round_rows
 from model.kernels import cpu, cpu_build
 from model.kernels.causal_conv import causal_conv_ref
 from model.kernels.rms_norm import RMSNorm, rms_norm_ref
@@ -185,52 +186,65 @@ def test_int8_linear_equals_its_definition(rows: int, out: int, in_: int, dtype:
     assert_close("no bias", cpu.int8_linear(x, weight, scale), cpu.int8_linear_ref(x, weight, scale), RATIO[dtype])
 
 
+def int8_weight(out: int, in_: int) -> Tensor:
+    return torch.randint(-128, 128, (out, in_), dtype=torch.int8, generator=torch.Generator().manual_seed(out))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("out", "in_"), [(1, 1), (7, 33), (131, 97), (64, 576), (33, 130)])
-@pytest.mark.parametrize("rows", [25, 65])
+@pytest.mark.parametrize("rows", [0, 1, 5, 13, 65])
 @pytest.mark.usefixtures("poisoned")
 def test_rounded_rows_equal_their_definition(rows: int, out: int, in_: int, dtype: torch.dtype) -> None:
     wide = normal(rows, 1, in_ + 3) * normal(rows, 1, 1, seed=1).exp()
     x, scale, bias = wide.to(dtype)[..., 3:], normal(out).exp(), normal(out).to(dtype)
-    weight = torch.randint(-128, 128, (out, in_), dtype=torch.int8, generator=torch.Generator().manual_seed(out))
+    weight = int8_weight(out, in_)
     ratio = max(RATIO[dtype], 2e-3)  # what lies halfway may go either way
     for added in (bias, None):
         expected = cpu.rounded_linear_ref(x, weight, scale, added)
-        assert_close("y", cpu.rounded_linear(x, weight, scale, added), expected, ratio)
+        assert_close("y", cpu.rounded_linear(x, cpu.Packed.of(weight), scale, added), expected, ratio)
 
 
 def test_rounded_rows_are_exact_where_nothing_has_to_be_rounded() -> None:
     x = torch.randint(-127, 128, (40, 192)).float()
     x[:, ::64] = 127  # the largest of each group
-    weight, scale = torch.randint(-128, 128, (70, 192), dtype=torch.int8), torch.ones(70)
-    assert torch.equal(cpu.rounded_linear(x, weight, scale).double(), x.double() @ weight.double().T)
+    weight, scale = int8_weight(70, 192), torch.ones(70)
+    assert torch.equal(cpu.rounded_linear(x, cpu.Packed.of(weight), scale).double(), x.double() @ weight.double().T)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rounded_rows_have_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
     x, scale = normal(95, 130).to(dtype), normal(131).exp()
-    weight = torch.randint(-127, 128, (131, 130), dtype=torch.int8)
+    weight = cpu.Packed.of(int8_weight(131, 130))
     together = cpu.rounded_linear(x, weight, scale)
-    apart = torch.cat([cpu.rounded_linear(part, weight, scale) for part in x.split([31, 26, 38])])
+    apart = torch.cat([cpu.rounded_linear(part, weight, scale) for part in x.split([31, 1, 25, 38])])
     torch.set_num_threads(3)
     shared = cpu.rounded_linear(x, weight, scale)
     torch.set_num_threads(1)
-    assert torch.equal(apart, together) and torch.equal(shared, together)
+    few = cpu.linear_few(x[:7], weight, scale)  # as within a step
+    assert torch.equal(apart, together) and torch.equal(shared, together) and torch.equal(few, together[:7])
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_rows_of_a_packed_matrix_are_columns_of_the_result(parts: int) -> None:
+    x, weight, scale = normal(9, 70), cpu.Packed.of(int8_weight(66, 70)), normal(66).exp()
+    chunks = zip(weight.chunk(parts), scale.chunk(parts), strict=True)
+    apart = torch.cat([cpu.rounded_linear(x, part, own) for part, own in chunks], dim=1)
+    assert torch.equal(apart, cpu.rounded_linear(x, weight, scale))
 
 
 def test_an_outlier_costs_only_its_own_columns_their_precision() -> None:
-    x, weight, scale = normal(30, 256), torch.randint(-127, 128, (64, 256), dtype=torch.int8), torch.ones(64)
+    x, weight, scale = normal(30, 256), int8_weight(64, 256), torch.ones(64)
     x[:, 5] = 1000
     weight[:, :64] = 0
     exact = cpu.int8_linear_ref(x, weight, scale)
-    assert_close("y", cpu.rounded_linear(x, weight, scale), exact, 1e-2)
+    assert_close("y", cpu.rounded_linear(x, cpu.Packed.of(weight), scale), exact, 1e-2)
 
 
 @pytest.mark.parametrize("strange", [torch.nan, torch.inf, -torch.inf])
 def test_rounded_rows_say_so_where_their_input_is_no_number(strange: float) -> None:
     x = normal(30, 130)
     x[3, 100] = strange
-    y = cpu.rounded_linear(x, torch.ones(5, 130, dtype=torch.int8), torch.ones(5))
+    y = cpu.rounded_linear(x, cpu.Packed.of(torch.ones(5, 130, dtype=torch.int8)), torch.ones(5))
     assert not y[3].isfinite().any() and y[:3].isfinite().all() and y[4:].isfinite().all()
 
 
@@ -283,28 +297,26 @@ def test_rms_norm_and_gate_equal_their_definitions(width: int, dtype: torch.dtyp
     assert_close("gate", silu_mul(left, right), silu_mul_ref(left.double(), right.double()), RATIO[dtype])
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize(("quantize", "ratio"), [(None, 1e-5), ("int8", 1e-5), ("w8a8", 1e-2)])
 @pytest.mark.parametrize("num_tokens", [1, 2, MAX_TOKENS // 2])
-def test_a_few_tokens_at_once_equal_the_modules(tiny_jamba_dir: Path, num_tokens: int, quantize: str | None) -> None:
-    model = load_model(tiny_jamba_dir, quantize=quantize)
+def test_a_few_tokens_at_once_equal_the_modules(
+    tiny_jamba_dir: Path, num_tokens: int, quantize: str | None, ratio: float
+) -> None:
+    model = load_model(tiny_jamba_dir, quantize=quantize and "int8")
+    if quantize == "w8a8":
+        round_rows(model)
     generator = torch.Generator().manual_seed(num_tokens)
     prompt, rest = (torch.randint(512, (2, t), generator=generator) for t in (40, num_tokens))
     fast, slow = ([model.new_state() for _ in range(2)] for _ in range(2))
     for states in (fast, slow):
         model(prompt, states)
     ours = model(rest, fast)
-    expected = modules_only(model, rest, slow)
-    assert_close("logits", ours, expected, 1e-5)
+    model.few_tokens = 0
+    expected = model(rest, slow)
+    assert_close("logits", ours, expected, ratio)
     for one, other in zip(fast, slow, strict=True):
-        assert_close("ssm", one.ssm, other.ssm, 1e-5)
-        assert_close("conv", one.conv, other.conv, 1e-5)
-
-
-def modules_only(model: Jamba, token_ids: Tensor, states: list) -> Tensor:
-    """The same tokens with enough company to be too many for the fast path; their own logits."""
-    company = [model.new_state() for _ in range(MAX_TOKENS)]
-    others = token_ids[:1].expand(MAX_TOKENS, -1)
-    return model(torch.cat([token_ids, others]), [*states, *company])[: len(token_ids)]
+        assert_close("ssm", one.ssm, other.ssm, ratio)
+        assert_close("conv", one.conv, other.conv, ratio)
 
 
 def test_no_compiler_means_not_available_and_one_line_in_the_log(
