@@ -132,10 +132,9 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
     authenticator = Authenticator(store, settings.auth.enabled)
     authenticator.ensure_admin_key(data_dir.path)
     chosen = settings.retrieval
-    opened, reranker = open_embedder(chosen), open_reranker(chosen)
-    with loading(opened, reranker) if answering else nullcontext():  # what asks nothing may need neither
+    embedder, reranker = take_over(store, open_embedder(chosen)), open_reranker(chosen)
+    with loading(embedder, reranker) if answering else nullcontext():  # what asks nothing may need neither
         model = build_model(settings, stack, answering, _kept_secret(store, "document_nonce", 6))
-    embedder = take_over(store, opened)
     metrics, tracing = Metrics(), Tracing(settings.telemetry.otlp_endpoint)
     stack.callback(tracing.close)
     index = open_index(store, data_dir.index, embedder.dim, embedder.name)

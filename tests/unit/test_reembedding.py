@@ -128,6 +128,18 @@ def test_vectors_from_before_the_tuning_stay_in_use_until_they_are_made_anew(unt
     assert untuned.uses(shipped.name, shipped.dim) and not has_untuned(untuned, shipped)
 
 
+def test_a_start_loads_the_embedder_that_is_used_also_where_that_is_the_one_from_before_the_tuning(
+    tiny_checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(app.embedding, "_UNASKED", -1)
+    settings = make_settings(tiny_checkpoint, tmp_path / "data")
+    store = DocumentStore(settings.data_dir / "rag.sqlite3")
+    ingest_text(store, queue(store, "apple"), "apple", MiniLMEmbedder(adapter=None))
+    store.close()
+    embedder = create_app(settings).state.service.finder._retriever._embedder
+    assert embedder.name == MiniLMEmbedder.name and "_model" in vars(embedder)
+
+
 def test_a_few_vectors_from_before_the_tuning_are_made_anew_by_the_start(untuned):
     shipped = MiniLMEmbedder()
     assert take_over(untuned, shipped) is shipped and untuned.uses(shipped.name, shipped.dim)
