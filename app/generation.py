@@ -21,7 +21,7 @@ from app.evidence import Found, Query, show_hits
 from app.likeliest import QuoteSearch, ask_back_by, generate_likeliest, verdict_of
 from app.measures import Measures
 from app.progress import ReadingProgress
-from app.prompting import prompt_salt
+from app.prompting import engine_request
 from app.quotes import QuoteLimits
 from app.reading import none_margin, read_at_once, reads_apart, split_passages
 from app.rows import OTHER_ROWS_NATS, AskedLines
@@ -199,25 +199,18 @@ class RunningAnswer:
         return writer.none_margin > self._service.advice.none_margin
 
     async def _request(self, reading: Evidence) -> EngineRequest:
-        service, query, build = self._service, self._query, self._service.format.build_prompt
-        prompt = await anyio.to_thread.run_sync(build, query.question, reading, query.turns)
-        return EngineRequest(
-            token_ids=prompt.token_ids,
-            boundaries=prompt.boundaries,
-            sampling=SamplingParams(
-                max_new_tokens=self._room_tokens,
-                temperature=query.temperature,
-                seed=query.seed,
-                stop=service.format.stop_texts,
-                stop_token_ids=service.format.stop_ids,
-            ),
-            salt=prompt_salt(service.salt, reading),
-            tags=frozenset(prompt.document_starts),
-            tag_starts=prompt.document_starts,
-            epoch=self._epoch,
-            watch_tokens=service.format.decision_ids,
-            turn=self.admitted,  # what it reads next comes before the first passage of later answers
+        query, form = self._query, self._service.format
+        prompt = await anyio.to_thread.run_sync(form.build_prompt, query.question, reading, query.turns)
+        sampling = SamplingParams(
+            max_new_tokens=self._room_tokens,
+            temperature=query.temperature,
+            seed=query.seed,
+            stop=form.stop_texts,
+            stop_token_ids=form.stop_ids,
         )
+        request = engine_request(prompt, reading, self._service.salt, self._epoch, sampling)
+        # by `turn` what it reads next comes before the first passage of later answers
+        return replace(request, watch_tokens=form.decision_ids, turn=self.admitted)
 
     async def _outputs(self, reading: Evidence, allow_none: bool) -> AsyncIterator[StepOutput]:
         """What the model answers from this evidence."""

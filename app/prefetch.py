@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Collection, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import anyio.to_thread
 
 from app.kept_tokens import passage_key
-from app.prompting import prompt_salt
+from app.prompting import engine_request
 from model.engine_request import EngineOverloaded, EngineRequest
 from model.engine_thread import EngineStopped, TokenStream
 from model.prefix_plan import PrefixPlan
@@ -134,16 +134,8 @@ class Prefetch:
         if evidence is None or not evidence.passages:
             return None
         prompt = service.format.build_prompt("", evidence)
-        request = EngineRequest(
-            token_ids=prompt.token_ids,
-            boundaries=prompt.boundaries,
-            sampling=SamplingParams(max_new_tokens=1),
-            salt=prompt_salt(service.salt, evidence),
-            tags=frozenset(prompt.document_starts),
-            tag_starts=prompt.document_starts,
-            epoch=epoch,
-            counted=False,
-        )
+        request = engine_request(prompt, evidence, service.salt, epoch, SamplingParams(max_new_tokens=1))
+        request = replace(request, counted=False)
         plan = service.cache.plan(
             request.token_ids, request.boundaries, request.salt, request.tag_starts, request.epoch
         )

@@ -20,8 +20,8 @@ from app.conversation import Turn
 from app.kept_tokens import KeptTokens, LruByWeight, TokenRow, passage_key
 from app.quotes import QuoteConstraint, QuoteIndex, QuoteLimits, QuoteTokens, TokenBytes
 from model.chat_format import ChatFormat
-from model.engine_request import ContextTooLong
-from model.sampling import TokenConstraint
+from model.engine_request import ContextTooLong, EngineRequest
+from model.sampling import SamplingParams, TokenConstraint
 from model.tokenizer import Tokenizer
 from retrieval.types import Evidence, Passage
 
@@ -178,8 +178,23 @@ def title_of(passage: Passage) -> str:
     return re.sub(r"\s+", " ", passage.title or passage.filename).strip()[:_MAX_TITLE_CHARS]
 
 
-def prompt_salt(secret: bytes, evidence: Evidence) -> bytes:
-    """Keys of the states of a prompt with this evidence start here: only who may read the same collections, and read
-    them, shares a state or notices by the time an answer takes that there is one."""
+def engine_request(
+    prompt: Prompt, evidence: Evidence, secret: bytes, epoch: int, sampling: SamplingParams
+) -> EngineRequest:
+    """What a prompt with this evidence asks of the engine: equal ones find each other's states, whoever asks.
+
+    But only if they read the same collections, from which, with the `secret`, the keys of states begin: who may not
+    read a collection can't tell by the time that an answer takes what others have read. `epoch`: of the prefix cache,
+    before the evidence was chosen.
+    """
     collections = dict.fromkeys(passage.collection for passage in evidence.passages)
-    return hashlib.blake2b(json.dumps(list(collections)).encode(), key=secret, digest_size=16).digest()
+    salt = hashlib.blake2b(json.dumps(list(collections)).encode(), key=secret, digest_size=16).digest()
+    return EngineRequest(
+        token_ids=prompt.token_ids,
+        boundaries=prompt.boundaries,
+        sampling=sampling,
+        salt=salt,
+        tags=frozenset(prompt.document_starts),
+        tag_starts=prompt.document_starts,
+        epoch=epoch,
+    )
