@@ -18,6 +18,7 @@ from app import schemas
 from app.answering import CUT_OFF_TEXT, NOT_FOUND_TEXT, AnswerPart, AnswerReader, Quoted, TextPiece
 from app.errors import DocumentDeleted, describe_error
 from app.evidence import Found, Query, show_hits
+from app.lanes import SEARCHES
 from app.likeliest import QuoteSearch, ask_back_by, generate_likeliest, verdict_of
 from app.measures import Measures
 from app.progress import ReadingProgress
@@ -73,7 +74,7 @@ class RunningAnswer:
         """Search and pack; anew when something found was deleted meanwhile. Raises what `EvidenceFinder.find` does."""
         while True:
             self._gone, self.document_ids, self._epoch = set(), frozenset(), self._service.cache.epoch
-            found = await anyio.to_thread.run_sync(self._service.finder.find, self._query, widened)
+            found = await SEARCHES.run(self._service.finder.find, self._query, widened)
             self._found, self.document_ids = found, found.document_ids
             self._measures.add_search(found)
             self._trace_search(found)

@@ -10,12 +10,11 @@ from typing import TypeVar
 from urllib.parse import unquote_to_bytes
 
 import anyio.from_thread
-import anyio.to_thread
-from anyio import CapacityLimiter
-from anyio.lowlevel import RunVar
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
+
+from app.lanes import Lane
 
 MAX_FIELD_BYTES = 1 << 20
 MAX_UPLOADS_AT_ONCE = 16
@@ -24,7 +23,7 @@ _EXTENDED_NAME = re.compile(rb";[ \t]*filename\*=utf-8'[^']*'([^;\s]+)", re.I)
 _AS_IT_IS = (b"binary", b"8bit", b"7bit")
 
 Result = TypeVar("Result")
-_upload_threads: RunVar[CapacityLimiter] = RunVar("upload_threads")
+_UPLOADS = Lane("uploads", MAX_UPLOADS_AT_ONCE)  # a slow one must not take a thread that answers others
 
 
 class BadUpload(ValueError):
@@ -166,19 +165,10 @@ async def read_in_thread(part: Part, consume: Callable[[Iterator[bytes]], Result
             yield piece
 
     try:
-        return await anyio.to_thread.run_sync(lambda: consume(pieces()), limiter=_limiter())
+        return await _UPLOADS.run(lambda: consume(pieces()))
     except ValueError:
         await _drop_rest(part, max_rest_bytes)
         raise
-
-
-def _limiter() -> CapacityLimiter:
-    """Uploads have threads of their own: a slow one must not take a thread that answers others."""
-    try:
-        return _upload_threads.get()
-    except LookupError:
-        _upload_threads.set(CapacityLimiter(MAX_UPLOADS_AT_ONCE))
-        return _upload_threads.get()
 
 
 async def _drop_rest(part: Part, max_bytes: int) -> None:

@@ -3,17 +3,24 @@
 from fastapi import APIRouter
 
 from app import schemas
+from app.auth import Principal
 from app.deps import KnownQuery, Reader, ServiceDep
 from app.errors import InvalidRequest
 from app.evidence import show_hits
+from app.lanes import SEARCHES
+from app.service import RagService
 from retrieval.types import SearchParams
 
 router = APIRouter(prefix="/v1", tags=["search"], dependencies=[KnownQuery])
 
 
 @router.post("/search")
-def search(body: schemas.SearchRequest, principal: Reader, service: ServiceDep) -> schemas.SearchResult:
+async def search(body: schemas.SearchRequest, principal: Reader, service: ServiceDep) -> schemas.SearchResult:
     """Hybrid, dense or lexical search over the collections that the key may see."""
+    return await SEARCHES.run(_search, body, principal, service)
+
+
+def _search(body: schemas.SearchRequest, principal: Principal, service: RagService) -> schemas.SearchResult:
     if body.rerank and not service.has_reranker:
         raise InvalidRequest(
             "rerank: this service has no reranker; leave it out, or set JAMBA_RAG_RETRIEVAL__RERANK=true"
