@@ -1,4 +1,4 @@
-"""The HTTP server, which lets go of clients that do not read.
+"""The HTTP server, which lets go of clients that do not read, and of those that never ask.
 
 What a client has not read yet waits in the kernel and, beyond that, in some 64 KB here: an answer goes on as it is
 read. A client that reads slowly gets all of it; one that takes nothing would hold its place for ever.
@@ -11,6 +11,7 @@ import socket
 import struct
 import sys
 import termios
+from typing import Any
 
 import uvicorn
 
@@ -43,9 +44,10 @@ def _is_taken(family: socket.AddressFamily, address: tuple) -> bool:
 
 
 class SteadyServer(uvicorn.Server):
-    """Ends a connection whose client has taken nothing for `stall_s` though there was something, within twice as long.
+    """Ends a connection whose client has for `stall_s` taken nothing though there was something, or brought no request,
+    within twice as long.
 
-    Only on Linux, whose kernel tells how much a client has taken.
+    How much a client has taken only Linux's kernel tells.
     """
 
     def __init__(self, config: uvicorn.Config, stall_s: float) -> None:
@@ -57,8 +59,7 @@ class SteadyServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         sys.setswitchinterval(_SWITCH_S)
         await super().startup(sockets)
-        if sys.platform == "linux":
-            self._watching = asyncio.create_task(self._watch())
+        self._watching = asyncio.create_task(self._watch())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
@@ -66,23 +67,28 @@ class SteadyServer(uvicorn.Server):
             self._watching.cancel()
 
     async def _watch(self) -> None:
-        before: dict[asyncio.Transport, int] = {}
+        before: dict[asyncio.Transport, object] = {}
         while True:
             await asyncio.sleep(self._stall_s)
-            now = {}
-            for connection in list(self.server_state.connections):
-                transport = connection.transport
-                if (taken := _taken(transport)) is not None:
-                    now[transport] = taken
-                    if before.get(transport) == taken:
-                        transport.abort()
+            now = {connection.transport: _waits_for(connection) for connection in self.server_state.connections}
+            for transport, waited_for in now.items():
+                if waited_for is not None and before.get(transport) == waited_for:
+                    transport.abort()
             before = now
+
+
+def _waits_for(connection: Any) -> object:
+    """What the client has yet to do, with how far it has come; None while it waits for us."""
+    if (taken := _taken(connection.transport)) is not None:
+        return taken
+    request = connection.cycle
+    return ("a request behind", request) if request is None or request.response_complete else None
 
 
 def _taken(transport: asyncio.Transport) -> int | None:
     """The bytes that the other side has taken so far, if it has not taken all; None as well of what is no TCP."""
     one = transport.get_extra_info("socket")
-    if one is None or one.family == socket.AF_UNIX or one.fileno() < 0:
+    if sys.platform != "linux" or one is None or one.family == socket.AF_UNIX or one.fileno() < 0:
         return None
     in_kernel = struct.unpack("i", fcntl.ioctl(one.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
     if not in_kernel + transport.get_write_buffer_size():

@@ -62,6 +62,21 @@ def test_a_question_that_stalls_is_given_up(service, half):
     assert "1 s" in problem["detail"]
 
 
+@pytest.mark.parametrize("requests", [0, 1])
+@pytest.mark.parametrize("half", [b"", b"GET /healthz HTTP/1.1\r\nHost: x\r\n"])
+def test_a_connection_that_brings_no_request_is_closed(service, half, requests):
+    """Whether it brought some before or not."""
+    address = service.base_url.host, service.base_url.port
+    with socket.create_connection(address, timeout=60) as connection:
+        for _ in range(requests):
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            response = HTTPResponse(connection)
+            response.begin()
+            assert response.read()
+        connection.sendall(half)
+        assert connection.recv(1) == b""
+
+
 def test_who_has_sent_all_may_wait_for_longer(service):
     """For the events of a document that nobody ingests."""
     document = service.post("/v1/documents", files={"file": ("other.txt", b"another one")}).json()["data"][0]
