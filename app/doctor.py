@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from app.client import CommandFailed, connect
 from app.datadir import DataDir, DataDirInUse, find_unwritable
 from app.embedding import has_untuned, open_embedder, open_reranker
 from app.model_loading import check_checkpoint, choose_device
+from app.serving import check_address
 from app.settings import Settings, hide_password
 from ingest.parse import ocr
 from ingest.parse.cage import find_way_out, parse_in_child
@@ -256,17 +256,12 @@ def _check_writable(settings: Settings) -> str:
 def _check_port(settings: Settings) -> str:
     """Nobody listens where the service would, unless that is the service of this data directory."""
     host, port = settings.server.host, settings.server.port
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            if settings.data_dir.is_dir() and "runs" in _check_lock(settings.data_dir):
-                return f"{host}:{port} is in use, as by the service that runs"
-            raise CommandFailed(
-                f"cannot listen on {host}:{port} ({error.strerror}); stop what does, or set JAMBA_RAG_SERVER__PORT"
-            ) from error
+    try:
+        check_address(host, port)
+    except OSError:
+        if settings.data_dir.is_dir() and "runs" in _check_lock(settings.data_dir):
+            return f"{host}:{port} is in use, as by the service that runs"
+        raise
     return f"{host}:{port} is free"
 
 

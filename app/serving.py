@@ -21,26 +21,32 @@ _INFO_BYTES = 128
 
 
 def check_address(host: str, port: int) -> None:
-    """Raises OSError where another listens, which is better known before a model is loaded; other faults show later."""
+    """Raises OSError where the service could not listen, which is better known before a model is loaded.
+
+    That is where another listens at one of the addresses of `host`, or none of them can be had.
+    """
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except socket.gaierror:
-        return
-    if any(_is_taken(family, address) for family, *_, address in found):
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        faults = [_try_to_bind(family, address) for family, *_, address in found]
+    except socket.gaierror as error:
+        faults = [error]
+    if any(fault is not None and fault.errno == errno.EADDRINUSE for fault in faults):
         advice = "set --port or JAMBA_RAG_SERVER__PORT, or stop what listens there"
         raise OSError(f"cannot listen on {host}:{port}: another does; {advice}")
+    if None not in faults:
+        raise OSError(f"cannot listen on {host}:{port}: {faults[0].strerror}") from faults[0]
 
 
-def _is_taken(family: socket.AddressFamily, address: tuple) -> bool:
+def _try_to_bind(family: socket.AddressFamily, address: tuple) -> OSError | None:
     try:
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
+            if family == socket.AF_INET6:  # as the server's own: 0.0.0.0 and :: can both be listened on
                 probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             probe.bind(address)
     except OSError as error:
-        return error.errno == errno.EADDRINUSE
-    return False
+        return error
+    return None
 
 
 class SteadyServer(uvicorn.Server):

@@ -163,6 +163,7 @@ def test_a_port_that_is_taken(settings):
         taken.bind(("127.0.0.1", settings.server.port))
         taken.listen()
         assert "JAMBA_RAG_SERVER__PORT" in faults(settings)["port"]
+        assert doctor._check_port(change(settings, "server", host="::")).endswith("is free")  # IPv6 has its own ports
 
 
 def test_a_redis_that_refuses_when_it_is_full_and_one_that_is_gone(settings):

@@ -19,7 +19,12 @@ def test_a_port_is_taken_only_where_it_is():
             check_address("127.0.0.1", port)
         check_address("::", port)
     check_address("127.0.0.1", port)
-    check_address("no-such-host.invalid", port)
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1"])
+def test_an_address_that_cannot_be_had_is_known_before_anything_is_loaded(host):
+    with pytest.raises(OSError, match=f"cannot listen on {host}:0: [A-Z]"):
+        check_address(host, 0)
 
 
 def test_an_upgrade_is_refused_as_any_request_is(tiny_checkpoint, tmp_path):
