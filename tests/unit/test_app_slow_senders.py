@@ -18,7 +18,7 @@ PART = b'--cut\r\nContent-Disposition: form-data; name="file"; filename="half.tx
 @pytest.fixture(scope="module")
 def service(tiny_checkpoint, tmp_path_factory) -> Iterator[httpx.Client]:
     data = tmp_path_factory.mktemp("stalled") / "data"
-    server, ingest = {"stall_s": 1, "keepalive_s": 0.3}, {"workers": 0}
+    server, ingest = {"stall_s": 2, "keepalive_s": 0.5}, {"workers": 0}
     with serving(make_settings(tiny_checkpoint, data, server=server, ingest=ingest)) as url:
         headers = {"Authorization": f"Bearer {(data / 'admin.key').read_text().strip()}"}
         with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
@@ -59,7 +59,7 @@ def test_a_question_that_stalls_is_given_up(service, half):
     with closing(send_half(service, "/v1/answers", "application/json", half)) as connection:
         response, problem = read_refusal(connection)
     assert (response.status, problem["code"], problem["status"]) == (408, "request_timeout", 408)
-    assert "1 s" in problem["detail"]
+    assert "2 s" in problem["detail"]
 
 
 @pytest.mark.parametrize("requests", [0, 1])
