@@ -124,14 +124,18 @@ def get_file(
 ) -> Response:
     """The original bytes, always as a download."""
     document = service.visible_document(document_id, principal)
-    headers = {"ETag": f'"{document.sha256}"', "Cache-Control": "private, no-cache"}
+    headers = {
+        "Content-Security-Policy": "sandbox; default-src 'none'",
+        "ETag": f'"{document.sha256}"',
+        "Cache-Control": "private, no-cache",
+    }
     if is_known(headers["ETag"], if_none_match):
         return Response(status_code=304, headers=headers)
     return FileResponse(
         service.files.find(document.sha256),
         media_type=document.media_type,
         filename=document.filename,
-        headers={"Content-Security-Policy": "sandbox; default-src 'none'", **headers},
+        headers=headers,
     )
 
 
