@@ -9,7 +9,7 @@ const UPLOADS_AT_ONCE = 2;
 const POLL_MS = 700;
 const POLLED = 20; // documents at once: they are read oldest first, so those behind are still waiting
 
-/** What a question that reads “what fits best” will read. */
+/** What a question with “Read what fits best” will read. */
 export function describeReading({ reads_whole: readsWhole, fits_context: fits }) {
   if (readsWhole) return "each question reads all of it";
   return `each question reads the best passages${fits ? "" : ": it is too long to be read whole"}`;

@@ -66,6 +66,19 @@ def test_tables_are_shown_row_by_row(page):
     )
 
 
+def test_a_quote_is_seen_whole_on_a_narrow_screen(page):
+    text = f"{'Many words come before it. ' * 6}It ends on 28 February 2031."
+    place = {"document_id": "d", "filename": "a.md", "chunk_id": "c"}
+    source = place | {"text": text, "location": {"char_start": 0, "char_end": len(text)}}
+    quote = text[-17:-1]
+    cited = place | {"cited_text": quote, "location": {"char_start": len(text) - 17, "char_end": len(text) - 1}}
+    answer = {"grounding": "answered", "text": quote, "citations": [cited | {"start": 0, "end": 16}]}
+    with page.screen(320):
+        restore(page, answer | {"sources": [source]})
+        excerpt, shown = page.find(".excerpt").rect, page.find(".excerpt .quote").rect
+    assert quote == "28 February 2031" and shown["y"] + shown["height"] <= excerpt["y"] + excerpt["height"] + 1
+
+
 def test_sentences_without_a_quote_are_marked(page):
     """With an answer of a model that writes freely."""
     quote = {"document_id": "d", "filename": "a.md", "chunk_id": "c", "cited_text": "twice", "location": {}}
