@@ -16,6 +16,7 @@ import anyio.to_thread
 
 from app import schemas
 from app.answering import CUT_OFF_TEXT, NOT_FOUND_TEXT, AnswerPart, AnswerReader, Quoted, TextPiece
+from app.auth import Unauthorized
 from app.errors import DocumentDeleted, describe_error
 from app.evidence import Found, Query, show_hits
 from app.lanes import SEARCHES
@@ -69,6 +70,11 @@ class RunningAnswer:
         self._gone.update(document_ids)
         if document_ids & self.document_ids:
             self._failure = DocumentDeleted("a document that the answer was made from is gone; ask again")
+
+    def lose_key(self, key_id: str) -> None:
+        """The key is revoked: an answer to it ends with an error. From any thread."""
+        if self._query.principal.key_id == key_id:
+            self._failure = Unauthorized("this API key was revoked while the answer was made")
 
     async def prepare(self, widened: bool = False) -> Found:
         """Search and pack; anew when something found was deleted meanwhile. Raises what `EvidenceFinder.find` does."""

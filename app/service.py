@@ -374,6 +374,12 @@ class RagService:
         with self._running_lock:
             return len(self._running)
 
+    def end_answers_to(self, key_id: str) -> None:
+        """Of a key that is revoked: those under way end with an error."""
+        with self._running_lock:
+            for answer in self._running:
+                answer.lose_key(key_id)
+
     def end_answer(self, answer: RunningAnswer) -> None:
         """Free the place of an answer that is finished or given up."""
         with self._running_lock:

@@ -43,6 +43,7 @@ def create_key(
 
 @router.delete("/{key_id}", status_code=204)
 def revoke_key(key_id: str, principal: Admin, service: ServiceDep) -> None:
-    """End a key at once."""
+    """End a key at once, and what is being streamed or answered to it."""
     if not service.store.revoke_key(key_id):
         raise KeyNotFound(f"there is no key {key_id[:80]!r} in force")
+    service.end_answers_to(key_id)

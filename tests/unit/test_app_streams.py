@@ -108,9 +108,13 @@ async def test_a_stream_tells_how_far_the_model_has_read(tiny_checkpoint, tmp_pa
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_deletion_ends_an_answer_that_the_model_still_reads_for(tiny_checkpoint, tmp_path, monkeypatch, stream):
+@pytest.mark.parametrize("lost", ["document", "key"])
+async def test_a_deletion_ends_an_answer_that_the_model_still_reads_for(
+    tiny_checkpoint, tmp_path, monkeypatch, stream, lost
+):
     async with running_service(make_settings(tiny_checkpoint, tmp_path / "data")) as client:
         document = await client.upload("a.md", LIGHTHOUSE)
+        key = (await client.post("/v1/keys", json={"name": "asker"})).json()
         steps = []
 
         def read_for_ever(engine: JambaEngine) -> list[StepOutput]:
@@ -119,16 +123,17 @@ async def test_a_deletion_ends_an_answer_that_the_model_still_reads_for(tiny_che
 
         with monkeypatch.context() as patched:
             patched.setattr(JambaEngine, "step", read_for_ever)
-            asking = asyncio.create_task(client.post("/v1/answers", json={"question": "Who?", "stream": stream}))
+            body, headers = {"question": "Who?", "stream": stream}, {"Authorization": f"Bearer {key['key']}"}
+            asking = asyncio.create_task(client.post("/v1/answers", json=body, headers=headers))
             while not steps:
                 await asyncio.sleep(0.01)
-            await client.delete(f"/v1/documents/{document['id']}")
-            reply = await asking
+            await client.delete(f"/v1/documents/{document['id']}" if lost == "document" else f"/v1/keys/{key['id']}")
+            reply = await asyncio.wait_for(asking, 30)
         problem = read_events(reply.text)[-1][1] if stream else reply.json()
-        assert (problem["code"], client.app.state.service.answers_pending) == ("document_deleted", 0)
+        code = "document_deleted" if lost == "document" else "unauthorized"
+        assert (problem["code"], client.app.state.service.answers_pending) == (code, 0)
 
 
-@pytest.mark.parametrize(("among_all", "searches"), [(True, 4), (False, 1)])
 async def test_a_question_searches_anew_only_when_what_it_found_was_deleted(
     tiny_checkpoint, tmp_path, monkeypatch, among_all, searches
 ):
