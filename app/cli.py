@@ -235,9 +235,11 @@ def retry_documents(
 ) -> None:
     """Ingest failed documents again and wait for them."""
     from app.client import connect
-    from app.ingesting import wait_for
+    from app.ingesting import check_ingests, wait_for
 
-    with connect(choose_settings(url, key, data_dir, known=True), answering=False) as service:
+    settings = choose_settings(url, key, data_dir, known=True)
+    check_ingests(settings)
+    with connect(settings, answering=False) as service:
         paths = [f"/v1/documents/{quote(document_id, safe='')}/retry" for document_id in document_ids]
         queued = [service.request("POST", path) for path in paths]
         done = wait_for(service, queued)

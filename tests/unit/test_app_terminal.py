@@ -167,3 +167,11 @@ def test_the_nearest_passages_begin_behind_their_heading_and_end_with_a_word(cap
     usage = {"input_tokens": 0, "cached_input_tokens": 0}
     render.show_answer({"text": "No.", "citations": [], "sources": [hit], "usage": usage, "timings": {}, "cache": {}})
     assert f"≈ {shown}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["ingest", __file__], ["documents", "retry", "doc_1"]])
+def test_what_would_wait_in_vain_for_workers_says_so(run, tmp_path, monkeypatch, command):
+    monkeypatch.setenv("JAMBA_RAG_INGEST__WORKERS", "0")
+    DocumentStore(tmp_path / "rag.sqlite3").close()
+    code, out, err = run(*command, "--data-dir", tmp_path)
+    assert (code, out) == (1, "") and "JAMBA_RAG_INGEST__WORKERS=0" in err
