@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 request_id_var: ContextVar[str] = ContextVar("request_id", default="-")
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "request_id", "taskName"}
+_FOR_TERMINALS = {"color_message"}  # of uvicorn's: the message once more, with codes of colours
 
 
 class _AddRequestId(logging.Filter):
@@ -27,7 +28,7 @@ class JsonFormatter(logging.Formatter):
             "message": record.getMessage(),
             "request_id": getattr(record, "request_id", "-"),
         }
-        line |= {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
+        line |= {name: value for name, value in record.__dict__.items() if name not in _STANDARD | _FOR_TERMINALS}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False, default=str)

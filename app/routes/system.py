@@ -1,5 +1,6 @@
 """Health, metrics, effective settings, and the page."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,11 @@ def metrics(principal: Reader, service: ServiceDep) -> Response:
 
 
 @router.get("/v1/config", dependencies=[KnownQuery])
-def get_config(principal: Admin, settings: SettingsDep) -> dict[str, Any]:
-    """Effective settings without secrets."""
-    return public_settings(settings)
+def get_config(principal: Admin, settings: SettingsDep, service: ServiceDep) -> dict[str, Any]:
+    """Effective settings without secrets: what the checkpoint advises for answers stands where nothing is set."""
+    values = public_settings(settings)
+    values["answers"] |= asdict(service.advice)
+    return values
 
 
 @router.head("/", include_in_schema=False)

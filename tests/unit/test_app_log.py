@@ -60,3 +60,11 @@ def test_no_message_breaks_the_line_it_is_on(capsys):
     told = json.loads(line)
     assert told["message"] == 'one\r\ntwo \u2028 “three” {"a": 1}\n' and told["path"] == str(object)
     assert (told["level"], told["logger"], told["request_id"]) == ("warning", "app.test", "-")
+
+
+def test_what_the_server_says_to_terminals_is_left_out(capsys):
+    extra = {"color_message": "Started server process [\x1b[36m%d\x1b[0m]"}  # as uvicorn does
+    with logging_as_json():
+        logging.getLogger("uvicorn.error").info("Started server process [%d]", 7, extra=extra)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert json.loads(line)["message"] == "Started server process [7]" and "36m" not in line

@@ -58,6 +58,18 @@ async def test_metrics_say_where_the_time_of_answers_and_documents_went(client):
     assert found["process_resident_memory_bytes"][0][1] > 1e6
 
 
+async def test_the_dashboard_counts_one_answer_as_one_sequence_though_tokens_are_guessed(client):
+    await client.upload("a.md", LIGHTHOUSE)
+    await client.ask("Who is the keeper?")
+    found = await samples(client)
+    panels = {panel["title"]: panel for panel in json.loads(DASHBOARD.read_text())["panels"]}
+    expression = panels["Sequences decoded together"]["targets"][0]["expr"]
+    for name, label, wanted in re.findall(r'rate\((\w+)\{(\w+)="(\w+)"\}\[\$__rate_interval\]\)', expression):
+        value = next(value for labels, value in found[name] if labels[label] == wanted)
+        expression = expression.replace(f'rate({name}{{{label}="{wanted}"}}[$__rate_interval])', str(value))
+    assert found["jamba_rag_draft_tokens_total"][0][1] > 0 and eval(expression, {"sum": float}) == 1
+
+
 async def test_a_fault_has_the_id_under_which_the_log_has_its_cause(client, monkeypatch, caplog):
     monkeypatch.setattr(client.app.state.service, "search", lambda *_: {}["secret"])
     reply = await client.post("/v1/search", json={"query": "owl"}, headers={"X-Request-ID": "failed-1"})
