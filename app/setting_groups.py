@@ -27,7 +27,7 @@ class ServerSettings(Group):
     keepalive_s: float = setting(15.0, "Pause after which an idle event stream sends a comment.", "seconds", gt=0)
     stall_s: int = setting(
         60,
-        "Time after which a client is cut off that sends no more of a body, or (Linux) takes nothing of an answer.",
+        "Time after which a client is cut off that sends no request, no more of one, or (Linux) takes nothing.",
         "seconds",
         ge=1,
     )
