@@ -1,6 +1,7 @@
 """What fields of requests may hold, beyond their type. Each returns its value or raises ValueError, which says why."""
 
 import re
+from pathlib import Path
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -60,3 +61,11 @@ def filterable(value: object) -> object:
     if not all(isinstance(one, str | int | float | None) for one in values):
         raise ValueError("must be text, a number, true, false, null, or a list of these")
     return value
+
+
+def from_home(path: Path) -> Path:
+    """With the home directory for `~`, which no shell puts in behind `--data-dir=` or into a file of settings."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError("begins with ~, and there is no such home directory") from None

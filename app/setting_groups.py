@@ -4,10 +4,13 @@ How they are read stands in settings.py.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
 
+from app.field_checks import from_home
+
+Folder = Annotated[Path, AfterValidator(from_home)]
 MIN_EVIDENCE_TOKENS = 64  # less holds no passage
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parent.parent / "model" / "checkpoints" / "jamba-small"
 
@@ -39,7 +42,7 @@ class AuthSettings(Group):
 
 
 class ModelSettings(Group):
-    path: Path = setting(SHIPPED_CHECKPOINT, "Checkpoint directory in Hugging Face layout.")
+    path: Folder = setting(SHIPPED_CHECKPOINT, "Checkpoint directory in Hugging Face layout.")
     device: str = setting(
         "auto",
         "`auto`, `cpu`, `cuda` or `cuda:<n>`; `auto` takes a GPU when there is one.",
@@ -137,7 +140,7 @@ class IngestSettings(Group):
 class RetrievalSettings(Group):
     dense_weight: float = setting(0.3, "Weight of the embedding score in hybrid search.", ge=0)
     lexical_weight: float = setting(0.7, "Weight of the BM25 score in hybrid search.", ge=0)
-    embedder_path: Path | None = setting(
+    embedder_path: Folder | None = setting(
         None,
         "Embedder (a BERT as sentence-transformers stores it); unset: the one that ships. See `jamba-rag reembed`.",
     )
@@ -147,7 +150,7 @@ class RetrievalSettings(Group):
         pattern=r"^(cpu|cuda(:\d+)?)$",
     )
     rerank: bool = setting(True, "Let a model that reads question and passage together order the best hits anew.")
-    reranker_path: Path | None = setting(
+    reranker_path: Folder | None = setting(
         None, "That model (a cross-encoder in Hugging Face layout), for the 50 best hits; unset: the one that ships."
     )
     evidence_hits: int = setting(24, "Hits that `rag` answers pack evidence from.", "hits", ge=1, le=200)

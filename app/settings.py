@@ -6,13 +6,14 @@ weights are stands in `model.JambaConfig`; what one request wants stands in its 
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import urlsplit
 
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -23,6 +24,7 @@ from app.setting_groups import (
     AnswerSettings,
     AuthSettings,
     CacheSettings,
+    Folder,
     Group,
     IngestSettings,
     LimitSettings,
@@ -56,7 +58,7 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,
     )
 
-    data_dir: Path = setting(Path("data"), "Directory of the database, the originals and the index.")
+    data_dir: Folder = setting(Path("data"), "Directory of the database, the originals and the index.")
     url: str | None = setting(None, "Service that the command line talks to; unset: in process on the data dir.")
     key: SecretStr | None = setting(None, "API key the command line sends to that service.")
     server: ServerSettings = ServerSettings()
@@ -117,9 +119,9 @@ def load_settings(env_file: Path | None = Path(".env"), **overrides: Any) -> Set
 
     Raises `SettingsError` for a name that doesn't exist, naming the nearest that does, and for a bad value.
     """
-    file_values = dotenv_values(env_file) if env_file and env_file.is_file() else {}
     _check_names(os.environ, "the environment")
-    _check_names(file_values, str(env_file))
+    if env_file and env_file.is_file():
+        _check_names(_names_in(env_file), str(env_file))
     try:
         settings = Settings(_env_file=env_file, **overrides)
     except ValidationError as error:
@@ -130,7 +132,19 @@ def load_settings(env_file: Path | None = Path(".env"), **overrides: Any) -> Set
     return settings
 
 
-def _check_names(names: Mapping[str, Any], source: str) -> None:
+def _names_in(env_file: Path) -> list[str]:
+    """Raises SettingsError for a file that is no UTF-8, and for a line that names a setting and sets none."""
+    try:
+        bindings = list(parse_stream(StringIO(env_file.read_text(encoding="utf-8"))))
+    except UnicodeDecodeError:
+        raise SettingsError(f"{env_file} is not in UTF-8: save it as that") from None
+    for binding in bindings:
+        if binding.error and PREFIX in binding.original.string.upper():
+            raise SettingsError(f"line {binding.original.line} of {env_file} cannot be read: write NAME=value")
+    return [binding.key for binding in bindings if binding.key]
+
+
+def _check_names(names: Iterable[str], source: str) -> None:
     valid = [info.name for info in describe_settings()]
     for name in names:
         if name.upper().startswith(PREFIX) and name.upper() not in valid:

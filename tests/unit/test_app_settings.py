@@ -3,6 +3,7 @@
 import re
 import threading
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 from app_kit import make_settings
@@ -49,6 +50,31 @@ def test_an_unknown_name_stops_the_start_and_names_the_nearest(monkeypatch, tmp_
         file.write_text(f"{name}=x\n")
     with pytest.raises(SettingsError, match=nearest):
         load_settings(env_file=file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("# Schlüssel\nJAMBA_RAG_SERVER__PORT=9000\n".encode("latin-1"), "not in UTF-8"),
+        ("JAMBA_RAG_SERVER__PORT=9000\n".encode("utf-16"), "not in UTF-8"),
+        (b"# ports\nJAMBA_RAG_SERVER__PORT: 9000\n", "line 2 of"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, content, message):
+    (tmp_path / ".env").write_bytes(content)
+    with pytest.raises(SettingsError, match=message) as caught:
+        load_settings(env_file=tmp_path / ".env")
+    assert str(tmp_path / ".env") in str(caught.value)
+
+
+def test_a_tilde_is_the_home_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".env").write_text("JAMBA_RAG_DATA_DIR=~/rag\nJAMBA_RAG_MODEL__PATH=~/jamba\n")
+    settings = load_settings(env_file=tmp_path / ".env", retrieval={"embedder_path": Path("~/bert")})
+    assert (settings.data_dir, settings.model.path) == (tmp_path / "rag", tmp_path / "jamba")
+    assert settings.retrieval.embedder_path == tmp_path / "bert"
+    with pytest.raises(SettingsError, match="JAMBA_RAG_DATA_DIR: begins with ~"):
+        load_settings(env_file=None, data_dir=Path("~nobody-here/rag"))
 
 
 def test_a_wrong_value_names_the_setting_and_hides_the_value(monkeypatch):
