@@ -51,9 +51,9 @@ class ModelSettings(Group):
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "Type of activations; `auto` fits the device.")
     quantize: Literal["auto", "none", "int8", "w8a8"] = setting(
         "auto",
-        "How linear weights are kept: as stored, or in int8 rows. `w8a8` rounds activations, too: on a CPU with VNNI of "
-        "all products, which halves an answer's time, on an H100 of prefills, which take a third less. `auto`: `w8a8` on "
-        "such a CPU, else `int8`.",
+        "How linear weights are kept: as stored, or in int8 rows. `w8a8` rounds activations, too: on a CPU with VNNI "
+        "of all products, which halves an answer's time, on an H100 of prefills, which take a third less. `auto`: "
+        "`w8a8` on such a CPU, else `int8`.",
     )
     threads: int = setting(0, "CPU threads of the model; 0 takes all cores.", "threads", ge=0, le=1024)
     max_context_tokens: int = setting(
