@@ -134,6 +134,7 @@ async def test_a_deletion_ends_an_answer_that_the_model_still_reads_for(
         assert (problem["code"], client.app.state.service.answers_pending) == (code, 0)
 
 
+@pytest.mark.parametrize(("among_all", "searches"), [(True, 4), (False, 1)])
 async def test_a_question_searches_anew_only_when_what_it_found_was_deleted(
     tiny_checkpoint, tmp_path, monkeypatch, among_all, searches
 ):
