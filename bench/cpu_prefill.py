@@ -9,6 +9,7 @@ Both load one checkpoint from disk and must agree on its logits before anything 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import JambaConfig, JambaForCausalLM
 
 from bench.runs import BenchRun, time_interleaved
@@ -161,11 +162,19 @@ def add_rows(
 def count_active_weights(model: Jamba | JambaForCausalLM) -> int:
     """Weights of matrices that one token is multiplied with, the head apart."""
     config, total = model.config, 0
-    for name, weight in model.named_parameters():
-        matrix = weight.ndim > 1 and not any(part in name for part in ("embed", "lm_head", "conv1d", "A_log", "scale"))
+    sizes = [(name, weight.shape) for name, weight in model.named_parameters()]
+    for name, module in model.named_modules():  # what `round_rows` packed is no parameter
+        sizes += [(f"{name}.weight", matrix.shape) for matrix in _packed(module)]
+    for name, shape in sizes:
+        matrix = len(shape) > 1 and not any(part in name for part in ("embed", "lm_head", "conv1d", "A_log", "scale"))
         share = config.num_experts_per_tok / config.num_experts if ".experts." in name else 1
-        total += int(weight.numel() * share) if matrix else 0
+        total += int(math.prod(shape) * share) if matrix else 0
     return total
+
+
+def _packed(module: nn.Module) -> list[cpu.Packed]:
+    held = [getattr(module, name, None) for name in ("weight", "gate_up_proj", "down_proj")]
+    return [one for many in held for one in (many if isinstance(many, list) else [many]) if isinstance(one, cpu.Packed)]
 
 
 def bench_ceilings(run: BenchRun, repeats: int) -> None:
