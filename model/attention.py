@@ -108,7 +108,7 @@ def attend_past(q: Tensor, kv: LayerKv) -> Tensor:
         if t == total:
             out = F.scaled_dot_product_attention(q, keys, values, is_causal=True)
         else:
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=_causal_mask(t, total, q.device))
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=_causal_mask(t, total, q))
     return out.permute(2, 1, 0, 3).flatten(1, 2)
 
 
@@ -120,10 +120,10 @@ def _any_length(q: Tensor) -> AbstractContextManager[None]:
     return sdpa_kernel(_UNPLANNED) if q.is_cuda else nullcontext()
 
 
-def _causal_mask(t: int, total: int, device: torch.device) -> Tensor:
-    """(t, total), true where the last t of `total` tokens see a key."""
-    if device.type != "cuda":
-        return torch.ones(t, total, dtype=torch.bool, device=device).tril(total - t)
+def _causal_mask(t: int, total: int, q: Tensor) -> Tensor:
+    """(t, total): the last t of `total` tokens see what is not behind them. To be added to the scores of queries q."""
+    if not q.is_cuda:  # as booleans PyTorch would turn them into this, which takes a quarter of the time
+        return q.new_full((t, total), -torch.inf).triu_(total - t + 1)
     from torch.nn.attention.bias import causal_lower_right  # seconds: it imports torch._dynamo
 
     return causal_lower_right(t, total)  # no tensor, but a word to flash attention
