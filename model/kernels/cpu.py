@@ -56,7 +56,8 @@ class Packed(NamedTuple):
         """weight (out, in) int8."""
         out, in_ = (Int64(size) for size in weight.shape)
         packed = torch.empty(_function("packed_bytes", ctypes.c_int64)(out, in_), dtype=torch.uint8)
-        call("pack_int8", Pointer(_address(weight)), Pointer(packed.data_ptr()), out, in_)
+        pointers, threads = map(Pointer, (_address(weight), packed.data_ptr())), Int64(torch.get_num_threads())
+        call("pack_int8", *pointers, out, in_, threads)
         return cls(packed, tuple(weight.shape))
 
     def chunk(self, parts: int) -> list[Packed]:

@@ -114,17 +114,19 @@ int64_t packed_bytes(int64_t out, int64_t in) {
 }
 
 /* weight (out, in) as panels of VL rows, each (in / 4, VL, 4) bytes; rows and columns that are not there are 0. */
-void pack_int8(const int8_t *weight, uint32_t *panels, int64_t out, int64_t in) {
+void pack_int8(const int8_t *weight, uint32_t *panels, int64_t out, int64_t in, int64_t threads) {
     const int64_t quads = (in + GROUP - 1) / GROUP * (GROUP / 4);
-    for (int64_t row = 0; row < (out + VL - 1) / VL * VL; row++) {
-        const int64_t columns = row < out ? in : 0;
-        uint32_t *to = panels + row / VL * quads * VL + row % VL;
-        for (int64_t i = 0; i < quads; i++) {
-            const int64_t left = columns - 4 * i;
-            uint32_t bytes = 0;
-            if (left > 0) memcpy(&bytes, weight + row * in + 4 * i, left < 4 ? left : 4);
-            to[i * VL] = OFFSET ? bytes ^ 0x80808080u : bytes;
-        }
+#pragma omp parallel for num_threads(threads)
+    for (int64_t panel = 0; panel < (out + VL - 1) / VL; panel++) {
+        uint32_t *to = panels + panel * quads * VL;
+        for (int64_t i = 0; i < quads; i++)
+            for (int lane = 0; lane < VL; lane++) {
+                const int64_t row = panel * VL + lane, left = row < out ? in - 4 * i : 0;
+                uint32_t bytes = 0;
+                if (left >= 4) memcpy(&bytes, weight + row * in + 4 * i, 4);
+                else if (left > 0) memcpy(&bytes, weight + row * in + 4 * i, left);
+                *to++ = OFFSET ? bytes ^ 0x80808080u : bytes;
+            }
     }
 }
 
