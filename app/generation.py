@@ -16,7 +16,7 @@ import anyio.to_thread
 
 from app import schemas
 from app.answering import CUT_OFF_TEXT, NOT_FOUND_TEXT, AnswerPart, AnswerReader, Quoted, TextPiece
-from app.auth import Unauthorized
+from app.auth import LOCAL_ADMIN, Unauthorized
 from app.errors import DocumentDeleted, describe_error
 from app.evidence import Found, Query, show_hits
 from app.lanes import SEARCHES
@@ -76,8 +76,15 @@ class RunningAnswer:
         if self._query.principal.key_id == key_id:
             self._failure = Unauthorized("this API key was revoked while the answer was made")
 
+    async def _check_key(self) -> None:
+        """A key may have been revoked since the request began, before `lose_key` could find this answer."""
+        key_id, store = self._query.principal.key_id, self._service.store
+        if key_id != LOCAL_ADMIN.key_id and not await anyio.to_thread.run_sync(store.is_in_force, key_id):
+            raise Unauthorized("this API key was revoked while the question was sent")
+
     async def prepare(self, widened: bool = False) -> Found:
         """Search and pack; anew when something found was deleted meanwhile. Raises what `EvidenceFinder.find` does."""
+        await self._check_key()
         while True:
             self._gone, self.document_ids, self._epoch = set(), frozenset(), self._service.cache.epoch
             found = await SEARCHES.run(self._service.finder.find, self._query, widened)

@@ -75,7 +75,8 @@ def build_model(settings: Settings, stack: ExitStack, answering: bool, nonce: st
         model = load_model(path, device, choose_dtype(settings.model, device), quantize)
     except UnsupportedDevice as error:
         raise SettingsError(f"JAMBA_RAG_MODEL__QUANTIZE: {error}") from error
-    fingerprint = state_fingerprint(path, quantize, model.new_state().layout.fingerprint())
+    scheme = f"{quantize} on a CPU" if (quantize, device.type) == ("w8a8", "cpu") else quantize  # a GPU's is another
+    fingerprint = state_fingerprint(path, scheme, model.new_state().layout.fingerprint())
     plan_settings = _plan_settings(settings, device)
     state_max_bytes = settings.model.state_max_bytes or None
     if (free_bytes := measure_state_bytes(model, plan_settings.segment_tokens)) is not None:
@@ -174,10 +175,17 @@ def choose_dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
 
 
 def choose_quantization(settings: ModelSettings, device: torch.device) -> Quantization | None:
-    """`auto` is `w8a8` on CPUs where that is faster, for it changes less there than int8 weights do; else `int8`."""
+    """`auto` is `w8a8` on CPUs where that is faster; else `int8`."""
     if settings.quantize == "auto":
         return "w8a8" if device.type == "cpu" and cpu.rounds_rows() else "int8"
     return None if settings.quantize == "none" else settings.quantize
+
+
+def chosen(settings: ModelSettings) -> dict[str, str]:
+    """What `auto` stands for on this machine, by the names of the settings."""
+    device = choose_device(settings)
+    dtype = str(choose_dtype(settings, device)).removeprefix("torch.")
+    return {"device": str(device), "dtype": dtype, "quantize": choose_quantization(settings, device) or "none"}
 
 
 def _read_context_length(path: Path) -> int:

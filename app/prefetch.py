@@ -105,11 +105,11 @@ class Prefetch:
         """Read every collection that fits; False if a question or a change came in between."""
         service = self._service
         for collection in await anyio.to_thread.run_sync(service.store.list_collections):
+            self._gone = set()
             if not collection.documents or not service.fits_context(collection):
                 continue
             if collection.pending:
                 return False
-            self._gone = set()
             reading = await anyio.to_thread.run_sync(self._prepare, collection.name)
             if reading is None:
                 continue

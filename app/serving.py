@@ -16,8 +16,8 @@ from typing import Any
 import uvicorn
 
 _SWITCH_S = 1e-3  # until a thread that computes in Python lets another have the lock; by default 5 ms
-_BYTES_ACKED = 120  # where struct tcp_info has the count, in linux/tcp.h
-_INFO_BYTES = 128
+_BYTES_ACKED, _BYTES_RECEIVED = 120, 128  # where struct tcp_info has the counts, in linux/tcp.h
+_INFO_BYTES = 136
 
 
 def check_address(host: str, port: int) -> None:
@@ -58,6 +58,7 @@ class SteadyServer(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, stall_s: float) -> None:
         config.ws = "none"  # a request for a WebSocket is answered as the request that it is
+        config.http = "h11"  # whose state `_waits_for` reads
         super().__init__(config)
         self._stall_s = stall_s
         self._watching: asyncio.Task[None] | None = None
@@ -88,7 +89,11 @@ def _waits_for(connection: Any) -> object:
     if (taken := _taken(connection.transport)) is not None:
         return taken
     request = connection.cycle
-    return ("a request behind", request) if request is None or request.response_complete else None
+    if request is not None and not request.response_complete:
+        return None
+    # the body of one that was refused early may still come: its client reads the answer when it has sent all
+    sends = repr(connection.conn.their_state) == "SEND_BODY"
+    return "a request behind", request, _tcp_count(connection.transport, _BYTES_RECEIVED) if sends else None
 
 
 def _taken(transport: asyncio.Transport) -> int | None:
@@ -97,6 +102,12 @@ def _taken(transport: asyncio.Transport) -> int | None:
     if sys.platform != "linux" or one is None or one.family == socket.AF_UNIX or one.fileno() < 0:
         return None
     in_kernel = struct.unpack("i", fcntl.ioctl(one.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
-    if not in_kernel + transport.get_write_buffer_size():
+    return _tcp_count(transport, _BYTES_ACKED) if in_kernel + transport.get_write_buffer_size() else None
+
+
+def _tcp_count(transport: asyncio.Transport, place: int) -> int | None:
+    """A count of struct tcp_info; None of what is no TCP connection on Linux."""
+    one = transport.get_extra_info("socket")
+    if sys.platform != "linux" or one is None or one.family == socket.AF_UNIX or one.fileno() < 0:
         return None
-    return struct.unpack_from("Q", one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES), _BYTES_ACKED)[0]
+    return struct.unpack_from("Q", one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES), place)[0]

@@ -90,6 +90,7 @@ def swap_linears(model: Jamba) -> None:
 
 def round_rows(model: Jamba) -> None:
     """Let a CPU multiply in int8: weights packed, rows rounded (`cpu.rounded_linear`), in place; x_proj stays W8A16."""
+    model.forget_addresses()
     for name, module in model.layers.named_modules():
         if isinstance(module, Int8Experts):
             for matrices in ("gate_up_proj", "down_proj"):

@@ -235,9 +235,13 @@ class Jamba(nn.Module):
             self._gpu_layers = gpu_layers.GpuLayers(self)
         return self._gpu_layers
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        """Every way to move or cast the weights comes through here: addresses of before are of no use."""
+    def forget_addresses(self) -> None:
+        """The weights are going to be elsewhere: what knows where they were is made anew."""
         self._decode = self._gpu_decode = self._gpu_segments = self._gpu_layers = None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        """Every way to move or cast the weights comes through here."""
+        self.forget_addresses()
         return super()._apply(*args, **kwargs)
 
     def _moe_layers(self) -> Iterator[MoE]:

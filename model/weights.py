@@ -63,13 +63,17 @@ def load_model(
         swap_linears(model)
     reader.check({name: tuple(slot.values.shape) for name, slot in find_slots(model).items()})
     allocate(model, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16), device)
+    _fill(model, reader)
+    if quantize == "w8a8":
+        (round_rows if device.type == "cpu" else round_activations)(model)
+    return model.eval()
+
+
+def _fill(model: Jamba, reader: CheckpointReader) -> None:
     slots = find_slots(model)
     with ThreadPoolExecutor(_READERS) as pool:  # one thread waits for the disk or rounds while others copy
         for _ in pool.map(lambda name: slots[name].fill(reader[name]), reader.names):
             pass
-    if quantize == "w8a8":
-        (round_rows if device.type == "cpu" else round_activations)(model)
-    return model.eval()
 
 
 @dataclass(frozen=True, slots=True)

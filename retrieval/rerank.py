@@ -134,8 +134,9 @@ class CrossEncoderReranker:
         self._dir = Path(model_dir)
         if not (self._dir / "config.json").is_file():
             raise RerankerUnavailable(f"{self._dir} holds no config.json; set it to the directory of a cross-encoder")
-        kinds = json.loads((self._dir / "config.json").read_text(encoding="utf-8")).get("architectures") or ["nothing"]
-        if not kinds[0].endswith("ForSequenceClassification"):  # its head would be drawn at random
+        config = json.loads((self._dir / "config.json").read_text(encoding="utf-8"))
+        kinds = config.get("architectures") if isinstance(config, dict) else ["no object in config.json"]
+        if kinds and not str(kinds[0]).endswith("ForSequenceClassification"):  # its head would be drawn at random
             raise RerankerUnavailable(f"{self._dir} holds {kinds[0]}; a cross-encoder is …ForSequenceClassification")
         self._device = device
         self._max_tokens = max_tokens

@@ -12,6 +12,7 @@ from app import schemas
 from app.api_page import render_api_page
 from app.deps import Admin, KnownQuery, Reader, ServiceDep, SettingsDep
 from app.errors import Forbidden
+from app.model_loading import chosen
 from app.settings import public_settings
 
 router = APIRouter(tags=["system"])
@@ -50,8 +51,10 @@ def metrics(principal: Reader, service: ServiceDep) -> Response:
 
 @router.get("/v1/config", dependencies=[KnownQuery])
 def get_config(principal: Admin, settings: SettingsDep, service: ServiceDep) -> dict[str, Any]:
-    """Effective settings without secrets: what the checkpoint advises for answers stands where nothing is set."""
+    """Effective settings without secrets: where nothing is set, what `auto` stands for here and what the checkpoint
+    advises for answers."""
     values = public_settings(settings)
+    values["model"] |= chosen(settings.model)
     values["answers"] |= asdict(service.advice)
     return values
 

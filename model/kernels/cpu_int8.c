@@ -210,7 +210,7 @@ void packed_span(const linear *l, const float *x, int64_t m, float *y, int64_t l
 
 /* y (m, out) = round(x) (m, in) @ weight.T * scale + bias for many rows, the weight packed. */
 void linear_packed(const linear_args *a) {
-    if (a->m == 0) return;
+    if (a->m == 0 || a->linear.out == 0) return;
     const linear *l = &a->linear;
     const int64_t m = a->m, pairs = (l->out + 2 * VL - 1) / (2 * VL), wanted = (SHARES * a->threads + pairs - 1) / pairs;
     const int64_t block = (m + wanted - 1) / wanted, blocks = (m + block - 1) / block; /* of rows, with two panels */

@@ -37,5 +37,7 @@ async def test_what_is_in_effect_is_shown(tiny_checkpoint, tmp_path):
     write(checkpoint, rag_evidence_tokens=300, none_margin=-0.5)
     settings = make_settings(checkpoint, tmp_path / "data", answers={"none_margin": 2.0})
     async with running_service(settings) as client:
-        shown = (await client.get("/v1/config")).json()["answers"]
+        config = (await client.get("/v1/config")).json()
+    model, shown = config["model"], config["answers"]
+    assert "auto" not in model.values() and model["dtype"] in ("float32", "bfloat16")
     assert (shown["rag_evidence_tokens"], shown["none_margin"], shown["quote_beginnings"]) == (300, 2.0, 1)

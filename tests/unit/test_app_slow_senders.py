@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from http.client import HTTPResponse
@@ -12,6 +13,7 @@ from app_kit import make_settings, serving
 
 from app.uploads import MAX_UPLOADS_AT_ONCE
 
+HALF = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
 PART = b'--cut\r\nContent-Disposition: form-data; name="file"; filename="half.txt"\r\n\r\nthe first half'
 
 
@@ -25,11 +27,14 @@ def service(tiny_checkpoint, tmp_path_factory) -> Iterator[httpx.Client]:
             yield client
 
 
-def send_half(service: httpx.Client, path: str, kind: str, half: bytes) -> socket.socket:
-    """A connection on which a request was begun."""
+def send_half(
+    service: httpx.Client, path: str, kind: str, half: bytes, length: int = 1000, key: str | None = None
+) -> socket.socket:
+    """A connection on which a request was begun whose body is of this length."""
     connection = socket.create_connection((service.base_url.host, service.base_url.port), timeout=60)
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: {service.headers['Authorization']}\r\n"
-    connection.sendall(f"{head}Content-Type: {kind}\r\nContent-Length: 1000\r\n\r\n".encode() + half)
+    authorization = service.headers["Authorization"] if key is None else f"Bearer {key}"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: {authorization}\r\n"
+    connection.sendall(f"{head}Content-Type: {kind}\r\nContent-Length: {length}\r\n\r\n".encode() + half)
     return connection
 
 
@@ -62,8 +67,7 @@ def test_a_question_that_stalls_is_given_up(service, half):
     assert "2 s" in problem["detail"]
 
 
-@pytest.mark.parametrize("requests", [0, 1])
-@pytest.mark.parametrize("half", [b"", b"GET /healthz HTTP/1.1\r\nHost: x\r\n"])
+@pytest.mark.parametrize(("half", "requests"), [(b"", 0), (HALF, 0), (HALF, 1)])
 def test_a_connection_that_brings_no_request_is_closed(service, half, requests):
     """Whether it brought some before or not."""
     address = service.base_url.host, service.base_url.port
@@ -83,3 +87,29 @@ def test_who_has_sent_all_may_wait_for_longer(service):
     with service.stream("GET", f"/v1/documents/{document['id']}/events") as response:
         lines = filter(": keepalive".__eq__, response.iter_lines())
         assert len([next(lines) for _ in range(6)]) == 6
+
+
+def test_a_key_revoked_while_the_question_is_sent_gets_no_answer(service):
+    made = service.post("/v1/keys", json={"name": "short", "role": "reader"}).json()
+    body = json.dumps({"question": "Who wrote it?"}).encode()
+    begun = send_half(service, "/v1/answers", "application/json", body[:5], len(body), made["key"])
+    with closing(begun) as connection:
+        time.sleep(0.5)  # it is let in
+        assert service.delete(f"/v1/keys/{made['id']}").status_code == 204
+        connection.sendall(body[5:])
+        response = HTTPResponse(connection)
+        response.begin()
+        assert (response.status, json.loads(response.read())["code"]) == (401, "unauthorized")
+
+
+def test_who_still_sends_what_was_refused_can_read_why(service):
+    """For longer than a client that sends nothing is waited for."""
+    pieces = 12
+    begun = send_half(service, "/v1/answers", "application/json", b"", pieces * 1000, "no-key")
+    with closing(begun) as connection:
+        for _ in range(pieces):
+            connection.sendall(bytes(1000))
+            time.sleep(0.5)
+        response = HTTPResponse(connection)
+        response.begin()
+        assert (response.status, json.loads(response.read())["code"]) == (401, "unauthorized")

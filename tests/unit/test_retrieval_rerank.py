@@ -1,5 +1,6 @@
 """Rerankers: a cross-encoder on a tiny random checkpoint made here, and the one that ships."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,22 @@ def test_what_is_no_reranker_is_refused_with_what_to_do(tmp_path):
         CrossEncoderReranker(tmp_path)
     with pytest.raises(RerankerUnavailable, match="3 outputs"):
         CrossEncoderReranker(make_checkpoint(tmp_path, outputs=3)).score("a", ["b"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
+    with pytest.raises(RerankerUnavailable, match="holds BertModel"):
+        CrossEncoderReranker(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(RerankerUnavailable, match=r"no object in config\.json"):
+        CrossEncoderReranker(tmp_path)
+
+
+def test_a_config_need_not_name_its_architecture(tmp_path):
+    reranker, checkpoint = CrossEncoderReranker(make_checkpoint(tmp_path)), tmp_path / "config.json"
+    config = json.loads(checkpoint.read_text())
+    assert config.pop("architectures")
+    checkpoint.write_text(json.dumps(config))
+    scores = CrossEncoderReranker(tmp_path).score("law", ["the law"])
+    assert scores == pytest.approx(reranker.score("law", ["the law"]), abs=1e-6)
 
 
 def test_the_shipped_one_scores_as_it_was_trained():
