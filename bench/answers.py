@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("questions", type=Path)
     parser.add_argument("--model", type=Path, default=SHIPPED)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--quantize", choices=("int8",))
+    parser.add_argument("--quantize", choices=("int8", "w8a8"))
     parser.add_argument("--threshold", type=float, help="default: the one that refuses 8%% of what can be answered")
     parser.add_argument("--limit", type=int, help="at most so many questions a set")
     parser.add_argument("--max-quotes", type=int, default=1)

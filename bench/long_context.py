@@ -126,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--model", type=Path, default=SHIPPED_CHECKPOINT)
-    parser.add_argument("--quantize", choices=("none", "int8"), default="int8")
+    parser.add_argument("--quantize", choices=("auto", "none", "int8", "w8a8"), default="auto")
     parser.add_argument("--context", type=int, default=32_768, help="tokens of prompt and answer")
     parser.add_argument("--limit", type=int, help="at most so many questions a set")
     args = parser.parse_args()

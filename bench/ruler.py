@@ -252,7 +252,7 @@ def measure(asker: Asker, tasks: Sequence[str], lengths: Sequence[int], repeats:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=SHIPPED_CHECKPOINT)
-    parser.add_argument("--quantize", choices=("none", "int8"), default="int8")
+    parser.add_argument("--quantize", choices=("auto", "none", "int8", "w8a8"), default="auto")
     parser.add_argument("--tasks", nargs="+", choices=("single", *TASKS), default=["single", *TASKS])
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
     parser.add_argument("--repeats", type=int, default=5, help="samples of each task, length and depth")
