@@ -121,12 +121,16 @@ def fill(rng: random.Random, needles: Sequence[tuple[float, str]], tokens: int, 
     """About `tokens` tokens of idle sentences, each needle (depth, sentence) at its place; never more."""
     per_sentence = count(" ".join(_idle(rng) for _ in range(200))) / 200
     room = tokens - count(" ".join(text for _, text in needles))
-    sentences = [_idle(rng) for _ in range(max(1, int(0.97 * room / per_sentence)))]
-    places = [(round(depth * len(sentences)), i, text) for i, (depth, text) in enumerate(needles)]
-    for place, _, text in sorted(places, reverse=True):
-        sentences.insert(place, text)
-    lines = (" ".join(sentences[i : i + 8]) for i in range(0, len(sentences), 8))
-    return "\n\n".join(lines)
+    idle = [_idle(rng) for _ in range(max(1, int(0.97 * room / per_sentence)))]
+    while True:
+        sentences = list(idle)
+        places = [(round(depth * len(idle)), i, text) for i, (depth, text) in enumerate(needles)]
+        for place, _, text in sorted(places, reverse=True):
+            sentences.insert(place, text)
+        filled = "\n\n".join(" ".join(sentences[i : i + 8]) for i in range(0, len(sentences), 8))
+        if (extra := count(filled) - tokens) <= 0 or not idle:
+            return filled
+        del idle[-1 - int(extra / per_sentence) :]
 
 
 def _idle(rng: random.Random) -> str:
@@ -170,11 +174,18 @@ def make_variables(rng: random.Random, tokens: int, count: Callable[[str], int])
 def make_aggregation(rng: random.Random, tokens: int, count: Callable[[str], int]) -> Sample:
     words = rng.sample(_WORDS, len(_WORDS))
     common, rare = words[:3], words[3:]
-    per_word = max(1.0, count(" ".join(rng.choice(words) for _ in range(300))) / 300)
-    total = int(0.95 * tokens / per_word)
-    listed = [rng.choice(common) if rng.random() < 0.75 else rng.choice(rare) for _ in range(total)]
-    lines = (" ".join(listed[i : i + 20]) for i in range(0, len(listed), 20))
-    return Sample("aggregation", "\n".join(lines), "Which three words stand here most often?", tuple(common))
+
+    def draw_words(number: int) -> list[str]:
+        return [rng.choice(common) if rng.random() < 0.75 else rng.choice(rare) for _ in range(number)]
+
+    per_word = max(1.0, count(" ".join(draw_words(300))) / 300)  # of these three: all others may be shorter
+    listed = draw_words(int(0.95 * tokens / per_word))
+    while True:
+        text = "\n".join(" ".join(listed[i : i + 20]) for i in range(0, len(listed), 20))
+        if (size := count(text)) <= tokens or not listed:
+            break
+        del listed[int(len(listed) * tokens / size) :]
+    return Sample("aggregation", text, "Which three words stand here most often?", tuple(common))
 
 
 def make_qa(rng: random.Random, tokens: int, count: Callable[[str], int]) -> Sample:

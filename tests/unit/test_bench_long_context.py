@@ -15,13 +15,19 @@ def count_words(text: str) -> int:
     return len(text.split())
 
 
+def count_letters(text: str) -> int:
+    """As tokens are: more of them in long words, and in what is between sentences."""
+    return len(text) // 3 + 2 * text.count("\n")
+
+
+@pytest.mark.parametrize("count", [count_words, count_letters])
 @pytest.mark.parametrize("length", [2048, 8192])
 @pytest.mark.parametrize("task", ruler.TASKS)
-def test_a_text_has_its_length_and_all_that_is_asked_for(task, length):
-    (sample,) = ruler.make_samples([task], length, 1, count_words)
-    assert 0.8 * (length - 1024) <= count_words(sample.text) <= length - 1024
+def test_a_text_has_its_length_and_all_that_is_asked_for(task, length, count):
+    (sample,) = ruler.make_samples([task], length, 1, count)
+    assert 0.8 * (length - 1024) <= count(sample.text) <= length - 1024
     assert all(one in sample.text for one in sample.expected)
-    assert ruler.make_samples([task], length, 1, count_words) == [sample]
+    assert ruler.make_samples([task], length, 1, count) == [sample]
     assert ruler.score(" ".join(sample.expected), sample.expected) == 1 and ruler.score("", sample.expected) == 0
 
 
