@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 
 import tokenizers
@@ -102,6 +103,8 @@ def request(length: int = 40, which: int = 0, **sampling: object) -> EngineReque
 
 
 def step(engine: JambaEngine, answers: dict[str, Answer]) -> None:
+    """Once what the loading thread was given is there: on a busy machine decoding would get far ahead of it."""
+    wait(engine._loading.values())
     for output in engine.step():
         answers[output.request_id].outputs.append(output)
 

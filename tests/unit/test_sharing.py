@@ -94,15 +94,13 @@ def ask(question: int, begin: Sequence[int] = PREFIX, new: int = 12, **fields: o
 
 
 def origins_while_decoding(engine: JambaEngine, requests: list[EngineRequest]) -> list[Origin]:
-    """Of the requests' states when all of them decode."""
-    ids = [engine.add(request) for request in requests]
+    """Of each request's state when it decodes: not all do at once where one ends before another's prefix is there."""
+    ids, origins = [engine.add(request) for request in requests], dict[str, Origin]()
     answers = {request_id: Answer() for request_id in ids}
-    while len(engine._decoding) < len(ids):
-        step(engine, answers)
-    origins = [engine._sequences[request_id].state.origin for request_id in ids]
     while engine.has_work():
         step(engine, answers)
-    return origins
+        origins |= {one.request_id: one.state.origin for one in engine._decoding}
+    return [origins[request_id] for request_id in ids]
 
 
 def test_one_stored_prefix_is_known_to_be_the_same(make_engine) -> None:
@@ -210,7 +208,6 @@ def test_a_question_behind_a_prefix_under_way_reads_it_where_it_is(lending) -> N
     answers |= {request_id: Answer() for request_id in later}
     lenders = set()
     while lending.has_work():
-        wait(lending._loading.values())
         step(lending, answers)
         for one in lending._sequences.values():
             if one.request_id in later and one.state is not None:
