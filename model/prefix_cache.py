@@ -188,12 +188,12 @@ class PrefixCache:
                 self._invalidated[tag] = self._epoch
             while len(self._invalidated) > _MAX_INVALIDATED:
                 self._forgotten_epoch = self._invalidated.pop(next(iter(self._invalidated)))
+        for tell in self.on_invalidated:  # before the stores, which may be slow
+            tell(tags)
         if self._behind is not None:  # before the stores that it writes
             self._behind.forget(tags)
         for store in self._stores:
             store.delete(tags=tags)
-        for tell in self.on_invalidated:
-            tell(tags)
 
     def is_current(self, plan: PrefixPlan, tags: Iterable[str]) -> bool:
         """Whether none of these documents was invalidated since the plan was made."""

@@ -23,7 +23,7 @@ from model.device_store import DeviceStateStore
 from model.engine import JambaEngine
 from model.prefix_cache import PrefixCache
 from model.state_codec import DamagedValue, decode_value, encode_value
-from model.state_store import StateItem
+from model.state_store import MemoryStateStore, StateItem
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -301,6 +301,16 @@ def test_invalidation_after_a_restart_and_of_everything(make_engine, redis_store
     with server.client() as client:
         left = {key.decode().removeprefix("jamba-rag:").split("#")[0] for key in client.keys("*")}
     assert left <= kept
+    cache.close()
+
+
+def test_who_lends_memory_hears_of_an_invalidation_before_a_slow_store_does(memory, monkeypatch):
+    cache, heard = PrefixCache([memory, MemoryStateStore(1)]), []
+    cache.on_invalidated.append(lambda tags: heard.append(("lenders", cache.epoch)))
+    monkeypatch.setattr(cache._behind, "forget", lambda tags: heard.append(("what waits", cache.epoch)))
+    monkeypatch.setattr(memory, "delete", lambda tags: heard.append(("stores", cache.epoch)))
+    cache.invalidate({"a"})
+    assert heard == [("lenders", 1), ("what waits", 1), ("stores", 1)]
     cache.close()
 
 
