@@ -80,6 +80,7 @@ class PrefixCache:
         self.on_invalidated: list[Callable[[Collection[str]], None]] = []
         on_saved = lambda tier, seconds: self.on_moved("save", tier, seconds)
         self._behind = WriteBehind(slower, self._layout, on_saved=on_saved) if slower else None
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="prefix-read")
         self._stats = CacheStats()
         self._epoch = 0
         self._invalidated: dict[str, int] = {}  # tag -> epoch that its invalidation began, the oldest first
@@ -214,7 +215,8 @@ class PrefixCache:
         return self._behind is None or self._behind.flush(timeout_s)
 
     def close(self) -> None:
-        """Write what was saved. To be called before the stores are closed; twice does no harm."""
+        """Write what was saved, and end all threads. To be called before the stores are closed; twice does no harm."""
+        self._readers.shutdown()
         if self._behind is not None:
             self._behind.close()
 
@@ -317,8 +319,7 @@ class PrefixCache:
         parts = [keys[i : i + size] for i in range(0, len(keys), size)]
         if len(parts) == 1:
             return read_some(keys)
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="prefix-read") as pool:
-            return list(chain.from_iterable(pool.map(read_some, parts)))
+        return list(chain.from_iterable(self._readers.map(read_some, parts)))
 
     def _open_value(
         self, key: str, value: Buffer | StateTensors | None, tensors: int, device: DeviceStateStore | None

@@ -189,6 +189,20 @@ def test_what_is_brought_up_to_main_memory_holds_up_no_answer(make_engine, devic
     engine.prefix_cache.close()
 
 
+def test_the_threads_that_read_a_server_stay_until_the_cache_is_closed(make_engine, redis_store, monkeypatch):
+    engine, one, readers = make_engine(redis_store), doc_request(TOKENIZER, DOCUMENTS, "why?"), set[threading.Thread]()
+    run_one(engine, one)
+    assert engine.prefix_cache.flush(timeout_s=20)
+    get_many = redis_store.get_many
+    monkeypatch.setattr(redis_store, "get_many", lambda keys: readers.add(threading.current_thread()) or get_many(keys))
+    for _ in range(3):
+        assert run_one(engine, one).end.tier == "redis"
+    readers = {thread for thread in readers if thread.name.startswith("prefix-read")}
+    assert 1 < len(readers) <= 4
+    engine.prefix_cache.close()
+    assert not any(thread.is_alive() for thread in readers)
+
+
 def test_what_is_on_its_way_is_not_saved_again(make_engine, redis_store):
     filling, gate = make_engine(redis_store), Gate()
     run_one(filling, doc_request(TOKENIZER, DOCUMENTS[:3], "why?"))
