@@ -148,7 +148,7 @@ class WriteBehind:
             try:
                 written = self._write(jobs)
             except Exception:
-                _log.exception("the stores failed to take a state; it is dropped")
+                _log.exception("states that were to be written are dropped")
             with self._changed:
                 self._dropped += len(jobs) - written
                 self._writing = ()
@@ -166,8 +166,8 @@ class WriteBehind:
 
     @torch.inference_mode()
     def _write(self, jobs: Sequence[_Job]) -> int:
-        """How many were written or needed nothing; the value of others is gone by now."""
-        started, done = time.perf_counter(), 0
+        """How many were written or needed nothing; of others the value is gone by now, or a store failed to take it."""
+        started, done = time.perf_counter(), []
         items: dict[str, tuple[StateItem, Sequence[StateStore]]] = {}
         for job in jobs:
             key, stores = job.item.key, job.stores
@@ -180,19 +180,32 @@ class WriteBehind:
                 if job.made is not None:
                     self._copies().wait_event(job.made)
                 items[key] = job.item._replace(value=value), stores
-            done += not stores or isinstance(value, StateTensors)
+            if not stores or isinstance(value, StateTensors):
+                done.append(key)
         encoded: dict[str, StateItem] = {}
+        failed = set[str]()
         for store in self._stores:
             wanted = [item for item, stores in items.values() if store in stores]
-            if not store.keeps_tensors:
-                encoded |= self._encode([item for item in wanted if item.key not in encoded])
-                wanted = [encoded[item.key] for item in wanted]
             if wanted:
-                with self._copying_from(wanted):
-                    store.put_many(wanted)
+                failed |= self._put(store, wanted, encoded)
                 before, started = started, time.perf_counter()
                 self._on_saved(store.tier, started - before)
-        return done
+        return sum(key not in failed for key in done)
+
+    def _put(self, store: StateStore, items: Sequence[StateItem], encoded: dict[str, StateItem]) -> set[str]:
+        """Keys of those that the store fails to take: after a fault it is given one at a time."""
+        try:
+            if not store.keeps_tensors:
+                encoded |= self._encode([item for item in items if item.key not in encoded])
+            wanted = items if store.keeps_tensors else [encoded[item.key] for item in items]
+            with self._copying_from(wanted):
+                store.put_many(wanted)
+        except Exception:
+            if len(items) > 1:
+                return set().union(*(self._put(store, [item], encoded) for item in items))
+            _log.exception("the %s store failed to take a state; it is dropped", store.tier)
+            return {items[0].key}
+        return set()
 
     def _encode(self, items: Sequence[StateItem]) -> dict[str, StateItem]:
         """By key, as bytes."""

@@ -227,20 +227,28 @@ def test_what_is_forgotten_is_neither_written_nor_on_its_way():
 
 
 def test_write_behind_writes_on_close_and_survives_a_broken_store(caplog):
-    class Broken(MemoryStateStore):
-        def put_many(self, items) -> None:
-            if items[0].key == "bad":
-                raise OSError("no")
-            super().put_many(items)
+    """Of what is put together, only what a store fails to take is lost, and only there."""
 
-    inner = Broken(1 << 20)
-    behind = WriteBehind([inner], "layout")
-    behind.put_many([state("bad", 1)])
+    class Broken(Gate):
+        def put_many(self, items) -> None:
+            super().put_many(items)
+            if any(item.key == "bad" for item in items):
+                self.delete(keys=[item.key for item in items])
+                raise OSError("no")
+
+    inner, other = Broken(), MemoryStateStore(1 << 20)
+    behind = WriteBehind([inner, other], "layout")
+    behind.put_many([state("first", 1)])
+    assert inner.entered.wait(10)  # the others come together
+    behind.put_many([state("good", 1), state("bad", 1), state("as good", 1)])
+    inner.opened.set()
     assert behind.flush(timeout_s=10)
-    assert "failed to take a state" in caplog.text
-    behind.put_many([state("good", 1)])
+    assert "the host store failed to take a state" in caplog.text
+    assert inner.contains_many(["first", "good", "bad", "as good"]) == [True, True, False, True]
+    assert all(other.contains_many(["first", "good", "bad", "as good"]))
+    behind.put_many([state("last", 1)])
     behind.close()
-    assert inner.contains_many(["good"]) == [True]
+    assert inner.contains_many(["last"]) == [True]
     behind.put_many([state("late", 1)])
     assert (inner.contains_many(["late"]), behind.stats()["dropped"]) == ([False], 2)
 
