@@ -76,7 +76,10 @@ class WriteBehind:
     def promote(self, items: Sequence[StateItem], levels: int, source: StateStore | None = None) -> None:
         """Copy what was found further below into the first `levels` stores, but not what they have by then.
 
-        What `source`, a store that keeps tensors, has of the items is taken from there and does not wait here.
+        What `source`, a store that keeps tensors, has of the items is taken from there and does not wait here. Of what
+        it has not, as where no GPU keeps states, only `max_pending_bytes` wait: of a longer prefix each question brings
+        up the next part, and until then reads the rest where it was found. More must not wait here, or there would be
+        no room for what is to be saved, which is nowhere else yet.
         """
         stores = self._stores[:levels]
         there = source.contains_many([item.key for item in items], peek=True) if source else [False] * len(items)

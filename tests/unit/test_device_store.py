@@ -189,6 +189,23 @@ def test_what_is_brought_up_to_main_memory_holds_up_no_answer(make_engine, devic
     engine.prefix_cache.close()
 
 
+def test_what_is_too_much_to_be_brought_up_at_once_comes_with_the_questions(make_engine, redis_store):
+    one = doc_request(TOKENIZER, DOCUMENTS, "why?")
+    filling, above = make_engine(redis_store), pinned_store(1 << 26)
+    run_one(filling, one)
+    assert filling.prefix_cache.flush(timeout_s=20)
+    engine = make_engine(above, redis_store)
+    engine.prefix_cache._behind._max_pending_bytes = 40_000
+    answers, nbytes = [], [0]
+    while not answers or answers[-1].end.tier == "redis":
+        answers.append(run_one(engine, one))
+        assert engine.prefix_cache.flush(timeout_s=20)
+        nbytes.append(above.stats()["bytes"])
+        assert nbytes[-1] > nbytes[-2] or answers[-1].end.tier == "host"
+    assert len(answers) > 2
+    assert {answer.end.cached_tokens for answer in answers} == {one.boundaries[-1]}
+
+
 def test_the_threads_that_read_a_server_stay_until_the_cache_is_closed(make_engine, redis_store, monkeypatch):
     engine, one, readers = make_engine(redis_store), doc_request(TOKENIZER, DOCUMENTS, "why?"), set[threading.Thread]()
     run_one(engine, one)
