@@ -4,11 +4,13 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from statistics import fmean
 
 from app.errors import Overloaded
 
 _UNMEASURED_S = 1.0  # between two answers, until one has been measured
 _KEPT = 32  # more than are finished together
+_HALF_LIFE_S = 600.0  # what was measured so long before the last answer counts half as much
 _ALWAYS = 2  # places whatever they take: one slow answer must not shut the others out
 
 
@@ -20,12 +22,12 @@ class Pace:
 
     def __init__(self, max_pending: int, max_wait_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_pending, self._max_wait_s, self._clock = max_pending, max_wait_s, clock
-        self._gaps: deque[float] = deque(maxlen=_KEPT)  # seconds of work between one finished answer and the next
+        self._gaps = deque[tuple[float, float]](maxlen=_KEPT)  # when one was finished, seconds of work since the last
         self._last = -math.inf
 
     def admit(self, pending: int) -> float:
         """One more beside `pending` others; returns now. Raises Overloaded, which says when there will be room."""
-        gap_s = sum(self._gaps) / len(self._gaps) if self._gaps else _UNMEASURED_S
+        gap_s = self._gap_s()
         wait_s, limit_s = pending * gap_s, self._max_wait_s
         if pending >= self._max_pending:
             raise _refusal(f"answers running or waiting: {pending}, which is the limit", gap_s)
@@ -37,8 +39,15 @@ class Pace:
     def finish(self, admitted: float) -> None:
         """An answer that was admitted then was finished, not given up."""
         now = self._clock()
-        self._gaps.append(now - max(admitted, self._last))
+        self._gaps.append((now, now - max(admitted, self._last)))
         self._last = now
+
+    def _gap_s(self) -> float:
+        """Between two answers: a mean in which those long before the last one count for little."""
+        if not self._gaps:
+            return _UNMEASURED_S
+        weights = [0.5 ** ((self._last - finished) / _HALF_LIFE_S) for finished, _ in self._gaps]
+        return fmean([gap for _, gap in self._gaps], weights)
 
 
 def _refusal(what: str, wait_s: float) -> Overloaded:
