@@ -51,10 +51,11 @@ VERSION = "0.1.0"
 
 @dataclass
 class _Parts:
-    """What has to be started and stopped around a running service."""
+    """What has to be started and stopped around a running service. `data`: what the worker writes to, closed last."""
 
     settings: Settings
     closing: ExitStack
+    data: ExitStack
     service: RagService
     authenticator: Authenticator
     audit: AuditLog
@@ -116,9 +117,16 @@ async def _run(parts: _Parts) -> AsyncIterator[None]:
             prefetching.cancel()
             with suppress(asyncio.CancelledError):
                 await prefetching
-            limit_s = parts.settings.server.shutdown_s
-            stopped = asyncio.to_thread(parts.worker.stop, limit_s)
-            await asyncio.gather(stopped, parts.engine_thread.close(limit_s))
+            limit_s = max(1, parts.settings.server.shutdown_s)  # who has nothing to do needs a moment, too
+            stopping = asyncio.to_thread(parts.worker.stop, limit_s)
+            stopped, _ = await asyncio.gather(stopping, parts.engine_thread.close(limit_s))
+            if not stopped:
+                log.warning(
+                    "ingestion has not ended within %g s: its documents go back to the queue, and database and indexes "
+                    "stay open until the process ends",
+                    limit_s,
+                )
+                parts.data.pop_all()
             try:
                 await asyncio.to_thread(parts.save_index)
             except OSError as error:
@@ -126,9 +134,10 @@ async def _run(parts: _Parts) -> AsyncIterator[None]:
 
 
 def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
-    data_dir = stack.enter_context(DataDir(settings.data_dir))
+    data = stack.enter_context(ExitStack())
+    data_dir = data.enter_context(DataDir(settings.data_dir))
     store = ObservedStore(data_dir.database)
-    stack.callback(store.close)
+    data.callback(store.close)
     authenticator = Authenticator(store, settings.auth.enabled)
     authenticator.ensure_admin_key(data_dir.path)
     chosen = settings.retrieval
@@ -138,10 +147,10 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
     metrics, tracing = Metrics(), Tracing(settings.telemetry.otlp_endpoint)
     stack.callback(tracing.close)
     index = open_index(store, data_dir.index, embedder.dim, embedder.name)
-    stack.callback(index.close)
+    data.callback(index.close)
     weights = FusionWeights(chosen.dense_weight, chosen.lexical_weight)
     words = open_words(store, data_dir.words)
-    stack.callback(words.close, store)
+    data.callback(words.close, store)
     retriever = Retriever(store, index, embedder, weights, reranker, words=words)
     advice = take_advice(settings.model.path, settings.answers)
     files = FileStore(data_dir.files)
@@ -181,7 +190,7 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
     save_index = lambda: index.save(data_dir.index)
     prefetch_after_s = settings.answers.prefetch_after_s if answering and model.cache.keeps_states else 0
     return _Parts(
-        *(settings, stack, service, authenticator, audit, worker, engine_thread, save_index),
+        *(settings, stack, data, service, authenticator, audit, worker, engine_thread, save_index),
         prefetch_after_s=prefetch_after_s,
     )
 

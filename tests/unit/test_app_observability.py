@@ -13,6 +13,7 @@ from app_kit import LIGHTHOUSE, make_settings, running_service, serving
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus_client.parser import text_string_to_metric_families
 
+from app.datadir import DataDir, DataDirInUse
 from app.observed_store import ObservedStore
 from app.settings import SettingsError
 from app.tracing import Tracing
@@ -106,6 +107,33 @@ async def test_an_index_that_cannot_be_saved_stops_in_order(tiny_checkpoint, tmp
     index.unlink()
     async with running_service(settings) as client:
         assert (await client.ask("Who is the keeper?"))["text"]
+
+
+async def test_what_is_ingested_beyond_the_stop_keeps_the_database_open(tiny_checkpoint, tmp_path, monkeypatch, caplog):
+    entered, opened, after, closed = threading.Event(), threading.Event(), [], []
+
+    def ingest_slowly(job, *parts):
+        entered.set()
+        assert opened.wait(30)
+        after.append(job.store.get_document(job.document.id).status)
+        return 0
+
+    monkeypatch.setattr("ingest.jobs.ingest_document", ingest_slowly)
+    close = ObservedStore.close
+    monkeypatch.setattr(ObservedStore, "close", closed.append)
+    settings = make_settings(tiny_checkpoint, tmp_path / "data", server={"shutdown_s": 0})
+    async with running_service(settings) as client:
+        await client.post("/v1/documents", files={"file": ("a.md", LIGHTHOUSE.encode())})
+        assert entered.wait(30)
+    assert "ingestion has not ended within 1 s" in caplog.text
+    assert closed == []
+    with pytest.raises(DataDirInUse):
+        DataDir(tmp_path / "data")
+    opened.set()
+    for thread in [one for one in threading.enumerate() if one.name.startswith("ingest-")]:
+        thread.join(30)
+    assert after == ["queued"]
+    close(client.app.state.service.store)
 
 
 async def test_the_time_of_a_stage_that_was_given_up_is_not_counted(tmp_path, monkeypatch):
