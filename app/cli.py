@@ -237,9 +237,8 @@ def retry_documents(
     from app.client import connect
     from app.ingesting import check_ingests, wait_for
 
-    settings = choose_settings(url, key, data_dir, known=True)
-    check_ingests(settings)
-    with connect(settings, answering=False) as service:
+    with connect(choose_settings(url, key, data_dir, known=True), answering=False) as service:
+        check_ingests(service)
         paths = [f"/v1/documents/{quote(document_id, safe='')}/retry" for document_id in document_ids]
         queued = [service.request("POST", path) for path in paths]
         done = wait_for(service, queued)

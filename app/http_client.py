@@ -36,15 +36,20 @@ class Service:
 
     def request(self, method: str, path: str, **options: Any) -> Any:
         """The JSON of a successful reply, None for an empty one. Raises CommandFailed with the problem's detail."""
-        try:
-            response = self._send(method, path, **options)
-        except httpx.HTTPError as error:
-            raise CommandFailed(f"{self._http.base_url} does not answer ({_plain(error)}): is it running?") from error
+        response = self._ask(method, path, **options)
         _raise_for_problem(response)
         try:
             return response.json() if response.content else None
         except ValueError as error:
             raise CommandFailed(f"{self._http.base_url} answers, but is no Jamba RAG; check the address") from error
+
+    def checks(self) -> dict[str, str]:
+        """What the service says of each of its parts, ready or not; empty where it does not tell. Raises CommandFailed
+        when it does not answer."""
+        try:
+            return self._ask("GET", "/readyz").json()["checks"]
+        except (ValueError, KeyError, TypeError):  # a proxy's page, for one
+            return {}
 
     def upload(self, path: Path, fields: dict[str, str]) -> dict[str, Any]:
         """Send one file, a piece at a time."""
@@ -63,6 +68,12 @@ class Service:
                 yield from _read_events(response.iter_lines())
         except httpx.HTTPError as error:
             raise CommandFailed(f"{self._http.base_url} broke off: {error}") from error
+
+    def _ask(self, method: str, path: str, **options: Any) -> httpx.Response:
+        try:
+            return self._send(method, path, **options)
+        except httpx.HTTPError as error:
+            raise CommandFailed(f"{self._http.base_url} does not answer ({_plain(error)}): is it running?") from error
 
     def _send(self, method: str, path: str, stream: bool = False, **options: Any) -> httpx.Response:
         """The reply; a busy service is asked again when it says so (`Retry-After`), for up to `max_wait_s` in all."""

@@ -57,19 +57,21 @@ def _files_of(path: Path) -> list[Path]:
 def ingest_paths(settings: Settings, paths: Sequence[str], fields: dict[str, str]) -> dict[str, Any]:
     """The command: as `ingest_files`, of the files that the paths stand for; a new collection is told of at once."""
     files = expand_paths(paths)
-    check_ingests(settings)
     try:
         with connect(settings, answering=False) as service:
+            check_ingests(service)
             return ingest_files(service, files, fields, _tell_new)
     except KeyboardInterrupt:
         render.err.print("interrupted; nothing that was sent is lost: the same command goes on from here")
         raise
 
 
-def check_ingests(settings: Settings) -> None:
-    """Raises CommandFailed where a command would wait in vain: its own service is set to ingest nothing."""
-    if settings.url is None and not settings.ingest.workers:
-        raise CommandFailed("JAMBA_RAG_INGEST__WORKERS=0: nothing would be ingested here; unset it for this command")
+def check_ingests(service: Service) -> None:
+    """Raises CommandFailed where a command would wait in vain: the service is set to ingest nothing."""
+    if service.checks().get("ingestion", "ok") != "ok":  # not all tell
+        raise CommandFailed(
+            "nothing would be ingested: the service runs with JAMBA_RAG_INGEST__WORKERS=0; start it without that"
+        )
 
 
 def _tell_new(name: str, nearest: str | None) -> None:

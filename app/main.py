@@ -181,7 +181,7 @@ def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:
         max_question_tokens=longest_question(settings) if answering else 0,
         salt=bytes.fromhex(_kept_secret(store, "prefix_salt", 16)),
         wake_workers=worker.notify,
-        checks=make_checks(store, files, index, words, engine_thread),
+        checks=make_checks(store, files, index, words, engine_thread, settings.ingest.workers),
     )
     store.on_replaced, model.cache.on_moved = service.on_replaced, metrics.observe_states
     store.on_stage, store.on_ingested = metrics.observe_ingest, metrics.count_ingested

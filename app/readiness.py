@@ -10,7 +10,7 @@ from retrieval.words import WordIndex
 
 
 def make_checks(
-    store: DocumentStore, files: FileStore, index: FaissIndex, words: WordIndex, engine: EngineThread
+    store: DocumentStore, files: FileStore, index: FaissIndex, words: WordIndex, engine: EngineThread, workers: int
 ) -> dict[str, Callable[[], str]]:
     """Beginning with "ok" where answers are given, even if something is still on its way."""
 
@@ -37,6 +37,7 @@ def make_checks(
         "model": lambda: "ok" if engine.is_alive else "the engine has stopped",
         "database": check_database,
         "storage": check_storage,
+        "ingestion": lambda: "ok" if workers else "ok for questions only: JAMBA_RAG_INGEST__WORKERS=0, documents wait",
         "index": check_index,
         "words": lambda: f"ok so far, being made: about {words.missing} chunks to come" if words.missing else "ok",
     }

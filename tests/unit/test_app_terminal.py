@@ -1,4 +1,4 @@
-"""What the command line says where nothing of a service is needed: help, version, wrong addresses, narrow terminals."""
+"""What the command line says where nothing is asked: help, version, wrong addresses, narrow terminals, no workers."""
 
 import io
 import json
@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 
+import httpx
 import pytest
+from app_kit import make_settings, serving
 from rich.console import Console
 
 from app import render
@@ -169,9 +171,14 @@ def test_the_nearest_passages_begin_behind_their_heading_and_end_with_a_word(cap
     assert f"≈ {shown}\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [["ingest", __file__], ["documents", "retry", "doc_1"]])
-def test_what_would_wait_in_vain_for_workers_says_so(run, tmp_path, monkeypatch, command):
+def test_what_would_wait_in_vain_for_workers_says_so(run, tiny_checkpoint, tmp_path, monkeypatch):
+    settings = make_settings(tiny_checkpoint, tmp_path / "served", ingest={"workers": 0})
+    with serving(settings) as url:
+        there = ("--url", url, "--key", (settings.data_dir / "admin.key").read_text().strip())
+        told = [run(*command, *there) for command in (("ingest", __file__), ("documents", "retry", "doc_1"))]
+        assert httpx.get(f"{url}/readyz").json()["checks"]["ingestion"].startswith("ok for questions only")
     monkeypatch.setenv("JAMBA_RAG_INGEST__WORKERS", "0")
-    DocumentStore(tmp_path / "rag.sqlite3").close()
-    code, out, err = run(*command, "--data-dir", tmp_path)
-    assert (code, out) == (1, "") and "JAMBA_RAG_INGEST__WORKERS=0" in err
+    monkeypatch.setenv("JAMBA_RAG_MODEL__PATH", str(tiny_checkpoint))
+    told.append(run("ingest", __file__, "--data-dir", tmp_path / "here"))
+    for code, out, err in told:
+        assert (code, out) == (1, "") and "JAMBA_RAG_INGEST__WORKERS=0" in err
