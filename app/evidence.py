@@ -1,7 +1,7 @@
 """One question to what the model reads for it: search, mode, budget, packing. Start at `EvidenceFinder.find`."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from app import schemas
@@ -75,6 +75,7 @@ class EvidenceFinder:
         self._settings, self._advice, self._evidence_hits = settings, advice, evidence_hits
         self._recent = RecentEvidence()
         self._whole = WholeSelections(store, prompt_format.count_tokens, prompt_format.cut_ahead)
+        self._reading: dict[object, set[str]] = {}  # who reads a collection whole now, and what went meanwhile
 
     def find(self, query: Query, widened: bool = False) -> Found:
         """Evidence for a question; `widened` takes all that fits. Raises ContextTooLong, CollectionNotFound,
@@ -109,17 +110,25 @@ class EvidenceFinder:
         """The model has read this: other evidence may begin alike."""
         self._recent.remember(evidence)
 
-    def forget(self) -> None:
-        """Drop all text kept, as when a document was deleted."""
+    def forget(self, document_ids: Collection[str]) -> None:
+        """Drop all text kept, as these documents are gone. To be called before the format's `forget`."""
         self._whole.forget()
+        for gone in list(self._reading.values()):
+            gone.update(document_ids)
 
     def read_whole(self, collection: str) -> Evidence | None:
         """All of a collection, as a question with the default settings reads it; None if that reads only parts of it.
         Raises CollectionNotFound."""
+        reader, gone = object(), set[str]()
+        self._reading[reader] = gone
         try:
             return self._whole.pack([collection], self.whole_budget("auto"))
         except EvidenceTooLarge:
             return None
+        finally:
+            del self._reading[reader]
+            if gone:
+                self._format.forget(gone)  # as it may have cut some of them after the others forgot them
 
     def whole_budget(self, mode: EvidenceMode = "full_context") -> int:
         """Most tokens that a short question with the default settings reads whole in this mode."""

@@ -46,6 +46,7 @@ class GenerationFailed(RuntimeError):
 
 class RunningAnswer:
     """Use once: `events` or `collect`. `document_ids` are those the model reads; `completed`: it came to its end.
+    `lost`: documents, of whatever collection, that went while it was made.
 
     `admitted`: when, on the clock of `Pace`. `none_margin`: of what is read, see reading.py.
     """
@@ -53,6 +54,7 @@ class RunningAnswer:
     def __init__(self, service: RagService, query: Query) -> None:
         self.id = f"ans_{uuid4().hex}"
         self.document_ids: frozenset[str] = frozenset()
+        self.lost: set[str] = set()
         self.completed, self.admitted, self.none_margin = False, 0.0, 0.0
         self._service, self._query = service, query
         self._found: Found | None = None
@@ -68,6 +70,7 @@ class RunningAnswer:
     def lose(self, document_ids: frozenset[str]) -> None:
         """These documents are gone: an answer that reads one of them ends with an error. From any thread."""
         self._gone.update(document_ids)
+        self.lost.update(document_ids)
         if document_ids & self.document_ids:
             self._failure = DocumentDeleted("a document that the answer was made from is gone; ask again")
 

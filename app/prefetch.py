@@ -105,6 +105,8 @@ class Prefetch:
         """Read every collection that fits; False if a question or a change came in between."""
         service = self._service
         for collection in await anyio.to_thread.run_sync(service.store.list_collections):
+            if self._gone:  # the prompt before may have been cut after that
+                service.format.forget(self._gone)
             self._gone = set()
             if not collection.documents or not service.fits_context(collection):
                 continue
@@ -117,7 +119,8 @@ class Prefetch:
             service.metrics.prefetches.labels(outcome).inc()
             if outcome == "interrupted":
                 return False
-            if reading.documents != await anyio.to_thread.run_sync(self._list_documents, collection.name):
+            documents = await anyio.to_thread.run_sync(self._list_documents, collection.name)
+            if documents != reading.documents or not self._gone.isdisjoint(reading.request.tags):
                 return False
             self._read[collection.name] = reading
             log.info("read collection %s ahead (%s): %d tokens", collection.name, outcome, reading.end)

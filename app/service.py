@@ -234,8 +234,8 @@ class RagService:
             for answer in self._running:
                 answer.lose(gone)
         self.prefetch.forget(gone)
-        self.format.forget(gone)
-        self.finder.forget()
+        self.finder.forget(gone)
+        self.format.forget(gone)  # last of these: they do it again for what they were just reading
         self.cache.invalidate(gone)
         self.store.forgotten(document_ids)
 
@@ -314,8 +314,7 @@ class RagService:
         if collection.tokens > 2 * self.finder.whole_budget("auto"):
             return False
         generation = self.store.generation()
-        known = self._whole.get(collection.name)
-        if known is None or known[0] != generation:
+        if (known := self._whole.get(collection.name)) is None or known[0] != generation:
             try:
                 whole = self.finder.read_whole(collection.name) is not None
             except CollectionNotFound:  # deleted meanwhile
@@ -386,6 +385,8 @@ class RagService:
             if answer.completed and answer in self._running:
                 self._pace.finish(answer.admitted)
             self._running.discard(answer)
+        if answer.lost:
+            self.format.forget(answer.lost)  # as it may have had some of them cut after the others forgot them
 
 
 def check_filename(name: str) -> str:

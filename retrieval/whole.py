@@ -63,8 +63,10 @@ class WholeSelections:
         return evidence
 
     def forget(self) -> None:
-        """Drop everything kept, as when a document was deleted."""
+        """Drop everything kept, as when a document was deleted, and keep nothing that was read before that."""
+        generation = self._store.generation()
         with self._lock:
+            self._generation = max(generation, self._generation)
             self._kept.clear()
 
     def _find(self, generation: int, key: str) -> tuple[Evidence | None, int, int] | None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import anyio.from_thread
 import numpy as np
 import pytest
 from app_kit import GARDEN, LIGHTHOUSE, make_settings, running_service
@@ -70,6 +71,33 @@ async def test_a_collection_is_read_and_cut_once_for_all_questions(tiny_checkpoi
         answer = await client.ask("Who is the keeper?", mode="full_context")
         assert {source["document_id"] for source in answer["sources"]} == {documents[1]["id"]}
         assert read[2:] == [documents[1]["id"]]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("late", ["get_content", "build_prompt", "constrain", "collections"])
+async def test_nothing_is_kept_of_a_document_that_goes_while_it_is_read(tiny_checkpoint, tmp_path, monkeypatch, late):
+    async with running_service(make_settings(tiny_checkpoint, tmp_path)) as client:
+        path = f"/v1/documents/{(await client.upload('a.md', LIGHTHOUSE))['id']}"
+        service, replies = client.app.state.service, []
+        place = service.format if hasattr(service.format, late) else service.store
+        name = late if hasattr(place, late) else "get_content"
+        method = getattr(place, name)
+
+        def delete_meanwhile(*arguments):
+            result = method(*arguments)
+            if not replies and (place is service.store or any(getattr(one, "passages", ()) for one in arguments)):
+                replies.append(anyio.from_thread.run(client.delete, path))
+                return method(*arguments) if place is service.format else result
+            return result
+
+        monkeypatch.setattr(place, name, delete_meanwhile)
+        if late == "collections":
+            await client.get("/v1/collections")
+        else:
+            await client.post("/v1/answers", json={"question": "Who is the keeper?"})
+        assert [reply.status_code for reply in replies] == [204]
+        assert kept_of(service) == set() and not service.format._indexes._entries
+        assert all(not evidence or not evidence.passages for evidence, *_ in service.finder._whole._kept.values())
 
 
 def kept_of(service: RagService) -> set[str]:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
+import anyio.from_thread
 import pytest
 from app_kit import GARDEN, LIGHTHOUSE, ServiceClient, make_settings, running_service
 
@@ -82,6 +83,33 @@ async def test_no_token_of_a_deleted_document_is_kept(client):
     assert list(prefetch._read) == ["default"]
     await client.delete("/v1/collections/default")
     assert prefetch._read == {}
+
+
+@pytest.mark.parametrize("late", ["its prompt is made", "it is kept"])
+async def test_no_token_is_kept_of_a_document_that_goes_while(client, monkeypatch, late):
+    service, replies = client.app.state.service, []
+    place, name = (
+        (service.format, "build_prompt") if late == "its prompt is made" else (service.prefetch, "_list_documents")
+    )
+    method, calls = getattr(place, name), []
+
+    def delete_meanwhile(*arguments):
+        result = method(*arguments)
+        calls.append(arguments)
+        if not replies and (arguments[1].passages if place is service.format else len(calls) == 2):
+            (document,) = service.store.list_documents()
+            replies.append(anyio.from_thread.run(client.delete, f"/v1/documents/{document.id}"))
+            return method(*arguments) if place is service.format else result
+        return result
+
+    monkeypatch.setattr(place, name, delete_meanwhile)
+    await client.post("/v1/documents", files={"file": ("lighthouse.md", LIGHTHOUSE.encode())})
+    await until(lambda: handled(client))
+    await until(lambda: asyncio.sleep(0, bool(replies)))
+    await until(lambda: handled(client))
+    assert [reply.status_code for reply in replies] == [204]
+    assert all(not reading.request.tags for reading in service.prefetch._read.values())
+    assert not service.format._kept._passages._entries
 
 
 async def test_what_does_not_fit_is_not_read(client):

@@ -1,5 +1,7 @@
 """Selections read whole: all of their documents in order, made evidence once until a document changes."""
 
+import threading
+
 import pytest
 from retrieval_kit import add, ingest, queue, sha
 
@@ -76,6 +78,20 @@ def test_nothing_stays_behind_a_change(store, counting):
     assert [made[0].passages for made in counting.whole._kept.values()] == [()]
     counting.whole.forget()
     assert not counting.whole._kept
+
+
+def test_nothing_is_kept_that_was_read_before_a_change(store):
+    document, ahead = add(store, "one"), []
+
+    def delete_meanwhile(passages):
+        ahead.extend(passage.text for passage in passages)
+        change = threading.Thread(target=lambda: (store.delete_document(document.id), whole.forget()))
+        change.start()
+        change.join()
+
+    whole = WholeSelections(store, COUNT, delete_meanwhile)
+    assert whole.pack(["default"], 50).passages and ahead == ["one"]
+    assert not whole._kept
 
 
 def test_what_is_too_large_is_not_read_again_for_less(store, counting):
