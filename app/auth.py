@@ -54,6 +54,10 @@ class Principal:
         if _RANK[self.role] < _RANK[role]:
             raise Forbidden(f"this call needs a key with the role {role}; yours is {self.role}")
 
+    @property
+    def may_write(self) -> bool:
+        return self.role != "reader"
+
     def may_see(self, collection: str) -> bool:
         return self.collections is None or collection in self.collections
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Response
 from fastapi.security import HTTPBearer
 
 from app.auth import Authenticator, Principal
@@ -36,6 +36,11 @@ class _Require:
         principal: Principal = request.state.principal
         principal.require(self._role)
         return principal
+
+
+def tell_methods(response: Response, may_post: bool) -> None:
+    """Say in the header Allow, beside a list, whether this key may also add to it: a page then offers it or not."""
+    response.headers["Allow"] = "GET, POST" if may_post else "GET"
 
 
 async def known_query(request: Request) -> None:

@@ -1,9 +1,9 @@
 """/v1/collections: named sets of documents that are asked together."""
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
 from app import schemas
-from app.deps import KnownQuery, Reader, ServiceDep, Writer
+from app.deps import KnownQuery, Reader, ServiceDep, Writer, tell_methods
 from app.errors import Forbidden
 from app.service import RagService
 from retrieval.types import Collection
@@ -23,8 +23,9 @@ def _show(collection: Collection, service: RagService) -> schemas.Collection:
 
 
 @router.get("")
-def list_collections(principal: Reader, service: ServiceDep) -> schemas.CollectionList:
-    """All collections that the key may see, oldest first."""
+def list_collections(principal: Reader, service: ServiceDep, response: Response) -> schemas.CollectionList:
+    """All collections that the key may see, oldest first. The header Allow has POST where it may make new ones."""
+    tell_methods(response, principal.may_write and principal.collections is None)
     visible = [collection for collection in service.store.list_collections() if principal.may_see(collection.name)]
     return schemas.CollectionList(data=[_show(collection, service) for collection in visible])
 

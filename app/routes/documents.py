@@ -11,7 +11,7 @@ from fastapi.responses import FileResponse
 
 from app import intake, page_images, schemas
 from app.auth import Unauthorized
-from app.deps import AuthenticatorDep, KnownQuery, Reader, ServiceDep, SettingsDep, Writer
+from app.deps import AuthenticatorDep, KnownQuery, Reader, ServiceDep, SettingsDep, Writer, tell_methods
 from app.errors import InvalidRequest, describe_error
 from app.page_images import is_known
 from app.sse import STREAMS, Event, event_response
@@ -59,12 +59,17 @@ async def upload_documents(
 def list_documents(
     principal: Reader,
     service: ServiceDep,
+    response: Response,
     collection: str | None = None,
     status: Status | None = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: str | None = None,
 ) -> schemas.DocumentPage:
-    """A page of documents, oldest first; `after` is the last id of the page before, which may be deleted by now."""
+    """A page of documents, oldest first; `after` is the last id of the page before, which may be deleted by now.
+
+    The header Allow has POST where the key may also upload, and so delete.
+    """
+    tell_methods(response, principal.may_write)
     names = service.visible_collections(None if collection is None else [collection], principal)
     if after is not None:
         service.check_visible(after, principal)

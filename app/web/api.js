@@ -67,7 +67,14 @@ const readJson = async (path, options) => (await request(path, options)).json();
 const documentPath = (id) => `v1/documents/${encodeURIComponent(id)}`;
 const collectionPath = (name) => `v1/collections/${encodeURIComponent(name)}`;
 
-export const listCollections = async () => (await readJson("v1/collections")).data;
+/** What a list holds, as JSON, and whether this key may add to it (`mayAdd`). */
+async function readList(path) {
+  const response = await request(path);
+  const allowed = response.headers.get("Allow");
+  return { ...(await response.json()), mayAdd: !allowed || /\bPOST\b/.test(allowed) };
+}
+
+export const listCollections = () => readList("v1/collections");
 export const createCollection = (name) => readJson("v1/collections", { method: "POST", json: { name } });
 export const deleteCollection = (name) => request(collectionPath(name), { method: "DELETE" });
 export const getDocument = (id) => readJson(documentPath(id));
@@ -83,14 +90,14 @@ export async function getPageImage(id, page, start, end) {
   return { blob: await response.blob(), boxes: boxes.map((box) => box.split(" ").map(Number)) };
 }
 
-/** Every document of a collection, a page of 1,000 at a time. */
+/** Every document of a collection, read 1,000 at a time: `{data, mayAdd}`. */
 export async function listDocuments(collection) {
   const documents = [];
   for (let after = ""; ; after = documents.at(-1).id) {
     const query = new URLSearchParams({ collection, limit: "1000", ...(after && { after }) });
-    const page = await readJson(`v1/documents?${query}`);
+    const page = await readList(`v1/documents?${query}`);
     documents.push(...page.data);
-    if (!page.has_more || !page.data.length) return documents;
+    if (!page.has_more || !page.data.length) return { data: documents, mayAdd: page.mayAdd };
   }
 }
 

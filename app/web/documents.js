@@ -83,6 +83,7 @@ export class DocumentsPanel {
     clearTimeout(this.factsTimer);
     for (const entry of this.uploads) entry.cancelling.abort();
     Object.assign(this, { collections: [], entries: [], uploads: [], waiting: [] });
+    this.setReadOnly(false);
     sessionStorage.removeItem(STORED_COLLECTION);
     this.select.replaceChildren();
     this.list.replaceChildren();
@@ -90,7 +91,9 @@ export class DocumentsPanel {
 
   /** Keeps the choice, also one made meanwhile, and over a reload of the page. */
   async loadCollections(wanted = "") {
-    this.collections = await api.listCollections();
+    const { data, mayAdd } = await api.listCollections();
+    this.collections = data;
+    byId("new-collection").hidden = !mayAdd;
     const chosen = wanted || this.collection || sessionStorage.getItem(STORED_COLLECTION);
     this.factsLooks = FACTS_LOOKS;
     const names = this.collections.map((collection) => collection.name);
@@ -120,7 +123,7 @@ export class DocumentsPanel {
   /** The service reads a collection that fits some seconds after it has changed. */
   async refreshFacts() {
     await this.guard(async () => {
-      this.collections = await api.listCollections();
+      this.collections = (await api.listCollections()).data;
       this.showFacts();
     }, false);
   }
@@ -131,8 +134,9 @@ export class DocumentsPanel {
     sessionStorage.setItem(STORED_COLLECTION, collection);
     const known = this.collections.some(({ name }) => name === collection);
     const shown = this.entries.filter((entry) => entry.document?.collection === collection);
-    const documents = known ? await api.listDocuments(collection) : [];
+    const { data: documents, mayAdd } = known ? await api.listDocuments(collection) : { data: [], mayAdd: true };
     if (collection !== this.collection) return;
+    this.setReadOnly(!mayAdd);
     const there = new Map(documents.map((document) => [document.id, document]));
     for (const entry of shown.filter(({ document }) => !there.has(document.id))) {
       this.forget(entry, `${entry.filename} is gone`);
@@ -149,6 +153,12 @@ export class DocumentsPanel {
     this.entries = [...this.uploads.filter((entry) => entry.collection === collection), ...entries];
     this.showList();
     this.poll();
+  }
+
+  /** Offers nothing to a reader that the service would refuse. */
+  setReadOnly(isReadOnly) {
+    this.isReadOnly = isReadOnly;
+    byId("workspace").classList.toggle("read-only", isReadOnly);
   }
 
   showList() {
@@ -318,7 +328,7 @@ export class DocumentsPanel {
       area.addEventListener(type, (event) => {
         if (!event.dataTransfer.types.includes("Files")) return;
         event.preventDefault();
-        act(event);
+        if (!this.isReadOnly) act(event);
       });
     onFiles("dragover", () => highlight(true));
     onFiles("dragleave", ({ relatedTarget }) => area.contains(relatedTarget) || highlight(false));

@@ -22,7 +22,7 @@ export class Entry {
     this.progress = h("progress", { max: 1, hidden: true });
     this.retry = h("button", { type: "button", onclick: () => panel.retry(this), hidden: true }, "Retry");
     this.remove = h("button", { type: "button", onclick: () => panel.remove(this) });
-    const actions = h("span", { class: "actions" }, this.retry, this.remove);
+    const actions = h("span", { class: "actions writes" }, this.retry, this.remove);
     this.element = h("li", {}, this.name, this.open, actions, this.state, this.note, this.progress);
     this.show();
   }

@@ -166,6 +166,14 @@ async def test_no_score_of_a_bound_key_tells_which_words_others_have(client, key
         )  # average length
 
 
+async def test_lists_say_whether_a_key_may_add_to_them(client, keys):
+    for path, adders in {"collections": {"free"}, "documents": {"free", "bound"}}.items():
+        for name, key in keys.items():
+            reply = await client.get(f"/v1/{path}", headers={"Authorization": f"Bearer {key}"})
+            kind, role = name.split()
+            assert reply.headers["Allow"] == ("GET, POST" if kind in adders and role != "reader" else "GET"), name
+
+
 async def test_a_bound_key_makes_no_collections_and_reads_no_metrics(client, keys):
     headers = {"Authorization": f"Bearer {keys['bound admin']}"}
     assert (await client.post("/v1/collections", headers=headers, json={"name": "more"})).status_code == 403
