@@ -105,6 +105,7 @@ export class DocumentsPanel {
   }
 
   showFacts() {
+    this.select.title = this.collection; // may be longer than its room
     const facts = this.collections.find((collection) => collection.name === this.collection);
     byId("delete-collection").disabled = !facts;
     if (!facts) return void (byId("collection-facts").textContent = "");
