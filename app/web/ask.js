@@ -33,6 +33,13 @@ const lineAt = (text, start, end) => sliceText(text, 0, start).split("\n").at(-1
 /** The text in one paragraph, but for the rows of tables. */
 const keepRows = (text) => text.replace(/([^\n]*)\n+(?=([^\n]*))/g, (_, line, next) => line + (ROW.test(line) || ROW.test(next) ? "\n" : " "));
 
+/** The text of a passage without the heading that stands above it anyway. */
+export function withoutHeading({ text, location }) {
+  const heading = location?.heading_path?.at(-1);
+  const bare = text.replace(/^[#*\s]+/, "");
+  return (heading && bare.startsWith(heading) && bare.slice(heading.length).replace(/^[*\s]+/, "")) || text;
+}
+
 /** One question with its answer as far as it has come. */
 class Turn {
   constructor(panel, { question, collection, answer = null }) {
@@ -119,7 +126,7 @@ class Turn {
   showNotFound() {
     const said = this.answer.usage.input_tokens ? NOT_FOUND : this.answer.text; // there are no documents
     this.body.replaceChildren(h("p", { class: "not-found" }, said));
-    const entries = this.sources.slice(0, NEAREST).map((source) => this.passage(source, [h("span", { class: "quote" }, keepRows(source.text))], "≈"));
+    const entries = this.sources.slice(0, NEAREST).map((source) => this.passage(source, [h("span", { class: "quote" }, keepRows(withoutHeading(source)))], "≈"));
     const nearest = entries.length > 0 && h("p", { class: "hint" }, "The nearest passages, in case the question was meant differently:");
     this.footer.replaceChildren(...(nearest ? [nearest, h("ol", { class: "passages", "aria-label": "Nearest passages" }, ...entries)] : []));
     this.sayIfEarly();

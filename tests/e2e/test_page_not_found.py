@@ -75,3 +75,11 @@ def test_a_follow_up_takes_along_that_nothing_was_found(page, handbook):
     (first, question), (second, answer), (third, follow_up) = (one.values() for one in request["messages"])
     assert [first, second, third] == ["user", "assistant", "user"] and answer == page.answers()[0]["text"]
     assert [question, follow_up] == ["What is the price of tea?", "And of coffee?"]
+
+
+def test_a_nearest_passage_names_its_heading_once(page):
+    script = "return (await import('/web/ask.js')).withoutHeading(arguments[0])"
+    shown = lambda text, *path: page.driver.execute_script(script, {"text": text, "location": {"heading_path": path}})
+    assert shown("## Boats\nThe boat comes.", "Handbook", "Boats") == "The boat comes."
+    assert shown("3.2 **Height**\nTen metres.", "3.2 Height") == "3.2 **Height**\nTen metres."
+    assert shown("Boats", "Boats") == "Boats" and shown("The boat.") == "The boat."
