@@ -7,6 +7,7 @@ const FACTS_EVERY_MS = 3000, FACTS_LOOKS = 20;
 const STORED_COLLECTION = "jamba-rag.collection";
 const UPLOADS_AT_ONCE = 2;
 const POLL_MS = 700;
+const FINDABLE = 10; // documents from which on they can be looked for
 const POLLED = 20; // documents at once: they are read oldest first, so those behind are still waiting
 
 /** What a question with “Read what fits best” will read. */
@@ -21,6 +22,7 @@ export class DocumentsPanel {
     this.select = byId("collection");
     this.list = byId("document-list");
     this.select.addEventListener("change", () => this.guard(() => this.load()));
+    byId("find-document").addEventListener("input", () => this.showList());
     byId("new-collection").addEventListener("click", () => this.toggleForm());
     byId("new-collection-form").addEventListener("submit", (event) => this.guard(() => this.create(event)));
     byId("delete-collection").addEventListener("click", () => this.guard(() => this.dropCollection()));
@@ -107,7 +109,7 @@ export class DocumentsPanel {
   showFacts() {
     this.select.title = this.collection; // may be longer than its room
     const facts = this.collections.find((collection) => collection.name === this.collection);
-    byId("delete-collection").disabled = !facts;
+    byId("delete-collection").disabled = !facts || (this.collection === "default" && !this.entries.length); // it stays
     if (!facts) return void (byId("collection-facts").textContent = "");
     const failed = this.entries.filter((entry) => entry.failure).length;
     const ready = this.entries.filter((entry) => entry.document?.status === "ready").length;
@@ -132,6 +134,7 @@ export class DocumentsPanel {
   async load() {
     this.showFacts();
     const collection = this.collection;
+    if (sessionStorage.getItem(STORED_COLLECTION) !== collection) byId("find-document").value = "";
     sessionStorage.setItem(STORED_COLLECTION, collection);
     const known = this.collections.some(({ name }) => name === collection);
     const shown = this.entries.filter((entry) => entry.document?.collection === collection);
@@ -164,19 +167,24 @@ export class DocumentsPanel {
 
   showList() {
     const focused = document.activeElement;
-    this.list.replaceChildren(...this.entries.map((entry) => entry.element));
-    if (focused.isConnected) focused.focus({ preventScroll: true }); // a line that was moved loses it
     this.showHints();
+    const words = byId("find-document").value.toLowerCase().split(/\s+/);
+    const found = this.entries.filter((entry) => words.every((word) => entry.words.includes(word)));
+    this.list.replaceChildren(...found.map((entry) => entry.element));
+    byId("none-found").hidden = found.length > 0 || !this.entries.length;
+    if (focused.isConnected) focused.focus({ preventScroll: true }); // a line that was moved loses it
   }
 
   showHints() {
     this.showFacts();
     const isEmpty = !this.entries.length;
+    byId("find-document").hidden = this.entries.length < FINDABLE && !byId("find-document").value;
     byId("welcome-hint").hidden = isEmpty;
     for (const id of ["no-documents", "formats", "welcome-empty"]) byId(id).hidden = !isEmpty;
   }
 
   add(files) {
+    byId("find-document").value = ""; // what is added is seen
     const entries = files.map((file) => Object.assign(new Entry(this, { file }), { collection: this.collection }));
     this.entries.unshift(...entries);
     this.uploads.unshift(...entries);
@@ -315,11 +323,14 @@ export class DocumentsPanel {
 
   async dropCollection() {
     const name = this.collection;
-    const count = counted(this.entries.filter((entry) => entry.document).length, "document");
-    if (!(await confirmed(`Delete the collection ${name} with ${count}?`, "Delete"))) return;
+    const count = this.entries.filter((entry) => entry.document).length;
+    const all = `Delete ${counted(count, "document")}? The collection default stays, empty.`;
+    const whole = `Delete the collection ${name}${count ? ` with ${counted(count, "document")}` : ", which is empty"}?`;
+    if (!(await confirmed(name === "default" ? all : whole, "Delete"))) return;
     await api.deleteCollection(name);
-    announce(`Collection ${name} deleted`);
+    announce(name === "default" ? "All documents deleted" : `Collection ${name} deleted`);
     await this.start();
+    this.select.focus(); // the button may be disabled by now
   }
 
   /** Files can be dropped anywhere; other things that are dragged, such as selected text, are left to the browser. */

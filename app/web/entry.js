@@ -31,6 +31,11 @@ export class Entry {
     return this.document ? this.document.filename : this.file.webkitRelativePath || this.file.name;
   }
 
+  /** What it can be found by. */
+  get words() {
+    return `${this.filename} ${this.element.dataset.status}`.toLowerCase();
+  }
+
   get active() {
     return this.document !== null && !FINISHED.has(this.document.status);
   }

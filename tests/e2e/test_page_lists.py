@@ -1,8 +1,11 @@
 """The page with long names and many documents."""
 
-import json
+from pathlib import Path
 
-from tests.e2e.browser import IN_CHROMIUM, Page
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.select import Select
+
+from tests.e2e.browser import IN_CHROMIUM
 
 pytestmark = IN_CHROMIUM
 LONG = "annual-reports-and-contracts-of-the-northern-region"
@@ -19,3 +22,38 @@ def test_a_collection_has_the_room_for_its_name(page):
             buttons = page.find_all("#choose-files, #choose-folder")
             assert buttons[0].rect["y"] == buttons[1].rect["y"], width
     assert page.find("#collection").get_attribute("title") == LONG[:30]
+
+
+def test_documents_are_found_by_name_and_status(page, tmp_path: Path):
+    paths = [tmp_path / f"minutes-{number}.txt" for number in range(10)]
+    for path in paths:
+        path.write_text(path.name)
+    broken = tmp_path / "Broken.pdf"
+    broken.write_bytes(b"%PDF-1.7\nthis is no PDF at all\n" * 20)
+    assert not page.find_all("#find-document")
+    page.find("#files").send_keys("\n".join(map(str, [*paths, broken])))
+    names = lambda: sorted(line.text.split("\n")[0] for line in page.find_all("#document-list li"))
+    page.wait(lambda: "10 documents" in page.find("#collection-facts").text and page.status(broken.name) == "failed")
+    field = page.find("#find-document")
+    for words, found in {"MINUTES 7": ["minutes-7.txt"], "failed": ["Broken.pdf"], "lamps": []}.items():
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(words)
+        page.wait(lambda found=found: names() == found)
+        assert bool(page.find_all("#none-found")) == (found == [])
+        assert page.barriers() == []
+    field.send_keys(Keys.CONTROL, "a")
+    field.send_keys(Keys.DELETE)
+    page.wait(lambda: len(names()) == 11)
+    page.make_collection("elsewhere")
+    page.wait(lambda: not page.find_all("#find-document"))
+
+
+def test_the_default_collection_can_only_be_emptied(page, handbook):
+    Select(page.find("#collection")).select_by_value("default")
+    page.wait(lambda: not page.find("#delete-collection").is_enabled())
+    page.add(handbook)
+    page.find("#delete-collection").click()
+    assert page.find("#confirm-text").text == "Delete 1 document? The collection default stays, empty."
+    page.find("#confirm-yes").click()
+    page.wait(lambda: not page.find_all("#document-list li") and not page.find("#delete-collection").is_enabled())
+    assert page.driver.switch_to.active_element == page.find("#collection")
