@@ -63,7 +63,7 @@ class RunningAnswer:
         self._room_tokens = query.max_output_tokens  # what the generations to come may add to the answer, all together
         self._citations: list[schemas.Citation] = []
         self._truncated = False
-        self._counted = False  # whether what is generated next is from a prompt that was counted
+        self._was_counted = False  # whether the prompt that is answered was measured before, as passages read apart are
         self._epoch = 0  # of the prefix cache, before the documents were chosen,
         self._gone: set[str] = set()  # and what was deleted since
 
@@ -158,7 +158,7 @@ class RunningAnswer:
 
     async def _choose(self, evidence: Evidence) -> Evidence:
         """All of the evidence, or, where passages are read apart, the one that most likely holds the answer."""
-        service, self._counted = self._service, False
+        service, self._was_counted = self._service, False
         if not service.advice.read_apart or evidence.mode != "rag" or not service.format.decision_ids:
             return evidence
         if not reads_apart(evidence, await anyio.to_thread.run_sync(self._count_question)):
@@ -171,7 +171,7 @@ class RunningAnswer:
             demerit = OTHER_ROWS_NATS if lines.lacks(reading.passages) else 0
             weighed.append((demerit + await self._weigh(request, reading, read_tokens), reading))
             read_tokens += len(request.token_ids)
-        self._counted = True
+        self._was_counted = True
         return min(weighed, key=lambda one: one[0])[1]
 
     def _count_question(self) -> int:
@@ -215,6 +215,13 @@ class RunningAnswer:
     def _refuses(self, writer: AnswerReader) -> bool:
         return writer.none_margin > self._service.advice.none_margin
 
+    def _is_refused(self, writer: AnswerReader, none_margin: float) -> bool:
+        """Whether an answer with this margin is; the writer keeps both."""
+        self.none_margin = writer.none_margin = none_margin
+        refused = self._refuses(writer)
+        writer.said_none = writer.said_none or refused
+        return refused
+
     async def _request(self, reading: Evidence) -> EngineRequest:
         query, form = self._query, self._service.format
         prompt = await anyio.to_thread.run_sync(form.build_prompt, query.question, reading, query.turns)
@@ -231,8 +238,8 @@ class RunningAnswer:
 
     async def _outputs(self, reading: Evidence, allow_none: bool) -> AsyncIterator[StepOutput]:
         """What the model answers from this evidence."""
-        service, counted = self._service, not self._counted
-        self._counted = True  # a second generation from the same prompt costs nothing worth telling
+        service = self._service
+        counted = allow_none and not self._was_counted  # what is generated once more costs nothing worth telling
         limits = QuoteLimits(service.settings.max_quote_tokens, service.settings.max_quotes, allow_none)
         constraint = await anyio.to_thread.run_sync(service.format.constrain, reading, limits)
         request = await self._request(reading)
@@ -269,16 +276,11 @@ class RunningAnswer:
                     first = False
                     self._measures.add_first_token()
                     self._service.finder.remember(reading)
-                    if output.watch_logprobs:
-                        self.none_margin = writer.none_margin = await self._margin(reading, output)
-                        if self._refuses(writer):
-                            writer.said_none = True
-                            return
+                    if output.watch_logprobs and self._is_refused(writer, await self._margin(reading, output)):
+                        return
                 if output.branch_logprobs:  # the quote, asked back, before any of it is shown
-                    writer.none_margin -= self._service.advice.verdict * verdict_of([output])
-                    self.none_margin = writer.none_margin
-                    if self._refuses(writer):
-                        writer.said_none = True
+                    doubt = -self._service.advice.verdict * verdict_of([output])
+                    if self._is_refused(writer, writer.none_margin + doubt):
                         return
                 self._note(output)
                 if output.token_id is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
@@ -86,45 +86,46 @@ async def generate_likeliest(
     not greedy, or without a `QuoteConstraint`, are generated as they are. Raises what `engine.generate` does for them;
     what the engine has no room for beside them is left out.
     """
-    constraint, quote_id = request.constraint, search.quote_id
-    searched = isinstance(constraint, QuoteConstraint) and request.sampling.temperature == 0 and search.width > 1
-    first_ids = constraint.first_ids if searched else ()
-    asked = request
-    if searched and (end := len(request.token_ids)) - max(request.boundaries, default=0) >= _LONG_QUESTION_TOKENS:
-        request = replace(request, boundaries=(*request.boundaries, end))
-    watched = len(request.watch_tokens)
+    constraint = request.constraint
+    if isinstance(constraint, QuoteConstraint) and request.sampling.temperature == 0 and search.width > 1:
+        made = _generate_several(engine, request, constraint, search)
+    else:
+        made = engine.generate(request)
+    async with aclosing(made) as outputs:
+        async for output in outputs:
+            yield output
+
+
+async def _generate_several(
+    engine: GeneratesTokens, request: EngineRequest, constraint: QuoteConstraint, search: QuoteSearch
+) -> AsyncGenerator[StepOutput, None]:
+    """`generate_likeliest`, of a request for which several answers are tried."""
+    shared, watched = _keep_long_question(request), len(request.watch_tokens)
+    plain = lambda output: replace(output, watch_logprobs=output.watch_logprobs[:watched])  # as was asked for
     async with AsyncExitStack() as streams:
-        watching = replace(request, watch_tokens=(*request.watch_tokens, *first_ids))
-        greedy = await streams.enter_async_context(aclosing(engine.generate(watching)))
-        answer: list[StepOutput] = []
+        start = lambda one: streams.enter_async_context(aclosing(engine.generate(one)))
+        greedy = await start(replace(shared, watch_tokens=(*request.watch_tokens, *constraint.first_ids)))
+        first = await anext(greedy, None)
+        if first is not None:
+            yield plain(first)
+        if first is None or first.token_id != search.quote_id or first.finish_reason is not None:
+            async for output in greedy:
+                yield plain(output)
+            return
+        answer: list[StepOutput] = []  # the greedy one, from its second output on
         others: list[tuple[StepOutput | None, TokenStream]] = []
         async for output in greedy:
-            beginnings = output.watch_logprobs[watched:]
-            output = replace(output, watch_logprobs=output.watch_logprobs[:watched])
-            answer.append(output)
-            if not searched or len(answer) == 1:
-                yield output
-                searched = searched and output.token_id == quote_id and output.finish_reason is None
-            elif len(answer) == 2 and output.finish_reason is None:
-                for token_id, logprob in _likeliest(first_ids, beginnings, output.token_id, search.width - 1):
-                    begun = replace(output, token_id=token_id, logprob=logprob)
-                    stream = engine.generate(_continued(request, constraint, (quote_id, token_id)))
-                    others.append((begun, await streams.enter_async_context(aclosing(stream))))
-                if search.named is not None:
-                    stream = engine.generate(_continued(request, search.named, (quote_id,)))
-                    others.append((None, await streams.enter_async_context(aclosing(stream))))
-        if not searched:
-            return
-        answers = [answer[1:], *await asyncio.gather(*(_read(begun, stream) for begun, stream in others))]
-        judged = [
-            _judge(outputs, constraint, search)
-            for outputs in answers
-            if outputs and outputs[-1].finish_reason == "stop"
-        ]
-        best = max(judged, key=lambda one: one.nats, default=_Judged(answer[1:], (), "", 0.0))
+            if not answer and output.finish_reason is None:
+                for begun, rival in _rivals(shared, constraint, search, plain(output), output.watch_logprobs[watched:]):
+                    others.append((begun, await start(rival)))
+            answer.append(plain(output))
+        answers = [answer, *await asyncio.gather(*(_read(begun, stream) for begun, stream in others))]
+        ended = [outputs for outputs in answers if outputs and outputs[-1].finish_reason == "stop"]
+        judged = [_judge(outputs, constraint, search) for outputs in ended]
+        best = max(judged, key=lambda one: one.nats, default=None)
         if search.back is not None:
-            best = await _ask_back(engine, asked, search.back, judged) or best
-        for output in best.outputs:
+            best = await _ask_back(engine, request, search.back, judged) or best
+        for output in answer if best is None else best.outputs:
             yield output
 
 
@@ -161,14 +162,15 @@ async def _ask_back(
         if one.nats > least and one.text not in rivals and (room := room - len(given) - len(said)) >= 0:
             rivals[one.text] = one
             pieces.append((given, said))
-    told = await _nats_of_questions(engine, request, pieces) if len(rivals) > 1 or (rivals and back.verdict) else ()
-    best, most = None, float("-inf")
-    for one, (*question, verdict) in zip(rivals.values(), told, strict=False):
+    if not rivals or (len(rivals) == 1 and not back.verdict):
+        return None
+    asked = []
+    for one, nats in zip(rivals.values(), await _nats_of_questions(engine, request, pieces), strict=False):
+        *question, verdict = nats
+        begun = replace(one.outputs[0], branch_logprobs=(nats,))
         total = one.nats + back.weight * sum(question) + back.verdict * verdict
-        if total > most:
-            begun = replace(one.outputs[0], branch_logprobs=((*question, verdict),))
-            best, most = one._replace(outputs=[begun, *one.outputs[1:]]), total
-    return best
+        asked.append(one._replace(outputs=[begun, *one.outputs[1:]], nats=total))
+    return max(asked, key=lambda one: one.nats, default=None)
 
 
 async def _nats_of_questions(
@@ -194,6 +196,32 @@ async def _nats_of_questions(
     except (EngineOverloaded, ContextTooLong):
         pass
     return ()
+
+
+def _keep_long_question(request: EngineRequest) -> EngineRequest:
+    """With a state behind a question that is worth one."""
+    end = len(request.token_ids)
+    if end - max(request.boundaries, default=0) < _LONG_QUESTION_TOKENS:
+        return request
+    return replace(request, boundaries=(*request.boundaries, end))
+
+
+def _rivals(
+    request: EngineRequest,
+    constraint: QuoteConstraint,
+    search: QuoteSearch,
+    greedy: StepOutput,
+    logprobs: tuple[float, ...],
+) -> list[tuple[StepOutput | None, EngineRequest]]:
+    """What is tried beside the greedy answer: the output that an answer begins with, if it is known, and the request
+    for the rest. `logprobs` of the constraint's `first_ids`, where the greedy answer went on with `greedy`."""
+    rivals: list[tuple[StepOutput | None, EngineRequest]] = [
+        (replace(greedy, token_id=i, logprob=logprob), _continued(request, constraint, (search.quote_id, i)))
+        for i, logprob in _likeliest(constraint.first_ids, logprobs, greedy.token_id, search.width - 1)
+    ]
+    if search.named is not None:
+        rivals.append((None, _continued(request, search.named, (search.quote_id,))))
+    return rivals
 
 
 def _likeliest(
