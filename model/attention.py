@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.batch import Batch
 from model.config import JambaConfig
-from model.kernels import gpu_past
+from model.kernels import cpu, gpu_past
 from model.state import LayerKv
 
 _UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -87,8 +87,8 @@ def _attend_fresh(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
 def attend_past(q: Tensor, kv: LayerKv) -> Tensor:
     """The last t of s+t tokens attend to all before them. q (t, h, p) -> (t, h, p).
 
-    The heads of a group share their keys by view (a second batch dimension of stride 0): KV is never copied, but for
-    what is lent where kernels/gpu_past.py does not run.
+    KV is never copied, but for what is lent where kernels/gpu_past.py does not run. In PyTorch the heads of a group
+    share their keys by view (a second batch dimension of stride 0).
     Source: PyTorch flash_api.cpp::mha_fwd, whose causal mask is aligned to the last key.
     """
     if gpu_past.takes(q, *kv):
@@ -96,6 +96,8 @@ def attend_past(q: Tensor, kv: LayerKv) -> Tensor:
     keys, values, *lent = kv
     if kv.lent_keys is not None:
         keys, values = (torch.cat(pair) for pair in zip(lent, (keys, values), strict=True))
+    if cpu.attends(q, keys, values):
+        return cpu.attend(q.contiguous(), [keys], [values], [len(q)])
     t, total, kv_heads = len(q), len(keys), keys.shape[1]
     q = q.unflatten(1, (kv_heads, -1))  # (t, g, h/g, p)
     keys, values = (x.transpose(0, 1)[None] for x in (keys, values))  # (1, g, s+t, p)

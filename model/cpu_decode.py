@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model.batch import Batch
-from model.kernels.cpu import Int64, Linear, Pointer, Pointers, Rows, Vec, attend_few, call, linear_few, row_starts
+from model.kernels.cpu import Int64, Linear, Pointer, Pointers, Rows, Vec, attend, call, linear_few, row_starts
 from model.mamba import MambaMixer
 from model.moe import MLP, MoE
 from model.state import HybridState
@@ -101,7 +101,7 @@ class DecodeLayer:
         parts = zip(batch.states, *(own.split(batch.lengths) for own in (k, v)), strict=True)
         kv = [state.append_kv(attention.index, *own) for state, *own in parts]
         keys, values = [own.keys for own in kv], [own.values for own in kv]
-        return project(attention.o_proj, attend_few(q, keys, values, batch.lengths).flatten(-2))
+        return project(attention.o_proj, attend(q, keys, values, batch.lengths).flatten(-2))
 
     def _mix(self, x: Tensor, trial: Trial) -> Tensor:
         states, arguments, index = trial.batch.states, self._mamba, self._layer.mamba.index

@@ -77,6 +77,35 @@ INLINE float sum_lanes(vf x) {
 #endif
 }
 
+INLINE float max_lanes(vf x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float most = x[0];
+    for (int i = 1; i < VL; i++) most = x[i] > most ? x[i] : most;
+    return most;
+#endif
+}
+
+/* Lanes of a and, from VL on, of b. */
+INLINE vi pick(vi a, vi b, vi lanes) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_permutex2var_epi32((__m512i)a, (__m512i)lanes, (__m512i)b);
+#elif defined(__clang__)
+    vi picked;
+    for (int i = 0; i < VL; i++) picked[i] = lanes[i] < VL ? a[lanes[i]] : b[lanes[i] - VL];
+    return picked;
+#else
+    return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
+INLINE vi lane_numbers(void) {
+    vi numbers;
+    for (int i = 0; i < VL; i++) numbers[i] = i;
+    return numbers;
+}
+
 /* bf16 bits -> float, and back rounding to nearest even; NaN stays NaN, values under 2^-126 may become 0. */
 INLINE vf from_bf16(vh bits) { return (vf)(__builtin_convertvector(bits, vu) << 16); }
 

@@ -222,14 +222,20 @@ def linear_few(x: Tensor, weight: Tensor | Packed, scale: Tensor | None = None, 
     return _linear("linear_few", x, weight, scale, bias)
 
 
-def attend_few(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
-    """The last `lengths[i]` tokens of each sequence attend to all up to themselves; for few tokens.
+def attends(q: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether `attend` takes these and is the fastest way here for many tokens: all but bfloat16 where there is AMX."""
+    pays = supports(q, keys, values) and _function("attention_pays", ctypes.c_int)(Int64(_DTYPES[q.dtype]))
+    return bool(pays)
+
+
+def attend(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+    """The last `lengths[i]` tokens of each sequence attend to all up to themselves.
 
     q (T, h, p) contiguous, all sequences end to end; keys[i], values[i] (s+t, g, p) contiguous -> (T, h, p). A token's
-    result is the same bits in any company. The definition is `attention.attend_past`.
+    result is the same bits in any company and wherever its prompt is cut. The definition is `attention.attend_past`.
     """
     (_, h, p), g = q.shape, keys[0].shape[1]
-    out, tensors = torch.empty_like(q), (*keys, *values)
+    out, tensors = torch.empty(q.shape, dtype=q.dtype), (*keys, *values)
     if sum(lengths) != len(q) or h % g or any(not x.is_contiguous() or x.shape[1:] != (g, p) for x in tensors):
         raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, keys {[tuple(x.shape) for x in keys]}")
     pasts = [len(own) - length for own, length in zip(keys, lengths, strict=True)]
@@ -239,7 +245,7 @@ def attend_few(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], leng
         *((Pointer * len(x))(*(one.data_ptr() for one in x)) for x in (keys, values)),
         *(_DTYPES[keys[0].dtype], len(lengths), h, g, p, torch.get_num_threads()),
     )
-    call("attention_step", arguments)
+    call("attention", arguments)
     return out
 
 

@@ -1,12 +1,25 @@
-/* Causal grouped-query attention of a few tokens to all before them: the decode step's shape.
+/* Causal grouped-query attention of tokens to all before them: one step's or a whole prompt's.
 
-   Keys come in blocks whose borders do not depend on the call, each row of queries is summed by itself, and blocks in
-   order: a token gets the same bits alone, among others and with any number of threads. */
+   A task is a tile of tokens with the heads that share its keys. It packs a block of keys and values for products in
+   registers, and keeps of each row the largest score so far, the sum of the weights and the weighted values; where there
+   are few tiles, each part of the keys is a task of its own. Blocks and parts have the same borders in every call, a row
+   is summed by itself and in order: it has the same bits alone, in any company, wherever its prompt is cut and with any
+   number of threads. Source: Dao et al. 2022 (arXiv 2205.14135), algorithm 1; 2023 (flash-decoding), for the parts. */
 #include <math.h>
 
 #include "cpu_linear.h"
 
-enum { BLOCK = 256, TOGETHER = 4 }; /* keys of a block; rows that share a reading of the values */
+enum {
+    BLOCK = 256,            /* keys that are packed at a time */
+    PART = 4 * BLOCK,       /* keys that are summed up before they are added to those before */
+    ROWS = 6, FEW = 3,      /* multiplied at a time, and of a last few */
+    WIDE = VL == 8 ? 2 : 4, /* vectors of results a row at a time: what the registers hold */
+    TOKENS = 64,            /* of a tile, */
+    FEWEST = 16,            /* or down to that few where there were less than */
+    SHARES = 4,             /* tasks a thread; their sums of parts take at most */
+    MOST_SUMS = 1 << 24,    /* floats */
+};
+#define LOWEST (-1e30f)
 
 typedef struct {
     rows q, out;                 /* (m, h * p) */
@@ -16,179 +29,330 @@ typedef struct {
     int64_t kv_dtype, num_sequences, h, g, p, threads;
 } attention_args;
 
-#if VL == 16
-#define EVEN {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}
-#elif VL == 8
-#define EVEN {0, 2, 4, 6, 8, 10, 12, 14}
+INLINE int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of * of; }
+
+/* What products are made of: 32 bits that hold a float32, or two neighbours in bfloat16 where the processor multiplies
+   these in pairs. */
+typedef uint32_t unit;
+typedef vi vi_any __attribute__((aligned(4), may_alias));
+typedef vu vu_any __attribute__((aligned(4), may_alias));
+#ifdef __AVX512BF16__
+enum { PAIRS = 1 };
+INLINE vf dot_pairs(vf sums, vu a, vu b) { return (vf)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b); }
 #else
-#define EVEN {0, 2, 4, 6}
+enum { PAIRS = 0 };
+INLINE vf dot_pairs(vf sums, vu a, vu b) { return sums; }
 #endif
 
-/* Sums of neighbouring lanes: of a, then of b. */
-INLINE vf pair_sums(vf a, vf b) {
-    const vi even = EVEN, odd = even + 1;
-#if defined(__AVX512F__)
-    return (vf)_mm512_permutex2var_ps((__m512)a, (__m512i)even, (__m512)b) +
-           (vf)_mm512_permutex2var_ps((__m512)a, (__m512i)odd, (__m512)b);
-#elif defined(__clang__)
-    vf low, high;
-    for (int i = 0; i < VL; i++) {
-        low[i] = even[i] < VL ? a[even[i]] : b[even[i] - VL];
-        high[i] = odd[i] < VL ? a[odd[i]] : b[odd[i] - VL];
-    }
-    return low + high;
+/* Whether this is the fastest way here for many tokens: with AMX, oneDNN multiplies bf16 faster. */
+int attention_pays(int64_t dtype) {
+#ifdef __AMX_BF16__
+    return dtype != BFLOAT16;
 #else
-    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+    return 1;
 #endif
 }
 
-/* q (p,) times `count` keys, a lane each; lanes beyond are 0. */
-INLINE vf score(const float *q, rows keys, int64_t first, int64_t column, const int count, int64_t p) {
-    vf sums[VL];
+/* Matrices of units whose columns are VL lanes: the next row is `step` units on, the next VL columns `next`. */
+typedef struct {
+    const unit *first;
+    int64_t step, next;
+} panels;
+
+/* out[r] = out[r] * factors[r] + x[r] (units,) times n panels, for m rows; factors NULL: 0. m and n are constants. */
+INLINE void multiply_tile(const unit *x, int64_t ldx, const unit *panel, panels of, int64_t units, float *out, int64_t ldout,
+                          const float *factors, const int m, const int n, const int pairs) {
+    vf sums[ROWS][WIDE];
+#pragma GCC unroll 8
+    for (int r = 0; r < m; r++)
+#pragma GCC unroll 4
+        for (int j = 0; j < n; j++) sums[r][j] = splat(0.0f);
+    for (int64_t u = 0; u < units; u++, panel += of.step) {
+        vu columns[WIDE];
+#pragma GCC unroll 4
+        for (int j = 0; j < n; j++) columns[j] = *(const vu_any *)(panel + j * of.next);
+#pragma GCC unroll 8
+        for (int r = 0; r < m; r++) {
+            const vu row = x[r * ldx + u] - (vu){0};
+#pragma GCC unroll 4
+            for (int j = 0; j < n; j++)
+                sums[r][j] = pairs ? dot_pairs(sums[r][j], columns[j], row) : fma_vf((vf)columns[j], (vf)row, sums[r][j]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < m; r++)
+#pragma GCC unroll 4
+        for (int j = 0; j < n; j++) {
+            vf_any *at = (vf_any *)(out + r * ldout + j * VL);
+            *at = factors ? fma_vf(*at, splat(factors[r]), sums[r][j]) : sums[r][j];
+        }
+}
+
+/* The same for `count` panels. */
+INLINE void multiply(const unit *x, int64_t ldx, panels of, int64_t units, int64_t count, float *out, int64_t ldout,
+                     const float *factors, const int m, const int pairs) {
+    const unit *panel = of.first;
+    for (; count >= WIDE; count -= WIDE, panel += WIDE * of.next, out += WIDE * VL)
+        multiply_tile(x, ldx, panel, of, units, out, ldout, factors, m, WIDE, pairs);
+    for (; count; count--, panel += of.next, out += VL)
+        multiply_tile(x, ldx, panel, of, units, out, ldout, factors, m, 1, pairs);
+}
+
+/* As many units of row i as a vector holds, from column c on, of `left` columns; lanes beyond are 0. */
+INLINE vi load_units(rows m, int64_t i, int64_t c, int64_t left, const int pairs) {
+    if (!pairs) return (vi)load(m, i, c, left < VL ? (int)left : VL);
+    const uint16_t *at = (const uint16_t *)m.data + i * m.stride + c;
+    vi bits = {0};
+    if (left >= 2 * VL) memcpy(&bits, at, sizeof bits);
+    else memcpy(&bits, at, left * 2);
+    return bits;
+}
+
+/* VL vectors -> the first lane of each, the second of each and so on. Every round puts the upper half of the vectors
+   between the lanes of the lower one; after log2(VL) of them rows are columns. */
+INLINE void transpose(vi *of) {
+    const vi numbers = lane_numbers(), low = (numbers >> 1) + (numbers & 1) * VL;
+#pragma GCC unroll 4
+    for (int round = 1; round < VL; round *= 2) {
+        vi next[VL];
+#pragma GCC unroll 8
+        for (int i = 0; i < VL / 2; i++) {
+            next[2 * i] = pick(of[i], of[i + VL / 2], low);
+            next[2 * i + 1] = pick(of[i], of[i + VL / 2], low + VL / 2);
+        }
 #pragma GCC unroll 16
-    for (int k = 0; k < VL; k++) sums[k] = splat(0.0f);
+        for (int i = 0; i < VL; i++) of[i] = next[i];
+    }
+}
+
+/* Keys first..first + count as columns, a lane each; lanes beyond are 0. */
+INLINE panels pack_keys(rows keys, int64_t first, int64_t count, int64_t column, int64_t p, unit *to, const int pairs) {
+    const int64_t size = 1 + pairs, units = (p + pairs) / size;
+    const panels packed = {to, VL, units * VL};
+    for (int64_t k = 0; k < count; k += VL)
+        for (int64_t u = 0; u < units; u += VL) {
+            const int64_t wanted = units - u < VL ? units - u : VL;
+            vi square[VL];
+#pragma GCC unroll 16
+            for (int i = 0; i < VL; i++)
+                square[i] = k + i < count ? load_units(keys, first + k + i, column + u * size, p - u * size, pairs)
+                                          : (vi){0};
+            transpose(square);
+#pragma GCC unroll 16
+            for (int i = 0; i < VL; i++)
+                if (i < wanted) *(vi_any *)(to + i * VL) = square[i];
+            to += wanted * VL;
+        }
+    return packed;
+}
+
+/* Values first..first + count; in pairs of keys, of which the last may be one. Where nothing is to be changed they stay. */
+INLINE panels pack_values(rows values, int64_t first, int64_t count, int64_t column, int64_t p, unit *to, const int pairs) {
+    const int64_t size = 1 + pairs, next = BLOCK / size * VL;
+    if (values.dtype == FLOAT32 && p % VL == 0)
+        return (panels){(const unit *)values.data + first * values.stride + column, values.stride, VL};
     for (int64_t c = 0; c < p; c += VL) {
         const int lanes = p - c < VL ? (int)(p - c) : VL;
-        const vf of_q = load((rows){(void *)q, 0, FLOAT32}, 0, c, lanes);
-#pragma GCC unroll 16
-        for (int k = 0; k < count; k++) sums[k] = fma_vf(of_q, load(keys, first + k, column + c, lanes), sums[k]);
+        for (int64_t k = 0; k < count; k += size) {
+            vu bits = (vu)load(values, first + k, column + c, lanes);
+            if (pairs) bits >>= 16;
+            if (pairs && k + 1 < count) bits |= (vu)load(values, first + k + 1, column + c, lanes);
+            *(vu_any *)(to + c / VL * next + k / size * VL) = bits;
+        }
     }
-#pragma GCC unroll 4
-    for (int left = VL / 2; left; left /= 2)
-#pragma GCC unroll 8
-        for (int k = 0; k < left; k++) sums[k] = pair_sums(sums[2 * k], sums[2 * k + 1]);
-    return sums[0];
+    return (panels){to, VL, next};
 }
 
-/* scores (count,) -> 2^(score - largest), 0 up to the next whole vector. */
-static void weigh(float *scores, int64_t count, float *largest, float *total) {
-    rows row = {scores, 0, FLOAT32};
-    vf sum = splat(0.0f), high = splat(scores[0]);
-    int64_t whole = 0;
-    for (; whole + VL <= count; whole += VL) {
-        const vf x = load(row, 0, whole, VL);
+/* A row's sums so far: its weighted values, a whole number of vectors, and a vector that begins with these two. */
+enum { LARGEST, TOTAL };
+
+/* What a thread works with. */
+typedef struct {
+    unit *q, *keys, *values; /* (rows, units of p); panels of a block */
+    float *scores;           /* (ROWS, BLOCK) */
+    unit *weights;           /* (ROWS, BLOCK) */
+    float *sums, *part;      /* (rows, columns + VL), of all parts so far and of one */
+} workspace;
+
+/* Tokens first..last of a sequence with the heads of KV head `head`, and keys begin..end. */
+typedef struct {
+    int64_t sequence, head, first, last, begin, end;
+    float *sums; /* where they stay until the other parts are there; NULL: they are all here */
+} task;
+
+/* One row's scores (visible,) -> weights 2^(scale * score - largest), 0 up to `count`. Returns what becomes of the sums
+   so far. */
+INLINE float weigh(const float *scores, int64_t visible, int64_t count, float scale, float *so_far, unit *weights,
+                   const int pairs) {
+    const rows of_scores = {(void *)scores, 0, FLOAT32}, of_weights = {weights, 0, pairs ? BFLOAT16 : FLOAT32};
+    vf high = splat(LOWEST), sum = splat(0.0f);
+    for (int64_t k = 0; k < visible; k += VL) {
+        vf x = load(of_scores, 0, k, VL);
+        for (int64_t lane = visible - k; lane < VL; lane++) x[lane] = LOWEST;
         high = select_vf(x > high, x, high);
     }
-    *largest = high[0];
-    for (int i = 1; i < VL; i++) *largest = fmaxf(*largest, high[i]);
-    for (int64_t k = whole; k < count; k++) *largest = fmaxf(*largest, scores[k]);
+    const float before = so_far[LARGEST], now = fmaxf(before, max_lanes(high) * scale);
     for (int64_t k = 0; k < count; k += VL) {
-        const int lanes = count - k < VL ? (int)(count - k) : VL;
-        vf weight = exp2v(load(row, 0, k, VL) - *largest);
-        for (int i = lanes; i < VL; i++) weight[i] = 0;
-        store(row, 0, k, VL, weight);
+        vf weight = splat(0.0f);
+        if (k < visible) weight = exp2v(fma_vf(load(of_scores, 0, k, VL), splat(scale), splat(-now)));
+        for (int64_t lane = k < visible ? visible - k : VL; lane < VL; lane++) weight[lane] = 0;
         sum += weight;
+        store(of_weights, 0, k, VL, weight);
     }
-    *total = sum_lanes(sum);
+    const float factor = exp2v(splat(before - now))[0];
+    so_far[LARGEST] = now, so_far[TOTAL] = so_far[TOTAL] * factor + sum_lanes(sum);
+    return factor;
 }
 
-/* Columns c..c + v vectors of add_values. */
-INLINE void add_columns(float *const *weights, rows values, int64_t first, int64_t column, int64_t count,
-                        float *const *sums, int64_t c, int lanes, const int n, const int v) {
-    vf sum[n * v];
-#pragma GCC unroll 8
-    for (int i = 0; i < n * v; i++) sum[i] = splat(0.0f);
-    for (int64_t k = 0; k < count; k++)
-#pragma GCC unroll 2
-        for (int j = 0; j < v; j++) {
-            const vf value = load(values, first + k, column + c + j * VL, lanes);
-#pragma GCC unroll 4
-            for (int r = 0; r < n; r++) sum[r * v + j] = fma_vf(value, splat(weights[r][k]), sum[r * v + j]);
-        }
-    for (int r = 0; r < n; r++)
-        for (int j = 0; j < v; j++) store((rows){sums[r], 0, FLOAT32}, 0, c + j * VL, lanes, sum[r * v + j]);
-}
-
-/* sums[r] (p,) = weights[r] (count,) times values, for n rows. */
-INLINE void add_values(float *const *weights, rows values, int64_t first, int64_t column, int64_t count,
-                       float *const *sums, int64_t p, const int n) {
-    int64_t c = 0;
-    for (; c + 2 * VL <= p; c += 2 * VL) add_columns(weights, values, first, column, count, sums, c, VL, n, 2);
-    for (; c < p; c += VL)
-        add_columns(weights, values, first, column, count, sums, c, p - c < VL ? (int)(p - c) : VL, n, 1);
-}
-
-/* One block of keys of one KV head for all rows of sequence s. parts (rows, h, blocks, 2 + p): largest, total, sums. */
-INLINE void attend_block(const attention_args *a, const float *q, float *parts, int64_t blocks, int64_t s, int64_t head,
-                         int64_t block, const int64_t dtype) {
-    const int64_t heads = a->h / a->g, p = a->p, column = head * p, begin = block * BLOCK, first = a->starts[s];
-    const int64_t end = a->pasts[s] + a->starts[s + 1] - first; /* of the last row's keys */
-    const int64_t all = (end < begin + BLOCK ? end : begin + BLOCK) - begin;
-    const int64_t num_rows = (a->starts[s + 1] - first) * heads;
-    const rows keys = {(void *)a->keys[s], a->g * p, dtype}, values = {(void *)a->values[s], a->g * p, dtype};
-    float *scores = calloc(num_rows * BLOCK, sizeof *scores), *weights[TOGETHER], *sums[TOGETHER];
-    for (int64_t k = 0; k < all; k += VL)
-        for (int64_t r = 0; r < num_rows; r++) {
-            const int64_t i = r / heads, visible = a->pasts[s] + i + 1 - begin - k;
-            const float *of_row = q + ((first + i) * a->h + head * heads + r % heads) * p;
-            if (visible <= 0) continue;
-            vf out = visible < VL ? score(of_row, keys, begin + k, column, (int)visible, p)
-                                  : score(of_row, keys, begin + k, column, VL, p);
-            store((rows){scores, BLOCK, FLOAT32}, r, k, VL, out);
-        }
-    for (int64_t r = 0, n = 0; r < num_rows; r++) {
-        const int64_t i = r / heads, visible = a->pasts[s] + i + 1 - begin, count = visible < BLOCK ? visible : BLOCK;
-        if (count <= 0) continue;
-        float *part = parts + (((first + i) * a->h + head * heads + r % heads) * blocks + block) * (2 + p);
-        weigh(scores + r * BLOCK, count, part, part + 1);
-        weights[n] = scores + r * BLOCK, sums[n++] = part + 2;
-        if (n < TOGETHER && r + 1 < num_rows) continue;
-        if (n == 4) add_values(weights, values, begin, column, all, sums, p, 4);
-        if (n == 3) add_values(weights, values, begin, column, all, sums, p, 3);
-        if (n == 2) add_values(weights, values, begin, column, all, sums, p, 2);
-        if (n == 1) add_values(weights, values, begin, column, all, sums, p, 1);
-        n = 0;
-    }
-    free(scores);
-}
-
-/* Blocks 0.. of one row and head, in order -> out (p,) */
-static void merge_blocks(const float *parts, int64_t count, int64_t p, rows out, int64_t row, int64_t column) {
-    float largest = parts[0], total = 0;
-    for (int64_t b = 1; b < count; b++) largest = fmaxf(largest, parts[b * (2 + p)]);
-    for (int64_t b = 0; b < count; b++) total += parts[b * (2 + p) + 1] * exp2v(splat(parts[b * (2 + p)] - largest))[0];
-    for (int64_t c = 0; c < p; c += VL) {
-        const int lanes = p - c < VL ? (int)(p - c) : VL;
-        vf sum = splat(0.0f);
-        for (int64_t b = 0; b < count; b++) {
-            const vf of_block = load((rows){(void *)(parts + b * (2 + p) + 2), 0, FLOAT32}, 0, c, lanes);
-            sum += of_block * exp2v(splat(parts[b * (2 + p)] - largest));
-        }
-        store(out, row, column + c, lanes, sum / total);
-    }
-}
-
-void attention_step(const attention_args *a) {
-    const int64_t m = a->starts[a->num_sequences], h = a->h, p = a->p;
-    int64_t blocks = 0;
-    for (int64_t s = 0; s < a->num_sequences; s++) {
-        const int64_t own = (a->pasts[s] + a->starts[s + 1] - a->starts[s] + BLOCK - 1) / BLOCK;
-        blocks = own > blocks ? own : blocks;
-    }
-    float *q = malloc((size_t)(m * h) * (p + blocks * (2 + p)) * sizeof *q), *parts = q + m * h * p;
+/* m rows from `row` on against a block of `count` keys, of which visible[r] are row r's. */
+INLINE void attend_rows(const workspace *w, panels keys, panels values, float *sums, int64_t row, int64_t count,
+                        const int64_t *visible, int64_t p, const int m, const int pairs) {
+    const int64_t units = (p + pairs) / (1 + pairs), columns = whole(p, VL), ld = columns + VL;
     const float scale = LOG2_E / sqrtf((float)p);
-    for (int64_t i = 0; i < m; i++)
-        for (int64_t c = 0; c < h * p; c++) q[i * h * p + c] = scale * get(a->q.data, a->q.dtype, i * a->q.stride + c);
+    float factors[ROWS];
+    sums += row * ld;
+    multiply(w->q + row * units, units, keys, units, (count + VL - 1) / VL, w->scores, BLOCK, NULL, m, pairs);
+    for (int r = 0; r < m; r++)
+        factors[r] = weigh(w->scores + r * BLOCK, visible[r], count, scale, sums + r * ld + columns,
+                           w->weights + r * BLOCK, pairs);
+    multiply(w->weights, BLOCK, values, (count + pairs) / (1 + pairs), columns / VL, sums, ld, factors, m, pairs);
+}
+
+/* The task's rows against keys begin..end. */
+INLINE void attend_part(const attention_args *a, const task *t, const workspace *w, float *sums, int64_t begin,
+                        int64_t end, const int pairs) {
+    const int64_t s = t->sequence, p = a->p, heads = a->h / a->g, num_rows = (t->last - t->first) * heads;
+    const int64_t columns = whole(p, VL), ld = columns + VL;
+    const rows keys = {(void *)a->keys[s], a->g * p, a->kv_dtype};
+    const rows values = {(void *)a->values[s], a->g * p, a->kv_dtype};
+    memset(sums, 0, num_rows * ld * sizeof *sums);
+    for (int64_t row = 0; row < num_rows; row++) sums[row * ld + columns + LARGEST] = LOWEST;
+    for (; begin < end; begin += BLOCK) {
+        const int64_t count = end - begin < BLOCK ? end - begin : BLOCK;
+        const panels of_keys = pack_keys(keys, begin, count, t->head * p, p, w->keys, pairs);
+        const panels of_values = pack_values(values, begin, count, t->head * p, p, w->values, pairs);
+        for (int64_t row = 0; row < num_rows; row += ROWS) {
+            int64_t visible[ROWS], most = 0;
+            for (int64_t r = 0; r < ROWS; r++) {
+                const int64_t own = row + r < num_rows ? row + r : num_rows - 1; /* beyond: nobody reads these */
+                const int64_t seen = a->pasts[s] + t->first + own / heads + 1 - begin;
+                visible[r] = seen < 0 ? 0 : seen < count ? seen : count;
+                most = visible[r] > most ? visible[r] : most;
+            }
+            if (!most) continue;
+            if (num_rows - row > FEW) attend_rows(w, of_keys, of_values, sums, row, most, visible, p, ROWS, pairs);
+            else attend_rows(w, of_keys, of_values, sums, row, most, visible, p, FEW, pairs);
+        }
+    }
+}
+
+/* sums += those of the keys that follow. */
+static void add_part(float *sums, const float *part, int64_t num_rows, int64_t columns) {
+    for (int64_t row = 0; row < num_rows; row++, sums += columns + VL, part += columns + VL) {
+        float *old = sums + columns;
+        const float *new = part + columns, largest = fmaxf(old[LARGEST], new[LARGEST]);
+        const vf of_old = exp2v(splat(old[LARGEST] - largest)), of_new = exp2v(splat(new[LARGEST] - largest));
+        old[LARGEST] = largest, old[TOTAL] = old[TOTAL] * of_old[0] + new[TOTAL] * of_new[0];
+        for (int64_t c = 0; c < columns; c += VL)
+            *(vf_any *)(sums + c) = fma_vf(*(vf_any *)(part + c), of_new, *(vf_any *)(sums + c) * of_old);
+    }
+}
+
+static void write_out(const attention_args *a, const task *t, const float *sums) {
+    const int64_t heads = a->h / a->g, p = a->p, columns = whole(p, VL);
+    for (int64_t r = 0; r < (t->last - t->first) * heads; r++, sums += columns + VL)
+        for (int64_t c = 0; c < p; c += VL)
+            store(a->out, a->starts[t->sequence] + t->first + r / heads, (t->head * heads + r % heads) * p + c,
+                  p - c < VL ? (int)(p - c) : VL, *(vf_any *)(sums + c) / sums[columns + TOTAL]);
+}
+
+INLINE void run_task(const attention_args *a, const task *t, const workspace *w, const int pairs) {
+    const int64_t heads = a->h / a->g, p = a->p, size = 1 + pairs, units = (p + pairs) / size;
+    const int64_t num_rows = (t->last - t->first) * heads;
+    for (int64_t r = 0; r < num_rows; r++)
+        for (int64_t u = 0; u < units; u += VL) {
+            const int64_t row = a->starts[t->sequence] + t->first + r / heads, column = (t->head * heads + r % heads) * p;
+            const vi of_q = load_units(a->q, row, column + u * size, p - u * size, pairs);
+            memcpy(w->q + r * units + u, &of_q, (units - u < VL ? units - u : VL) * sizeof(unit));
+        }
+    for (int64_t begin = t->begin; begin < t->end; begin += PART) {
+        float *to = t->sums ? t->sums : begin ? w->part : w->sums;
+        attend_part(a, t, w, to, begin, t->end - begin < PART ? t->end : begin + PART, pairs);
+        if (to == w->part) add_part(w->sums, w->part, num_rows, whole(p, VL));
+    }
+    if (!t->sums) write_out(a, t, w->sums);
+}
+
+/* Parts of the same rows stand one after the other, from that of the first keys on. */
+static void join_parts(const attention_args *a, const task *t, const task *end) {
+    const int64_t num_rows = (t->last - t->first) * (a->h / a->g);
+    for (const task *next = t + 1; next < end && next->begin; next++)
+        add_part(t->sums, next->sums, num_rows, whole(a->p, VL));
+    write_out(a, t, t->sums);
+}
+
+static int64_t count_tiles(const attention_args *a, int64_t tokens) {
+    int64_t tiles = 0;
+    for (int64_t s = 0; s < a->num_sequences; s++) tiles += (a->starts[s + 1] - a->starts[s] + tokens - 1) / tokens;
+    return tiles * a->g;
+}
+
+/* All there is to do, the longest of a sequence first; `split`: part by part, with `ld` floats for the sums of each.
+   Returns how many tasks; tasks NULL: only that. */
+static int64_t list_tasks(const attention_args *a, int64_t tokens, int split, task *tasks, float *sums, int64_t ld) {
+    int64_t n = 0;
+    for (int64_t s = 0; s < a->num_sequences; s++) {
+        const int64_t m = a->starts[s + 1] - a->starts[s];
+        for (int64_t first = (m - 1) / tokens * tokens; m && first >= 0; first -= tokens)
+            for (int64_t head = 0; head < a->g; head++) {
+                const int64_t last = first + tokens < m ? first + tokens : m, end = a->pasts[s] + last;
+                for (int64_t begin = 0; begin < end; n++) {
+                    const int64_t until = split && begin + PART < end ? begin + PART : end;
+                    if (tasks) tasks[n] = (task){s, head, first, last, begin, until, split ? sums + n * ld : NULL};
+                    begin = until;
+                }
+            }
+    }
+    return n;
+}
+
+static workspace new_workspace(int64_t num_rows, int64_t p) {
+    const int64_t columns = whole(p, VL), sums = num_rows * (columns + VL);
+    const int64_t counts[] = {num_rows * p, BLOCK * p, BLOCK * columns, ROWS * BLOCK, ROWS * BLOCK, sums, sums};
+    int64_t all = 0;
+    for (int i = 0; i < 7; i++) all += whole(counts[i], 16);
+    uint32_t *next = aligned_alloc(64, all * sizeof *next), *parts[7];
+    for (int i = 0; i < 7; next += whole(counts[i++], 16)) parts[i] = next;
+    memset(parts[0], 0, counts[0] * sizeof(unit)); /* the rows beyond the last are read, though what comes of it is not */
+    return (workspace){parts[0], parts[1], parts[2], (float *)parts[3], parts[4], (float *)parts[5], (float *)parts[6]};
+}
+
+void attention(const attention_args *a) {
+    const int64_t p = a->p, wanted = SHARES * a->threads;
+    const int pairs = PAIRS && a->q.dtype == BFLOAT16 && a->kv_dtype == BFLOAT16;
+    int64_t longest = 1, tokens = TOKENS;
+    for (int64_t s = 0; s < a->num_sequences; s++)
+        longest = a->starts[s + 1] - a->starts[s] > longest ? a->starts[s + 1] - a->starts[s] : longest;
+    while (tokens > FEWEST && count_tiles(a, tokens) < wanted) tokens /= 2;
+    tokens = tokens < longest ? tokens : longest;
+    const int64_t num_rows = whole(tokens * (a->h / a->g), ROWS), ld = num_rows * (whole(p, VL) + VL);
+    const int split = count_tiles(a, tokens) < wanted && list_tasks(a, tokens, 1, NULL, NULL, ld) * ld <= MOST_SUMS;
+    const int64_t n = list_tasks(a, tokens, split, NULL, NULL, ld);
+    task *tasks = malloc(n * sizeof *tasks + (split ? n * ld * sizeof(float) : 0));
+    list_tasks(a, tokens, split, tasks, (float *)(tasks + n), ld);
 #pragma omp parallel num_threads(a->threads)
     {
-        for (int64_t s = 0; s < a->num_sequences; s++) {
-            const int64_t own = (a->pasts[s] + a->starts[s + 1] - a->starts[s] + BLOCK - 1) / BLOCK;
-#pragma omp for collapse(2) nowait
-            for (int64_t head = 0; head < a->g; head++)
-                for (int64_t block = 0; block < own; block++) {
-                    if (a->kv_dtype == BFLOAT16) attend_block(a, q, parts, blocks, s, head, block, BFLOAT16);
-                    else attend_block(a, q, parts, blocks, s, head, block, FLOAT32);
-                }
+        const workspace own = new_workspace(num_rows, p);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < n; i++) {
+            if (pairs) run_task(a, tasks + i, &own, 1);
+            else run_task(a, tasks + i, &own, 0);
         }
-#pragma omp barrier
-        for (int64_t s = 0; s < a->num_sequences; s++)
-#pragma omp for collapse(2) nowait
-            for (int64_t i = a->starts[s]; i < a->starts[s + 1]; i++)
-                for (int64_t head = 0; head < h; head++) {
-                    const int64_t seen = a->pasts[s] + i - a->starts[s] + 1;
-                    const float *of_row = parts + (i * h + head) * blocks * (2 + p);
-                    merge_blocks(of_row, (seen + BLOCK - 1) / BLOCK, p, a->out, i, head * p);
-                }
+        free(own.q);
+        if (split)
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < n; i++)
+                if (!tasks[i].begin) join_parts(a, tasks + i, tasks + n);
     }
-    free(q);
+    free(tasks);
 }

@@ -45,16 +45,6 @@ INLINE vi dot4(vi sums, vi weights, int32_t x) {
 }
 #endif
 
-INLINE float max_lanes(vf x) {
-#ifdef __AVX512F__
-    return _mm512_reduce_max_ps((__m512)x);
-#else
-    float most = x[0];
-    for (int i = 1; i < VL; i++) most = x[i] > most ? x[i] : most;
-    return most;
-#endif
-}
-
 /* Whether this is the fastest way here: with AMX, oneDNN multiplies bf16 faster than this int8. */
 int packing_pays(void) {
 #if defined(NO_DOT4) || defined(__AMX_BF16__)

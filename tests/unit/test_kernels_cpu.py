@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -261,29 +262,44 @@ def test_few_rows_give_the_same_bits_alone(dtype: torch.dtype) -> None:
     assert torch.equal(alone, together) and torch.equal(shared, together)
 
 
+# alone, without a past, over the border of a block, of a part, of a tile, and of all three
+LENGTHS, PASTS = [1, 5, 3, 7, 70, 190], [0, 0, 254, 1020, 600, 2001]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("h", "g", "p"), [(1, 1, 1), (6, 2, 20), (9, 3, 64), (5, 1, 33), (4, 4, 130)])
 @pytest.mark.usefixtures("poisoned")
-def test_attention_of_a_few_tokens_equals_its_definition(h: int, g: int, p: int, dtype: torch.dtype) -> None:
-    lengths, pasts = [1, 5, 3, 7], [0, 0, 254, 600]  # alone, without a past, over the border of a block, of several
-    q = normal(sum(lengths), h, p).to(dtype)
+def test_attention_equals_its_definition(h: int, g: int, p: int, dtype: torch.dtype) -> None:
+    q = normal(sum(LENGTHS), h, p).to(dtype)
     keys, values = (
-        [normal(s + t, g, p, seed=k).to(dtype) for s, t in zip(pasts, lengths, strict=True)] for k in (1, 2)
+        [normal(s + t, g, p, seed=k).to(dtype) for s, t in zip(PASTS, LENGTHS, strict=True)] for k in (1, 2)
     )
-    ours = cpu.attend_few(q, keys, values, lengths)
-    pieces = zip(q.split(lengths), keys, values, strict=True)
+    keys[1] *= 30  # one weight of nearly 1, however low the others
+    ours = cpu.attend(q, keys, values, LENGTHS)
+    pieces = list(zip(q.split(LENGTHS), keys, values, strict=True))
     expected = torch.cat([attend_past(q.double(), LayerKv(k.double(), v.double())) for q, k, v in pieces])
     assert_close("out", ours, expected, RATIO[dtype])
-    torch.set_num_threads(2)
-    shared = cpu.attend_few(q, keys, values, lengths)
+    alone = [cpu.attend(q, [k], [v], [len(q)]) for q, k, v in pieces]
+    assert torch.equal(torch.cat(alone), ours), "in company"
+    for threads in (2, 40):
+        torch.set_num_threads(threads)
+        assert torch.equal(cpu.attend(q, keys, values, LENGTHS), ours), threads
     torch.set_num_threads(1)
-    assert torch.equal(shared, ours)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cuts", [[1] * 4 + [396], [150, 250], [64, 300, 36]])
+def test_attention_has_the_same_bits_however_a_prompt_is_cut(cuts: list[int], dtype: torch.dtype) -> None:
+    q, keys, values = (normal(400, heads, 64, seed=heads).to(dtype) for heads in (9, 3, 3))
+    pieces = zip(q.split(cuts), accumulate(cuts), strict=True)
+    cut = [cpu.attend(own, [keys[:end]], [values[:end]], [len(own)]) for own, end in pieces]
+    assert torch.equal(torch.cat(cut), cpu.attend(q, [keys], [values], [400]))
 
 
 def test_attention_refuses_what_does_not_fit() -> None:
     q, kv = normal(2, 4, 8), normal(5, 2, 8)
     with pytest.raises(ValueError, match=r"q \(2, 4, 8\)"):
-        cpu.attend_few(q, [kv], [kv], [3])
+        cpu.attend(q, [kv], [kv], [3])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
