@@ -1,5 +1,6 @@
 """The OpenAPI description as one plain page: no scripts, nothing loaded from elsewhere."""
 
+import json
 from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
@@ -32,7 +33,8 @@ def _operations(openapi: Mapping[str, Any]) -> Iterator[str]:
 def _parameters(operation: Mapping[str, Any]) -> Iterator[str]:
     for parameter in operation.get("parameters", ()):
         required = ", required" if parameter.get("required") else ""
-        yield f"<code>{escape(parameter['name'])}</code> ({parameter['in']}{required}): {_type(parameter['schema'])}"
+        named = f"<code>{escape(parameter['name'])}</code> ({parameter['in']}{required}): {_type(parameter['schema'])}"
+        yield named + _meaning(parameter)
     for media_type, content in operation.get("requestBody", {}).get("content", {}).items():
         yield f"body, {escape(media_type)}: {_type(content['schema'])}"
 
@@ -47,7 +49,13 @@ def _schemas(openapi: Mapping[str, Any]) -> Iterator[str]:
     for name, schema in sorted(openapi.get("components", {}).get("schemas", {}).items()):
         yield f'<h3 id="{escape(name)}"><code>{escape(name)}</code></h3><p>{escape(schema.get("description", ""))}</p>'
         fields = schema.get("properties", {}).items()
-        yield _list(f"<code>{escape(field)}</code>: {_type(value)}" for field, value in fields)
+        yield _list(f"<code>{escape(field)}</code>: {_type(value)}{_meaning(value)}" for field, value in fields)
+        for example in schema.get("examples", ()):
+            yield f"<pre>{escape(json.dumps(example, indent=2, ensure_ascii=False))}</pre>"
+
+
+def _meaning(described: Mapping[str, Any]) -> str:
+    return f". {escape(text)}" if (text := described.get("description")) else ""
 
 
 def _type(schema: Mapping[str, Any]) -> str:

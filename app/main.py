@@ -10,12 +10,14 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache
 
 import anyio.to_thread
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 
 from app.advice import take_advice
+from app.api_texts import describe
 from app.audit import AuditLog
 from app.auth import Authenticator
 from app.datadir import DataDir
@@ -79,7 +81,8 @@ def create_app(settings: Settings, answering: bool = True) -> FastAPI:
     app = FastAPI(
         title="Jamba RAG",
         version=VERSION,
-        description="Upload documents, ask questions, get answers whose every quote is checked against the source.",
+        description="Upload documents, ask questions, get answers whose every quote is checked against the source. "
+        "All calls below /v1, and /metrics, need the header `Authorization: Bearer <key>`.",
         lifespan=lambda _: _run(parts),
         telemetry={"tracing": False, "metrics": False, "logs": False},  # app/tracing.py, and nothing global
         docs_url=None,
@@ -90,6 +93,8 @@ def create_app(settings: Settings, answering: bool = True) -> FastAPI:
             "5XX": {"description": "The service failed", "content": {"application/problem+json": _PROBLEM}},
         },
     )
+    plain = app.openapi
+    app.openapi = cache(lambda: describe(plain()))
     app.state.service, app.state.settings = parts.service, settings
     app.state.authenticator, app.state.audit = parts.authenticator, parts.audit
     for module in (documents, collections, search, answers, openai, keys, system):

@@ -138,7 +138,7 @@ class Location(Response):
     heading_path: list[str]
 
     @model_serializer(mode="wrap")
-    def _leave_out_pages(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _leave_out_pages(self, handler: SerializerFunctionWrapHandler):  # a return type would hide the fields
         return {name: value for name, value in handler(self).items() if value is not None}
 
 
