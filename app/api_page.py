@@ -1,10 +1,12 @@
 """The OpenAPI description as one plain page: no scripts, nothing loaded from elsewhere."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
+_PROBLEMS = ("4XX", "5XX")  # the same for every call: told once
 _METHODS = ("get", "post", "put", "patch", "delete")
 
 
@@ -15,8 +17,9 @@ def render_api_page(openapi: Mapping[str, Any]) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f'<title>{escape(info["title"])} API</title><link rel="stylesheet" href="/web/style.css"></head><body>'
-        f'<main class="api"><h1>{escape(info["title"])} {escape(info["version"])}</h1><p>{escape(info["description"])} '
-        f'The same for programs: <a href="/openapi.json">openapi.json</a>.</p>{body}</main></body></html>'
+        f'<main class="api"><h1>{escape(info["title"])} {escape(info["version"])}</h1><p>{_prose(info["description"])} '
+        f'The same for programs: <a href="/openapi.json">openapi.json</a>.</p>{_problem(openapi)}{body}'
+        "</main></body></html>"
     )
 
 
@@ -25,9 +28,17 @@ def _operations(openapi: Mapping[str, Any]) -> Iterator[str]:
         for method in _METHODS:
             if operation := item.get(method):
                 yield f"<h2><code>{method.upper()} {escape(path)}</code></h2>"
-                yield f"<p>{escape(operation.get('description', operation.get('summary', '')))}</p>"
+                yield f"<p>{_prose(operation.get('description', operation.get('summary', '')))}</p>"
                 yield _list(_parameters(operation))
                 yield _list(_responses(operation))
+
+
+def _problem(openapi: Mapping[str, Any]) -> str:
+    """What each call answers that fails."""
+    calls = (call for item in openapi["paths"].values() for call in item.values())
+    for media_type, content in next(calls)["responses"][_PROBLEMS[0]]["content"].items():
+        return f"<p>A call that fails is answered with {escape(media_type)}: {_type(content['schema'])}.</p>"
+    return ""
 
 
 def _parameters(operation: Mapping[str, Any]) -> Iterator[str]:
@@ -36,18 +47,23 @@ def _parameters(operation: Mapping[str, Any]) -> Iterator[str]:
         named = f"<code>{escape(parameter['name'])}</code> ({parameter['in']}{required}): {_type(parameter['schema'])}"
         yield named + _meaning(parameter)
     for media_type, content in operation.get("requestBody", {}).get("content", {}).items():
-        yield f"body, {escape(media_type)}: {_type(content['schema'])}"
+        fields = content["schema"].get("properties")
+        yield f"body, {escape(media_type)}{'' if fields else ': ' + _type(content['schema'])}"
+        for name, value in (fields or {}).items():
+            yield f"<code>{escape(name)}</code> (form): {_type(value)}{_meaning(value)}"
 
 
 def _responses(operation: Mapping[str, Any]) -> Iterator[str]:
     for status, response in operation["responses"].items():
+        if status in _PROBLEMS:
+            continue
         types = [_type(content.get("schema", {})) for content in response.get("content", {}).values()]
-        yield f"{escape(status)} {escape(response['description'])} {' '.join(types)}"
+        yield f"{escape(status)} {_prose(response['description'])} {' '.join(types)}"
 
 
 def _schemas(openapi: Mapping[str, Any]) -> Iterator[str]:
     for name, schema in sorted(openapi.get("components", {}).get("schemas", {}).items()):
-        yield f'<h3 id="{escape(name)}"><code>{escape(name)}</code></h3><p>{escape(schema.get("description", ""))}</p>'
+        yield f'<h3 id="{escape(name)}"><code>{escape(name)}</code></h3><p>{_prose(schema.get("description", ""))}</p>'
         fields = schema.get("properties", {}).items()
         yield _list(f"<code>{escape(field)}</code>: {_type(value)}{_meaning(value)}" for field, value in fields)
         for example in schema.get("examples", ()):
@@ -55,7 +71,12 @@ def _schemas(openapi: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _meaning(described: Mapping[str, Any]) -> str:
-    return f". {escape(text)}" if (text := described.get("description")) else ""
+    return f". {_prose(text)}" if (text := described.get("description")) else ""
+
+
+def _prose(text: str) -> str:
+    """As HTML; what stands between backticks is code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def _type(schema: Mapping[str, Any]) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 _IMAGE, _TEXT = "/v1/documents/{document_id}/pages/{page}/image", "/v1/documents/{document_id}/text"
 
 FIELDS: Mapping[str, str] = {
+    "/v1/documents?collection": "List this one alone.",
+    "/v1/documents?status": "List these alone.",
     "after": "The last id of the page before.",
     "attempts": "How often this version was tried.",
     "attributes": "The document's metadata.",

@@ -24,9 +24,14 @@ _POLL_S = 0.1
 _BYTES = {"type": "string", "format": "binary"}
 _FILE_FIELD = {"type": "array", "items": _BYTES, "minItems": 1}
 _FIELDS = {
-    "collection": {"type": "string", "default": "default"},
-    "metadata": {"type": "string", "description": "A JSON object."},
-    "on_conflict": {"type": "string", "enum": ["skip", "replace", "error"], "default": "skip"},
+    "collection": {"type": "string", "default": "default", "description": "Made where it is not there."},
+    "metadata": {"type": "string", "description": "A JSON object, for `filters`."},
+    "on_conflict": {
+        "type": "string",
+        "enum": ["skip", "replace", "error"],
+        "default": "skip",
+        "description": "What becomes of bytes that the collection has already.",
+    },
 }
 
 

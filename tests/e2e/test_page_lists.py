@@ -1,4 +1,4 @@
-"""The page with long names and many documents."""
+"""The page with long names and many documents, and the page of all calls."""
 
 from pathlib import Path
 
@@ -57,3 +57,10 @@ def test_the_default_collection_can_only_be_emptied(page, handbook):
     page.find("#confirm-yes").click()
     page.wait(lambda: not page.find_all("#document-list li") and not page.find("#delete-collection").is_enabled())
     assert page.driver.switch_to.active_element == page.find("#collection")
+
+
+def test_the_page_of_all_calls_fits_a_narrow_screen(page):
+    page.driver.get(f"{page.service.url}/docs")
+    with page.screen(360):
+        assert page.driver.execute_script("return document.documentElement.scrollWidth") <= 360
+        assert page.barriers() == []

@@ -29,3 +29,9 @@ async def test_examples_are_valid_and_shown(openapi, client, name):
     assert openapi["components"]["schemas"][name]["examples"] == [EXAMPLES[name]]
     page = (await client.get("/docs")).text
     assert page.count("<pre>") == len(EXAMPLES) and "Send the answer as Server-Sent Events" in page
+
+
+async def test_the_page_shows_code_as_code_and_problems_once(client):
+    page = (await client.get("/docs")).text
+    assert "`" not in page and "<code>Authorization: Bearer &lt;key&gt;</code>" in page
+    assert page.count("application/problem+json") == 1 and "4XX" not in page
