@@ -122,7 +122,8 @@ def _open(source: Source) -> pdfium.PdfDocument:
 
 
 def _reason(error: pdfium.PdfiumError) -> str:
-    return str(error).removesuffix(".")
+    """What PDFium says, without what pypdfium2 tried."""
+    return re.sub(r"^.*\(PDFium: (.+)\)$", r"\1", str(error).removesuffix("."))
 
 
 def _can_load(source: Source) -> bool:
