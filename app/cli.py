@@ -15,7 +15,8 @@ import typer
 from typer.completion import get_completion_script
 
 from app import render
-from app.cli_options import Collection, DataDirectory, Json, Key, Limit, Metadata, PlainGroup, Url, choose_settings
+from app.cli_arguments import DocumentId, DocumentIds, KeyId, KeyRole, Limit
+from app.cli_options import Collection, DataDirectory, Json, Key, Metadata, PlainGroup, Url, choose_settings
 from app.settings import SettingsError
 from retrieval.types import OnConflict, Status
 
@@ -173,8 +174,8 @@ def search(
 
 @documents.command("list")
 def list_documents(
-    collection: Annotated[str | None, typer.Option("--collection", "-c")] = None,
-    status: Annotated[Status | None, typer.Option()] = None,
+    collection: Annotated[str | None, typer.Option("--collection", "-c", help="Of this one alone.")] = None,
+    status: Annotated[Status | None, typer.Option(help="In this state alone.")] = None,
     url: Url = None,
     key: Key = None,
     data_dir: DataDirectory = None,
@@ -198,7 +199,7 @@ def list_documents(
 
 @documents.command("show")
 def show_document(
-    document_id: str, url: Url = None, key: Key = None, data_dir: DataDirectory = None, as_json: Json = False
+    document_id: DocumentId, url: Url = None, key: Key = None, data_dir: DataDirectory = None, as_json: Json = False
 ) -> None:
     """Everything known about one document."""
     from app.client import connect
@@ -210,7 +211,7 @@ def show_document(
 
 @documents.command("delete")
 def delete_documents(
-    document_ids: Annotated[list[str], typer.Argument(metavar="ID")],
+    document_ids: DocumentIds,
     url: Url = None,
     key: Key = None,
     data_dir: DataDirectory = None,
@@ -227,7 +228,7 @@ def delete_documents(
 
 @documents.command("retry")
 def retry_documents(
-    document_ids: Annotated[list[str], typer.Argument(metavar="ID")],
+    document_ids: DocumentIds,
     url: Url = None,
     key: Key = None,
     data_dir: DataDirectory = None,
@@ -248,8 +249,8 @@ def retry_documents(
 
 @keys.command("create")
 def create_key(
-    name: str,
-    role: Annotated[Literal["reader", "writer", "admin"], typer.Option()] = "reader",
+    name: Annotated[str, typer.Argument(help="What the key is for.")],
+    role: KeyRole = "reader",
     collection: Annotated[list[str] | None, typer.Option("--collection", "-c", help="Bind the key to these.")] = None,
     requests_per_minute: Limit = None,
     tokens_per_minute: Limit = None,
@@ -287,7 +288,7 @@ def list_keys(url: Url = None, key: Key = None, data_dir: DataDirectory = None, 
 
 
 @keys.command("revoke")
-def revoke_key(key_id: str, url: Url = None, key: Key = None, data_dir: DataDirectory = None) -> None:
+def revoke_key(key_id: KeyId, url: Url = None, key: Key = None, data_dir: DataDirectory = None) -> None:
     """End a key at once."""
     from app.client import connect
 

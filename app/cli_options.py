@@ -47,7 +47,6 @@ Collection = Annotated[str, typer.Option("--collection", "-c", help="Collection 
 Metadata = Annotated[
     str | None, typer.Option(parser=_json_object, metavar="JSON", help="A JSON object kept with every document.")
 ]
-Limit = Annotated[int | None, typer.Option(min=0, help="Limit of this key; 0: none. Default: the service's.")]
 
 
 def choose_settings(

@@ -205,6 +205,10 @@ def test_every_command_has_help(run, command):
     assert code == 0 and "Usage" in out
 
 
+def test_help_shows_long_options_whole(run):
+    assert "--documents-per-collection" in run("keys", "create", "--help")[1]
+
+
 def test_commands_talk_to_a_running_service(run, monkeypatch, tiny_checkpoint, tmp_path, corpus):
     settings = make_settings(tiny_checkpoint, tmp_path / "data")
     with serving(settings) as url:
