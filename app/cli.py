@@ -391,7 +391,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error))
         sys.exit(2)
     except (ValueError, RuntimeError, OSError) as error:  # the rooms' own errors: their messages say what to do
-        sys.exit(_fail(str(error)))
+        hint = "; name a key with --key or JAMBA_RAG_KEY" if getattr(error, "code", "") == "unauthorized" else ""
+        sys.exit(_fail(f"{error}{hint}"))
 
 
 if __name__ == "__main__":  # `python -m app.cli`
