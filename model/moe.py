@@ -62,7 +62,8 @@ class MoE(nn.Module):
             self.stats = RouterStats(counts / chosen.numel(), probabilities.mean(0))
         rows = self.experts(x.index_select(0, order // self.top_k), counts.tolist())
         rows = rows.index_select(0, order.argsort()).unflatten(0, chosen.shape)  # (T, k, d)
-        return (weights[..., None].to(x.dtype) * rows).sum(1)
+        first, *others = (weights[..., None].to(x.dtype) * rows).unbind(1)
+        return sum(others, first)
 
 
 class Experts(nn.Module):
