@@ -1,14 +1,15 @@
 """Prefill and decode on the CPU, side by side with `transformers`' Jamba on the same random checkpoint.
 
 Both load one checkpoint from disk and must agree on its logits before anything is timed; then they take turns.
-`transformers` runs as installed here: its PyTorch path, without mamba-ssm. Shapes: `bench` (4 layers, d 256) and
-`shipped` (the shape of the checkpoint that ships: 30 layers, d 576).
+`transformers` runs as installed here: its PyTorch path, without mamba-ssm. Attention is timed alone as well, beside
+PyTorch's. Shapes: `bench` (4 layers, d 256) and `shipped` (that of the checkpoint that ships: 30 layers, d 576).
     python -m bench.cpu_prefill [--shape bench] [--tokens 2048] [--threads 2] [--repeats 7]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 import tempfile
@@ -22,9 +23,11 @@ from transformers import JambaConfig, JambaForCausalLM
 
 from bench.runs import BenchRun, time_interleaved
 from model import Jamba, load_model
+from model.attention import attend_ref
 from model.kernels import cpu
 
 DECODE_STEPS = 16
+ATTENTION = ((1, 8192), (4, 8192), (40, 8192), (512, 8192), (1200, 0))  # tokens, and those before them
 MAX_LOGIT_ERROR = {torch.float32: 1e-5, torch.bfloat16: 0.1}  # relative RMS
 COMMON = {"mamba_d_state": 16, "mamba_d_conv": 4, "expert_layer_period": 2, "expert_layer_offset": 1, "pad_token_id": 0}
 SHAPES = {
@@ -67,6 +70,7 @@ def main() -> None:
         run = BenchRun(f"cpu-prefill-{arguments.shape}", argv=sys.argv)
         bench_prefill(run, candidates, token_ids, arguments.repeats)
         bench_decode(run, candidates, token_ids, arguments.repeats)
+        bench_attention(run, SHAPES[arguments.shape], arguments.repeats)
         bench_ceilings(run, arguments.repeats)
         run.finish()
 
@@ -139,6 +143,33 @@ def bench_decode(run: BenchRun, candidates: list[Candidate], token_ids: Tensor, 
     started = {c.name: run_prefill(c.model, token_ids) for c in candidates}
     cases = {c.name: lambda c=c: run_decode(c.model, *started[c.name]) for c in candidates}
     add_rows(run, "decode", candidates, time_interleaved(cases, warmup=2, repeats=repeats), DECODE_STEPS)
+
+
+def bench_attention(run: BenchRun, shape: dict[str, int], repeats: int) -> None:
+    """One layer's, of some tokens to those before them and to themselves."""
+    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    head_dim = shape["hidden_size"] // heads
+    for dtype, (tokens, past) in itertools.product((torch.float32, torch.bfloat16), ATTENTION):
+        q, keys, values = (
+            torch.randn(length, count, head_dim).to(dtype)
+            for length, count in ((tokens, heads), (past + tokens, kv_heads), (past + tokens, kv_heads))
+        )
+        cases = {
+            "PyTorch": lambda given=(q, keys, values): attend_ref(*given),
+            "ours": lambda given=(q, [keys], [values], [tokens]): cpu.attend(*given),
+        }
+        times_s = time_interleaved(cases, warmup=2, repeats=repeats)
+        flop = 4 * heads * head_dim * (tokens * past + tokens * (tokens + 1) / 2)
+        for name, own_s in times_s.items():
+            run.add(
+                what=f"attention of {tokens} behind {past}",
+                candidate=f"{name} {str(dtype).removeprefix('torch.')}",
+                tokens=tokens,
+                median_s=median(own_s),
+                worst_s=max(own_s),
+                times_pytorch=median(times_s["PyTorch"]) / median(own_s),
+                gflop_per_s=flop / median(own_s) / 1e9,
+            )
 
 
 def add_rows(

@@ -85,11 +85,9 @@ def _attend_fresh(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
 
 
 def attend_past(q: Tensor, kv: LayerKv) -> Tensor:
-    """The last t of s+t tokens attend to all before them. q (t, h, p) -> (t, h, p).
+    """The last t of s+t tokens attend to all up to themselves. q (t, h, p) -> (t, h, p).
 
-    KV is never copied, but for what is lent where kernels/gpu_past.py does not run. In PyTorch the heads of a group
-    share their keys by view (a second batch dimension of stride 0).
-    Source: PyTorch flash_api.cpp::mha_fwd, whose causal mask is aligned to the last key.
+    KV is never copied, but for what is lent where kernels/gpu_past.py does not run.
     """
     if gpu_past.takes(q, *kv):
         return gpu_past.attend(q, *kv)
@@ -98,6 +96,15 @@ def attend_past(q: Tensor, kv: LayerKv) -> Tensor:
         keys, values = (torch.cat(pair) for pair in zip(lent, (keys, values), strict=True))
     if cpu.attends(q, keys, values):
         return cpu.attend(q.contiguous(), [keys], [values], [len(q)])
+    return attend_ref(q, keys, values)
+
+
+def attend_ref(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """`attend_past` in PyTorch. q (t, h, p), keys, values (s+t, g, p) -> (t, h, p).
+
+    The heads of a group share their keys by view: a second batch dimension of stride 0.
+    Source: PyTorch flash_api.cpp::mha_fwd, whose causal mask is aligned to the last key.
+    """
     t, total, kv_heads = len(q), len(keys), keys.shape[1]
     q = q.unflatten(1, (kv_heads, -1))  # (t, g, h/g, p)
     keys, values = (x.transpose(0, 1)[None] for x in (keys, values))  # (1, g, s+t, p)

@@ -232,7 +232,7 @@ def attend(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], lengths:
     """The last `lengths[i]` tokens of each sequence attend to all up to themselves.
 
     q (T, h, p) contiguous, all sequences end to end; keys[i], values[i] (s+t, g, p) contiguous -> (T, h, p). A token's
-    result is the same bits in any company and wherever its prompt is cut. The definition is `attention.attend_past`.
+    result is the same bits in any company and wherever its prompt is cut. The definition is `attention.attend_ref`.
     """
     (_, h, p), g = q.shape, keys[0].shape[1]
     out, tensors = torch.empty(q.shape, dtype=q.dtype), (*keys, *values)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import load_model
-from model.attention import attend_past
+from model.attention import attend_ref
 from model.cpu_decode import MAX_TOKENS
 from model.int8 import round_rows
 from model.kernels import cpu, cpu_build
@@ -25,7 +25,6 @@ from model.kernels.causal_conv import causal_conv_ref
 from model.kernels.rms_norm import RMSNorm, rms_norm_ref
 from model.kernels.selective_scan import selective_scan_ref
 from model.kernels.silu_mul import silu_mul, silu_mul_ref
-from model.state import LayerKv
 from tests.numeric import assert_close
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C compiler")
@@ -277,7 +276,7 @@ def test_attention_equals_its_definition(h: int, g: int, p: int, dtype: torch.dt
     keys[1] *= 30  # one weight of nearly 1, however low the others
     ours = cpu.attend(q, keys, values, LENGTHS)
     pieces = list(zip(q.split(LENGTHS), keys, values, strict=True))
-    expected = torch.cat([attend_past(q.double(), LayerKv(k.double(), v.double())) for q, k, v in pieces])
+    expected = torch.cat([attend_ref(q.double(), k.double(), v.double()) for q, k, v in pieces])
     assert_close("out", ours, expected, RATIO[dtype])
     alone = [cpu.attend(q, [k], [v], [len(q)]) for q, k, v in pieces]
     assert torch.equal(torch.cat(alone), ours), "in company"
