@@ -37,7 +37,7 @@ app.add_typer(keys, name="keys")
 def options(
     show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Ask your own documents; every quote is checked against the source."""
+    """Ask questions about your own documents; every quote is checked against the source."""
     if show_version:
         sys.stdout.write(f"jamba-rag {version('jamba-rag')}\n")
         raise typer.Exit
@@ -97,7 +97,7 @@ def ingest(
 ) -> None:
     """Upload files and wait until they are searchable. Exit 1 if one of them failed.
 
-    May be interrupted: the same command again goes on, and does nothing twice.
+    May be interrupted: the same command resumes and repeats nothing.
     """
     from app.ingesting import ingest_paths
 
@@ -216,7 +216,7 @@ def delete_documents(
     key: Key = None,
     data_dir: DataDirectory = None,
 ) -> None:
-    """Remove documents from everything. Exit 1 if one of them is not there; the others go."""
+    """Delete documents and everything made from them. Exit 1 if one does not exist; the others are deleted."""
     from app.client import connect
     from app.ingesting import delete_document
 
@@ -261,7 +261,7 @@ def create_key(
     data_dir: DataDirectory = None,
     as_json: Json = False,
 ) -> None:
-    """Make a key and print it; it is shown only now."""
+    """Create a key and print it; it is never shown again."""
     from app.client import connect
 
     limits = {
@@ -278,7 +278,7 @@ def create_key(
 
 @keys.command("list")
 def list_keys(url: Url = None, key: Key = None, data_dir: DataDirectory = None, as_json: Json = False) -> None:
-    """All keys, without the keys themselves."""
+    """All keys with id, name, role and collections, without the secrets."""
     from app.client import connect
 
     with connect(choose_settings(url, key, data_dir, known=True), answering=False) as service:
@@ -289,7 +289,7 @@ def list_keys(url: Url = None, key: Key = None, data_dir: DataDirectory = None, 
 
 @keys.command("revoke")
 def revoke_key(key_id: KeyId, url: Url = None, key: Key = None, data_dir: DataDirectory = None) -> None:
-    """End a key at once."""
+    """Revoke a key at once."""
     from app.client import connect
 
     with connect(choose_settings(url, key, data_dir, known=True), answering=False) as service:
@@ -328,13 +328,14 @@ def doctor(url: Url = None, key: Key = None, data_dir: DataDirectory = None, as_
 @app.command()
 def reembed(
     path: Annotated[
-        Path | None, typer.Argument(metavar="[EMBEDDER]", help="Directory of the new one; default: the one that ships.")
+        Path | None,
+        typer.Argument(metavar="[EMBEDDER]", help="Directory of the new embedder; default: the one that ships."),
     ] = None,
     data_dir: DataDirectory = None,
 ) -> None:
-    """Make the vectors of another embedder, also while the service runs, which goes on with its own.
+    """Compute all vectors with another embedder; a running service keeps using its current one.
 
-    May be interrupted: the same command again goes on. The new ones are used from the next start with that embedder.
+    May be interrupted: the same command resumes. The vectors are used from the next start with that embedder.
     """
     from app.embedding import reembed_all
 
@@ -346,7 +347,7 @@ def reembed(
 
 @app.command()
 def backup(file: Annotated[Path, typer.Argument(metavar="FILE")], data_dir: DataDirectory = None) -> None:
-    """Write database and originals into one file, also while the service runs."""
+    """Write database and originals into one file; works while the service runs."""
     from app.backup import write_backup
 
     count = write_backup(choose_settings(None, None, data_dir).data_dir, file)

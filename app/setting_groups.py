@@ -1,6 +1,6 @@
 """The settings of a deployment by group: what each is called, what it may be, and what it does.
 
-How they are read stands in settings.py.
+settings.py reads them.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ class ServerSettings(Group):
     keepalive_s: float = setting(15.0, "Pause after which an idle event stream sends a comment.", "seconds", gt=0)
     stall_s: int = setting(
         60,
-        "Time after which a client is cut off that sends no request, no more of one, or (Linux) takes nothing.",
+        "Time after which a client is cut off that sends no (complete) request or, on Linux, reads nothing.",
         "seconds",
         ge=1,
     )
@@ -51,8 +51,8 @@ class ModelSettings(Group):
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "Type of activations; `auto` fits the device.")
     quantize: Literal["auto", "none", "int8", "w8a8"] = setting(
         "auto",
-        "How linear weights are kept: as stored, or in int8 rows. `w8a8` rounds activations, too: on a CPU with VNNI "
-        "of all products, which halves an answer's time, on an H100 of prefills, which take a third less. `auto`: "
+        "`none`: linear weights as stored; `int8`: quantized to int8 per row; `w8a8`: activations in int8 too, on a "
+        "CPU with VNNI in all products (halves an answer's time), on an H100 in prefills (a third less time). `auto`: "
         "`w8a8` on such a CPU, else `int8`.",
     )
     threads: int = setting(0, "CPU threads of the model; 0 takes all cores.", "threads", ge=0, le=1024)
@@ -65,15 +65,16 @@ class ModelSettings(Group):
     max_batch: int = setting(0, "Sequences decoded together; 0 takes 8 on a CPU, 32 on a GPU.", "sequences", ge=0)
     draft_tokens: int = setting(
         3,
-        "On a CPU: tokens of an answer that are guessed from its prompt and checked in one step, which is faster and "
-        "changes no answer; 0: none.",
+        "Speculative decoding by prompt lookup, on a CPU: most tokens drafted per step; faster, and changes no "
+        "answer; 0: none.",
         "tokens",
         ge=0,
         le=7,
     )
     state_max_bytes: int = setting(
         0,
-        "Memory of answers under way; what does not fit waits. 0: on a GPU what prefix states leave, on a CPU any.",
+        "Memory for the states of running answers; others wait. 0: on a GPU what prefix states leave, on a CPU no "
+        "limit.",
         "bytes",
         ge=0,
     )
@@ -82,22 +83,21 @@ class ModelSettings(Group):
 class CacheSettings(Group):
     gpu_max_bytes: int | None = setting(
         None,
-        "Memory of the GPU for prefix states; unset: what answers of the longest context leave, half at most; 0: none.",
+        "GPU memory for prefix states; unset: what answers of the longest context leave free, half at most; 0: none.",
         "bytes",
         ge=0,
     )
     host_max_bytes: int | None = setting(
         None,
-        "Main memory for prefix states in this process; unset: 1 GiB, beside a GPU a quarter of what the machine has; "
-        "0: none.",
+        "Main memory for prefix states; unset: 1 GiB, with a GPU a quarter of the machine's memory; 0: none.",
         "bytes",
         ge=0,
     )
-    block_tokens: int = setting(256, "Length of a stored run of KV.", "tokens", ge=1)
+    block_tokens: int = setting(256, "Tokens in one stored block of KV cache.", "tokens", ge=1)
     snapshot_tokens: int | None = setting(
         None,
-        "Ends of documents nearer than this, or behind 32K tokens than a sixteenth of the way to them, share a "
-        "snapshot of the state; unset: 512 on a CPU, 2048 on a GPU.",
+        "Least distance between snapshots at document ends (beyond 32K tokens: a sixteenth of the position); unset: "
+        "512 on a CPU, 2048 on a GPU.",
         "tokens",
         ge=0,
     )
@@ -113,22 +113,21 @@ class CacheSettings(Group):
 
 
 class RedisSettings(Group):
-    url: SecretStr | None = setting(None, "Redis or Valkey that keeps prefix states over restarts; unset: none.")
+    url: SecretStr | None = setting(None, "Redis or Valkey that keeps prefix states across restarts; unset: none.")
     key_prefix: str = setting("jamba-rag:", "First part of every key written to Redis.")
     timeout_s: float = setting(
-        0.08, "Longest wait for each reply of Redis; then it is done without, for 5 s.", "seconds", gt=0
+        0.08, "Longest wait for each reply of Redis; after that Redis is bypassed for 5 s.", "seconds", gt=0
     )
-    ttl_s: int = setting(7 * 86_400, "Time after which a prefix state leaves Redis.", "seconds", ge=1)
+    ttl_s: int = setting(7 * 86_400, "Time after which a prefix state expires in Redis.", "seconds", ge=1)
 
 
 class IngestSettings(Group):
     max_file_bytes: int = setting(1 << 30, "Largest file accepted.", "bytes", ge=1)
     max_files_per_request: int = setting(1000, "Most files in one upload request.", "files", ge=1)
-    chunk_tokens: int = setting(256, "Length a chunk is cut to.", "tokens of the embedder", ge=16)
+    chunk_tokens: int = setting(256, "Largest length of a chunk.", "tokens of the embedder", ge=16)
     workers: int = setting(
         2,
-        "Documents ingested at once; one more thread takes small files alone, unless this is 0: then nothing is "
-        "ingested.",
+        "Documents ingested at once; one more thread takes only small files. 0: this process ingests nothing.",
         "threads",
         ge=0,
     )
@@ -149,43 +148,46 @@ class RetrievalSettings(Group):
         "`cpu`, `cuda` or `cuda:<n>`: where passages and questions become vectors.",
         pattern=r"^(cpu|cuda(:\d+)?)$",
     )
-    rerank: bool = setting(True, "Let a model that reads question and passage together order the best hits anew.")
+    rerank: bool = setting(True, "Reorder the best hits with a reranker (cross-encoder).")
     reranker_path: Folder | None = setting(
-        None, "That model (a cross-encoder in Hugging Face layout), for the 50 best hits; unset: the one that ships."
+        None, "Another reranker (Hugging Face layout), which then reads the 50 best hits; unset: the one that ships."
     )
     evidence_hits: int = setting(24, "Hits that `rag` answers pack evidence from.", "hits", ge=1, le=200)
 
 
 class AnswerSettings(Group):
     max_evidence_tokens: int = setting(
-        0, "Most evidence in a prompt unless the request says less; 0 takes what the context leaves.", "tokens", ge=0
+        0, "Most evidence in a prompt; a request can ask for less; 0: what the context leaves.", "tokens", ge=0
     )
     auto_evidence_tokens: int | None = setting(
         None,
-        "Most evidence that `auto` takes whole, and that it widens to; unset: as the checkpoint advises, else all.",
+        "Up to this size `auto` takes whole documents; also the size it widens `rag` to; unset: as the checkpoint "
+        "advises, else no limit.",
         "tokens",
         ge=MIN_EVIDENCE_TOKENS,
     )
     rag_evidence_tokens: int | None = setting(
         None,
-        "Most evidence that `rag` packs at first; one passage at least; unset: as the checkpoint advises, else 4096.",
+        "Evidence that `rag` packs at first, at least one passage; unset: as the checkpoint advises, else 4096.",
         "tokens",
         ge=MIN_EVIDENCE_TOKENS,
     )
     recent_evidence_tokens: int | None = setting(
         None,
-        "Most evidence of `rag` that begins with what was read lately; unset: as advised, else twice what is packed.",
+        "Most `rag` evidence when it begins with recently read evidence; unset: as advised, else twice what is packed.",
         "tokens",
         ge=MIN_EVIDENCE_TOKENS,
     )
     max_question_tokens: int | None = setting(
         None,
-        "Longest question, which is read anew each time; unset: 8192 on a CPU, which two cores read in 20 s (60,000 "
-        "take minutes), any on a GPU.",
+        "Longest question; it is never cached. Unset: 8192 on a CPU (20 s on two cores; 60,000 take minutes), no "
+        "limit on a GPU.",
         "tokens",
         ge=1,
     )
-    max_output_tokens: int = setting(256, "Most tokens of an answer, unless a request says its own.", "tokens", ge=1)
+    max_output_tokens: int = setting(
+        256, "Most tokens of an answer, unless the request sets its own limit.", "tokens", ge=1
+    )
     max_quote_tokens: int = setting(96, "Longest quote the model may make.", "tokens", ge=1)
     max_quotes: int = setting(4, "Most quotes in an answer.", "quotes", ge=1)
     none_margin: float | None = setting(
@@ -197,70 +199,71 @@ class AnswerSettings(Group):
     )
     missing_words_nats: float | None = setting(
         None,
-        "Added to that for a question of which no word was read, a share of it for a share; unset: as advised, else 0.",
+        "Added to that margin in proportion to the question's words that the passage lacks; unset: as advised, else 0.",
         "nats",
         ge=0,
         le=50,
     )
     quote_beginnings: int | None = setting(
         None,
-        "Make the quotes of so many likely beginnings and take the likeliest; 1: the greedy one; unset: as advised.",
+        "Candidate quotes, one per likely first token, of which the likeliest is taken; 1: greedy; unset: as advised.",
         "quotes",
         ge=1,
         le=32,
     )
     read_apart: bool | None = setting(
         None,
-        "Read each passage of `rag` evidence alone and answer from the one that most likely holds the answer; unset: "
-        "as the checkpoint advises, else all together. Not for checkpoints that write freely.",
+        "Read each passage of `rag` evidence in a prompt of its own and answer from the one that most likely holds the "
+        "answer; unset: as advised, else all in one prompt. Not for checkpoints that write freely.",
     )
     ask_back: float | None = setting(
         None,
-        "Weight of how likely the question is, given a quote, beside how likely the quote is; 0: not asked; unset: as "
-        "advised.",
+        "Weight of log P(question given quote) beside log P(quote given question) when choosing a quote; 0: not "
+        "computed; unset: as advised.",
         ge=0,
         le=10,
     )
     verdict: float | None = setting(
         None,
-        "Weight of how sure the model is, asked back, that a quote answers the question: in choosing quotes and in "
-        "refusing; 0: not asked; unset: as advised.",
+        "Weight of the model's verdict whether a quote answers the question, when choosing a quote and when refusing; "
+        "0: not computed; unset: as advised.",
         ge=0,
         le=10,
     )
     prefetch_after_s: float = setting(
         2.0,
-        "A collection that `auto` takes whole is read ahead of its first question, while nobody asks, when nothing has "
-        "changed for so long; 0: never.",
+        "Prefetch: a collection that `auto` takes whole is prefilled when it has not changed for this long and nobody "
+        "is being answered; 0: never.",
         "seconds",
         ge=0,
     )
     max_wait_s: float = setting(
         30.0,
-        "A question gets 429 while those before it would keep it waiting longer, by the time that answers took lately; "
-        "0: any.",
+        "A question gets 429 if it would wait longer than this, estimated from recent answers; 0: no limit.",
         "seconds",
         ge=0,
     )
     max_pending: int = setting(
-        64, "Answers running or waiting, after which new ones get 429 however fast they are.", "answers", ge=1
+        64, "Most answers running or waiting; more get 429, whatever the estimated wait.", "answers", ge=1
     )
 
 
 class LimitSettings(Group):
-    requests_per_minute: int = setting(0, "Requests of one key, unless it has its own limit; 0: any.", "requests", ge=0)
-    tokens_per_minute: int = setting(
-        0, "Tokens computed for one key: prompts without what the cache gave, and answers; 0: any.", "tokens", ge=0
+    requests_per_minute: int = setting(
+        0, "Requests per minute and key, unless the key has its own limit; 0: no limit.", "requests", ge=0
     )
-    upload_bytes_per_day: int = setting(0, "Bytes one key may upload in a day (UTC); 0: any.", "bytes", ge=0)
+    tokens_per_minute: int = setting(
+        0, "Tokens computed per minute and key: uncached prompt tokens and answers; 0: no limit.", "tokens", ge=0
+    )
+    upload_bytes_per_day: int = setting(0, "Bytes a key may upload per day (UTC); 0: no limit.", "bytes", ge=0)
     documents_per_collection: int = setting(
-        0, "Documents in a collection, after which a key adds no more; 0: any.", "documents", ge=0
+        0, "Most documents in a collection: a key then adds no more; 0: no limit.", "documents", ge=0
     )
 
 
 class LogSettings(Group):
     level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe message written.")
-    format: Literal["text", "json"] = setting("text", "Lines for people or for machines.")
+    format: Literal["text", "json"] = setting("text", "Log lines for people or for machines.")
     audit_max_bytes: int = setting(10 << 20, "Size after which the audit log begins a new file.", "bytes", ge=4096)
     audit_files: int = setting(10, "Files of the audit log that are kept.", "files", ge=1)
 
@@ -268,6 +271,6 @@ class LogSettings(Group):
 class TelemetrySettings(Group):
     otlp_endpoint: str | None = setting(
         None,
-        "Base URL of an OpenTelemetry collector (OTLP over HTTP) that gets traces; unset: none.",
+        "Base URL of the OpenTelemetry collector (OTLP over HTTP) to send traces to; unset: none.",
         pattern="^https?://.",
     )
