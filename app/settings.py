@@ -59,7 +59,7 @@ class Settings(BaseSettings):
     )
 
     data_dir: Folder = setting(Path("data"), "Directory of the database, the originals and the index.")
-    url: str | None = setting(None, "Service that the command line talks to; unset: it opens the data directory itself.")
+    url: str | None = setting(None, "Service that the command line talks to; unset: it opens the data directory.")
     key: SecretStr | None = setting(None, "API key that the command line sends to that service.")
     server: ServerSettings = ServerSettings()
     auth: AuthSettings = AuthSettings()
