@@ -6,6 +6,13 @@ from selenium.webdriver.common.keys import Keys
 from tests.e2e.browser import IN_CHROMIUM
 
 pytestmark = IN_CHROMIUM
+NEVER_ANSWER = """
+const send = window.fetch;
+window.fetch = (path, options) => {
+  if (!String(path).endsWith("answers")) return send(path, options);
+  return new Promise((_, reject) => options.signal.addEventListener("abort", () => reject(options.signal.reason)));
+};
+"""
 KEEP_WORDS = """
 window.said = [];
 const keep = () => document.querySelectorAll(".waiting").forEach((words) => window.said.push(words.textContent));
@@ -44,3 +51,15 @@ def test_says_how_far_the_model_has_read(page, tmp_path):
 def test_every_stage_has_its_words(page, progress, words):
     script = "return (await import('/web/ask.js')).describeProgress(arguments[0])"
     assert words in page.driver.execute_script(script, progress)
+
+
+def test_a_question_can_be_stopped(page, handbook):
+    page.add(handbook)
+    page.driver.execute_script(NEVER_ANSWER)
+    page.find("#question").send_keys("When is the lamp trimmed?", Keys.ENTER)
+    page.wait(lambda: page.find("#ask-button").text == "Stop")
+    page.find("#ask-button").click()
+    page.wait(lambda: page.find("#ask-button").text == "Ask")
+    assert page.find(".turn .footer .hint").text == "Stopped."
+    page.find("#ask-button").click()  # without a question nothing happens
+    assert len(page.find_all(".turn")) == 1
