@@ -21,9 +21,9 @@ new MutationObserver(keep).observe(document.getElementById("thread"), { childLis
 
 
 def test_says_how_far_the_model_has_read(page, tmp_path):
-    """15,000 tokens, a letter each."""
+    """30,000 tokens, a letter each."""
     path = tmp_path / "long.txt"
-    path.write_text("".join(f"The lamp number {number} is trimmed at noon.\n" for number in range(375)))
+    path.write_text("".join(f"The lamp number {number} is trimmed at noon.\n" for number in range(740)))
     page.add(path)
     page.driver.execute_script(KEEP_WORDS)
     page.find("#question").send_keys("When is the lamp trimmed?", Keys.ENTER)
