@@ -108,6 +108,7 @@ export class DocumentsPanel {
 
   showFacts() {
     this.select.title = this.collection; // may be longer than its room
+    byId("question").placeholder = `Ask about ${this.collection === "default" ? "your documents" : this.collection}`;
     const facts = this.collections.find((collection) => collection.name === this.collection);
     byId("delete-collection").disabled = !facts || (this.collection === "default" && !this.entries.length); // it stays
     if (!facts) return void (byId("collection-facts").textContent = "");

@@ -69,7 +69,7 @@ export class Entry {
     this.name.textContent = this.open.textContent = this.name.title = this.open.title = this.filename;
     this.name.hidden = ready;
     this.open.hidden = !ready;
-    this.state.textContent = this.describe();
+    this.state.textContent = this.state.title = this.describe(); // long ones end in what could be read instead
     this.note.textContent = this.unread;
     this.note.hidden = !this.unread;
     this.element.dataset.status = this.failure ? "failed" : this.document?.status || "sending";

@@ -8,11 +8,11 @@ from selenium.webdriver.support.select import Select
 from tests.e2e.browser import IN_CHROMIUM
 
 pytestmark = IN_CHROMIUM
-LONG = "annual-reports-and-contracts-of-the-northern-region"
+NAME = "annual-reports-and-contracts"
 
 
 def test_a_collection_has_the_room_for_its_name(page):
-    page.make_collection(LONG[:30])
+    page.make_collection(NAME)
     for width in (1440, 820, 360):
         with page.screen(width):
             if width == 360:
@@ -21,7 +21,17 @@ def test_a_collection_has_the_room_for_its_name(page):
             assert shown >= 250, width
             buttons = page.find_all("#choose-files, #choose-folder")
             assert buttons[0].rect["y"] == buttons[1].rect["y"], width
-    assert page.find("#collection").get_attribute("title") == LONG[:30]
+    assert page.find("#collection").get_attribute("title") == NAME
+    assert page.find("#question").get_attribute("placeholder") == f"Ask about {NAME}"
+
+
+def test_a_refusal_takes_no_more_room_than_it_needs(page, tmp_path: Path):
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(b"\x89PNG\r\n\x1a\n")
+    page.find("#files").send_keys(str(photo))
+    page.wait(lambda: page.status(photo.name) == "failed")
+    state = page.line(photo.name).find_element("css selector", ".state")
+    assert "Supported: PDF" in state.get_attribute("title") and state.size["height"] < 140
 
 
 def test_documents_are_found_by_name_and_status(page, tmp_path: Path):
