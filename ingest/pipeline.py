@@ -81,7 +81,7 @@ def ingest_document(
     """
     limits = limits or IngestLimits()
     parsed = _parse(job, files, limits.parse)
-    job.set_progress("chunking", 0, 0, "chunks")
+    job.set_progress("chunking", 0, len(parsed.text), "characters")
     chunks = _chunk(job, parsed, embedder, limits.chunk)
     vectors = _embed(job, parsed, chunks, embedder, limits.embed_batch)
     job.set_progress("indexing", 0, len(chunks), "chunks")
@@ -104,10 +104,14 @@ def _parse(job: Job, files: FileStore, limits: ParseLimits) -> ParsedDocument:
 
 
 def _chunk(job: Job, parsed: ParsedDocument, embedder: IngestEmbedder, limits: ChunkLimits) -> list[Chunk]:
-    count_tokens = token_counter(embedder)
+    count_tokens, report = token_counter(embedder), job.reporter("chunking", "characters")
+    total, counted = len(parsed.text), 0
 
     def count_or_end(text: str) -> int:
+        nonlocal counted
         job.check()  # a text of 256 MiB is minutes of work
+        counted += len(text)
+        report(min(counted // 2, max(0, total - 1)), total)  # each is counted in its paragraph and in its chunk
         return count_tokens(text)
 
     return chunk_document(parsed, job.document.id, fit_limits(limits, embedder), count_or_end)

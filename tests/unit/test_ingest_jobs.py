@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from clock_kit import Clock
 
+from ingest import pipeline
 from ingest.files import FileStore
 from ingest.jobs import IngestWorker
 from ingest.parse import ParseError
@@ -20,7 +21,7 @@ from ingest.sniff import DOCX, PDF
 from retrieval.embedder import MiniLMEmbedder
 from retrieval.index import FaissIndex, open_index
 from retrieval.store import DocumentStore, LeaseLost, StorageFull
-from retrieval.types import Document
+from retrieval.types import Document, Progress
 
 T = TypeVar("T")
 
@@ -175,6 +176,18 @@ def test_the_work_can_be_ended_while_a_long_text_is_cut(place, embedder):
     job = Job(leased, place.store, "me", check=lambda: seen.append(place.store.get_document(document.id).status))
     ingest_document(job, place.index, embedder, place.files)
     assert seen.count("chunking") > 30  # asked at each paragraph
+
+
+def test_says_how_much_of_a_long_text_is_cut(place, embedder, monkeypatch):
+    monkeypatch.setattr(pipeline, "_PROGRESS_EVERY_S", 0.0)
+    document = place.upload(b"A paragraph of its own.\n\n" * 30)
+    seen: list[Progress] = []
+    leased = place.store.lease_next("me", 60)
+    job = Job(leased, place.store, "me", check=lambda: seen.append(place.store.get_document(document.id).progress))
+    ingest_document(job, place.index, embedder, place.files)
+    cut = [progress for progress in seen if progress.stage == "chunking"]
+    assert {(one.total, one.unit) for one in cut} == {(750, "characters")}
+    assert sorted(one.done for one in cut) == [one.done for one in cut] and 650 < cut[-1].done < 750
 
 
 def test_a_worker_takes_what_is_queued_and_is_woken(place, start):
