@@ -75,7 +75,8 @@ def build_model(settings: Settings, stack: ExitStack, answering: bool, nonce: st
         model = load_model(path, device, choose_dtype(settings.model, device), quantize)
     except UnsupportedDevice as error:
         raise SettingsError(f"JAMBA_RAG_MODEL__QUANTIZE: {error}") from error
-    scheme = f"{quantize} on a CPU" if (quantize, device.type) == ("w8a8", "cpu") else quantize  # a GPU's is another
+    on_cpu = (quantize, device.type) == ("w8a8", "cpu")  # other numbers than a GPU's
+    scheme = "w8a8 on a CPU, int4 as stored" if on_cpu else quantize
     fingerprint = state_fingerprint(path, scheme, model.new_state().layout.fingerprint())
     plan_settings = _plan_settings(settings, device)
     state_max_bytes = settings.model.state_max_bytes or None

@@ -194,7 +194,7 @@ def count_active_weights(model: Jamba | JambaForCausalLM) -> int:
     """Weights of matrices that one token is multiplied with, the head apart."""
     config, total = model.config, 0
     sizes = [(name, weight.shape) for name, weight in model.named_parameters()]
-    for name, module in model.named_modules():  # what `round_rows` packed is no parameter
+    for name, module in model.named_modules():  # what is packed is no parameter
         sizes += [(f"{name}.weight", matrix.shape) for matrix in _packed(module)]
     for name, shape in sizes:
         matrix = len(shape) > 1 and not any(part in name for part in ("embed", "lm_head", "conv1d", "A_log", "scale"))

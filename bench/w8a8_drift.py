@@ -26,7 +26,6 @@ from bench.hf_parity import SHIPPED, sample_texts
 from bench.runs import BenchRun
 from model import Jamba, convert_checkpoint, load_model
 from model.chat_format import ChatFormat
-from model.int8 import round_rows
 from model.kernels import w8a8
 from model.tokenizer import Tokenizer
 from model.w8a8 import SITES, round_activations
@@ -69,9 +68,7 @@ def measure(checkpoint: Path, documents: list[list[int]], float32: Outputs) -> I
         shape = {"peak_over_rms": every.median().item(), "largest_peak": every.max().item()}
         yield {"rounded": name} | drift(outputs, expected) | shape
     yield {"rounded": "weights and all, against float32"} | drift(outputs, float32, same_stream=False)
-    model = load_model(checkpoint, quantize="int8")
-    round_rows(model)
-    outputs = read(model, documents)
+    outputs = read(load_model(checkpoint, quantize="w8a8"), documents)
     yield {"rounded": "all as on a CPU"} | drift(outputs, expected)
     yield {"rounded": "weights and all as on a CPU, against float32"} | drift(outputs, float32, same_stream=False)
 

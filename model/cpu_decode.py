@@ -117,7 +117,7 @@ class DecodeLayer:
 
 
 def project(module: nn.Module, x: Tensor) -> Tensor:
-    """x (T, in) through an nn.Linear or an Int8Linear -> (T, out)."""
+    """x (T, in) through an nn.Linear, an Int8Linear or a PackedLinear -> (T, out)."""
     return linear_few(x, module.weight, getattr(module, "scale", None), module.bias)
 
 
@@ -169,7 +169,7 @@ def _feed_forward_args(norm: nn.RMSNorm, block: MLP | MoE) -> _FeedForwardArgs:
 
 
 def _experts(experts: nn.Module) -> list[_Expert]:
-    """Of `Experts`, or of `Int8Experts` with their scales."""
+    """Of `Experts`, `PackedExperts`, or `Int8Experts` with their scales."""
     gate_up_scale, down_scale = (getattr(experts, name, None) for name in ("gate_up_scale", "down_scale"))
     made = []
     for i, (gate_up, down) in enumerate(zip(experts.gate_up_proj, experts.down_proj, strict=True)):
@@ -180,5 +180,5 @@ def _experts(experts: nn.Module) -> list[_Expert]:
 
 
 def _linear(module: nn.Module) -> Linear:
-    """Of an nn.Linear or an Int8Linear."""
+    """Of an nn.Linear, an Int8Linear or a PackedLinear."""
     return Linear.of(module.weight, getattr(module, "scale", None), module.bias)

@@ -2,7 +2,7 @@
 
 Quantized: every nn.Linear and all experts. Left alone: embedding (and a head tied to it), norms, conv, A, D, router,
 dt_proj. A pair, as in gpt-fast: `quantize_rows` makes the weights, `swap_linears` puts in the layers that use them.
-W8A8 on a CPU: `round_rows`.
+W8A8 and W4A8 on a CPU: `PackedLinear`, `PackedExperts`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from model.kernels.silu_mul import silu_mul
 from model.moe import Experts
 
 _LEFT_ALONE = ("router", "dt_proj")
-_FEW_ROUNDED = 32  # tokens up to which a layer in two calls is faster than its modules, where rows are rounded
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,10 +26,8 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale[..., None]).round_().to(torch.int8), scale
 
 
-def int8_linear(x: Tensor, weight: Tensor | cpu.Packed, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) @ (weight (out, in) * scale (out,)).T + bias, in x.dtype; x is rounded where the weight is packed."""
-    if isinstance(weight, cpu.Packed):
-        return cpu.rounded_linear(x, weight, scale, bias)
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) @ (weight (out, in) * scale (out,)).T + bias, in x.dtype."""
     if gpu.supports(x, weight, bias) and gpu_prefill.fits(x, weight):
         return gpu_prefill.int8_linear(x, weight, scale, bias)
     if cpu.supports(x):
@@ -65,16 +62,44 @@ class Int8Experts(nn.Module):
         return torch.cat([_swiglu(rows, *expert) for rows, *expert in parts if len(rows)])
 
     def can_mix(self, x: Tensor) -> bool:
-        if isinstance(self.down_proj, list):  # of packed matrices
-            return False
         return gpu.supports(x, self.down_proj) and gpu_prefill.fits(x, self.gate_up_proj, self.down_proj)
 
     def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """As `Experts.mix`."""
         return gpu_prefill.mix_experts(x, weights, chosen, *self._weights())
 
-    def _weights(self) -> tuple[Tensor | list[cpu.Packed], Tensor, Tensor | list[cpu.Packed], Tensor]:
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.gate_up_proj, self.gate_up_scale, self.down_proj, self.down_scale
+
+
+class PackedLinear(nn.Module):
+    """In the place of an Int8Linear on a CPU: the rows of its input are rounded (`cpu.rounded_linear`)."""
+
+    def __init__(self, weight: cpu.Packed, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cpu.rounded_linear(x, self.weight, self.bias)
+
+
+class PackedExperts(nn.Module):
+    """In the place of Int8Experts on a CPU: a matrix of gates and of what they multiply, and one back, an expert."""
+
+    def __init__(self, gate_up_proj: list[cpu.Packed], down_proj: list[cpu.Packed]) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
+
+    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
+        """As `Experts.forward`."""
+        outputs = []
+        for rows, gate_up, down in zip(x.split(counts), self.gate_up_proj, self.down_proj, strict=True):
+            if len(rows):
+                outputs.append(cpu.rounded_linear(silu_mul(*cpu.rounded_linear(rows, gate_up).chunk(2, dim=-1)), down))
+        return torch.cat(outputs)
+
+    def can_mix(self, x: Tensor) -> bool:
+        return False
 
 
 def swap_linears(model: Jamba) -> None:
@@ -88,25 +113,7 @@ def swap_linears(model: Jamba) -> None:
                 setattr(module, name, Int8Linear(child))
 
 
-def round_rows(model: Jamba) -> None:
-    """Let a CPU multiply in int8: weights packed, rows rounded (`cpu.rounded_linear`), in place; x_proj stays W8A16."""
-    model.forget_addresses()
-    for name, module in model.layers.named_modules():
-        if isinstance(module, Int8Experts):
-            for matrices in ("gate_up_proj", "down_proj"):
-                packed = [cpu.Packed.of(matrix) for matrix in getattr(module, matrices)]
-                delattr(module, matrices)
-                setattr(module, matrices, packed)
-        elif isinstance(module, Int8Linear) and not name.endswith("x_proj"):
-            packed = cpu.Packed.of(module.weight)
-            del module.weight
-            module.weight = packed
-    model.few_tokens = _FEW_ROUNDED
-
-
-def _swiglu(
-    x: Tensor, gate_up: Tensor | cpu.Packed, gate_up_scale: Tensor, down: Tensor | cpu.Packed, down_scale: Tensor
-) -> Tensor:
+def _swiglu(x: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, down_scale: Tensor) -> Tensor:
     gate, up = int8_linear(x, gate_up, gate_up_scale).chunk(2, dim=-1)
     return int8_linear(silu_mul(gate, up), down, down_scale)
 

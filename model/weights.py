@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from model.config import JambaConfig, UnsupportedWeights
 from model.int4 import GROUP_SIZE, unpack_int4
-from model.int8 import Int8Experts, quantize_rows, round_rows, swap_linears
+from model.int8 import Int8Experts, Int8Linear, PackedExperts, PackedLinear, quantize_rows, swap_linears
 from model.jamba import Jamba
+from model.kernels import cpu
 from model.moe import Experts
 from model.w8a8 import check_device, round_activations
 
@@ -30,6 +31,7 @@ Quantization = Literal["int8", "w8a8"]
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 QUANT_METHODS = ("jamba_rag_int8", "jamba_rag_int4")
 _READERS = 4
+_FEW_PACKED = 32  # tokens up to which a layer in two calls is faster than its modules, where weights are packed
 _ROUND_ELEMENTS = {"cpu": 1 << 18, "gpu": 1 << 24}  # of a matrix that are float at a time; a CPU's cache holds few
 _ALWAYS_FLOAT32 = ("A_log", "D", "scale")
 _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
@@ -45,8 +47,8 @@ def load_model(
     """Load a checkpoint directory into a model on `device`, in evaluation mode.
 
     dtype: of weights and activations; None means float32 on a CPU and bfloat16 elsewhere. A and D stay float32.
-    quantize: "int8" holds the linear layers and experts as int8, see int8.py; "w8a8" rounds the inputs of a prefill's
-    products as well, see w8a8.py.
+    quantize: "int8" holds the linear layers and experts as int8, see int8.py; "w8a8" rounds the inputs of products as
+    well: on a GPU a prefill's, see w8a8.py; on a CPU all, and there weights that are stored as int4 stay so.
     Raises UnsupportedWeights, naming every field or tensor, before anything large is read; UnsupportedDevice where
     "w8a8" has no kernels.
     """
@@ -62,18 +64,45 @@ def load_model(
     if quantize:
         swap_linears(model)
     reader.check({name: tuple(slot.values.shape) for name, slot in find_slots(model).items()})
+    if quantize == "w8a8" and device.type == "cpu":
+        _pack(model, reader)
     allocate(model, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16), device)
     _fill(model, reader)
-    if quantize == "w8a8":
-        (round_rows if device.type == "cpu" else round_activations)(model)
+    if quantize == "w8a8" and device.type != "cpu":
+        round_activations(model)
     return model.eval()
 
 
 def _fill(model: Jamba, reader: CheckpointReader) -> None:
     slots = find_slots(model)
+    names = [name for name in reader.names if name in slots]  # others are packed already
     with ThreadPoolExecutor(_READERS) as pool:  # one thread waits for the disk or rounds while others copy
-        for _ in pool.map(lambda name: slots[name].fill(reader[name]), reader.names):
+        for _ in pool.map(lambda name: slots[name].fill(reader[name]), names):
             pass
+
+
+def _pack(model: Jamba, reader: CheckpointReader) -> None:
+    """Replace the int8 layers of a model on "meta" by such that round their inputs, but for x_proj."""
+    for path, module in list(model.layers.named_modules()):
+        for name, child in list(module.named_children()):
+            stored = f"model.layers.{path}.{name}"
+            if isinstance(child, Int8Experts):
+                experts = [f"{stored}.{i}" for i in range(len(child.down_proj))]
+                gate_up = [_packed(reader, f"{one}.gate_proj.weight", f"{one}.up_proj.weight") for one in experts]
+                down = [_packed(reader, f"{one}.down_proj.weight") for one in experts]
+                setattr(module, name, PackedExperts(gate_up, down))
+            elif isinstance(child, Int8Linear) and name != "x_proj":
+                setattr(module, name, PackedLinear(_packed(reader, f"{stored}.weight"), child.bias))
+    model.few_tokens = _FEW_PACKED
+
+
+def _packed(reader: CheckpointReader, *names: str) -> cpu.Packed:
+    """The matrices one below the other: int4 where they are stored so, else int8."""
+    stored = [reader[name] for name in names]
+    if all(one.values.dtype == torch.uint8 for one in stored):
+        return cpu.Packed.of_int4(torch.cat([one.values for one in stored]), torch.cat([one.scale for one in stored]))
+    values, scales = zip(*(one.int8() for one in stored), strict=True)
+    return cpu.Packed.of_int8(torch.cat(values), torch.cat(scales))
 
 
 @dataclass(frozen=True, slots=True)

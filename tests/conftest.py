@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,14 @@ def _quiet() -> None:
     torch.set_num_threads(1)  # checkpoints of a session are made before a test's own fixtures
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def w8a8_anywhere() -> Iterator[None]:
+    """Lets a CPU round what it multiplies also where that is no gain."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.weights.check_device", lambda device: None)
+        yield
 
 
 @pytest.fixture

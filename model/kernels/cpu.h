@@ -28,7 +28,7 @@ typedef uint32_t vu __attribute__((vector_size(4 * VL)));
 typedef uint16_t vh __attribute__((vector_size(2 * VL)));
 typedef uint16_t vh_any __attribute__((vector_size(2 * VL), aligned(1), may_alias));
 
-enum dtype { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, PACKED = 3 };
+enum dtype { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, PACKED = 3, PACKED_INT4 = 4 };
 
 /* A matrix: row i starts `stride` elements after row i - 1, columns are contiguous. data NULL: not given. */
 typedef struct {

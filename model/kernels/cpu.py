@@ -19,7 +19,7 @@ from torch import Tensor
 from model.kernels.cpu_build import load_library
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-_PACKED = 3
+_PACKED = {8: 3, 4: 4}  # by bits
 _FEW_ROWS = {torch.float32: 64, torch.bfloat16: 24}  # from here on unpacking int8 weights pays: MKL; oneDNN with AMX
 GROUP = 64  # columns of a row that share a scale where it is rounded to int8
 Pointer, Int64 = ctypes.c_void_p, ctypes.c_int64
@@ -45,25 +45,40 @@ class Vec(ctypes.Structure):
 
 
 class Packed(NamedTuple):
-    """An int8 matrix (out, in), or rows of one, in the order in which `rounded_linear` reads it."""
+    """A quantized matrix (out, in), or rows of one, in the order in which `rounded_linear` reads it."""
 
     bytes: Tensor
     shape: tuple[int, int]
+    bits: int
+    scale: Tensor | None  # (out,) of int8; those of int4 are among the bytes
     first: int = 0  # of the rows that were packed
 
     @classmethod
-    def of(cls, weight: Tensor) -> Packed:
-        """weight (out, in) int8."""
-        out, in_ = (Int64(size) for size in weight.shape)
-        packed = torch.empty(_function("packed_bytes", ctypes.c_int64)(out, in_), dtype=torch.uint8)
-        pointers, threads = map(Pointer, (_address(weight), packed.data_ptr())), Int64(torch.get_num_threads())
-        call("pack_int8", *pointers, out, in_, threads)
-        return cls(packed, tuple(weight.shape))
+    def of_int8(cls, weight: Tensor, scale: Tensor) -> Packed:
+        """weight (out, in) int8, scale (out,) float32."""
+        return cls._pack(8, weight.shape, scale, weight)
+
+    @classmethod
+    def of_int4(cls, weight: Tensor, scales: Tensor) -> Packed:
+        """weight (out, in/2) uint8, scales (out, in/64), as in model/int4.py."""
+        return cls._pack(4, (weight.shape[0], 2 * weight.shape[1]), None, weight, scales.float())
+
+    @classmethod
+    def _pack(cls, bits: int, shape: Sequence[int], scale: Tensor | None, *given: Tensor) -> Packed:
+        out, in_ = map(Int64, shape)
+        packed = torch.empty(_function(f"packed_int{bits}_bytes", ctypes.c_int64)(out, in_), dtype=torch.uint8)
+        pointers = map(Pointer, (*map(_address, given), packed.data_ptr()))
+        call(f"pack_int{bits}", *pointers, out, in_, Int64(torch.get_num_threads()))
+        return cls(packed, tuple(shape), bits, scale)
 
     def chunk(self, parts: int) -> list[Packed]:
         """As `Tensor.chunk`, of the rows, whose number is a multiple of `parts`."""
-        rows = self.shape[0] // parts
-        return [Packed(self.bytes, (rows, self.shape[1]), self.first + part * rows) for part in range(parts)]
+        rows, scales = self.shape[0] // parts, [None] * parts if self.scale is None else self.scale.chunk(parts)
+        starts = range(self.first, self.first + self.shape[0], rows)
+        return [
+            self._replace(shape=(rows, self.shape[1]), scale=scale, first=first)
+            for scale, first in zip(scales, starts, strict=True)
+        ]
 
 
 class Linear(ctypes.Structure):
@@ -75,9 +90,11 @@ class Linear(ctypes.Structure):
     @classmethod
     def of(cls, weight: Tensor | Packed, scale: Tensor | None = None, bias: Tensor | None = None) -> Linear:
         out, in_ = weight.shape
+        if isinstance(weight, Packed):
+            scale = weight.scale
         others = None if scale is None else _address(scale), Vec.of(bias)
         if isinstance(weight, Packed):
-            return cls(weight.bytes.data_ptr(), *others, _PACKED, in_, out, weight.first)
+            return cls(weight.bytes.data_ptr(), *others, _PACKED[weight.bits], in_, out, weight.first)
         return cls(_address(weight), *others, _DTYPES[weight.dtype], in_, out)
 
 
@@ -210,11 +227,12 @@ def rounds_rows() -> bool:
     return available() and bool(_function("packing_pays", ctypes.c_int)())
 
 
-def rounded_linear(x: Tensor, weight: Packed, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `int8_linear`, with the rows of x rounded to int8, too: GROUP columns of a row in steps of a 127th of the
-    largest. A row's result is the same bits in any company.
+def rounded_linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) @ weight.T + bias -> (..., out) in x.dtype, with the rows of x rounded to int8.
+
+    GROUP columns of a row are rounded in steps of a 127th of the largest. A row has the same bits in any company.
     """
-    return _linear("linear_packed", x, weight, scale, bias)
+    return _linear("linear_packed", x, weight, None, bias)
 
 
 def linear_few(x: Tensor, weight: Tensor | Packed, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -249,13 +267,13 @@ def attend(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], lengths:
     return out
 
 
-def rounded_linear_ref(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The definition of `rounded_linear`, in float32, of the weight before it is packed."""
+def rounded_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The definition of `rounded_linear`, in float32, of the float weight that was quantized and packed."""
     k = x.shape[-1]
     groups = F.pad(x.float(), (0, -k % GROUP)).unflatten(-1, (-1, GROUP))
     largest = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30)
-    rounded = (groups * (127 / largest)).round() * (largest / 127)
-    return int8_linear_ref(rounded.flatten(-2)[..., :k], weight, scale, bias).to(x.dtype)
+    rounded = ((groups * (127 / largest)).round() * (largest / 127)).flatten(-2)[..., :k]
+    return F.linear(rounded, weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
 def int8_linear_ref(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,8 +1,9 @@
-/* Products in which both sides are int8: weights packed once, rows rounded when they come.
+/* Products of rows that are rounded to int8 when they come with weights of int8 or int4, packed once.
 
    Each GROUP columns of a row have a scale of their own, so that a value forty times the others costs only its neighbours
    their precision. Sums within a group are exact, and added up in the same order whatever the number of rows or threads:
-   a row has the same bits in any company. Weights that stay as they are and rows that are not rounded: cpu_linear.c. */
+   a row has the same bits in any company. int4 is what int4.py stores, whose groups have scales of their own as well.
+   Weights that stay as they are and rows that are not rounded: cpu_linear.c. */
 #include "cpu_linear.h"
 
 #include <math.h>
@@ -13,11 +14,13 @@ enum {
     SHARES = 4, /* pieces of many rows' work a thread, at least: they are taken as threads get free */
 };
 
+#define INT4_BYTES (GROUP * VL + 2 * VL * 4) /* of 2 * VL rows of a group, and their scales */
+
 typedef int8_t vb __attribute__((vector_size(VL)));
 typedef vi vi_any __attribute__((aligned(1), may_alias));
 
 /* sums[i] += the products of the 4 bytes of weights[i] with the 4 of `x`, added up. Where the processor takes unsigned
-   bytes on one side, weights are kept with OFFSET added, and sums begin at what that adds. */
+   bytes on one side, int8 weights are kept with OFFSET added, and sums begin at what that adds. */
 #if defined(__AVX512VNNI__) && defined(__AVX512F__)
 enum { OFFSET = 128 };
 INLINE vi dot4(vi sums, vi weights, int32_t x) {
@@ -56,20 +59,20 @@ int packing_pays(void) {
 
 /* Rows rounded to int8, group by group; columns beyond the last are 0. */
 typedef struct {
-    int8_t *values; /* (m, groups, GROUP) */
-    float *scales;  /* (m, groups) */
-    int32_t *bases; /* (m, groups): what a sum begins with */
+    int8_t *values;  /* (m, groups, GROUP) */
+    float *scales;   /* (m, groups) */
+    int32_t *totals; /* (m, groups), of the values */
     int64_t groups;
 } rounded;
 
 static rounded new_rounded(int64_t m, int64_t in) {
     const int64_t groups = (in + GROUP - 1) / GROUP;
     float *scales = malloc((size_t)(m * groups) * (sizeof(float) + sizeof(int32_t) + GROUP));
-    int32_t *bases = (int32_t *)(scales + m * groups);
-    return (rounded){(int8_t *)(bases + m * groups), scales, bases, groups};
+    int32_t *totals = (int32_t *)(scales + m * groups);
+    return (rounded){(int8_t *)(totals + m * groups), scales, totals, groups};
 }
 
-INLINE void round_group(rows x, int64_t row, int64_t first, int64_t in, int8_t *values, float *scale, int32_t *base) {
+INLINE void round_group(rows x, int64_t row, int64_t first, int64_t in, int8_t *values, float *scale, int32_t *total) {
     vf columns[GROUP / VL], largest = splat(0.0f), strange = splat(0.0f); /* NaN where a value is, or infinite */
     for (int i = 0; i < GROUP / VL; i++) {
         const int64_t at = first + i * VL, left = in - at;
@@ -79,27 +82,27 @@ INLINE void round_group(rows x, int64_t row, int64_t first, int64_t in, int8_t *
         strange += columns[i] * 0.0f;
     }
     const float most = fmaxf(max_lanes(largest), 1e-30f), steps = 127.0f / most;
-    vi total = {0};
+    vi sum = {0};
     for (int i = 0; i < GROUP / VL; i++) {
         const vf nearest = (columns[i] * steps + 12582912.0f) - 12582912.0f; /* 1.5 * 2^23: to even where halfway */
         const vi whole = __builtin_convertvector(nearest, vi);
         const vb bytes = __builtin_convertvector(whole, vb);
         memcpy(values + i * VL, &bytes, VL);
-        total += whole;
+        sum += whole;
     }
     *scale = most / 127.0f + sum_lanes(strange);
-    *base = OFFSET ? -OFFSET * (int32_t)sum_lanes(__builtin_convertvector(total, vf)) : 0; /* far below 2^24 */
+    *total = (int32_t)sum_lanes(__builtin_convertvector(sum, vf)); /* far below 2^24 */
 }
 
 static void round_row(rounded to, rows x, int64_t row, int64_t in) {
     for (int64_t group = 0; group < to.groups; group++) {
         const int64_t at = row * to.groups + group;
-        round_group(x, row, group * GROUP, in, to.values + at * GROUP, to.scales + at, to.bases + at);
+        round_group(x, row, group * GROUP, in, to.values + at * GROUP, to.scales + at, to.totals + at);
     }
 }
 
 /* Bytes that `pack_int8` writes for a matrix of this size. */
-int64_t packed_bytes(int64_t out, int64_t in) {
+int64_t packed_int8_bytes(int64_t out, int64_t in) {
     return (out + VL - 1) / VL * VL * ((in + GROUP - 1) / GROUP * GROUP);
 }
 
@@ -120,37 +123,72 @@ void pack_int8(const int8_t *weight, uint32_t *panels, int64_t out, int64_t in, 
     }
 }
 
+/* Bytes that `pack_int4` writes for a matrix of this size. */
+int64_t packed_int4_bytes(int64_t out, int64_t in) { return (out + 2 * VL - 1) / (2 * VL) * (in / GROUP) * INT4_BYTES; }
+
+/* Four columns of a row as int4.py has them, a byte each; 0 beyond the last row. */
+INLINE uint32_t four_nibbles(const uint8_t *weight, int64_t row, int64_t out, int64_t in, int64_t column) {
+    uint16_t packed = 0x8888;
+    if (row < out) memcpy(&packed, weight + (row * in + column) / 2, 2);
+    const uint32_t apart = (packed | (uint32_t)packed << 8) & 0x00ff00ff;
+    return (apart | apart << 4) & 0x0f0f0f0f;
+}
+
+/* weight (out, in / 2) and scales (out, in / GROUP) as int4.py has them -> 2 * VL rows together, group by group: VL rows in
+   the low halves of bytes, in the order of pack_int8, VL in the high halves, then the scales. Rows that are not there are 0. */
+void pack_int4(const uint8_t *weight, const float *scales, uint8_t *packed, int64_t out, int64_t in, int64_t threads) {
+    const int64_t groups = in / GROUP;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t pair = 0; pair < (out + 2 * VL - 1) / (2 * VL); pair++)
+        for (int64_t group = 0; group < groups; group++) {
+            uint32_t *to = (uint32_t *)(packed + (pair * groups + group) * INT4_BYTES);
+            for (int64_t column = group * GROUP; column < (group + 1) * GROUP; column += 4)
+                for (int64_t row = pair * 2 * VL; row < (2 * pair + 1) * VL; row++)
+                    *to++ = four_nibbles(weight, row, out, in, column) | four_nibbles(weight, row + VL, out, in, column) << 4;
+            for (int64_t row = pair * 2 * VL; row < (pair + 1) * 2 * VL; row++, to++) {
+                const float scale = row < out ? scales[row * groups + group] : 0;
+                memcpy(to, &scale, sizeof scale);
+            }
+        }
+}
+
 /* One vector of results, those of `column` and on, of which only first..last are wanted. */
 INLINE void finish(const linear *l, vf totals, rows y, int64_t row, int64_t column, int64_t first, int64_t last) {
     if (column >= first && column + VL <= last) {
         const vf bias = l->bias.data ? load_vec(l->bias, column, VL) : splat(0.0f);
-        store(y, row, column, VL, fma_vf(totals, load_vec((vec){l->scale, FLOAT32}, column, VL), bias));
+        const vf scale = l->scale ? load_vec((vec){l->scale, FLOAT32}, column, VL) : splat(1.0f);
+        store(y, row, column, VL, fma_vf(totals, scale, bias));
         return;
     }
-    vf scale = splat(0.0f), bias = splat(0.0f);
+    vf scale = splat(1.0f), bias = splat(0.0f);
     const int from = first > column ? (int)(first - column) : 0, to = last - column < VL ? (int)(last - column) : VL;
     for (int i = from; i < to; i++) {
-        scale[i] = l->scale[column + i];
+        if (l->scale) scale[i] = l->scale[column + i];
         if (l->bias.data) bias[i] = get(l->bias.data, l->bias.dtype, column + i);
     }
     const vf out = fma_vf(totals, scale, bias);
     for (int i = from; i < to; i++) put(y.data, y.dtype, row * y.stride + column + i, out[i]);
 }
 
-/* `m` rows of x times `halves` panels; both constant where this is inlined. */
+/* `m` rows of x times `halves` panels; constant where this is inlined, as is dtype. */
 INLINE void multiply_tile(const linear *l, rounded x, int64_t row, const int m, int64_t panel, const int halves, rows y,
-                          int64_t first, int64_t last) {
+                          int64_t first, int64_t last, const int64_t dtype) {
     const int64_t quads = x.groups * (GROUP / 4);
+    const int offset = dtype == PACKED_INT4 ? 8 : OFFSET;
     const uint32_t *left = (const uint32_t *)l->weight + panel * quads * VL, *right = left + quads * VL;
+    if (dtype == PACKED_INT4) left = (const uint32_t *)((const char *)l->weight + panel / 2 * x.groups * INT4_BYTES);
     vf totals[TILE][2];
     for (int r = 0; r < m; r++) totals[r][0] = totals[r][1] = splat(0.0f);
     for (int64_t group = 0; group < x.groups; group++) {
         const int8_t *columns = x.values + (row * x.groups + group) * GROUP;
         vi sums[TILE][2];
-        for (int r = 0; r < m; r++) sums[r][0] = sums[r][1] = (vi){0} + x.bases[(row + r) * x.groups + group];
+        for (int r = 0; r < m; r++)
+            sums[r][0] = sums[r][1] = (vi){0} - offset * x.totals[(row + r) * x.groups + group];
 #pragma GCC unroll 2
         for (int i = 0; i < GROUP / 4; i++, left += VL, right += VL) {
-            const vi a = *(const vi_any *)left, b = *(const vi_any *)(halves == 2 ? right : left);
+            vi a = *(const vi_any *)left, b = a;
+            if (dtype == PACKED_INT4) b = a >> 4 & 0x0f0f0f0f, a &= 0x0f0f0f0f;
+            else if (halves == 2) b = *(const vi_any *)right;
 #pragma GCC unroll 8
             for (int r = 0; r < m; r++) {
                 int32_t four;
@@ -159,10 +197,17 @@ INLINE void multiply_tile(const linear *l, rounded x, int64_t row, const int m, 
                 if (halves == 2) sums[r][1] = dot4(sums[r][1], b, four);
             }
         }
+        vf scales[2] = {splat(1.0f), splat(1.0f)};
+        if (dtype == PACKED_INT4) {
+            for (int half = 0; half < 2; half++) scales[half] = (vf) * (const vf_any *)(left + half * VL);
+            left += 2 * VL;
+        }
         for (int r = 0; r < m; r++) {
             const vf scale = splat(x.scales[(row + r) * x.groups + group]);
-            for (int half = 0; half < halves; half++)
-                totals[r][half] = fma_vf(__builtin_convertvector(sums[r][half], vf), scale, totals[r][half]);
+            for (int half = 0; half < halves; half++) {
+                const vf of_both = dtype == PACKED_INT4 ? scale * scales[half] : scale;
+                totals[r][half] = fma_vf(__builtin_convertvector(sums[r][half], vf), of_both, totals[r][half]);
+            }
         }
     }
     for (int half = 0; half < halves; half++)
@@ -171,23 +216,26 @@ INLINE void multiply_tile(const linear *l, rounded x, int64_t row, const int m, 
 }
 
 INLINE void multiply_rows(const linear *l, rounded x, int64_t row, int64_t end, int64_t panel, const int halves, rows y,
-                          int64_t first, int64_t last) {
-    for (; row + TILE <= end; row += TILE) multiply_tile(l, x, row, TILE, panel, halves, y, first, last);
+                          int64_t first, int64_t last, const int64_t dtype) {
+    for (; row + TILE <= end; row += TILE) multiply_tile(l, x, row, TILE, panel, halves, y, first, last, dtype);
     switch (end - row) { /* each reads the weights once */
-        case 5: multiply_tile(l, x, row, 5, panel, halves, y, first, last); break;
-        case 4: multiply_tile(l, x, row, 4, panel, halves, y, first, last); break;
-        case 3: multiply_tile(l, x, row, 3, panel, halves, y, first, last); break;
-        case 2: multiply_tile(l, x, row, 2, panel, halves, y, first, last); break;
-        case 1: multiply_tile(l, x, row, 1, panel, halves, y, first, last); break;
+        case 5: multiply_tile(l, x, row, 5, panel, halves, y, first, last, dtype); break;
+        case 4: multiply_tile(l, x, row, 4, panel, halves, y, first, last, dtype); break;
+        case 3: multiply_tile(l, x, row, 3, panel, halves, y, first, last, dtype); break;
+        case 2: multiply_tile(l, x, row, 2, panel, halves, y, first, last, dtype); break;
+        case 1: multiply_tile(l, x, row, 1, panel, halves, y, first, last, dtype); break;
     }
 }
 
-/* Columns first..last of y, for the rows row..end; panels of others are not read. */
+/* Columns first..last of y, for the rows row..end; panels of others are not read, but for the other half of a pair. */
 static void multiply(const linear *l, rounded x, int64_t row, int64_t end, rows y, int64_t first, int64_t last) {
     int64_t panel = (l->first + first) / VL;
     const int64_t panels = (l->first + last + VL - 1) / VL;
-    for (; panel + 2 <= panels; panel += 2) multiply_rows(l, x, row, end, panel, 2, y, first, last);
-    if (panel < panels) multiply_rows(l, x, row, end, panel, 1, y, first, last);
+    if (l->dtype == PACKED_INT4)
+        for (panel -= panel % 2; panel < panels; panel += 2)
+            multiply_rows(l, x, row, end, panel, 2, y, first, last, PACKED_INT4);
+    for (; panel + 2 <= panels; panel += 2) multiply_rows(l, x, row, end, panel, 2, y, first, last, PACKED);
+    if (panel < panels) multiply_rows(l, x, row, end, panel, 1, y, first, last, PACKED);
 }
 
 void packed_span(const linear *l, const float *x, int64_t m, float *y, int64_t ldy, int64_t first, int64_t last) {

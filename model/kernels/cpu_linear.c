@@ -87,7 +87,7 @@ INLINE void dot_rows(const linear *l, const float *x, int64_t m, float *y, int64
 }
 
 void linear_span(const linear *l, const float *x, int64_t m, float *y, int64_t ldy, int64_t first, int64_t last) {
-    if (l->dtype == PACKED) packed_span(l, x, m, y, ldy, first, last);
+    if (l->dtype == PACKED || l->dtype == PACKED_INT4) packed_span(l, x, m, y, ldy, first, last);
     else if (l->dtype == INT8) dot_rows(l, x, m, y, ldy, first, last, INT8);
     else if (l->dtype == BFLOAT16) dot_rows(l, x, m, y, ldy, first, last, BFLOAT16);
     else dot_rows(l, x, m, y, ldy, first, last, FLOAT32);

@@ -11,7 +11,7 @@ INLINE int thread_index(void) { return 0; }
 #endif
 
 typedef struct {
-    const void *weight; /* (out, in), or what pack_int8 made of more rows, of which these are those from `first` on */
+    const void *weight; /* (out, in), or what pack_int8 or pack_int4 made of more rows: these are those from `first` on */
     const float *scale; /* (out,), or NULL: 1 */
     vec bias;           /* (out,), or NULL: 0 */
     int64_t dtype, in, out, first;

@@ -26,7 +26,6 @@ from bench.hf_parity import (
 )
 from model import Jamba, JambaConfig, convert_checkpoint, load_model
 from model.chat_format import ChatFormat
-from model.int8 import round_rows
 from model.tokenizer import Tokenizer
 from model.w8a8 import round_activations
 
@@ -147,9 +146,11 @@ def test_rounded_activations_stay_within_their_bound(
     assert_near("W8A8", read_logprobs(model, sample_tokens), fp32_logprobs, W8A8_BOUND)
 
 
+@pytest.mark.usefixtures("w8a8_anywhere")
 def test_rows_rounded_on_a_cpu_stay_near(sample_tokens: list[int], fp32_logprobs: Tensor):
-    model = load_model(SHIPPED, quantize="int8")
-    round_rows(model)
+    model = load_model(SHIPPED, quantize="w8a8")
+    assert model.layers[0].feed_forward.gate_proj.weight.bits == 4  # as it is stored
+    assert model.layers[4].self_attn.q_proj.weight.bits == 8
     assert_near("rounded rows", read_logprobs(model, sample_tokens), fp32_logprobs, ROUNDED_BOUND)
 
 

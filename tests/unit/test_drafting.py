@@ -19,7 +19,6 @@ from model.device_store import DeviceStateStore
 from model.drafting import DraftCounts, PromptLookup, draft_all
 from model.engine_request import EngineRequest
 from model.generation import Generation
-from model.int8 import round_rows
 from model.kernels import cpu
 from model.sampling import SamplingParams
 from model.state import HybridState
@@ -38,14 +37,12 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def models(write_jamba, tmp_path_factory) -> dict[str, Jamba]:
+def models(write_jamba, tmp_path_factory, w8a8_anywhere) -> dict[str, Jamba]:
     made = {}
     for seed, (kind, (dtype, quantize, fields)) in enumerate(KINDS.items()):
         path = tmp_path_factory.mktemp("jamba")
         write_jamba(path, seed=seed, **fields)
-        made[kind] = load_model(path, dtype=dtype, quantize=quantize and "int8")
-        if quantize == "w8a8":
-            round_rows(made[kind])  # also on a CPU where that is no gain
+        made[kind] = load_model(path, dtype=dtype, quantize=quantize)
     return made
 
 

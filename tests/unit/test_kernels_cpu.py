@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -19,8 +15,8 @@ from torch import Tensor
 from model import load_model
 from model.attention import attend_ref
 from model.cpu_decode import MAX_TOKENS
-from model.int8 import round_rows
-from model.kernels import cpu, cpu_build
+from model.int4 import pack_int4, unpack_int4
+from model.kernels import cpu
 from model.kernels.causal_conv import causal_conv_ref
 from model.kernels.rms_norm import RMSNorm, rms_norm_ref
 from model.kernels.selective_scan import selective_scan_ref
@@ -190,46 +186,63 @@ def int8_weight(out: int, in_: int) -> Tensor:
     return torch.randint(-128, 128, (out, in_), dtype=torch.int8, generator=torch.Generator().manual_seed(out))
 
 
+def packed_weight(bits: int, out: int, in_: int) -> tuple[cpu.Packed, Tensor]:
+    """And the float32 weight that it stands for."""
+    if bits == 4:
+        stored = pack_int4(normal(out, in_))
+        return cpu.Packed.of_int4(*stored), unpack_int4(*stored)
+    weight, scale = int8_weight(out, in_), normal(out).exp()
+    return cpu.Packed.of_int8(weight, scale), weight * scale[:, None]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("out", "in_"), [(1, 1), (7, 33), (131, 97), (64, 576), (33, 130)])
+@pytest.mark.parametrize(
+    ("bits", "out", "in_"),
+    [(8, 1, 1), (8, 7, 33), (8, 131, 97), (8, 64, 576), (8, 33, 130), (4, 1, 64), (4, 131, 128), (4, 64, 576)],
+)
 @pytest.mark.parametrize("rows", [0, 1, 5, 13, 65])
 @pytest.mark.usefixtures("poisoned")
-def test_rounded_rows_equal_their_definition(rows: int, out: int, in_: int, dtype: torch.dtype) -> None:
+def test_rounded_rows_equal_their_definition(rows: int, bits: int, out: int, in_: int, dtype: torch.dtype) -> None:
     wide = normal(rows, 1, in_ + 3) * normal(rows, 1, 1, seed=1).exp()
-    x, scale, bias = wide.to(dtype)[..., 3:], normal(out).exp(), normal(out).to(dtype)
-    weight = int8_weight(out, in_)
+    x, bias = wide.to(dtype)[..., 3:], normal(out).to(dtype)
+    packed, weight = packed_weight(bits, out, in_)
     ratio = max(RATIO[dtype], 2e-3)  # what lies halfway may go either way
     for added in (bias, None):
-        expected = cpu.rounded_linear_ref(x, weight, scale, added)
-        assert_close("y", cpu.rounded_linear(x, cpu.Packed.of(weight), scale, added), expected, ratio)
+        assert_close("y", cpu.rounded_linear(x, packed, added), cpu.rounded_linear_ref(x, weight, added), ratio)
 
 
-def test_rounded_rows_are_exact_where_nothing_has_to_be_rounded() -> None:
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rounded_rows_are_exact_where_nothing_has_to_be_rounded(bits: int) -> None:
     x = torch.randint(-127, 128, (40, 192)).float()
     x[:, ::64] = 127  # the largest of each group
-    weight, scale = int8_weight(70, 192), torch.ones(70)
-    assert torch.equal(cpu.rounded_linear(x, cpu.Packed.of(weight), scale).double(), x.double() @ weight.double().T)
+    weight = int8_weight(70, 192)
+    packed = cpu.Packed.of_int8(weight, torch.ones(70))
+    if bits == 4:
+        weight = weight >> 4
+        weight[:, ::64] = -8  # scales of 1
+        packed = cpu.Packed.of_int4(*pack_int4(weight.float()))
+    assert torch.equal(cpu.rounded_linear(x, packed).double(), x.double() @ weight.double().T)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rounded_rows_have_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
-    x, scale = normal(95, 130).to(dtype), normal(131).exp()
-    weight = cpu.Packed.of(int8_weight(131, 130))
-    together = cpu.rounded_linear(x, weight, scale)
-    apart = torch.cat([cpu.rounded_linear(part, weight, scale) for part in x.split([31, 1, 25, 38])])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rounded_rows_have_the_same_bits_in_any_company(bits: int, dtype: torch.dtype) -> None:
+    x, weight = normal(95, 128).to(dtype), packed_weight(bits, 131, 128)[0]
+    together = cpu.rounded_linear(x, weight)
+    apart = torch.cat([cpu.rounded_linear(part, weight) for part in x.split([31, 1, 25, 38])])
     torch.set_num_threads(3)
-    shared = cpu.rounded_linear(x, weight, scale)
+    shared = cpu.rounded_linear(x, weight)
+    few = cpu.linear_few(x[:7], weight)  # as within a step
     torch.set_num_threads(1)
-    few = cpu.linear_few(x[:7], weight, scale)  # as within a step
     assert torch.equal(apart, together) and torch.equal(shared, together) and torch.equal(few, together[:7])
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("parts", [2, 3])
-def test_rows_of_a_packed_matrix_are_columns_of_the_result(parts: int) -> None:
-    x, weight, scale = normal(9, 70), cpu.Packed.of(int8_weight(66, 70)), normal(66).exp()
-    chunks = zip(weight.chunk(parts), scale.chunk(parts), strict=True)
-    apart = torch.cat([cpu.rounded_linear(x, part, own) for part, own in chunks], dim=1)
-    assert torch.equal(apart, cpu.rounded_linear(x, weight, scale))
+def test_rows_of_a_packed_matrix_are_columns_of_the_result(parts: int, bits: int) -> None:
+    x, weight = normal(9, 64), packed_weight(bits, 66, 64)[0]
+    apart = torch.cat([cpu.rounded_linear(x, part) for part in weight.chunk(parts)], dim=1)
+    assert torch.equal(apart, cpu.rounded_linear(x, weight))
 
 
 def test_an_outlier_costs_only_its_own_columns_their_precision() -> None:
@@ -237,14 +250,14 @@ def test_an_outlier_costs_only_its_own_columns_their_precision() -> None:
     x[:, 5] = 1000
     weight[:, :64] = 0
     exact = cpu.int8_linear_ref(x, weight, scale)
-    assert_close("y", cpu.rounded_linear(x, cpu.Packed.of(weight), scale), exact, 1e-2)
+    assert_close("y", cpu.rounded_linear(x, cpu.Packed.of_int8(weight, scale)), exact, 1e-2)
 
 
 @pytest.mark.parametrize("strange", [torch.nan, torch.inf, -torch.inf])
 def test_rounded_rows_say_so_where_their_input_is_no_number(strange: float) -> None:
     x = normal(30, 130)
     x[3, 100] = strange
-    y = cpu.rounded_linear(x, cpu.Packed.of(torch.ones(5, 130, dtype=torch.int8)), torch.ones(5))
+    y = cpu.rounded_linear(x, cpu.Packed.of_int8(torch.ones(5, 130, dtype=torch.int8), torch.ones(5)))
     assert not y[3].isfinite().any() and y[:3].isfinite().all() and y[4:].isfinite().all()
 
 
@@ -314,12 +327,11 @@ def test_rms_norm_and_gate_equal_their_definitions(width: int, dtype: torch.dtyp
 
 @pytest.mark.parametrize(("quantize", "ratio"), [(None, 1e-5), ("int8", 1e-5), ("w8a8", 1e-2)])
 @pytest.mark.parametrize("num_tokens", [1, 2, MAX_TOKENS // 2])
+@pytest.mark.usefixtures("w8a8_anywhere")
 def test_a_few_tokens_at_once_equal_the_modules(
     tiny_jamba_dir: Path, num_tokens: int, quantize: str | None, ratio: float
 ) -> None:
-    model = load_model(tiny_jamba_dir, quantize=quantize and "int8")
-    if quantize == "w8a8":
-        round_rows(model)
+    model = load_model(tiny_jamba_dir, quantize=quantize)
     generator = torch.Generator().manual_seed(num_tokens)
     prompt, rest = (torch.randint(512, (2, t), generator=generator) for t in (40, num_tokens))
     fast, slow = ([model.new_state() for _ in range(2)] for _ in range(2))
@@ -332,55 +344,3 @@ def test_a_few_tokens_at_once_equal_the_modules(
     for one, other in zip(fast, slow, strict=True):
         assert_close("ssm", one.ssm, other.ssm, ratio)
         assert_close("conv", one.conv, other.conv, ratio)
-
-
-def test_no_compiler_means_not_available_and_one_line_in_the_log(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(cpu_build.shutil, "which", lambda _: None)
-    cpu_build._load_library.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING):
-            assert not cpu.available() and not cpu.supports(torch.zeros(1))
-        assert [record.name for record in caplog.records] == ["model.kernels.cpu_build"]
-    finally:
-        cpu_build._load_library.cache_clear()
-
-
-def test_a_compiler_that_fails_means_not_available(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(cpu_build, "_FLAGS", ["--no-such-flag"])
-    monkeypatch.setattr(cpu_build, "cache_dir", lambda: tmp_path)
-    cpu_build._load_library.cache_clear()
-    try:
-        assert not cpu.available()
-        assert "--no-such-flag" in caplog.text
-        assert list(tmp_path.iterdir()) == []
-    finally:
-        cpu_build._load_library.cache_clear()
-
-
-def test_a_user_without_a_home_builds_in_the_temporary_directory(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def nobody(uid: int) -> None:
-        raise KeyError(uid)
-
-    monkeypatch.delenv("HOME", raising=False)
-    monkeypatch.setattr("pwd.getpwuid", nobody)
-    monkeypatch.setattr(cpu_build.tempfile, "gettempdir", lambda: str(tmp_path))
-    assert cpu_build.cache_dir() == tmp_path / f"jamba-rag-{os.getuid()}"
-
-
-def test_two_processes_building_at_once_both_get_the_library(tmp_path: Path) -> None:
-    code = (
-        "import pathlib, sys; from model.kernels import cpu_build; "
-        f"cpu_build.cache_dir = lambda: pathlib.Path({str(tmp_path)!r}); "
-        "cpu_build._FLAGS = [*cpu_build._FLAGS, '-O0']; sys.exit(not cpu_build.load_library())"  # a short build
-    )
-    # torch first: the library takes OpenMP from it
-    command = [sys.executable, "-c", "import torch; " + code]
-    processes = [subprocess.Popen(command) for _ in range(2)]
-    assert [process.wait(timeout=100) for process in processes] == [0, 0]
-    assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
