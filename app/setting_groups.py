@@ -52,8 +52,8 @@ class ModelSettings(Group):
     quantize: Literal["auto", "none", "int8", "w8a8"] = setting(
         "auto",
         "`none`: linear weights as stored; `int8`: quantized to int8 per row; `w8a8`: activations in int8 too, on a "
-        "CPU with VNNI in all products (halves an answer's time; weights stored as int4 stay so), on an H100 in prefills "
-        "(a third less time). `auto`: `w8a8` on such a CPU, else `int8`.",
+        "CPU with VNNI in all products (halves an answer's time; int4 weights stay int4), on an H100 in prefills (a "
+        "third less time). `auto`: `w8a8` on such a CPU, else `int8`.",
     )
     threads: int = setting(0, "CPU threads of the model; 0 takes all cores.", "threads", ge=0, le=1024)
     max_context_tokens: int = setting(

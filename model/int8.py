@@ -72,6 +72,19 @@ class Int8Experts(nn.Module):
         return self.gate_up_proj, self.gate_up_scale, self.down_proj, self.down_scale
 
 
+class Int8Head(nn.Module):
+    """A head that is tied to an embedding stored as int8: its numbers as they are, in half of bfloat16's bytes."""
+
+    bias = None
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.weight, self.scale = weight, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return int8_linear(x, self.weight, self.scale)
+
+
 class PackedLinear(nn.Module):
     """In the place of an Int8Linear on a CPU: the rows of its input are rounded (`cpu.rounded_linear`)."""
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from model.config import JambaConfig, UnsupportedWeights
 from model.int4 import GROUP_SIZE, unpack_int4
-from model.int8 import Int8Experts, Int8Linear, PackedExperts, PackedLinear, quantize_rows, swap_linears
+from model.int8 import Int8Experts, Int8Head, Int8Linear, PackedExperts, PackedLinear, quantize_rows, swap_linears
 from model.jamba import Jamba
 from model.kernels import cpu
 from model.moe import Experts
@@ -70,6 +70,9 @@ def load_model(
     _fill(model, reader)
     if quantize == "w8a8" and device.type != "cpu":
         round_activations(model)
+    embedding = reader["model.embed_tokens.weight"]
+    if quantize and device.type == "cpu" and model.config.tie_word_embeddings and embedding.values.dtype == torch.int8:
+        model.lm_head = Int8Head(embedding.values, embedding.scale)
     return model.eval()
 
 

@@ -151,6 +151,7 @@ def test_rows_rounded_on_a_cpu_stay_near(sample_tokens: list[int], fp32_logprobs
     model = load_model(SHIPPED, quantize="w8a8")
     assert model.layers[0].feed_forward.gate_proj.weight.bits == 4  # as it is stored
     assert model.layers[4].self_attn.q_proj.weight.bits == 8
+    assert model.lm_head.weight.dtype == torch.int8
     assert_near("rounded rows", read_logprobs(model, sample_tokens), fp32_logprobs, ROUNDED_BOUND)
 
 
