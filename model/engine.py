@@ -1,7 +1,7 @@
-"""Many requests on one model: prefill in segments, decoding in batches, states reused from and saved to the cache.
+"""Continuous batching of many requests on one model: prefill in segments, batched decoding, prefix caching of states.
 
-Knows when what runs; not how tokens are chosen (sampling.py, generation.py), not where prefills are cut
-(prefix_plan.py), not threads (engine_thread.py). Start at `JambaEngine.step`.
+This is the scheduler. Not here: how tokens are chosen (sampling.py, generation.py), where prefills are cut
+(prefix_plan.py), threads (engine_thread.py). Start at `JambaEngine.step`.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from model.prefix_plan import PrefixPlan
 from model.state_room import StateRoom
 from model.tokenizer import Tokenizer
 
-_LOAD_WAIT_S = 0.05  # how long a step without anything else to do waits for a state to load
-_WHOLE_TOKENS = {"cpu": 512, "cuda": gpu_segment.LONGEST}  # longest segment that no decode step interrupts
-_PREFILL_PER_DECODE = 2.0  # of a longer one, time between two decode steps in times of such a step
+_LOAD_WAIT_S = 0.05  # how long a step with nothing else to do waits for a state to load
+_WHOLE_TOKENS = {"cpu": 512, "cuda": gpu_segment.LONGEST}  # longest segment that decode steps do not interrupt
+_PREFILL_PER_DECODE = 2.0  # longer segments: prefill time between two decode steps, as a multiple of one decode step
 _log = logging.getLogger(__name__)
 
 
 class JambaEngine:
     """The engine on one device.
 
-    A prefill segment is always computed alone, so that its bits depend on nothing but its prompt. `max_batch` bounds
-    the requests under way, `max_waiting` those before them, `max_context_tokens` prompt and answer of one,
-    `state_max_bytes` (None: nothing) the memory of all states (state_room.py): it is taken when a request starts, for
-    all of its prompt and answer, and who does not find it waits for others to end. `draft_tokens`: at most so many of
-    an answer's tokens are guessed and checked in one step, where the model can; the answer is the same.
+    A prefill segment is always computed alone, so that its bits depend only on its prompt. `max_batch` bounds the
+    running requests, `max_waiting` the waiting ones, `max_context_tokens` prompt plus answer of one request,
+    `state_max_bytes` (None: no limit) the memory of all states (state_room.py). A request reserves memory for its whole
+    prompt and answer when it starts; if there is too little, it waits for others to end. `draft_tokens`: most tokens
+    per step that are guessed and verified (speculative decoding), if the model can; the answer does not change.
     """
 
     def __init__(
@@ -75,13 +75,13 @@ class JambaEngine:
         self.max_context_tokens = max_context_tokens if fitting is None else min(fitting, max_context_tokens)
         self._device = model.embed_tokens.weight.device
         self._ids = map("seq-{}".format, itertools.count(1))
-        self._sequences: dict[str, RunningSequence] = {}  # all of them, in order of arrival
+        self._sequences: dict[str, RunningSequence] = {}  # waiting and running, in order of arrival
         self._aborted: set[str] = set()
         self._waiting: deque[RunningSequence] = deque()
         self._loading: dict[RunningSequence, Future[tuple[PrefixHit | None, float]]] = {}
         self._prefilling: deque[RunningSequence] = deque()
         self._decoding: list[RunningSequence] = []
-        self._decode_s, self._piece_s = 0.0, dict[str, float]()  # of the last batch, and of LayeredPrefill
+        self._decode_s, self._piece_s = 0.0, dict[str, float]()  # of the last batch; of LayeredPrefill's pieces
         self._preparing = itertools.chain(warm_up(model, max_batch), self.prefix_cache.prepare(model.state_layout))
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefix-load")
 
@@ -105,9 +105,9 @@ class JambaEngine:
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
-        """One decode batch and one prefill segment, the prefills taking turns: a long one holds up nobody.
+        """Run one decode batch and one prefill segment. Prefills take turns, so that a long one delays nobody.
 
-        A segment that would take much longer than the decoding is computed in several steps.
+        A segment that would take much longer than a decode step is spread over several steps.
         """
         enter = self.times.enter
         enter("start")
@@ -148,8 +148,8 @@ class JambaEngine:
         return [self._end(sequence, "abort") for sequence in ended]
 
     def _start_waiting(self) -> list[StepOutput]:
-        """Let requests in, in their turn, as far as there is memory; those whose prefix is being computed right now
-        wait for it."""
+        """Start waiting requests in their turn, as far as memory allows; a request whose prefix another one is
+        computing right now waits for it."""
         outputs = []
         for sequence in list(self._waiting):
             under_way = [*self._loading, *self._prefilling, *self._decoding]
@@ -164,7 +164,7 @@ class JambaEngine:
             except Exception as error:
                 outputs.append(self._fail(sequence, error))
                 continue
-            if sequence.state is None:  # nobody overtakes it, or it might wait for ever
+            if sequence.state is None:  # later requests must not overtake it, or it might wait for ever
                 break
             self._waiting.remove(sequence)
             self._loading[sequence] = self._loader.submit(
@@ -173,7 +173,7 @@ class JambaEngine:
         return outputs
 
     def _coming_prefix(self, sequence: RunningSequence) -> int | None:
-        """How far another request has read that will pass a snapshot this one could start from; None: none will."""
+        """Tokens read so far by another request that will pass a snapshot this one could start from; None if none."""
         if not self.prefix_cache.keeps_states:
             return None
         wanted = sequence.plan
@@ -186,7 +186,7 @@ class JambaEngine:
         return None
 
     def _find_prefix(self, plan: PrefixPlan, counted: bool, lent_tokens: int) -> tuple[PrefixHit | None, float]:
-        """Runs on the loading thread, so that a slow store delays only its own request. (hit, milliseconds)"""
+        """(hit, milliseconds). Runs on the loading thread, so that a slow store delays only this request."""
         start = time.perf_counter()
         try:
             hit = self.prefix_cache.longest_prefix(plan, counted, lent_tokens)
@@ -203,7 +203,7 @@ class JambaEngine:
             start = time.perf_counter()
             if hit is not None:
                 self._restore(sequence, hit)
-            if sequence.position < sequence.state.lent_tokens:  # what it was to begin with was given up meanwhile
+            if sequence.position < sequence.state.lent_tokens:  # the prefix it was to start from was evicted meanwhile
                 sequence.state, sequence.may_borrow = None, False
                 bisect.insort_left(self._waiting, sequence, key=lambda one: one.request.turn)
                 continue
@@ -221,7 +221,7 @@ class JambaEngine:
         sequence.tier = hit.tier
 
     def _prefill_segment(self) -> list[StepOutput]:
-        """Go on with the first prefill in turn; its first token if that was the end of its last segment."""
+        """Continue the prefill whose turn it is; returns its first token if this finished its last segment."""
         if not self._prefilling:
             return []
         sequence = self._prefilling[0]
@@ -237,7 +237,7 @@ class JambaEngine:
         with self.times.within("save"):
             self._keep(sequence)
         sequence.tell(sequence.position)
-        if sequence.position < sequence.plan.num_tokens:  # a GPU may still be computing: nobody waits for it
+        if sequence.position < sequence.plan.num_tokens:  # no synchronization: a GPU may still be computing
             sequence.timings = _add_prefill(sequence.timings, start)
             self._prefilling.append(sequence)
             return []
@@ -253,7 +253,7 @@ class JambaEngine:
         return [self._advance(sequence, scores)]
 
     def _advance_segment(self, sequence: RunningSequence) -> Tensor | None:
-        """Logits (1, v) of the segment's last token when it is at its end, None before that."""
+        """Logits (1, v) of the segment's last token once the segment is finished, None before."""
         if sequence.segment is None:
             begin, end = sequence.position, sequence.plan.next_cut(sequence.position)
             self.times.prefill_tokens += end - begin
@@ -267,7 +267,7 @@ class JambaEngine:
         return logits
 
     def _keep(self, sequence: RunningSequence) -> None:
-        """Save the state if the plan wants that here; an answer does not fail because its state cannot be kept."""
+        """Save the state if the plan has a snapshot here; a failure to save does not fail the answer."""
         try:
             if self.prefix_cache.save(sequence.plan, sequence.state, sequence.kept_tokens):
                 sequence.kept_tokens = sequence.position
@@ -286,20 +286,20 @@ class JambaEngine:
             self.times.decoded_tokens += len(outputs)
             return outputs
         except Exception as error:
-            if len(batch) == 1 or positions != [sequence.position for sequence in batch]:  # a token is never run twice
+            if len(batch) == 1 or positions != [sequence.position for sequence in batch]:  # never apply a token twice
                 return [self._fail(sequence, error) for sequence in batch]
             _log.warning("a batch of %d failed (%s); decoding one by one", len(batch), error)
         return [output for sequence in batch for output in self._decode_alone(sequence)]
 
     def _decode_alone(self, sequence: RunningSequence) -> list[StepOutput]:
-        """Find out who made a batch fail: a forward pass of several commits their states only when all is computed."""
+        """Find out which sequence made a batch fail: a batch commits its states only once all is computed."""
         try:
             return self._decode([sequence])
         except Exception as error:
             return [self._fail(sequence, error)]
 
     def _decode(self, batch: list[RunningSequence]) -> list[StepOutput]:
-        """The next token of each sequence, and those behind it that were guessed right."""
+        """The next token of each sequence, and the correctly guessed tokens after it."""
         drafts = draft_all([one.lookup for one in batch], self._draft_tokens if self._model.can_try else 0)
         pieces = [[one.generation.token_ids[-1], *draft] for one, draft in zip(batch, drafts, strict=True)]
         token_ids, lengths = torch.tensor(list(itertools.chain(*pieces))), [len(piece) for piece in pieces]
@@ -316,7 +316,7 @@ class JambaEngine:
     def _advance_all(
         self, sequence: RunningSequence, scores: list[Tensor | Likeliest], draft: list[int]
     ) -> list[StepOutput]:
-        """Choose a token by each of the scores in turn, up to the first that was not guessed or ends the answer."""
+        """Choose a token from each score in turn, up to the first that differs from its guess or ends the answer."""
         outputs = []
         for own, guess in zip(scores, [*draft, None], strict=True):
             outputs.append(self._advance(sequence, own))
@@ -335,7 +335,7 @@ class JambaEngine:
         return self._output(sequence, generated)
 
     def _fail(self, sequence: RunningSequence, error: Exception) -> StepOutput:
-        """End this request alone, unless the device is lost to the process: then no other would fare better."""
+        """End only this request, unless the device is lost to the process: then every request would fail."""
         if isinstance(error, torch.AcceleratorError):
             raise error
         _log.error("request %s failed", sequence.request_id, exc_info=error)
@@ -344,7 +344,7 @@ class JambaEngine:
         return self._end(sequence, "error", f"{type(error).__name__}: {error}")
 
     def _end(self, sequence: RunningSequence, reason: FinishReason, error: str | None = None) -> StepOutput:
-        """End a request without a token."""
+        """End a request without a further token."""
         self._forget(sequence)
         cached, tier, timings = sequence.cached_tokens, sequence.tier, sequence.timings
         return StepOutput(sequence.request_id, None, None, "", reason, cached, tier, timings, error=error)

@@ -1,4 +1,4 @@
-"""What goes into an engine and what comes out of it; engine.py is what lies between."""
+"""Input and output types of an engine, and its protocol; engine.py implements it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 from model.generation import FinishReason
 from model.sampling import SamplingParams, TokenConstraint
 
-MAX_BRANCH_TOKENS = 512  # of all branches of a request: they are computed in one step, which holds up the others
+MAX_BRANCH_TOKENS = 512  # all branches of a request together: they are computed in one step, which delays the others
 
 
 class ContextTooLong(ValueError):
-    """A request that does not fit into the context, whatever else is running."""
+    """A request that exceeds the context even if nothing else is running."""
 
     def __init__(self, prompt_tokens: int, max_new_tokens: int, limit: int) -> None:
         self.prompt_tokens, self.max_new_tokens, self.limit = prompt_tokens, max_new_tokens, limit
@@ -31,14 +31,14 @@ class EngineOverloaded(RuntimeError):
 
 
 class Branches(NamedTuple):
-    """Given continuations of a prompt, each from its end, and how many tokens at the end of each are asked for: how
-    likely each of these is, given all before it. At most `MAX_BRANCH_TOKENS`, and not all of a branch."""
+    """Continuations of a prompt to score. Of each branch, the last `scored_tokens` get a log-probability given
+    everything before them; at least the first token is not scored. At most `MAX_BRANCH_TOKENS` in all."""
 
     token_ids: tuple[tuple[int, ...], ...]
     scored_tokens: tuple[int, ...]
 
     def check(self, vocab_size: int) -> None:
-        """Raises ValueError if they are not as said, or tokens outside the vocabulary."""
+        """Raises ValueError if the branches are not as described above or have tokens outside the vocabulary."""
         branches, scored_tokens = self
         if len(branches) != len(scored_tokens) or sum(map(len, branches)) > MAX_BRANCH_TOKENS:
             raise ValueError(f"branches need a number of scored tokens each, and {MAX_BRANCH_TOKENS} tokens at most")
@@ -49,16 +49,15 @@ class Branches(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """`boundaries`: positions where prompts that begin alike may part, ascending or not; states are kept there.
+    """`boundaries`: positions, in any order, where prompts with a common beginning may diverge; states are kept there.
 
-    `tags` are the documents that the prompt saw and `tag_starts` where their tokens begin (absent: at 0), for
+    `tags` are the documents in the prompt and `tag_starts` where their tokens begin (default 0), for
     `PrefixCache.invalidate`. `salt` separates tenants. `epoch` is `PrefixCache.epoch` from before the documents were
-    chosen. The log-probabilities of `watch_tokens` come with every step. `counted`: whether somebody asked; what the
-    service does of its own accord says nothing of how often states are of use, and stays out of the cache's figures.
-    `turn`: of those that wait, the least goes first, else the oldest; several requests of one purpose share one.
-    `branches`: their log-probabilities come with the first output.
-    `on_read`: called between steps, on the engine's thread, with how many tokens of the prompt are read; also while
-    another request reads them, or when they came from the cache. It must be quick and not raise.
+    chosen. The log-probabilities of `watch_tokens` come with every step. `counted`: false for requests that no user
+    made (prefetches), which stay out of the cache's statistics and usage counts. `turn`: among waiting requests the
+    lowest goes first, then the oldest; requests that belong together share one. `branches`: their log-probabilities
+    come with the first output. `on_read`: called between steps, on the engine thread, with the number of prompt tokens
+    read so far, also if another request computes them or they came from the cache. It must be quick and not raise.
     """
 
     token_ids: Sequence[int] | np.ndarray
@@ -76,7 +75,7 @@ class EngineRequest:
     on_read: Callable[[int], object] | None = None
 
     def check(self, token_ids: np.ndarray, max_context_tokens: int, vocab_size: int) -> None:
-        """Its own token ids as an array: raises ContextTooLong or ValueError for what a model cannot be asked."""
+        """Raises ContextTooLong or ValueError for an invalid request; `token_ids` are its own, as an array."""
         prompt_tokens, max_new_tokens = len(token_ids), self.sampling.max_new_tokens
         if prompt_tokens == 0:
             raise ValueError("the prompt has no tokens")
@@ -91,7 +90,7 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class RequestTimings:
-    """`ttft_ms` runs from `add` to the first token, waiting included; 0 until it is there."""
+    """`ttft_ms` is the time from `add` to the first token, waiting included; 0 before that."""
 
     state_load_ms: float = 0.0
     prefill_ms: float = 0.0
@@ -102,7 +101,7 @@ class RequestTimings:
 class StepOutput:
     """One token of one request, or its end. Log-probabilities are the model's, before temperature and constraint.
 
-    `text` is what became certain with this token; it lags behind the tokens while a character is incomplete or a stop
+    `text` is the text that became final with this token; it lags behind while a character is incomplete or a stop
     string may have begun.
     """
 
@@ -120,18 +119,18 @@ class StepOutput:
 
 
 class Engine(Protocol):
-    """Not for several threads at once: see engine_thread.py."""
+    """Not thread safe: see engine_thread.py."""
 
     def add(self, request: EngineRequest) -> str:
         """Accept a request; returns its id. Raises ContextTooLong, ValueError, EngineOverloaded."""
         ...
 
     def step(self) -> list[StepOutput]:
-        """Do a bounded piece of work; returns the tokens and ends it brought."""
+        """Do a bounded piece of work; returns the new tokens and the ended requests."""
         ...
 
     def abort(self, request_id: str) -> None:
-        """End a request: the next step reports it as finished and computes nothing more of it."""
+        """End a request: the next step reports it as finished and computes nothing more for it."""
         ...
 
     def has_work(self) -> bool:
@@ -139,5 +138,5 @@ class Engine(Protocol):
         ...
 
     def prepare(self) -> bool:
-        """With no work: do a short piece of what later requests would wait for; False when nothing is left."""
+        """When idle: do a short piece of preparation that later requests would wait for; False when nothing is left."""
         ...

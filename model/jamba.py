@@ -29,8 +29,8 @@ from model.state import HybridState, LentKv, StateLayout
 
 
 class JambaLayer(nn.Module):
-    """x + mixer(norm(x)), then x + feed_forward(norm(x)). The mixer is attention in one layer of eight of the published
-    shapes and Mamba in the others; the feed-forward is an MLP or, in every second layer, a mixture of them."""
+    """x + mixer(norm(x)), then x + feed_forward(norm(x)). In the published models the mixer is attention in one of
+    eight layers and Mamba in the others; the feed-forward is an MLP or, in every second layer, a mixture of experts."""
 
     def __init__(self, config: JambaConfig, layer: int) -> None:
         super().__init__()
@@ -52,11 +52,11 @@ class JambaLayer(nn.Module):
 
 
 class Jamba(nn.Module):
-    """Embedding, layers, norm, head: `_run` is all of it.
+    """Embedding, layers, norm, head: `_run` is the whole network.
 
-    Serving has shorter ways through the same layers, of which `forward_packed` chooses one: for a few tokens on a CPU
-    (cpu_decode.py), for a decode step (gpu_decode.py) or a short segment (gpu_segment.py) on a GPU. Long segments that
-    are to let others in between: layered_prefill.py.
+    Serving has fast paths through the same layers, and `forward_packed` chooses among them: a few tokens on a CPU
+    (cpu_decode.py), a decode step (gpu_decode.py) or a short segment (gpu_segment.py) on a GPU. Long segments that must
+    let other requests run in between: layered_prefill.py.
     """
 
     def __init__(self, config: JambaConfig) -> None:
@@ -67,21 +67,21 @@ class Jamba(nn.Module):
         self.layers = nn.ModuleList(JambaLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.final_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # the shorter ways, each made when it is first taken: they hold addresses of the weights, see `_apply`
+        # the fast paths, each built at first use; they hold addresses of the weights, see `_apply`
         self._decode: list[DecodeLayer] | None = None
         self._gpu_decode: GpuDecoder | Literal["unfit"] | None = None
         self._gpu_segments: gpu_segment.GpuSegments | None = None
         self._gpu_layers: gpu_layers.GpuLayers | None = None
-        self.few_tokens = MAX_TOKENS  # that the CPU's kernels take layer by layer
-        self.graphed_tokens = gpu_segment.MAX_TOKENS  # longest segment that is CUDA graphs of its very length
-        self.padded_tokens = 0  # longest one that is padded to the length of graphs; 0: none is
+        self.few_tokens = MAX_TOKENS  # most tokens for the CPU's fast path
+        self.graphed_tokens = gpu_segment.MAX_TOKENS  # longest segment with CUDA graphs of exactly its length
+        self.padded_tokens = 0  # longest segment that is padded to the length of a CUDA graph; 0: none
         self._collect_router_stats = False
         if not embedding.is_meta:  # arithmetic on the meta device imports torch._dynamo, which takes a second
             nn.init.normal_(embedding, std=0.02)
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Let the head share the embedding's parameter, where the config says so."""
+        """Let the head share the embedding's parameter if the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -90,13 +90,13 @@ class Jamba(nn.Module):
         return StateLayout.of(self.config, self.embed_tokens.weight.dtype)
 
     def new_state(self, lent: LentKv | None = None) -> HybridState:
-        """The empty memory of one new sequence, where the weights are and in their dtype."""
+        """The empty state of one new sequence, on the device and in the dtype of the weights."""
         return HybridState(self.state_layout, self.embed_tokens.weight.device, lent)
 
     @property
     @torch.no_grad()
     def can_borrow(self) -> bool:
-        """Whether a state may read its first KV in another's memory: the GPU kernels read KV in two pieces."""
+        """Whether a state may read its first KV from another state's memory: only GPU kernels read KV in two pieces."""
         return self.gpu_decoder(1) is not None and gpu_past.fits(self.embed_tokens.weight, self.config.head_dim)
 
     def forward(
@@ -107,8 +107,8 @@ class Jamba(nn.Module):
     ) -> Tensor:
         """token_ids (b, t) int64 -> logits (b, t, v), or (b, v) of the last tokens.
 
-        Without a state every sequence starts afresh and the result is differentiable. With one state a sequence
-        (b of them) the states are advanced in place and no gradient is kept.
+        Without `state` every sequence starts from an empty state and the result is differentiable. With b states, one
+        per sequence, the states are advanced in place and no gradient is kept.
         """
         b, t = token_ids.shape
         if state is None:
@@ -128,10 +128,10 @@ class Jamba(nn.Module):
     ) -> Tensor:
         """Sequences of any lengths end to end: token_ids (T,) -> logits (T, v), or (len(lengths), v) of the last ones.
 
-        token_ids may stay on the CPU: a decode step on the GPU then uploads them with all else that it needs.
+        token_ids may stay on the CPU: a decode step on the GPU uploads them together with its other inputs.
         `states[i]` belongs to the i-th sequence and is advanced in place by `lengths[i]` tokens. Raises ValueError,
-        before anything is changed, when lengths, states and token_ids do not fit each other; after any other
-        exception the states are of no use.
+        before anything is changed, if lengths, states and token_ids do not match; after any other exception the states
+        are unusable.
         """
         self._check_packed(token_ids, lengths, states)
         if max(lengths) == 1 and (decoder := self.gpu_decoder(len(states))):
@@ -155,10 +155,10 @@ class Jamba(nn.Module):
 
     @torch.no_grad()
     def try_tokens(self, token_ids: Tensor, lengths: Sequence[int], states: Sequence[HybridState]) -> Trial:
-        """As `forward_packed` with the logits of all tokens, but the states wait for `Trial.keep`.
+        """Like `forward_packed` with the logits of all tokens, but only `Trial.keep` advances the states.
 
-        Each token's logits, and the states if its sequence is kept up to it, are the bits that one call a token gives.
-        Raises ValueError as `forward_packed`, and for more than `MAX_TOKENS` tokens or where not `can_try`.
+        Logits, and the states after keeping any number of tokens, have the same bits as one call per token gives.
+        Raises ValueError like `forward_packed`, for more than `MAX_TOKENS` tokens, and if not `can_try`.
         """
         self._check_packed(token_ids, lengths, states)
         if token_ids.numel() > MAX_TOKENS or not self.can_try:
@@ -206,13 +206,13 @@ class Jamba(nn.Module):
         return trial
 
     def _decode_layers(self) -> list[DecodeLayer]:
-        """The same layers for a few tokens on the CPU."""
+        """The same layers as fast paths for a few tokens on the CPU."""
         if self._decode is None:
             self._decode = [DecodeLayer(layer) for layer in self.layers]
         return self._decode
 
     def gpu_decoder(self, b: int) -> GpuDecoder | None:
-        """What decodes b sequences on the GPU, if this model and its card can."""
+        """The fast path that decodes b sequences on the GPU, or None if this model or its card cannot."""
         if b > MAX_GPU_BATCH or not gpu.supports(self.embed_tokens.weight) or self.collect_router_stats:
             return None
         if self._gpu_decode is None:
@@ -220,7 +220,7 @@ class Jamba(nn.Module):
         return None if self._gpu_decode == "unfit" else self._gpu_decode
 
     def _short_segments(self, t: int) -> gpu_segment.GpuSegments | None:
-        """What computes t tokens of one sequence as graphs, if this model and its card can."""
+        """The fast path that computes t tokens of one sequence as CUDA graphs, or None if there is none."""
         if t > self.graphed_tokens or self.gpu_decoder(1) is None:
             return None
         if self._gpu_segments is None:
@@ -228,7 +228,7 @@ class Jamba(nn.Module):
         return self._gpu_segments if self._gpu_segments.takes(t) else None
 
     def padded_layers(self, t: int) -> gpu_layers.GpuLayers | None:
-        """What computes t tokens of one sequence as graphs of some layers, if this model and its card can."""
+        """The fast path that computes t tokens, padded, as CUDA graphs of a few layers each; None if there is none."""
         if not self.graphed_tokens < t <= self.padded_tokens or self.gpu_decoder(1) is None:
             return None
         if self._gpu_layers is None:
@@ -236,11 +236,11 @@ class Jamba(nn.Module):
         return self._gpu_layers
 
     def forget_addresses(self) -> None:
-        """The weights are going to be elsewhere: what knows where they were is made anew."""
+        """Drop the fast paths because the weights are about to move; they are rebuilt at next use."""
         self._decode = self._gpu_decode = self._gpu_segments = self._gpu_layers = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        """Every way to move or cast the weights comes through here."""
+        """PyTorch calls this whenever weights are moved or cast."""
         self.forget_addresses()
         return super()._apply(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""The memory of one sequence: KV of the attention layers, conv and SSM of the Mamba layers.
+"""The model state of one sequence: KV cache of the attention layers, conv and SSM state of the Mamba layers.
 
 Not here: who keeps which state for how long (prefix_cache.py), or how a call finds its states (batch.py).
 """
@@ -22,9 +22,9 @@ from model.ssm_rounding import dequantize_ssm, quantize_ssm
 if TYPE_CHECKING:
     from model.prefix_plan import PrefixPlan
 
-LENT_UNIT = 256  # tokens of what is lent: a multiple of all tiles that kernels read keys in
+LENT_UNIT = 256  # KV is lent in multiples of this many tokens, a multiple of all tiles in which kernels read keys
 _MIN_CAPACITY_TOKENS, _MAX_SPARE_TOKENS = 256, 16_384
-_MIN_LENT_TOKENS = 1024  # to hold less twice is nothing
+_MIN_LENT_TOKENS = 1024  # less is not worth sharing
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +40,10 @@ class StateLayout:
     w: int
     kv_dtype: torch.dtype
     conv_dtype: torch.dtype
-    version: int = 3  # raised when kernels come to other bits: states of before are then not found
+    version: int = 3  # raised when kernels compute other bits, so that older states are not found
 
     @classmethod
-    @cache  # asked for at every step
+    @cache  # called at every step
     def of(cls, config: JambaConfig, dtype: torch.dtype) -> Self:
         """The layout of a model whose activations have `dtype`."""
         return cls(
@@ -59,7 +59,7 @@ class StateLayout:
         )
 
     def fingerprint(self) -> bytes:
-        """16 bytes that differ whenever any field does."""
+        """16 bytes that differ if any field differs."""
         return hashlib.blake2b(repr(astuple(self)).encode(), digest_size=16).digest()
 
     @property
@@ -75,8 +75,8 @@ class StateLayout:
 
 
 class Origin(NamedTuple):
-    """The stored blocks of KV whose bits a state's first tokens have: one key for every `block_tokens` of them, which
-    covers all tokens before it too (prefix_plan.py)."""
+    """Which stored KV blocks a state's first tokens are bit-identical to: one key per `block_tokens` tokens, which
+    also covers all tokens before them (prefix_plan.py)."""
 
     keys: tuple[str, ...] = ()
     block_tokens: int = 1
@@ -86,30 +86,30 @@ class Origin(NamedTuple):
         return len(self.keys) * self.block_tokens
 
     def common_tokens(self, other: Origin) -> int:
-        """How many first tokens' KV has the same bits in both."""
+        """For how many first tokens the KV has the same bits in both."""
         places = range(min(len(self.keys), len(other.keys)))
         return bisect_left(places, True, key=lambda i: self.keys[i] != other.keys[i]) * self.block_tokens
 
     def first(self, num_tokens: int) -> Origin:
-        """Of the whole blocks among the first tokens."""
+        """The part for the first `num_tokens` tokens, in whole blocks."""
         return self._replace(keys=self.keys[: num_tokens // self.block_tokens])
 
 
 class LentKv(NamedTuple):
-    """KV of a sequence's first tokens in another state's memory, where it has the same bits. Read, never written."""
+    """The KV of a sequence's first tokens in another state's memory, with the same bits. Read, never written."""
 
-    kv: Tensor  # (n_attn, 2, capacity, g, p), which lives as long as someone reads it
+    kv: Tensor  # (n_attn, 2, capacity, g, p), kept alive by its readers
     num_tokens: int  # a multiple of LENT_UNIT
-    plan: PrefixPlan | None = None  # of the prompt that the memory was filled by, also behind these tokens
+    plan: PrefixPlan | None = None  # of the prompt in that memory, including what follows these tokens
 
     @property
     def memory(self) -> dict[int, int]:
-        """As `HybridState.memory`."""
+        """Like `HybridState.memory`."""
         return {self.kv.data_ptr(): self.kv.nbytes}
 
 
 class LayerKv(NamedTuple):
-    """Keys and values of one attention layer: views of all s+t tokens, or of those behind `lent_keys`."""
+    """Keys and values of one attention layer: views of all s+t tokens, or of those after `lent_keys`."""
 
     keys: Tensor  # (s+t, g, p)
     values: Tensor
@@ -117,14 +117,14 @@ class LayerKv(NamedTuple):
     lent_values: Tensor | None = None
 
     def first(self, num_tokens: int) -> LayerKv:
-        """Those of the first tokens, at least all that are lent."""
+        """Keys and values of the first tokens, at least all lent ones."""
         own = num_tokens - (0 if self.lent_keys is None else len(self.lent_keys))
         return self._replace(keys=self.keys[:own], values=self.values[:own])
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The recurrent part of a state after `num_tokens` tokens: useless without the KV of exactly these tokens."""
+    """The recurrent part of a state after `num_tokens` tokens; usable only with the KV of exactly these tokens."""
 
     num_tokens: int
     conv: Tensor  # (n_mamba, e, w-1)
@@ -143,19 +143,19 @@ class Snapshot:
 class HybridState:
     """Starts empty; a forward pass advances it in place.
 
-    `origin` is what is known to be stored of its KV; going back to fewer tokens forgets what lies behind them. With
-    `lent` memory it holds the KV behind that alone, and is of use once it has seen what is lent: see `restore`. `plan`:
-    of the prompt that it is of, if it is of one.
+    `origin` says which of its KV is stored in the cache; going back to fewer tokens forgets the rest. With `lent`
+    memory it only holds the KV after the lent tokens, and cannot be used until it has seen these: see `restore`.
+    `plan`: that of its prompt, if any.
     """
 
     def __init__(self, layout: StateLayout, device: torch.device | str = "cpu", lent: LentKv | None = None) -> None:
         self.layout, self._num_tokens, self.origin, self.lent = layout, 0, Origin(), lent
         self.lent_tokens = 0 if lent is None else lent.num_tokens
         self.plan: PrefixPlan | None = None
-        with torch.inference_mode(False):  # an inference tensor could not be advanced outside inference mode
+        with torch.inference_mode(False):  # inference tensors could not be modified outside inference mode
             self.conv = torch.zeros(layout.conv_shape, dtype=layout.conv_dtype, device=device)
             self.ssm = torch.zeros(layout.ssm_shape, dtype=torch.float32, device=device)
-        self._kv = self._new_kv(0)  # (n_attn, 2, rows, g, p); beyond num_tokens: anything
+        self._kv = self._new_kv(0)  # (n_attn, 2, rows, g, p); undefined beyond num_tokens
 
     @property
     def num_tokens(self) -> int:
@@ -170,37 +170,37 @@ class HybridState:
 
     @property
     def nbytes(self) -> int:
-        """Memory of its own, the room for tokens to come included."""
+        """Bytes of its own memory, including room for future tokens."""
         return self.conv.nbytes + self.ssm.nbytes + self._kv.nbytes
 
     @property
     def memory(self) -> dict[int, int]:
-        """Address and bytes of all that it keeps alive, what it is lent included."""
+        """Address -> bytes of all memory that it keeps alive, lent memory included."""
         own = {tensor.data_ptr(): tensor.nbytes for tensor in (self.conv, self.ssm, self._kv)}
         return own if self.lent is None else own | self.lent.memory
 
     @property
     def capacity(self) -> int:
-        """How many tokens' KV there is room for, the lent ones included."""
+        """For how many tokens' KV there is room, lent ones included."""
         return self.lent_tokens + self._kv.shape[2]
 
     def addresses(self) -> tuple[int, int, int, int]:
-        """Where conv, SSM and KV (n_attn, 2, rows, g, p) lie, and the rows; the KV moves when `reserve` makes room."""
+        """Addresses of conv, SSM and KV (n_attn, 2, rows, g, p), and the rows; `reserve` may move the KV."""
         return self.conv.data_ptr(), self.ssm.data_ptr(), self._kv.data_ptr(), self._kv.shape[2]
 
     def lender_address(self) -> tuple[int, int]:
-        """Where the KV lies whose first tokens are lent, and its rows; zeros if nothing is."""
+        """Address of the KV memory whose first tokens are lent, and its rows; zeros if nothing is lent."""
         return (0, 0) if self.lent is None else (self.lent.kv.data_ptr(), self.lent.kv.shape[2])
 
     def lend(self, num_tokens: int, unit: int = 1) -> LentKv | None:
-        """What of its first tokens' KV another state could read here instead of holding it, see `cut_loan`."""
+        """The KV of its first tokens, for another state to read here instead of holding a copy; see `cut_loan`."""
         if self.lent is not None:
             return cut_loan(self.lent, min(num_tokens, self.lent_tokens), unit)
         return cut_loan(LentKv(self._kv, self.num_tokens, self.plan), min(num_tokens, self.num_tokens), unit)
 
     def reserve(self, num_tokens: int) -> None:
-        """Make room for the KV of `num_tokens` tokens in all. Appending one by one is cheap: the room doubles, a large
-        one grows by a fixed piece. Who knows how long a sequence gets reserves that, and nothing is ever copied."""
+        """Make room for the KV of `num_tokens` tokens in all. Appending one by one is cheap: the capacity doubles, or
+        grows by a fixed amount once it is large. Reserve the final length if it is known: nothing is copied then."""
         if num_tokens > self.capacity:
             held, spare = self._kv.shape[2], min(self._kv.shape[2], _MAX_SPARE_TOKENS)
             grown = self._new_kv(max(num_tokens - self.lent_tokens, held + spare, _MIN_CAPACITY_TOKENS))
@@ -209,9 +209,9 @@ class HybridState:
             self._kv = grown
 
     def append_kv(self, layer: int, k: Tensor, v: Tensor) -> LayerKv:
-        """Write k, v (t, g, p) behind the tokens seen so far, in reserved room -> all of attention layer `layer`.
+        """Write k, v (t, g, p) after the tokens seen so far, in reserved room -> all KV of attention layer `layer`.
 
-        `num_tokens` is left as it is.
+        Does not change `num_tokens`.
         """
         start = self.num_tokens - self.lent_tokens
         keys, values = self._kv[layer, :, : start + len(k)].unbind()
@@ -230,17 +230,17 @@ class HybridState:
         return torch.cat(pieces, dim=2) if pieces else self._kv[:, :, :0].clone()
 
     def copy_to(self, empty: HybridState) -> None:
-        """Let an empty state go on from here; what it is lent is not copied."""
+        """Make an empty state a copy of this one; lent KV is not copied."""
         empty.restore(self.snapshot(), self._pieces(empty.lent_tokens, self.num_tokens))
 
     def _pieces(self, start: int, end: int) -> list[Tensor]:
-        """Views of the KV of tokens start..end: what is lent, and its own."""
+        """Views of the KV of tokens start..end: the lent part, then its own."""
         lent = self.lent_tokens
         own = self._kv[:, :, max(start - lent, 0) : max(end - lent, 0)]
         return [own] if self.lent is None else [self.lent.kv[:, :, start : min(end, lent)], own]
 
     def snapshot(self, int8: bool = False) -> Snapshot:
-        """A copy of the recurrent part, as it is now. With `int8` its SSM is rounded, and this state's with it."""
+        """A copy of the current recurrent part. With `int8` its SSM is rounded, and so is this state's."""
         if int8:
             ssm, scale = quantize_ssm(self.ssm)
             dequantize_ssm(ssm, scale, out=self.ssm)
@@ -248,9 +248,9 @@ class HybridState:
         return Snapshot(self.num_tokens, self.conv.clone(), self.ssm.clone())
 
     def restore(self, snapshot: Snapshot, kv: Sequence[Tensor]) -> None:
-        """Fill this empty state. The pieces of `kv`, in order, are the KV of the snapshot's tokens that are not lent.
+        """Fill this empty state. `kv`: pieces, in order, of the KV of the snapshot's tokens, without lent ones.
 
-        Raises ValueError, and stays empty, when the state is not empty or anything does not fit its layout.
+        Raises ValueError, and changes nothing, if the state is not empty or anything does not fit its layout.
         """
         if self.num_tokens:
             raise ValueError(f"restore needs an empty state, this one has seen {self.num_tokens} tokens")
@@ -272,7 +272,7 @@ class HybridState:
         self.num_tokens = covered
 
     def _fill_kv(self, pieces: Sequence[Tensor], num_tokens: int) -> None:
-        if pieces and all(piece.device == self._kv.device for piece in pieces):  # hundreds of pieces a launch
+        if pieces and all(piece.device == self._kv.device for piece in pieces):  # hundreds of pieces per launch
             filled = self._kv.flatten(0, 1)[:, :num_tokens]
             torch.cat([piece.flatten(0, 1) for piece in pieces], dim=1, out=filled)
             return
@@ -287,7 +287,7 @@ class HybridState:
 
 
 def cut_loan(loan: LentKv, num_tokens: int, unit: int = 1) -> LentKv | None:
-    """At most the first `num_tokens` of it, in whole `unit`s; None: too few to be worth it."""
+    """At most the first `num_tokens` tokens of a loan, in whole `unit`s; None if too few to be worth it."""
     unit = math.lcm(unit, LENT_UNIT)
     num_tokens = num_tokens // unit * unit
     return loan._replace(num_tokens=num_tokens) if num_tokens >= _MIN_LENT_TOKENS else None
