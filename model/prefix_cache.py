@@ -1,8 +1,8 @@
 """Finds and saves the longest cached prefix of a prompt.
 
-Knows what of a prompt is kept and when it may be used again; not where cuts and keys come from (prefix_plan.py), not
-Redis (state_store.py), not layers (state.py). Start at `PrefixCache.longest_prefix`. KV is kept densely, a block a key;
-a snapshot of the recurrent part only where reuse is likely: it weighs as much as hundreds of tokens of KV.
+Decides what of a prompt is stored and when it may be reused. Not here: where cuts and keys come from (prefix_plan.py),
+Redis (redis_store.py), layers (state.py). Start at `PrefixCache.longest_prefix`. Every block of KV is stored, one key
+each; the recurrent part only where reuse is likely, because a snapshot is as large as the KV of hundreds of tokens.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from model.state_codec import DamagedValue, decode_value
 from model.state_store import Buffer, StateItem, StateStore, locate
 from model.write_behind import WriteBehind
 
-_MAX_INVALIDATED = 1 << 16  # tags that are remembered; of plans made before the oldest of them nothing is kept
-_BLOCKS_A_SNAPSHOT = 12  # that main memory is locked for
-_READERS, _READ_TOGETHER = 4, 8  # threads, each with a connection of its own, and values they read at a time
+_MAX_INVALIDATED = 1 << 16  # tags that are remembered; plans older than the oldest of them are no longer saved
+_BLOCKS_A_SNAPSHOT = 12  # assumed when main memory is page-locked
+_READERS, _READ_TOGETHER = 4, 8  # threads, each with its own connection; values that each reads at a time
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixHit:
-    """The state of the first `num_tokens` tokens of a prompt, checked and ready for `PrefixCache.restore`."""
+    """The state of a prompt's first `num_tokens` tokens, verified and ready for `PrefixCache.restore`."""
 
     num_tokens: int
     snapshot: Snapshot
-    kv: tuple[Tensor, ...]  # pieces of (n_attn, 2, t, g, p) that cover num_tokens in order, but for what is lent
-    tier: str  # the slowest one that something had to come from
+    kv: tuple[Tensor, ...]  # pieces (n_attn, 2, t, g, p) that cover num_tokens in order, without lent tokens
+    tier: str  # the slowest tier that was needed
     origin: Origin
 
 
 @dataclass(slots=True)
 class CacheStats:
-    """Counted since the start. `damaged` values were found but could not be used."""
+    """Counters since the start. `damaged` values were found but could not be used."""
 
     lookups: int = 0
     hits: int = 0
@@ -55,16 +55,16 @@ class CacheStats:
     cached_tokens: int = 0
     damaged: int = 0
     saved: int = 0
-    refused: int = 0  # saves that came after their documents were invalidated
+    refused: int = 0  # saves that came after one of their documents was invalidated
 
 
 class PrefixCache:
-    """One cache over `stores`, the fastest first. Safe to use from several threads.
+    """One cache over `stores`, fastest first. Thread safe.
 
-    `fingerprint` names the model (prefix_plan.state_fingerprint). A DeviceStateStore, which only the first may be, has
-    a state at once; the others are written on a thread, which `close` ends. What is found in a slower store is copied
-    into the faster ones in the same way. The stores stay their owner's to close. `on_moved("save" or "load", tier,
-    seconds)` is called, from any thread, whenever a store was given states or asked for them.
+    `fingerprint` identifies the model (prefix_plan.state_fingerprint). Only the first store may be a DeviceStateStore;
+    it is written at once, the others on a write-behind thread, which `close` ends. States found in a slower store are
+    copied into the faster ones in the same way. The caller closes the stores. `on_moved("save" or "load", tier,
+    seconds)` is called, from any thread, after each write to and read from a store.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class PrefixCache:
 
     @property
     def _first(self) -> int:
-        """Of the stores below the device."""
+        """Index of the first store below the device."""
         return 0 if self._device is None else 1
 
     @property
@@ -98,13 +98,13 @@ class PrefixCache:
 
     @property
     def has_near_states(self) -> bool:
-        """Whether the fastest store is memory, not a server."""
+        """Whether the fastest store is in memory, not a server."""
         return bool(self._stores) and self._stores[0].keeps_tensors
 
     @property
     def epoch(self) -> int:
-        """Grows with every invalidation. Read it before choosing documents for a prompt and hand it to `plan`: then
-        nothing is kept of a document that was deleted in between."""
+        """Increases with every invalidation. Read it before choosing the documents of a prompt and pass it to `plan`:
+        then nothing is stored of a document that was deleted in between."""
         return self._epoch
 
     def plan(
@@ -115,15 +115,15 @@ class PrefixCache:
         tags: Mapping[str, int] | None = None,
         epoch: int | None = None,
     ) -> PrefixPlan:
-        """Cuts and keys of a prompt; `tags` say which document's tokens begin where, `salt` separates tenants."""
+        """Cuts and keys of a prompt; `tags`: document -> where its tokens begin; `salt` separates tenants."""
         epoch = self._epoch if epoch is None else epoch
         return plan_prefix(root_key(self._fingerprint, salt), token_ids, boundaries, self.settings, tags, epoch)
 
     def longest_prefix(self, plan: PrefixPlan, counted: bool = True, lent_tokens: int = 0) -> PrefixHit | None:
-        """The deepest position of the plan with a snapshot and all KV before it, leaving a token to compute.
+        """The deepest position of the plan with a stored snapshot and all KV before it, and a token left to compute.
 
-        Loads what it returns, less the KV of `lent_tokens`. Values that cannot be used are dropped, counted, and the
-        next position is tried. What is not `counted` is no question: neither a lookup nor a use of what it finds.
+        Loads the state, without the KV of the first `lent_tokens`. Unusable values are dropped and counted, and the
+        next position is tried. Without `counted` it neither counts as a lookup nor as a use of what it finds.
         """
         where = locate(self._stores, plan.keys_deepest_first(plan.num_tokens - 1), peek=not counted)
         loaded: dict[str, StateTensors] = {}
@@ -141,21 +141,21 @@ class PrefixCache:
         return hit
 
     def kept_tokens(self, plan: PrefixPlan, nearest: bool = False) -> int:
-        """How deep `longest_prefix` would start, without loading anything or counting it as a use; `nearest`: from the
-        fastest store alone, and without asking a server."""
+        """The position that `longest_prefix` would find, without loading anything or counting it as a use; `nearest`:
+        looks only in the fastest store, and never in a server."""
         stores = self._stores[: int(self.has_near_states)] if nearest else self._stores
         return plan.deepest(locate(stores, plan.keys_deepest_first(plan.num_tokens - 1), peek=True))
 
     def restore(self, hit: PrefixHit, state: HybridState) -> None:
-        """Make an empty state that of the hit. Raises ValueError, leaving it empty, if it is another model's."""
+        """Fill an empty state from the hit. Raises ValueError, leaving it empty, if the hit is another model's."""
         state.restore(hit.snapshot, hit.kv)
         state.origin = hit.origin
 
     def save(self, plan: PrefixPlan, state: HybridState, kept_tokens: int = 0) -> bool:
-        """Keep `state` if the plan has a snapshot at its position; the first `kept_tokens` tokens' KV was kept before.
+        """Store `state` if the plan has a snapshot at its position; `kept_tokens`: tokens whose KV was stored before.
 
-        With int8 snapshots it goes on rounded, whether or not it is kept: then it makes no difference whether it was.
-        False if there was nothing to keep, or a document of it was invalidated meanwhile.
+        With int8 snapshots `state` is rounded even if nothing is stored, so that answers do not depend on that.
+        False if there was nothing to store, or one of its documents was invalidated meanwhile.
         """
         position, int8 = state.num_tokens, self.settings.int8_snapshots
         if (key := plan.snapshot_keys.get(position)) is None or not (self._stores or int8):
@@ -181,7 +181,7 @@ class PrefixCache:
         return True
 
     def invalidate(self, tags: Collection[str]) -> None:
-        """Forget every state made from these documents, in all stores, those still being computed included."""
+        """Delete every state computed from these documents in all stores; those still being computed are not stored."""
         with self._lock:
             self._epoch += 1
             for tag in tags:
@@ -191,7 +191,7 @@ class PrefixCache:
                 self._forgotten_epoch = self._invalidated.pop(next(iter(self._invalidated)))
         for tell in self.on_invalidated:  # before the stores, which may be slow
             tell(tags)
-        if self._behind is not None:  # before the stores that it writes
+        if self._behind is not None:  # before the stores to which it writes
             self._behind.forget(tags)
         for store in self._stores:
             store.delete(tags=tags)
@@ -202,7 +202,7 @@ class PrefixCache:
             return all(self._invalidated.get(tag, self._forgotten_epoch) <= plan.epoch for tag in tags)
 
     def prepare(self, layout: StateLayout) -> Iterator[None]:
-        """Lock main memory for states of this layout, a little between two yields."""
+        """Page-lock main memory for states of this layout, a little between two yields."""
         snapshot = HybridState(layout, "meta").snapshot(self.settings.int8_snapshots)
         block_bytes = math.prod(layout.kv_shape(self.settings.block_tokens)) * layout.kv_dtype.itemsize
         sizes = [*[block_bytes] * _BLOCKS_A_SNAPSHOT, *(tensor.nbytes for tensor in snapshot.tensors), block_bytes]
@@ -211,17 +211,17 @@ class PrefixCache:
                 yield
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until the stores below the device have all that was saved or found; False if it took longer."""
+        """Wait until all saved and found states are written to the stores below the device; False on timeout."""
         return self._behind is None or self._behind.flush(timeout_s)
 
     def close(self) -> None:
-        """Write what was saved, and end all threads. To be called before the stores are closed; twice does no harm."""
+        """Write pending states and end all threads. Call it before closing the stores; calling it twice is harmless."""
         self._readers.shutdown()
         if self._behind is not None:
             self._behind.close()
 
     def stats(self) -> tuple[CacheStats, dict[str, dict[str, int]]]:
-        """Counters of the cache, and those of each tier by name."""
+        """Counters of the cache, and counters of each tier by name."""
         with self._lock:
             counted = replace(self._stats)
         tiers = {store.tier: store.stats() for store in self._stores}
@@ -231,7 +231,7 @@ class PrefixCache:
         return counted, tiers
 
     def _blocks_to_save(self, plan: PrefixPlan, start: int, end: int) -> list[int]:
-        """Blocks `start` to `end`, and of those before them what this process has given up since it was kept."""
+        """Blocks `start` to `end`, and those before them that the fastest store has evicted since they were stored."""
         nearest = self._stores[0]
         if not start or nearest.tier == "redis":  # asking a server would make the answer wait
             return list(range(start, end))
@@ -241,7 +241,7 @@ class PrefixCache:
 
     def _put(self, plan: PrefixPlan, items: Sequence[StateItem], *puts: Callable[[Sequence[StateItem]], None]) -> bool:
         """Put the items unless one of their documents was invalidated since the plan was made."""
-        with self._lock:  # an invalidation waits, and then deletes what was put
+        with self._lock:  # an invalidation waits for this, and then deletes what was put
             if not self.is_current(plan, frozenset().union(*(item.tags for item in items))):
                 self._stats.refused += 1
                 return False
@@ -258,7 +258,7 @@ class PrefixCache:
     def _load(
         self, plan: PrefixPlan, position: int, where: dict[str, int], loaded: dict[str, StateTensors], lent_blocks: int
     ) -> PrefixHit | None:
-        """Fetch and check one position; None if that failed, and then what is missing has left `where`."""
+        """Load and verify the state at one position; if that fails, None, and missing keys are removed from `where`."""
         snapshot_key = plan.snapshot_keys[position]
         block_keys = plan.block_keys[lent_blocks : position // plan.block_tokens]
         self._fetch([snapshot_key], 4 if self.settings.int8_snapshots else 3, where, loaded)
@@ -282,9 +282,9 @@ class PrefixCache:
         loaded: dict[str, StateTensors],
         value_bytes: int = 0,
     ) -> None:
-        """Add to `loaded` what can be had of `keys`, values of that many tensors; the rest leaves `where`.
+        """Load values of `tensors` tensors each into `loaded`; keys that cannot be loaded are removed from `where`.
 
-        Values whose size is known go to the device as they come, if it has room for all of them.
+        Values of known size are copied to the device as they arrive, if it has room for all of them.
         """
         for level, store in enumerate(self._stores):
             asked, started = [key for key in keys if where.get(key) == level], time.perf_counter()
@@ -309,7 +309,7 @@ class PrefixCache:
     def _read(
         self, store: StateStore, keys: Sequence[str], tensors: int, device: DeviceStateStore | None
     ) -> Iterable[tuple[str, StateTensors | DamagedValue | None]]:
-        """Each key's value. Of a server some at a time, side by side, received into memory of those copied before."""
+        """Each key's value. From a server in parallel batches, reusing the memory of values already copied."""
 
         def read_some(some: Sequence[str]) -> list[tuple[str, StateTensors | DamagedValue | None]]:
             values = zip(some, store.get_many(some), strict=True)
@@ -324,7 +324,7 @@ class PrefixCache:
     def _open_value(
         self, key: str, value: Buffer | StateTensors | None, tensors: int, device: DeviceStateStore | None
     ) -> StateTensors | DamagedValue | None:
-        """A store's value checked, and on the device if one is given and has the memory."""
+        """A store's value, verified and, if `device` is given and has the memory, copied there."""
         if value is None:
             return None
         if not isinstance(value, StateTensors):
@@ -338,7 +338,7 @@ class PrefixCache:
         return value
 
     def _promote(self, plan: PrefixPlan, position: int, where: dict[str, int], loaded: dict[str, StateTensors]) -> None:
-        """Copy what came from slower stores to the device, and behind the answer to the stores between."""
+        """Copy what came from slower stores to the device, and in the background to the stores between."""
         size = plan.block_tokens
         ends = [(key, (i + 1) * size) for i, key in enumerate(plan.block_keys[: position // size]) if key in loaded]
         ends.append((plan.snapshot_keys[position], position))
@@ -357,7 +357,7 @@ class PrefixCache:
         where: Mapping[str, int],
         loaded: dict[str, StateTensors],
     ) -> None:
-        """Put there what was loaded from elsewhere, and use that, unless it is more than the store holds."""
+        """Put loaded states into the device store and use those copies, unless they exceed its capacity."""
         strangers = [key for key, _ in ends if where[key]]
         nbytes = sum(len(loaded[key]) for key in strangers)
         if not strangers or not device.make_room(nbytes):
@@ -368,30 +368,30 @@ class PrefixCache:
         except torch.OutOfMemoryError:
             _log.warning("no memory on %s to bring %d bytes of states there", device.device, nbytes)
             return
-        there = device.contains_many([key for key, _ in ends], peek=True)  # less what has just made room
+        there = device.contains_many([key for key, _ in ends], peek=True)  # without what was just evicted for room
         missing = [end for end, kept in zip(ends, there, strict=True) if not kept]
         self._put(plan, [_describe(plan, key, end, loaded[key]) for key, end in missing], self._put_on_device)
 
 
 def _describe(plan: PrefixPlan, key: str, end: int, value: StateTensors) -> StateItem:
-    """A block or a snapshot of the first `end` tokens, with what the stores should know of it."""
+    """A block or snapshot that ends at token `end`, with the metadata that the stores need."""
     is_snapshot = plan.snapshot_keys.get(end) == key
-    before = end // plan.block_tokens - (not is_snapshot)  # blocks without which it is of no use
+    before = end // plan.block_tokens - (not is_snapshot)  # blocks that it needs
     after = plan.block_keys[before - 1] if before else ""
     ends_prompt = is_snapshot and end == max(plan.snapshot_keys)
     return StateItem(key, value, plan.tags_before(end), after, end if is_snapshot else 0, ends_prompt)
 
 
 def _copy_to(device: DeviceStateStore, value: StateTensors) -> StateTensors:
-    # what is not pinned was received into memory that is used again as soon as nobody has it
+    # memory that is not pinned is a receive buffer, reused as soon as nobody holds it
     return StateTensors(tuple(x.to(device.device, non_blocking=x.is_pinned()) for x in value.tensors))
 
 
 def _token_bytes(kv: Tensor) -> int:
-    """Of the KV of one token; (n_attn, 2, t, g, p), where t may be 0."""
+    """Bytes of one token's KV, given some (n_attn, 2, t, g, p), where t may be 0."""
     return kv.element_size() * math.prod(kv.shape[:2] + kv.shape[3:])
 
 
 def _origin(plan: PrefixPlan, position: int) -> Origin:
-    """Of a state of the plan's first `position` tokens whose blocks are stored."""
+    """The origin of a state of the plan's first `position` tokens, all of whose blocks are stored."""
     return Origin(plan.block_keys[: position // plan.block_tokens], plan.block_tokens)

@@ -1,9 +1,9 @@
-"""Where a prompt's prefill is cut, which cuts deserve a snapshot, and the keys of everything that may be kept of it.
+"""Where a prompt's prefill is cut into segments, which cuts get a snapshot, and the cache keys of blocks and snapshots.
 
-Pure functions of the tokens, the boundaries and the settings: the same prompt has the same plan whether or not a state
-is found, so a cached answer and an uncached one are computed in the same steps. A key covers all tokens up to the end
-of the segment that its position is in, all cuts between them, those where the state was rounded, the model
-(fingerprint) and the tenant (salt): equal keys mean equal bits.
+Pure functions of tokens, boundaries and settings: a prompt has the same plan whether or not a state is found, so cached
+and uncached answers are computed in the same steps. A key covers all tokens up to the end of the segment that its
+position is in, all cuts up to there, the positions where the state was rounded, the model (fingerprint) and the tenant
+(salt): equal keys mean equal bits.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _SAMPLE_EVERY_BYTES = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class PlanSettings:
-    """`min_snapshot_distance`: boundaries nearer than this to the last chosen one get neither cut nor snapshot, nor
-    those behind 32K tokens that are nearer than a sixteenth of the way to it, the last boundary excepted.
-    `sparse_snapshot_tokens`: distance of snapshots in long stretches without a boundary, to resume after a restart; 0
-    means none. All in tokens; segments and sparse snapshots lie on one grid. `int8_snapshots`: snapshots are rounded,
-    and whatever is computed behind them goes on from the rounded state.
+    """`min_snapshot_distance`: a boundary nearer than this to the last chosen one gets neither cut nor snapshot; beyond
+    32K tokens the distance is at least a sixteenth of the position. The last boundary is always chosen.
+    `sparse_snapshot_tokens`: distance of snapshots in long stretches without a boundary, to resume after a restart; 0:
+    none. All in tokens; segments and sparse snapshots lie on one grid. `int8_snapshots`: snapshots are rounded, and the
+    computation continues from the rounded state.
 
     Raises ValueError when the grids do not fit each other.
     """
@@ -54,7 +54,7 @@ class PlanSettings:
 
 @dataclass(frozen=True, slots=True)
 class PrefixPlan:
-    """What the cache and the engine have agreed on for one prompt."""
+    """Cuts and cache keys of one prompt, which the cache and the engine both follow."""
 
     num_tokens: int
     cuts: tuple[int, ...]  # ends of the prefill segments, ascending; the last is num_tokens
@@ -69,15 +69,15 @@ class PrefixPlan:
         return self.cuts[bisect_right(self.cuts, position)]
 
     def keys_deepest_first(self, position: int) -> list[str]:
-        """Keys of all that is kept of the first `position` tokens, by the end of what they stand for, descending."""
+        """Keys of all blocks and snapshots that end within the first `position` tokens, the last end first."""
         size = self.block_tokens
         ends = [(i * size, key) for i, key in enumerate(self.block_keys[: position // size], start=1)]
         ends += [(end, key) for end, key in self.snapshot_keys.items() if end <= position]
         return [key for _, key in sorted(ends, key=lambda pair: pair[0], reverse=True)]
 
     def deepest(self, there: Container[str], lent_blocks: int = 0) -> int:
-        """The last position whose snapshot is there, and all blocks before it but the first `lent_blocks`, and that
-        still leaves a token to compute; 0 if there is none."""
+        """The last position whose snapshot and blocks (except the first `lent_blocks`) are all in `there` and that
+        leaves at least one token to compute; 0 if there is none."""
         keys = self.block_keys
         blocks = next((i for i in range(lent_blocks, len(keys)) if keys[i] not in there), len(keys))
         for position, key in reversed(self.snapshot_keys.items()):
@@ -86,7 +86,7 @@ class PrefixPlan:
         return 0
 
     def tags_before(self, position: int) -> frozenset[str]:
-        """Documents that a state of the first `position` tokens has seen."""
+        """Documents that a state of the first `position` tokens includes."""
         return frozenset(tag for tag, start in self.tags.items() if start < position)
 
 
@@ -110,10 +110,10 @@ def plan_prefix(
 
 
 def choose_snapshots(num_tokens: int, boundaries: Iterable[int], settings: PlanSettings) -> list[int]:
-    """Positions worth a snapshot: spaced boundaries, the last boundary always, and a sparse grid between them.
+    """Positions that get a snapshot: boundaries at the minimum distance, always the last, and a sparse grid between.
 
-    A choice depends only on what lies before it (the last boundary excepted), so prompts that begin alike agree. Who
-    starts from a snapshot computes what follows it again, which is little beside what it stands for.
+    Each choice depends only on what lies before it (except the last boundary), so prompts with a common beginning agree
+    on it. What follows the snapshot has to be recomputed, which is little compared with what the snapshot saves.
     """
     ends = {position for position in boundaries if 0 < position <= num_tokens}
     sparse = settings.sparse_snapshot_tokens
@@ -129,14 +129,14 @@ def choose_snapshots(num_tokens: int, boundaries: Iterable[int], settings: PlanS
 
 
 def root_key(fingerprint: bytes, salt: bytes) -> bytes:
-    """First link of every chain: nothing is shared between two models or two tenants."""
+    """First link of every key chain: two models or two tenants share nothing."""
     return hashlib.blake2b(struct.pack("<I", len(fingerprint)) + fingerprint + salt, digest_size=16).digest()
 
 
 def state_fingerprint(checkpoint: Path, quantization: str | None, layout: bytes) -> bytes:
-    """Names the model that states belong to: weights and config, quantization, and `StateLayout.fingerprint()`.
+    """Identifies the model that states belong to: weights and config, quantization, and `StateLayout.fingerprint()`.
 
-    Weights up to 256 MiB are hashed whole; of larger ones the header and 64 KiB of every 16 MiB.
+    Weight files up to 256 MiB are hashed whole; of larger ones the header and 64 KiB of every 16 MiB.
     """
     digest = hashlib.blake2b(digest_size=16)
     files = sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("config.json")])
@@ -162,9 +162,9 @@ def _chain_keys(
 ) -> tuple[tuple[str, ...], dict[int, str]]:
     """Keys of the full blocks before the last snapshot, and of the snapshots.
 
-    A block's key covers the segments that it lies in, since its bits depend on all of their tokens (with experts on how
-    many of them one expert gets, which decides how its product is computed), and `rounded` positions up to its last
-    token. A snapshot inside a block continues the chain over its tail.
+    A block's key covers the whole segments that it lies in, since its bits depend on all of their tokens (with MoE, how
+    many of them an expert gets decides how its product is computed), and the `rounded` positions up to its last token.
+    A snapshot inside a block continues the chain over the block's tail.
     """
     end_of_use = max(snapshots, default=0)
     tokens = np.asarray(token_ids[:end_of_use], dtype="<i4")
@@ -186,7 +186,7 @@ def _link_keys(
     rounded: tuple[int, ...],
     block_tokens: int,
 ) -> tuple[tuple[str, ...], tuple[tuple[int, str], ...]]:
-    """`_chain_keys` from what the segments up to each of the `cuts` hold: the same for all questions about a text."""
+    """`_chain_keys` from the segments' digests; memoized, because all questions about a text share the result."""
 
     def link(previous: bytes, start: int, end: int) -> bytes:
         data = struct.pack("<I", end - start) + b"".join(
