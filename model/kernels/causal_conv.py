@@ -1,4 +1,4 @@
-"""Causal depthwise convolution over time with SiLU, carrying the last w-1 inputs from call to call."""
+"""Causal depthwise convolution over time with SiLU; the last w-1 inputs are carried from call to call as state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHARING = {"THREADS": 128, "STEPS": 32, "AT_ONCE": 8}  # how conv.cu shares out
 
 
 def causal_conv(x: Tensor, conv_state: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolve x behind `conv_state` (None: zeros), apply SiLU; `conv_state` is updated in place. Shapes: see `_ref`.
+    """Convolve x preceded by `conv_state` (None: zeros), apply SiLU; updates `conv_state` in place. Shapes: see `_ref`.
 
     Differentiable when `conv_state` is None.
     """
@@ -32,7 +32,7 @@ def causal_conv(x: Tensor, conv_state: Tensor | None, weight: Tensor, bias: Tens
 
 
 def causal_conv_cuda(x: Tensor, conv_state: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`causal_conv` by conv.cu, where `_fits_cuda`. Not differentiable."""
+    """`causal_conv` with conv.cu; only if `_fits_cuda`. Not differentiable."""
     b, t, e = x.shape
     bits = {"ACTIVATION_BITS": _BITS[x.dtype], "WEIGHT_BITS": _BITS[weight.dtype]}
     bits["STATE_BITS"] = _BITS[x.dtype if conv_state is None else conv_state.dtype]
@@ -45,7 +45,7 @@ def causal_conv_cuda(x: Tensor, conv_state: Tensor | None, weight: Tensor, bias:
 
 
 def _fits_cuda(x: Tensor, conv_state: Tensor | None, weight: Tensor) -> bool:
-    """Whether conv.cu takes these: 16-byte loads of eight channels."""
+    """Whether conv.cu supports these tensors: it loads eight channels (16 bytes) at a time."""
     aligned = all(at * x.element_size() % 16 == 0 for at in x.stride()[:2]) and x.data_ptr() % 16 == 0
     own_state = conv_state is None or (conv_state.is_contiguous() and conv_state.dtype in _BITS)
     known = x.dtype in _BITS and weight.dtype in _BITS and weight.is_contiguous() and weight.shape[1] > 1
@@ -53,7 +53,7 @@ def _fits_cuda(x: Tensor, conv_state: Tensor | None, weight: Tensor) -> bool:
 
 
 def causal_conv_torch(x: Tensor, conv_state: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`causal_conv` in PyTorch alone: w shifted products, for F.conv1d wants time to come last."""
+    """`causal_conv` in plain PyTorch: w shifted products, because F.conv1d needs time as the last dimension."""
     t, past = x.shape[1], weight.shape[1] - 1
     if conv_state is None:
         window = F.pad(x, (0, 0, past, 0))  # (b, w-1+t, e)

@@ -1,6 +1,6 @@
-"""Causal depthwise convolution + SiLU on a GPU, forward and backward, in the (b, t, e) layout of everything around it.
+"""Causal depthwise convolution + SiLU on a GPU, forward and backward, in the (b, t, e) layout of the surrounding code.
 
-Memory-bound: each kernel reads its inputs once, the w taps come out of the cache. Definition: `causal_conv.py`.
+Memory-bound: each kernel reads its inputs once; the w taps come from the cache. Definition: `causal_conv.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ BLOCK_T, BLOCK_E = 32, 64
 
 @triton.jit
 def _convolve(x, past, weight, bias, rows, offs_e, mask_e, t, stride_t, W: tl.constexpr, HAS_PAST: tl.constexpr):
-    """Before the activation, for `rows` of one sequence: (BLOCK_T, BLOCK_E) float32."""
+    """The convolution before the activation, for `rows` of one sequence: (BLOCK_T, BLOCK_E) float32."""
     total = tl.zeros([rows.shape[0], offs_e.shape[0]], tl.float32) + bias[None, :]
     for k in tl.static_range(W):
         at = rows - (W - 1 - k)
@@ -50,7 +50,7 @@ def _backward_inner_kernel(
     x, weight, bias, dout, inner, dweight, dbias, t, e, stride_b, stride_t,
     W: tl.constexpr, HAS_BIAS: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient before the activation, and its sums into dweight and dbias."""
+    """Gradient with respect to the value before the activation, and its sums into dweight and dbias."""
     row = tl.program_id(2).to(tl.int64)
     rows, offs_e = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BE + tl.arange(0, BE)
     mask_e = offs_e < e
@@ -121,7 +121,7 @@ class _CausalConv(torch.autograd.Function):
 
 
 def causal_conv_triton(x: Tensor, conv_state: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As `causal_conv_ref`; x may be strided but in its last dimension. Differentiable when `conv_state` is None."""
+    """Like `causal_conv_ref`; x may be strided except in its last dimension. Differentiable if `conv_state` is None."""
     if x.stride(-1) != 1 or not weight.is_contiguous():
         raise ValueError(f"x must be contiguous in its last dimension and weight altogether, got {x.stride()}")
     if conv_state is None:

@@ -1,7 +1,7 @@
-"""The operations of a layer on the CPU, in C: tensors in, tensors out. The definitions are the `_ref` beside each.
+"""The operations of a layer on the CPU, in C: tensors in, tensors out. Each is defined by its `_ref`.
 
-Callers ask `available()` first and stay with PyTorch where it says no (no compiler). Nothing here is differentiable.
-Activations float32 or bfloat16, accumulation and recurrent states float32. How the library is made: cpu_build.py.
+Callers check `available()` first and use PyTorch if it is false (no compiler). Nothing here is differentiable.
+Activations float32 or bfloat16, accumulation and recurrent states float32. How the library is built: cpu_build.py.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from model.kernels.cpu_build import load_library
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _PACKED = {8: 3, 4: 4}  # by bits
-_FEW_ROWS = {torch.float32: 64, torch.bfloat16: 24}  # from here on unpacking int8 weights pays: MKL; oneDNN with AMX
-GROUP = 64  # columns of a row that share a scale where it is rounded to int8
+_FEW_ROWS = {torch.float32: 64, torch.bfloat16: 24}  # with more rows unpacking int8 weights pays (MKL; oneDNN with AMX)
+GROUP = 64  # columns of an activation row that share a scale when it is rounded to int8
 Pointer, Int64 = ctypes.c_void_p, ctypes.c_int64
 Pointers, _int64s = ctypes.POINTER(Pointer), ctypes.POINTER(Int64)
 
 
 class Rows(ctypes.Structure):
-    """Of cpu.h, as are the next two."""
+    """The struct of that name in cpu.h, like the next two."""
 
     _fields_ = [("data", Pointer), ("stride", Int64), ("dtype", Int64)]
 
@@ -45,13 +45,13 @@ class Vec(ctypes.Structure):
 
 
 class Packed(NamedTuple):
-    """A quantized matrix (out, in), or rows of one, in the order in which `rounded_linear` reads it."""
+    """A quantized matrix (out, in), or rows of one, packed in the order in which `rounded_linear` reads it."""
 
     bytes: Tensor
     shape: tuple[int, int]
     bits: int
-    scale: Tensor | None  # (out,) of int8; those of int4 are among the bytes
-    first: int = 0  # of the rows that were packed
+    scale: Tensor | None  # (out,) for int8; int4 scales are among the bytes
+    first: int = 0  # index of the first row in the packed matrix
 
     @classmethod
     def of_int8(cls, weight: Tensor, scale: Tensor) -> Packed:
@@ -60,7 +60,7 @@ class Packed(NamedTuple):
 
     @classmethod
     def of_int4(cls, weight: Tensor, scales: Tensor) -> Packed:
-        """weight (out, in/2) uint8, scales (out, in/64), as in model/int4.py."""
+        """weight (out, in/2) uint8, scales (out, in/64), see model/int4.py."""
         return cls._pack(4, (weight.shape[0], 2 * weight.shape[1]), None, weight, scales.float())
 
     @classmethod
@@ -72,7 +72,7 @@ class Packed(NamedTuple):
         return cls(packed, tuple(shape), bits, scale)
 
     def chunk(self, parts: int) -> list[Packed]:
-        """As `Tensor.chunk`, of the rows, whose number is a multiple of `parts`."""
+        """Like `Tensor.chunk` on the rows, whose number must be a multiple of `parts`."""
         rows, scales = self.shape[0] // parts, [None] * parts if self.scale is None else self.scale.chunk(parts)
         starts = range(self.first, self.first + self.shape[0], rows)
         return [
@@ -82,7 +82,7 @@ class Packed(NamedTuple):
 
 
 class Linear(ctypes.Structure):
-    """Of cpu_linear.h: a weight (out, in), its scale (out,) when it is int8, its bias (out,) if any; all contiguous."""
+    """The struct in cpu_linear.h: weight (out, in), scale (out,) for int8, bias (out,) if any; all contiguous."""
 
     _fields_ = [("weight", Pointer), ("scale", Pointer), ("bias", Vec)]
     _fields_ += [(name, Int64) for name in ("dtype", "in_features", "out_features", "first")]
@@ -136,7 +136,7 @@ def available() -> bool:
 
 
 def supports(*tensors: Tensor | None) -> bool:
-    """Whether these tensors can go to the kernels: on the CPU, float32 or bfloat16, and no gradient asked for."""
+    """Whether the kernels support these tensors: on the CPU, float32 or bfloat16, and no gradient required."""
     given = [x for x in tensors if x is not None]
     fits = all(x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) for x in given)
     return fits and not (torch.is_grad_enabled() and any(x.requires_grad for x in given)) and available()
@@ -155,7 +155,7 @@ def selective_scan(
 ) -> Tensor:
     """`selective_scan.selective_scan` on the CPU; with `delta_bias` (e,) delta is softplus(delta + delta_bias).
 
-    Cutting t over calls gives the same bits. `state` is contiguous and updated in place.
+    Splitting t over several calls gives the same bits. `state` is contiguous and updated in place.
     """
     (b, t, e), n = u.shape, A.shape[1]
     if not (u.shape == delta.shape == z.shape and B.shape == C.shape == (b, t, n) and len(A) == len(D) == e):
@@ -176,7 +176,7 @@ def selective_scan(
 
 
 def causal_conv(x: Tensor, state: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`causal_conv.causal_conv` on the CPU; cutting t over calls gives the same bits. `state` is contiguous."""
+    """`causal_conv.causal_conv` on the CPU; splitting t over calls gives the same bits. `state` is contiguous."""
     (b, t, e), w = x.shape, weight.shape[1]
     state = x.new_zeros(b, e, w - 1) if state is None else state
     _check_state(state, (b, e, w - 1), (torch.float32, x.dtype))
@@ -211,8 +211,9 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) @ (weight * scale[:, None]).T + bias -> (..., out) in x.dtype.
 
-    weight (out, in) int8, scale (out,) float32, both contiguous. Few rows read the weights as they are, and a row's
-    result is the same bits in any company; for many the weights are unpacked to x.dtype and oneDNN or MKL multiplies.
+    weight (out, in) int8, scale (out,) float32, both contiguous. For few rows a kernel reads the int8 weights directly,
+    and a row's result has the same bits whatever other rows there are; for many rows the weights are unpacked to
+    x.dtype for oneDNN or MKL.
     """
     if x.shape[:-1].numel() <= _FEW_ROWS[x.dtype]:
         return linear_few(x, weight, scale, bias)
@@ -223,20 +224,21 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
 
 
 def rounds_rows() -> bool:
-    """Whether `rounded_linear` is the fastest way here: VNNI or its like, and no AMX."""
+    """Whether `rounded_linear` is the fastest product on this CPU: it has VNNI or the like, and no AMX."""
     return available() and bool(_function("packing_pays", ctypes.c_int)())
 
 
 def rounded_linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
     """x (..., in) @ weight.T + bias -> (..., out) in x.dtype, with the rows of x rounded to int8.
 
-    GROUP columns of a row are rounded in steps of a 127th of the largest. A row has the same bits in any company.
+    Each GROUP columns of a row share a scale, a 127th of their largest value. A row's result has the same bits whatever
+    other rows there are.
     """
     return _linear("linear_packed", x, weight, None, bias)
 
 
 def linear_few(x: Tensor, weight: Tensor | Packed, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` for few rows of x, in one reading of the weight (int8 with its scale, bfloat16 or float32)."""
+    """`F.linear` for few rows of x, reading the weight (int8 with its scale, bfloat16 or float32) only once."""
     return _linear("linear_few", x, weight, scale, bias)
 
 
@@ -268,7 +270,7 @@ def attend(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], lengths:
 
 
 def rounded_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The definition of `rounded_linear`, in float32, of the float weight that was quantized and packed."""
+    """The definition of `rounded_linear`, in float32; `weight` is the float weight before quantizing and packing."""
     k = x.shape[-1]
     groups = F.pad(x.float(), (0, -k % GROUP)).unflatten(-1, (-1, GROUP))
     largest = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30)
@@ -282,7 +284,7 @@ def int8_linear_ref(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | Non
 
 
 def call(name: str, *arguments: ctypes.Structure | ctypes._SimpleCData) -> None:
-    """Run a function of the library; a single structure goes by reference, as its C functions take it."""
+    """Run a function of the library; a single structure is passed by reference, as the C functions expect."""
     if len(arguments) == 1:
         _function(name)(ctypes.byref(arguments[0]))
     else:
@@ -307,7 +309,7 @@ def _function(name: str, returns: type[ctypes._SimpleCData] | None = None) -> ct
 
 
 def _packable(x: Tensor) -> Tensor:
-    """(b, t, c) as rows one stride apart, columns together; a copy only where x is not so already."""
+    """(b, t, c) as rows of constant stride with contiguous columns; copies only if x is not so already."""
     fits = x.stride(-1) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
     return x if fits else x.contiguous()
 
@@ -319,18 +321,18 @@ def _address(x: Tensor) -> int:
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    """(..., c) as (rows, c), columns together; a copy only where no view can be."""
+    """(..., c) as (rows, c) with contiguous columns; copies only if no view is possible."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def row_starts(lengths: Sequence[int]) -> ctypes.Array:
-    """Where each sequence's tokens begin, and the end."""
+    """Index of each sequence's first token, then the total."""
     return (Int64 * (len(lengths) + 1))(0, *accumulate(lengths))
 
 
 def addresses(state: Tensor) -> ctypes.Array:
-    """Where each of the b sequences' part of `state` (b, ...) begins."""
+    """Address of each of the b sequences' part of `state` (b, ...)."""
     first, step = state.data_ptr(), state.stride(0) * state.element_size()
     return (Pointer * len(state))(*range(first, first + len(state) * step, step))
 

@@ -1,7 +1,7 @@
-"""Builds the CPU kernels with the machine's own C compiler at first use and keeps the library per user.
+"""Builds the CPU kernels with the machine's own C compiler at first use and caches the library per user.
 
-Not here: what the kernels compute (cpu.c, cpu_linear.c) or how tensors reach them (cpu.py). No compiler, no library:
-callers then stay with PyTorch.
+Not here: what the kernels compute (cpu.c, cpu_linear.c) or how tensors reach them (cpu.py). Without a compiler there is
+no library, and callers use PyTorch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _lock = threading.Lock()
 
 
 def load_library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None (said once in the log) when this machine cannot build them."""
+    """The compiled kernels, or None (logged once) if this machine cannot build them."""
     with _lock:
         return _load_library()
 
@@ -65,7 +65,7 @@ def _open(compile_command: list[str], link_command: list[str]) -> ctypes.CDLL:
 
 
 def _build(compile_command: list[str], link_command: list[str], path: Path) -> None:
-    """In a directory of its own first: several processes may do this at once, and none may see half a library."""
+    """Builds in a temporary directory first: several processes may do this at once, and none may see half a library."""
     run = partial(subprocess.run, check=True, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         run([*compile_command, "-c", *(str(_HERE / name) for name in _SOURCES)], cwd=scratch)
@@ -92,7 +92,7 @@ def _cpu_features() -> str:
 
 
 def cache_dir() -> Path:
-    """Where only this user writes: ~/.cache, else a directory of the user's own under the temporary one."""
+    """A directory that only this user can write: ~/.cache, else the user's own under the temporary directory."""
     candidates = [Path(tempfile.gettempdir()) / f"jamba-rag-{os.getuid()}"]
     with suppress(RuntimeError):  # a user of a container may have no home
         candidates.insert(0, Path.home() / ".cache/jamba-rag")

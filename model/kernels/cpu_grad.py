@@ -1,4 +1,4 @@
-"""The selective scan with its gradient on the CPU, in C (cpu_scan_grad.c): what trains small models without a GPU."""
+"""The selective scan with its gradient on the CPU, in C (cpu_scan_grad.c), to train small models without a GPU."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _OUTPUTS = ("grad_u", "grad_delta", "grad_z", "grad_B", "grad_C", "grad_A", "gra
 
 
 class _ScanGradArgs(ctypes.Structure):
-    """Of cpu_scan_grad.c."""
+    """The struct of that name in cpu_scan_grad.c."""
 
     _fields_ = [(name, cpu.Pointer) for name in (*_INPUTS, *_OUTPUTS)]
     _fields_ += [(name, cpu.Int64) for name in ("b", "t", "e", "n", "threads")]
 
 
 def supports(*tensors: Tensor | None) -> bool:
-    """Whether `selective_scan` takes these: on the CPU, in a dtype that loses nothing in float32."""
+    """Whether `selective_scan` supports these tensors: on the CPU, in a dtype that float32 represents exactly."""
     given = [x for x in tensors if x is not None]
     fits = all(x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) for x in given)
     return fits and cpu.available()

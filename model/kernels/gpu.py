@@ -1,7 +1,7 @@
-"""Launches the project's own CUDA kernels (*.cu) on PyTorch's tensors and streams, through the driver by ctypes.
+"""Launches the project's own CUDA kernels (*.cu) on PyTorch's tensors and streams, via the driver API and ctypes.
 
-Callers ask `supports()` first and stay with Triton or PyTorch where it says no. Nothing here is differentiable.
-How a kernel is compiled: gpu_build.py. What every kernel includes: gpu.cuh.
+Callers check `supports()` first and use Triton or PyTorch if it is false. Nothing here is differentiable.
+How kernels are compiled: gpu_build.py. What every kernel includes: gpu.cuh.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ _log = logging.getLogger(__name__)
 
 
 class LaunchError(RuntimeError):
-    """The driver refused a kernel; the message names it and the driver's reason."""
+    """The driver refused a kernel; the message names the kernel and the driver's reason."""
 
 
 class Kernel(Protocol):
     def __call__(
         self, grid: tuple[int, ...], block: int, *args: Argument, shared_bytes: int = 0, overlap: bool = False
     ) -> None:
-        """Launch on the current stream. Tensors go as pointers (None: null), int as long long, float as float.
+        """Launch on the current stream. Tensors are passed as pointers (None: null), int as long long, float as float.
 
-        `overlap` lets it start while the kernel before it ends (programmatic dependent launch): it must then read
-        nothing of that kernel before its grid_wait().
+        `overlap` lets it start while the preceding kernel ends (programmatic dependent launch): it must then not read
+        that kernel's output before its grid_wait().
         """
 
 
@@ -56,7 +56,7 @@ def kernel(file: str, name: str, **constants: int) -> Kernel:
 
 
 def supports(*tensors: Tensor | None) -> bool:
-    """Whether kernels can work on these tensors: all on one card that can run them, and no gradient asked for."""
+    """Whether the kernels support these tensors: all on one card that can run them, and no gradient required."""
     given = [x for x in tensors if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in given):
         return False
@@ -68,7 +68,7 @@ def supports(*tensors: Tensor | None) -> bool:
 
 
 def has_bulk_copies(*tensors: Tensor | None) -> bool:
-    """Whether Triton kernels can load these by descriptors (TMA): as `supports`, from the H100 on."""
+    """Whether Triton kernels can load these by descriptors (TMA): like `supports`, from the H100 on."""
     if not supports(*tensors):
         return False
     return emulator is not None or torch.cuda.get_device_capability(tensors[0].device) >= (9, 0)
@@ -94,7 +94,7 @@ def _cuda_kernel(file: str, name: str, constants: tuple[tuple[str, int], ...]) -
 
 
 class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute: which, and 64 bytes of value at offset 8."""
+    """CUlaunchAttribute: an id, and a value of 64 bytes at offset 8."""
 
     _fields_ = [("id", ctypes.c_uint), ("pad", ctypes.c_uint), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
 
@@ -109,9 +109,9 @@ class _Config(ctypes.Structure):
 
 
 class PackedArguments:
-    """Room for a kernel's arguments in the form the driver takes them: `pointers[i]` points to the i-th value.
+    """A kernel's arguments in the form that the driver expects: `pointers[i]` points to the i-th value.
 
-    `kinds`: a letter an argument as `struct` has them: P pointer, q long long, f float.
+    `kinds`: one letter per argument, as in `struct`: P pointer, q long long, f float.
     """
 
     def __init__(self, kinds: str) -> None:
@@ -143,7 +143,7 @@ def unpack(arguments: Sequence[Argument]) -> tuple[str, list[int | float]]:
 
 
 class CudaKernel:
-    """A `Kernel` on the GPU. Safe to call from several threads."""
+    """A `Kernel` on the GPU. Thread safe."""
 
     def __init__(self, file: str, name: str, constants: dict[str, int]) -> None:
         self._file, self.name, self._constants = file, name, constants
@@ -178,7 +178,7 @@ class CudaKernel:
             _check(status, f"{self.name}: grid {grid}, block {block}, {shared_bytes} bytes of shared memory")
 
     def function(self, device: int) -> ctypes.c_void_p:
-        """The driver's handle on a card; compiles and loads the kernel."""
+        """The driver's handle of the kernel on a card; compiles and loads it first."""
         with self._lock:
             return self._functions.get(device) or self._load(device)
 
@@ -212,7 +212,7 @@ def _driver() -> ctypes.CDLL:
 
 
 def _enter_context(device: int) -> None:
-    """Make PyTorch's context on the card this thread's own, as the runtime does at a thread's first call."""
+    """Make PyTorch's context on the card current in this thread, as the runtime does at a thread's first call."""
     torch.cuda.init()
     handle, context = ctypes.c_int(), ctypes.c_void_p()
     _check(_driver().cuDeviceGet(ctypes.byref(handle), ctypes.c_int(device)), f"device {device}")

@@ -1,7 +1,7 @@
-"""Attention of one new token a sequence over the keys in its own state, on the GPU: decode_attention.cu.
+"""Decode attention on the GPU: one new token per sequence over the keys in its state (decode_attention.cu).
 
-Of sequences whose first keys are the same bits (`Sharing`) one's are read for several of them at once, and may lie in
-memory that another has lent.
+Sequences whose first keys have the same bits can share one read of them (`Sharing`), and can keep them in memory that
+another sequence lends them (`Loans`).
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from torch import Tensor
 from model.kernels import gpu
 
 _THREADS = 128
-_BLOCKS_A_PROCESSOR, _BLOCKS_THAT_SHARE = 3, 2  # that many fit a multiprocessor's registers
-_HEADS_A_BLOCK, _ROWS_A_BLOCK = 8, 16  # query heads of one sequence, of all that a block reads keys for
-SHARED_UNIT = 64  # keys that the warps of a block take at once
-_JOINERS = 4  # threads of attend_combine a dimension of the head
+_BLOCKS_A_PROCESSOR, _BLOCKS_THAT_SHARE = 3, 2  # blocks whose registers fit a multiprocessor; the same with sharing
+_HEADS_A_BLOCK, _ROWS_A_BLOCK = 8, 16  # query heads per block: of one sequence, and of all that share its keys
+SHARED_UNIT = 64  # keys that the warps of a block read at once
+_JOINERS = 4  # threads of attend_combine per dimension of a head
 
 
 class Caches(NamedTuple):
-    """Of b sequences, int64 on the device; a cache is (layers, 2, capacity, g, p) bfloat16 with room for a token.
-
-    It has no rows for the tokens that are lent, see `Loans`."""
+    """The KV caches of b sequences, int64 on the device; each is (layers, 2, capacity, g, p) bfloat16 with room for one
+    more token. Lent tokens have no rows in it, see `Loans`."""
 
     addresses: Tensor  # (b,)
     capacities: Tensor  # (b,) tokens
@@ -33,35 +32,35 @@ class Caches(NamedTuple):
 
 
 class Sharing(NamedTuple):
-    """Of b sequences, int64 on the device: what of each is read from another's cache, where it is the same bits.
+    """For each of b sequences, int64 on the device: which first tokens are read from another's cache with equal bits.
 
-    An owner reads its own copy; `max_members(h // g)` sequences at most have the same owner, itself counted, and the
-    same `until`, at most each one's length.
+    An owner reads its own copy. At most `max_members(h // g)` sequences, including the owner, have the same owner; they
+    have the same `until`, which is at most the length of each.
     """
 
-    owners: Tensor  # (b,) place in the batch, a sequence's own if it shares nothing
-    until: Tensor  # (b,) tokens from the first on, a multiple of SHARED_UNIT; 0 if it shares nothing
+    owners: Tensor  # (b,) index in the batch; the sequence's own if it shares nothing
+    until: Tensor  # (b,) number of shared first tokens, a multiple of SHARED_UNIT; 0 if it shares nothing
 
 
 class Loans(NamedTuple):
-    """Of b sequences, int64 on the device: whose cache a sequence's first tokens are read from, in the place of its
-    own. The result has the same bits."""
+    """For each of b sequences, int64 on the device: the cache that holds its first tokens instead of its own. The
+    result has the same bits."""
 
     lenders: Tensor  # (b,) addresses
     capacities: Tensor  # (b,)
-    num_lent: Tensor  # (b,) how many tokens that are, a multiple of SHARED_UNIT; 0: none
+    num_lent: Tensor  # (b,) number of lent tokens, a multiple of SHARED_UNIT; 0: none
 
 
 class Partials(NamedTuple):
-    """What is known of each part of the keys, for each of the sequences that it is read for: outputs before division
-    (parts, members, h, p), maximum and sum (parts, members, h, 2)."""
+    """Partial results of attention over each part of the keys, for each sequence that reads it: outputs before division
+    (parts, members, h, p), maximum and sum of the scores (parts, members, h, 2)."""
 
     outs: Tensor
     weights: Tensor
 
     @classmethod
     def empty(cls, q: Tensor, g: int, sharing: bool = False) -> Partials:
-        """For q (b, h, p) and g KV heads: parts enough to fill the card once, or a few for each of many sequences."""
+        """For q (b, h, p) and g KV heads: enough parts to fill the card once, or a few for each of many sequences."""
         b, h, p = q.shape
         blocks = _BLOCKS_THAT_SHARE if sharing else _BLOCKS_A_PROCESSOR
         parts = max(blocks * gpu.sm_count(q.device) // (g * _tiles(h // g)), 4 * b)
@@ -70,12 +69,12 @@ class Partials(NamedTuple):
 
 
 def fits(p: int) -> bool:
-    """Whether `attend` is made for heads of this dimension."""
+    """Whether `attend` supports heads of this dimension."""
     return p in (64, 128)
 
 
 def max_members(group: int) -> int:
-    """How many sequences of `group` query heads a KV head can share one read of their keys."""
+    """How many sequences, with `group` query heads per KV head, can share one read of their keys."""
     return _ROWS_A_BLOCK // min(group, _HEADS_A_BLOCK)
 
 
@@ -91,11 +90,11 @@ def attend(
     sharing: Sharing | None = None,
     overlap: bool = True,
 ) -> None:
-    """Attend with one token a sequence to its cache and itself, and write its key and value behind the cached ones.
+    """One token per sequence attends to its cache and itself; its key and value are appended to the cache.
 
-    q (b, h, p), k, v (b, g, p), out (b, h, p) bfloat16; scores, sums and outputs accumulate in float32. `lengths` are
-    left as they are. `partials` are made for as many members as `sharing` wants. `overlap`: see gpu.Kernel; of the
-    caches nothing may come from the kernel before.
+    q (b, h, p), k, v (b, g, p), out (b, h, p) bfloat16; scores, sums and outputs accumulate in float32. `lengths` do
+    not change. `partials` have room for as many members as `sharing` needs. `overlap`: see gpu.Kernel; the preceding
+    kernel must not write to the caches.
     """
     (b, h, p), g, (parts, members) = q.shape, k.shape[1], partials.outs.shape[:2]
     constants = {"HEAD_DIM": p, "GROUP": h // g, "MEMBERS": members}
@@ -117,7 +116,7 @@ def attend_ref(
     layer: int,
     sharing: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:
-    """As `attend` with the caches themselves and (owner, until) of each sequence -> (b, h, p) in q.dtype."""
+    """Like `attend`, given the caches themselves and each sequence's (owner, until) -> (b, h, p) in q.dtype."""
     outputs = []
     for i, (cache, length) in enumerate(zip(caches, lengths, strict=True)):
         cache[layer, :, length] = torch.stack([k[i], v[i]])
@@ -132,5 +131,5 @@ def attend_ref(
 
 
 def _tiles(group: int) -> int:
-    """Blocks that share a KV head's keys."""
+    """Blocks that the query heads of one KV head are spread over."""
     return -(-group // _HEADS_A_BLOCK)

@@ -1,4 +1,4 @@
-"""Compiles the CUDA kernels (*.cu beside this) with NVRTC at first use and keeps the cubins per user.
+"""Compiles the CUDA kernels (*.cu in this folder) with NVRTC at first use and caches the cubins per user.
 
 NVRTC and its bindings come with PyTorch's CUDA wheels; no toolkit is needed. Not here: how a kernel is launched
 (gpu.py). Source: NVRTC documentation, CUDA 13.
@@ -30,7 +30,7 @@ class BuildError(RuntimeError):
 
 @cache
 def can_build() -> bool:
-    """Whether NVRTC and its bindings are here."""
+    """Whether NVRTC and its bindings are installed."""
     try:
         return nvrtc is not None and bool(_call(nvrtc.nvrtcVersion))
     except RuntimeError:  # the bindings without the library
@@ -56,7 +56,7 @@ def build(file: str, constants: Mapping[str, int], capability: tuple[int, int]) 
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """The name of the machine code to make: Hopper's own instructions need the `a`."""
+    """The name of the target architecture: Hopper's own instructions need the suffix `a`."""
     major, minor = capability
     return f"sm_{major}{minor}" + ("a" if capability == (9, 0) else "")
 
@@ -86,7 +86,7 @@ def _call(function, *arguments):
 
 
 def _keep(cubin: bytes, path: Path) -> None:
-    """Under another name first: several processes may do this at once, and none may see half a file."""
+    """Writes under another name first: several processes may do this at once, and none may see half a file."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(cubin)
     os.replace(file.name, path)

@@ -1,8 +1,8 @@
-"""Products of a few tokens with int8 weights on the GPU, and the norms between them: tensors in, `out` tensors written.
+"""Products of a few tokens with int8 weights on the GPU, and the norms between them; results go to `out` tensors.
 
-All take bfloat16 activations and int8 rows (out, in) with a float32 scale each, accumulate in float32 and can be
-captured in a CUDA graph after a first call. `overlap`: see gpu.Kernel; weights never may come from the kernel before.
-The kernels are linear.cu and elementwise.cu, the definitions the `_ref` beside each. Many tokens: gpu_prefill.py.
+All take bfloat16 activations and int8 rows (out, in) with one float32 scale each, accumulate in float32 and can be
+captured in a CUDA graph after a first call. `overlap`: see gpu.Kernel; the preceding kernel must never write weights.
+The kernels are in linear.cu and elementwise.cu; each is defined by its `_ref`. Many tokens: gpu_prefill.py.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from torch import Tensor
 from model.kernels import gpu
 
 MAX_TOKENS = 64
-MAX_ASSIGNMENTS = 128  # of tokens to experts, in one call
-MAX_EXPERTS, MAX_ROUTED_EXPERTS = 64, 32  # of the products; of `add_norm`'s router
+MAX_ASSIGNMENTS = 128  # token-expert pairs in one call
+MAX_EXPERTS, MAX_ROUTED_EXPERTS = 64, 32  # for the products; for `add_norm`'s router
 
-_UNIT = 128  # columns a warp takes at a time
-_MAX_PARTS = 1 << 22  # float32 sums that blocks of one tile can leave for each other
+_UNIT = 128  # columns that a warp processes at a time
+_MAX_PARTS = 1 << 22  # float32 partial sums that blocks sharing a tile can exchange
 _MAX_SPLIT_TILES = 1024
 _NORM_THREADS = 512
 
 
 class Tiling(NamedTuple):
-    """How linear.cu shares the work; see there."""
+    """How linear.cu divides the work; see there."""
 
-    row_tiles: int  # of 16 weight rows, in the registers of a warp
-    warps_n: int  # of a block, side by side in rows
-    warps_k: int  # of a block, sharing the columns of one row
-    depth: int  # units of 128 columns on their way to a warp
-    resident: int  # blocks a multiprocessor must have room for
-    blocks: int  # blocks a multiprocessor that are launched
-    stages: int = 0  # steps of all tokens in shared memory; 0: they are read through the L1 cache
+    row_tiles: int  # tiles of 16 weight rows in the registers of a warp
+    warps_n: int  # warps of a block on different rows
+    warps_k: int  # warps of a block that share the columns of one row
+    depth: int  # units of 128 columns in flight to a warp
+    resident: int  # blocks for which a multiprocessor must have room
+    blocks: int  # blocks launched per multiprocessor
+    stages: int = 0  # steps of all tokens in shared memory; 0: tokens are read through the L1 cache
 
 
 # by tiles of 8 tokens
@@ -52,7 +52,7 @@ PAIRED = {
     4: Tiling(row_tiles=4, warps_n=4, warps_k=2, depth=1, resident=1, blocks=1, stages=3),
     8: Tiling(row_tiles=2, warps_n=4, warps_k=1, depth=2, resident=2, blocks=2, stages=2),
 }
-EXPERT_TILES = 2  # tiles of tokens that meet an expert at a time; its weights are read again for those behind them
+EXPERT_TILES = 2  # tiles of tokens that an expert processes at a time; for further tiles its weights are read again
 # for fewer rows than fill the card, with one tile of tokens all columns on their way at once
 FEW_ROWS = {
     1: Tiling(row_tiles=1, warps_n=1, warps_k=16, depth=4, resident=1, blocks=1),
@@ -70,13 +70,13 @@ class _Launch(NamedTuple):
 
     @property
     def grid(self) -> tuple[int]:
-        """As many blocks as make all of them equally long."""
+        """The number of blocks that gives all of them equal work."""
         items = self.tiles * self.constants["SPLIT"]
         return (-(-items // -(-items // self.slots)),)
 
 
 def fits(weight: Tensor) -> bool:
-    """Whether the kernels take rows of this length."""
+    """Whether the kernels support rows of this length."""
     return weight.dtype == torch.int8 and weight.shape[-1] % 16 == 0 and weight.is_contiguous()
 
 
@@ -107,10 +107,10 @@ def in_proj_conv(
     offset: int = 0,
     overlap: bool = True,
 ) -> None:
-    """Mamba's first projection and one step of its causal convolution with SiLU, for one token a sequence.
+    """Mamba's in_proj and one step of its causal convolution with SiLU, for one token per sequence.
 
     x (b, d), weight (2e, d), conv_weight (e, w) -> u_out, z_out (b, e). conv_pointers (b,) int64: addresses of
-    bfloat16 memory that has (e, w-1) at element `offset`, advanced in place.
+    bfloat16 memory with the state (e, w-1) at element `offset`, advanced in place.
     """
     m, (n, k) = _tokens(x), weight.shape
     _check(x, (m, k), u_out, (m, e))
@@ -137,7 +137,7 @@ def experts_gate_up(
 ) -> None:
     """out (M, k, f) = silu(gate) * up of each token's chosen experts; weight (m, 2f, d), the gates first.
 
-    chosen (M, k) int32, no expert twice in a row of it. Reads the weights of the chosen experts alone.
+    chosen (M, k) int32, without repetition within a row. Reads only the weights of the chosen experts.
     """
     (m, top_k), num_experts, (n, k) = chosen.shape, len(weight), (weight.shape[1] // 2, weight.shape[2])
     _check(x, (m, k), out, (m, top_k, n))
@@ -150,7 +150,7 @@ def experts_gate_up(
 def experts_down(h: Tensor, chosen: Tensor, weight: Tensor, scale: Tensor, out: Tensor, overlap: bool = True) -> None:
     """out (M, k, d) float32 = each row of h (M, k, f) times its expert's weight (m, d, f).
 
-    With `overlap` the kernel before must be `experts_gate_up`: `chosen` is read while it runs.
+    With `overlap` the preceding kernel must be `experts_gate_up`: `chosen` is read while that runs.
     """
     (m, top_k), (num_experts, n, k) = chosen.shape, weight.shape
     _check(h, (m, top_k, k), out, (m, top_k, n))
@@ -174,9 +174,9 @@ def add_norm(
 ) -> None:
     """residual (M, d) float32 += y; normed (M, d) bfloat16 = RMS norm of it.
 
-    y: None, (M, d), or (M, k, d) of which the sum by `route_weights` (M, k) float32 is added; bfloat16 or float32.
-    With `router` (m, d) bfloat16, softmax over all m: the k highest to `route_weights_out` (M, k) float32, who they
-    are to `chosen_out` (M, k) int32, the lower index first where two are equal.
+    y: None, (M, d), or (M, k, d), summed with the weights `route_weights` (M, k) float32; bfloat16 or float32.
+    With `router` (m, d) bfloat16, softmax over all m: the k highest go to `route_weights_out` (M, k) float32, their
+    indices to `chosen_out` (M, k) int32, the lower index first among equals.
     """
     m, d = residual.shape
     num_experts, top_k = (0, 0) if router is None else (len(router), chosen_out.shape[1])
@@ -196,7 +196,7 @@ def add_norm(
 def in_proj_conv_ref(
     x: Tensor, weight: Tensor, scale: Tensor, conv_weight: Tensor, conv_bias: Tensor, states: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """As `in_proj_conv` without a bias, with the states (e, w-1) themselves -> u, z (b, e); float32."""
+    """Like `in_proj_conv` without a bias, given the states (e, w-1) themselves -> u, z (b, e); float32."""
     u, z = F.linear(x.float(), weight.float() * scale[:, None]).to(x.dtype).chunk(2, dim=-1)
     outputs = []
     for state, row in zip(states, u, strict=True):
@@ -209,7 +209,7 @@ def in_proj_conv_ref(
 def experts_ref(
     x: Tensor, chosen: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, down_scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`experts_gate_up`, and `experts_down` of it: x (M, d) -> (M, k, f) in x.dtype and (M, k, d) float32."""
+    """`experts_gate_up`, then `experts_down` of its result: x (M, d) -> (M, k, f) in x.dtype and (M, k, d) float32."""
     h, out = [], []
     for row, experts in zip(x, chosen.tolist(), strict=True):
         for expert in experts:
@@ -273,7 +273,7 @@ def _make(tiling: Tiling, paired: bool, token_tiles: int, n: int, k: int, sms: i
 
 
 def _split(tiling: Tiling, token_tiles: int, n: int, k: int, sms: int) -> int:
-    """Into how many parts to cut the columns, so that every multiprocessor has some and every warp a unit."""
+    """Into how many parts to split the columns, so that every multiprocessor has work and every warp a unit."""
     tiles = -(-n // (16 * tiling.row_tiles * tiling.warps_n))
     split = 1
     while (
@@ -287,7 +287,7 @@ def _split(tiling: Tiling, token_tiles: int, n: int, k: int, sms: int) -> int:
 
 
 def token_tiles(m: int) -> int:
-    """How many tiles of 8 the kernels take m tokens in: 1, 2, 4 or 8. Those of one number run the same kernels."""
+    """In how many tiles of 8 the kernels process m tokens: 1, 2, 4 or 8. Equal numbers mean the same kernels."""
     return 1 << (-(-m // 8) - 1).bit_length()
 
 
@@ -305,6 +305,7 @@ def _check(x: Tensor, x_shape: tuple[int, ...], out: Tensor, out_shape: tuple[in
 
 @cache
 def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where blocks that share a tile leave their sums, and how many have. Never grows: captured graphs point here."""
+    """Memory for the partial sums of blocks that share a tile, and their counts. Captured graphs point to it, so it
+    never grows."""
     with torch.inference_mode(False):
         return torch.empty(_MAX_PARTS, device=device), torch.zeros(_MAX_SPLIT_TILES, device=device)

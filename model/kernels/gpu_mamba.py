@@ -1,4 +1,4 @@
-"""The Mamba mixer's recurrence for one token a sequence on the GPU, states staying where they are: mamba_step.cu."""
+"""The Mamba mixer's recurrence for one token per sequence on the GPU, with states updated in place: mamba_step.cu."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAX_SEQUENCES = 4  # of a block: their states wait in registers
 
 
 class StepWeights(NamedTuple):
-    """bfloat16, but A_log and D, which are float32."""
+    """All bfloat16, except A_log and D, which are float32."""
 
     dt_norm: Tensor  # (r,)
     b_norm: Tensor  # (n,)
@@ -29,7 +29,7 @@ class StepWeights(NamedTuple):
 
 
 def fits(r: int, n: int) -> bool:
-    """Whether `ssm_step` is made for dt_rank and d_state of this size."""
+    """Whether `ssm_step` supports this dt_rank and d_state."""
     return r % 4 == 0 and n % 4 == 0
 
 
@@ -45,9 +45,9 @@ def ssm_step(
 ) -> None:
     """Norms of dt, B and C, dt_proj, one step of the selective scan, and its gate.
 
-    x (b, r+2n) float32: dt, B and C; u, z, out (b, e) bfloat16; states (b,) int64: addresses of float32 memory that
-    has (e, n) at element `offset`, advanced in place. `overlap`: see gpu.Kernel; neither the addresses nor the states
-    may come from the kernel before. Accumulates in float32.
+    x (b, r+2n) float32: dt, B and C; u, z, out (b, e) bfloat16; states (b,) int64: addresses of float32 memory with the
+    state (e, n) at element `offset`, advanced in place. `overlap`: see gpu.Kernel; the preceding kernel must write
+    neither the addresses nor the states. Accumulates in float32.
     """
     b, e = u.shape
     r, n = weights.dt_proj.shape[1], weights.A_log.shape[1]
@@ -59,7 +59,7 @@ def ssm_step(
 
 
 def ssm_step_ref(x: Tensor, u: Tensor, z: Tensor, weights: StepWeights, states: Sequence[Tensor]) -> Tensor:
-    """As `ssm_step` with the states (e, n) themselves -> (b, e) in x.dtype."""
+    """Like `ssm_step`, given the states (e, n) themselves -> (b, e) in x.dtype."""
     r, n = weights.dt_proj.shape[1], weights.A_log.shape[1]
     u, z, *tensors = (tensor.to(x.dtype) for tensor in (u, z, *weights[:-1]))
     dt_norm, b_norm, c_norm, dt_proj, dt_bias, A_log, D = tensors

@@ -1,9 +1,9 @@
-"""Attention of a few tokens or of a prefill segment over all before them, on the GPU by Triton: past_triton.py.
+"""Attention of a few tokens or a prefill segment over everything before them, on the GPU in Triton: past_triton.py.
 
-Where the queries are too few to fill the card the keys are cut into parts, which a second kernel joins. Keys may lie in
-two pieces, of which the first is lent by another sequence (model/state.py): same tiles, same bits. Callers ask `takes`
-first. PyTorch's flash attention reaches two thirds of its rate; cuDNN's attention is a sixth faster still, but plans
-about a tenth of a second for each new length.
+If the queries are too few to fill the card, the keys are split into parts, which a second kernel combines. Keys may lie
+in two pieces, the first lent by another sequence (model/state.py): same tiles, same bits. Callers check `takes` first.
+PyTorch's flash attention reaches two thirds of this speed; cuDNN's attention is a sixth faster, but needs about a tenth
+of a second of planning for each new length.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ except ImportError:  # a PyTorch without Triton, as the CPU wheels are
 
 
 class Tile(NamedTuple):
-    """What a program of the kernel has at a time, and how."""
+    """Tile sizes and launch options of one program of the kernel."""
 
     queries: int
     keys: int
@@ -36,20 +36,20 @@ class Tile(NamedTuple):
 
 
 TILE = Tile(queries=128, keys=128, warps=8, stages=3, tma=True)
-FEW = Tile(queries=64, keys=128, warps=4, stages=3, tma=True)  # for no more queries than that
-MAX_PARTS = 32  # that keys are cut into
-_JOINED_ROWS = 8  # of a program that joins them
+FEW = Tile(queries=64, keys=128, warps=4, stages=3, tma=True)  # for at most that many queries
+MAX_PARTS = 32  # into which keys are split
+_JOINED_ROWS = 8  # rows that one program of the combining kernel handles
 
 
 def fits(weight: Tensor, p: int) -> bool:
-    """Whether `attend` is for heads of this dimension beside such weights."""
+    """Whether `attend` supports heads of this dimension, with weights of this device and dtype."""
     return triton is not None and p in (64, 128) and weight.dtype == torch.bfloat16 and gpu.has_bulk_copies(weight)
 
 
 def takes(
     q: Tensor, keys: Tensor, values: Tensor, lent_keys: Tensor | None = None, lent_values: Tensor | None = None
 ) -> bool:
-    """Whether `attend` is for these, of the shapes that it says."""
+    """Whether `attend` supports these tensors; shapes as there."""
     rows = [keys, values, *([] if lent_keys is None else [lent_keys, lent_values])]
     return all(x.is_contiguous() for x in rows) and fits(q, q.shape[-1])
 
@@ -59,8 +59,7 @@ def attend(
 ) -> Tensor:
     """The last t >= 1 of s+t tokens attend to all before them. q (t, h, p), keys, values (s+t, g, p) -> (t, h, p).
 
-    The first of the keys and values may be lent, up to s of them, a multiple of a tile; then the others are those
-    behind them.
+    Up to s of the first keys and values, a multiple of a tile, may be lent; `keys` and `values` are then those after.
     """
     (t, h, p), g = q.shape, keys.shape[1]
     lent = 0 if lent_keys is None else len(lent_keys)
@@ -90,7 +89,7 @@ def attend(
 
 
 def attend_ref(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """As `attend` of keys in one piece, in float32."""
+    """Like `attend` with keys in one piece, in float32."""
     t, total, group = len(q), len(keys), q.shape[1] // keys.shape[1]
     keys, values = (x.float().repeat_interleave(group, dim=1) for x in (keys, values))
     scores = torch.einsum("thp,shp->hts", q.float(), keys) / math.sqrt(q.shape[-1])

@@ -1,8 +1,8 @@
-"""int8 weights and many tokens on the GPU: weights are unpacked to bfloat16, a matrix at a time, and cuBLAS multiplies.
+"""Products of many tokens with int8 weights on the GPU: each matrix is unpacked to bfloat16 and multiplied by cuBLAS.
 
-Also the passes over rows around the products: gate, norm, and the sum over experts. Callers ask `gpu.supports` and
-`fits` first. The kernels are in elementwise.cu. Few tokens: gpu_linear.py. `mix_experts` waits for the counts, and so
-is not captured in graphs.
+Also the row-wise operations around the products: gate, norm, and the sum over experts. Callers check `gpu.supports` and
+`fits` first. The kernels are in elementwise.cu. Few tokens: gpu_linear.py. `mix_experts` synchronizes to read the token
+counts, so it is not captured in graphs.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from torch import Tensor
 from model.kernels import gpu, gpu_linear
 from model.kernels.gpu_linear import MAX_ASSIGNMENTS, MAX_EXPERTS, MAX_TOKENS
 
-MAX_ROWS = 8192  # of one product with an expert's gates and ups: 28,672 columns make that 0.5 GB
+MAX_ROWS = 8192  # in one product with an expert's gate and up: with 28,672 columns that is 0.5 GB
 _MAX_SCRATCH = 1 << 27  # weights unpacked at a time
 _MAX_NORM_COLUMNS = 8192
 _THREADS = 256
 
-_scratch: defaultdict[torch.device, list[Tensor]] = defaultdict(list)  # the largest last; graphs have those before
+_scratch: defaultdict[torch.device, list[Tensor]] = defaultdict(list)  # the largest last; graphs use earlier ones
 
 
 def fits(x: Tensor, *weights: Tensor) -> bool:
-    """Whether `int8_linear` and `mix_experts` take activations like x and these weights."""
+    """Whether `int8_linear` and `mix_experts` support activations like x and these weights."""
     return x.dtype == torch.bfloat16 and all(map(gpu_linear.fits, weights))
 
 
 def rows_fit(*rows: Tensor) -> bool:
-    """Whether the passes over rows take these: bfloat16, 16 bytes at a time, evenly spaced."""
+    """Whether the row-wise operations support these: bfloat16, multiples of 16 bytes, evenly spaced."""
     return all(
         x.dtype == torch.bfloat16
         and x.shape[-1] % 8 == 0
@@ -69,8 +69,8 @@ def mix_experts(
 ) -> Tensor:
     """Each token's chosen experts, summed by `weights` (T, k) float32: x (T, d) -> (T, d).
 
-    gate_up (m, 2f, d), down (m, d, f). Few tokens read the chosen experts' int8 alone and nothing waits; of many the
-    experts are run one after the other, so that no more than one expert's activations are held.
+    gate_up (m, 2f, d), down (m, d, f). For few tokens only the chosen experts' int8 weights are read, without
+    synchronization; for many, the experts run one after the other, so that only one expert's activations are held.
     """
     if len(x) <= MAX_TOKENS and chosen.numel() <= MAX_ASSIGNMENTS and len(gate_up) <= MAX_EXPERTS:
         experts = chosen.int()
@@ -147,7 +147,7 @@ def _gated(x: Tensor, gate_up: Tensor) -> Tensor:
 
 
 def _room(weight: Tensor) -> Tensor:
-    """Memory for `weight` in bfloat16, one and the same for all calls on a device: it is full until the next call."""
+    """Memory for `weight` in bfloat16, shared by all calls on a device: its content is valid until the next call."""
     rooms, size = _scratch[weight.device], weight.numel()
     if not rooms or rooms[-1].numel() < size:
         with torch.inference_mode(False):

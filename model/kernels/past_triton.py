@@ -1,7 +1,7 @@
 """Attention of a prefill segment over a long past as one Triton kernel; its wrapper and when it runs: gpu_past.py.
 
-A program has one tile of queries of one head, and all their keys or a part of them. Heads that share their keys stand
-side by side in the grid, the longest tiles first, so that keys come from the L2 cache for all but one of them. Only the
+A program handles one tile of queries of one head, and all their keys or a part of them. Heads that share keys are
+neighbours in the grid, the longest tiles first, so that all but one of them read the keys from the L2 cache. Only the
 tiles around the diagonal are masked.
 Source: FlashAttention-2, algorithm 1; letters as in model/jamba.py.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def _load_tile(source, row, last_row, column, stride, TMA: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr):
-    """(ROWS, P) from a matrix whose rows are `stride` apart; rows behind `last_row` hold anything finite."""
+    """(ROWS, P) from a matrix whose rows are `stride` apart; rows after `last_row` have any finite values."""
     if TMA:
         loaded = source.load([row, column])
     else:
@@ -28,7 +28,7 @@ def _attend_tiles(
     q, keys, values, out, largest, total, begin, end, first, num_keys, limit, column, stride, scale,
     MASKED: tl.constexpr, TMA: tl.constexpr, BN: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """The running sums after keys begin..end, in tiles; `keys` and `values` hold those from `first` to num_keys.
+    """The running sums after processing keys begin..end in tiles; `keys` and `values` hold keys `first` to num_keys.
     limit (BM,): how many keys each query may see."""
     for key in range(begin, end, BN):
         k = _load_tile(keys, key - first, num_keys - first - 1, column, stride, TMA, BN, P)
@@ -52,11 +52,12 @@ def attend_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, PARTED: tl.constexpr, LENT: tl.constexpr, TMA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Query i of t sees past + i + 1 keys. queries (t, HEADS*P), keys, values (past + t - lent, HEADS/GROUP*P), rows
-    `stride` apart, before them `lent` others, a multiple of BN; `scale` is for base 2.
+    """Query i of t sees past + i + 1 keys. queries (t, HEADS*P), keys, values (past + t - lent, HEADS/GROUP*P) with
+    rows `stride` apart, preceded by `lent` others, a multiple of BN; `scale` is for exponentials of base 2.
 
-    Out (t, HEADS*P), or PARTED, program (.., i) for keys i * part_keys.., a multiple of BN, before division
-    (parts, t, HEADS*P) float32 and in `weights` (parts, t, HEADS, 2) the largest score and the sum."""
+    Writes out (t, HEADS*P). If PARTED, program (.., i) handles part_keys keys (a multiple of BN) from i * part_keys on,
+    and writes the output before division, (parts, t, HEADS*P) float32, and the largest score and the sum to `weights`
+    (parts, t, HEADS, 2)."""
     tiles = tl.cdiv(t, BM)
     kv_head = tl.program_id(0) // (tiles * GROUP)
     within = tl.program_id(0) % (tiles * GROUP)
@@ -67,7 +68,7 @@ def attend_kernel(
     column = kv_head * P
     q = _load_tile(queries, row, t - 1, head * P, q_stride, TMA, BM, P)
     sums = tl.zeros([BM, P], tl.float32)
-    largest = tl.full([BM], -1e30, tl.float32)  # of no scores: finite, for a part may have none that a query sees
+    largest = tl.full([BM], -1e30, tl.float32)  # finite, for a part may have no key that a query sees
     total = tl.zeros([BM], tl.float32)
     num_keys = past + t
     full = (past + row + 1) // BN * BN  # all queries of the tile see these

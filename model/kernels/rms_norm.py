@@ -1,4 +1,4 @@
-"""RMS norm in one pass over the rows; PyTorch's takes six on the CPU, and copies slices on the GPU."""
+"""RMS norm in one pass over the rows; PyTorch's needs six on the CPU, and copies slices on the GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from model.kernels import cpu, gpu, gpu_prefill
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., d), float32 within."""
+        """(..., d) -> (..., d), computed in float32."""
         if gpu.supports(x, self.weight) and gpu_prefill.norm_fits(x, self.weight):
             return gpu_prefill.rms_norm(x, self.weight, self.eps)
         if cpu.supports(x, self.weight):

@@ -1,7 +1,7 @@
 """The selective scan of Mamba: h' = exp(delta A) h + delta B u, y = C h + D u, gated by SiLU(z).
 
-`selective_scan_ref` is the definition; `selective_scan` gives the same by the fastest means at hand. Letters as in
-model/jamba.py.
+`selective_scan_ref` is the definition; `selective_scan` computes the same with the fastest available kernel. Letters as
+in model/jamba.py.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ except ImportError:  # a PyTorch without Triton, as the CPU wheels are
 
 _TILE_STEPS = 32
 _BITS = {torch.float32: 32, torch.bfloat16: 16}
-# how scan.cu shares out the work
+# how scan.cu divides the work
 _SHARING = {"LANES": 8, "CHANNELS_PER_LANE": 2, "CHANNELS": 32, "TILE": 32, "BLOCKS_PER_SM": 2}
-_MIN_CHUNK_STEPS = 64  # below, a chunk's own start outweighs what its neighbours save
+_MIN_CHUNK_STEPS = 64  # with fewer, the overhead of a chunk outweighs the gain from parallelism
 
 
 def selective_scan(
@@ -68,9 +68,9 @@ def selective_scan_cuda(
     delta_bias: Tensor | None = None,
     chunks: int | None = None,
 ) -> Tensor:
-    """`selective_scan` by scan.cu, where `_fits_cuda`; not differentiable.
+    """`selective_scan` with scan.cu; only if `_fits_cuda`. Not differentiable.
 
-    `chunks`: how many parts the sequence is cut into; None: as many as fill the card.
+    `chunks`: into how many parts the sequence is split; None: as many as fill the card.
     """
     (b, t, e), n = u.shape, A.shape[1]
     constants = _SHARING | {"LANES": min(_SHARING["LANES"], n // 2)}
@@ -99,7 +99,7 @@ def selective_scan_cuda(
 
 
 def _fits_cuda(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor, state: Tensor | None) -> bool:
-    """Whether scan.cu takes these: 16-byte loads of eight channels, states in pairs."""
+    """Whether scan.cu supports these tensors: it loads eight channels (16 bytes) at a time, and states in pairs."""
     eights = all(
         x.dtype == u.dtype and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
         and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:2])
@@ -113,7 +113,7 @@ def _fits_cuda(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Ten
 def selective_scan_torch(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, state: Tensor | None = None
 ) -> Tensor:
-    """`selective_scan` in PyTorch alone: a loop over tiles, all steps of a tile at once."""
+    """`selective_scan` in plain PyTorch: a loop over tiles, all steps of a tile at once."""
     dtype = torch.promote_types(u.dtype, torch.float32)
     A = A.to(dtype)
     h = u.new_zeros(u.shape[0], *A.shape, dtype=dtype) if state is None else state
@@ -121,7 +121,7 @@ def selective_scan_torch(
     tiles = zip(*(x.split(_TILE_STEPS, dim=1) for x in (u, delta, B, C)), strict=True)
     for tile in tiles:
         arguments = [*(x.to(dtype) for x in tile), A, h]
-        # a tile needs n times the memory of its inputs: it is computed again for the gradient, not kept
+        # a tile needs n times the memory of its inputs, so it is recomputed for the gradient instead of kept
         recompute = torch.is_grad_enabled()
         y, h = checkpoint(_scan_tile, *arguments, use_reentrant=False) if recompute else _scan_tile(*arguments)
         outputs.append(y)
@@ -134,8 +134,8 @@ def selective_scan_torch(
 def _scan_tile(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """(b, l, ...) inputs and h (b, e, n) -> outputs (b, l, e) and the next h.
 
-    Doubling: after the round with `shift`, `states` holds the last 2*shift steps' contributions and `decay` their
-    product. Only products of decays <= 1 are formed, so nothing overflows and nothing is divided.
+    By doubling: after the round with `shift`, `states` holds the contributions of the last 2*shift steps and `decay`
+    the product of their decays. Only products of decays <= 1 occur, so nothing overflows and nothing is divided.
     """
     decay = torch.exp(delta[..., None] * A)  # (b, l, e, n)
     states = (delta * u)[..., None] * B[:, :, None]

@@ -1,12 +1,13 @@
 """The selective scan of Mamba-1 on a GPU, forward and backward, in Triton. Definition: `selective_scan.py`.
 
 One program walks a segment of the sequence for a block of channels with the states in registers; the loads of the next
-step are issued before the arithmetic of this one. So that long rows fill the card too, the segments run side by side:
-a first pass finds what each adds to the state (it decays what it was given by exp(A Σ delta)), `_join_kernel` makes the
-states between segments of it, a second pass starts from these. The backward does the same with gradients, from the end.
+step are issued before the arithmetic of this one. So that long rows fill the card too, segments run in parallel: a
+first pass computes what each segment adds to the state (its initial state it scales by exp(A Σ delta)), `_join_kernel`
+combines these to the initial states of all segments, and a second pass starts from them. The backward does the same
+with gradients, from the end.
 
-The backward keeps one state in `CHUNK` steps from the forward, recomputes those between into a scratch small enough
-for the L2 cache, and walks back over them.
+The backward keeps one state per `CHUNK` steps from the forward, recomputes those between into a scratch buffer small
+enough for the L2 cache, and walks back over them.
 Source: Mamba, section 3.3.2 (recomputation) and its algorithm 2; letters as in `model/jamba.py`.
 """
 
@@ -19,8 +20,8 @@ from torch import Tensor
 
 CHUNK = 8
 SEGMENT = 256  # a multiple of CHUNK
-BLOCK_E, NUM_WARPS = 32, 1  # channels of a program and its warps, forward
-BACK_E, BACK_WARPS = 32, 1  # and backward
+BLOCK_E, NUM_WARPS = 32, 1  # channels and warps per program, forward
+BACK_E, BACK_WARPS = 32, 1  # backward
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -39,7 +40,7 @@ def _segment_state_kernel(
     u, delta, A, B, saved, sums, t, e, n, su_b, su_t, sd_b, sd_t, sb_b, sb_t,
     BLOCK: tl.constexpr, N: tl.constexpr, STEPS: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """The state behind a segment that starts from zeros, to where the next one's start belongs; and its Σ delta."""
+    """The state after a segment that starts from zeros, written as the next segment's initial state; its Σ delta."""
     row, segment = tl.program_id(1).to(tl.int64), tl.program_id(2)
     offs_e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     offs_n = tl.arange(0, N)
@@ -77,7 +78,7 @@ def _join_kernel(
     A, start, values, sums, entries, segments, e, n,
     HAS_START: tl.constexpr, REVERSE: tl.constexpr, RATIO: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """What each segment adds (`values`, every RATIO-th of `entries` a row) becomes what each is given, in place."""
+    """Turns what each segment adds (`values`, every RATIO-th of `entries` per row) into its initial state, in place."""
     row = tl.program_id(1).to(tl.int64)
     offs_e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     offs_n = tl.arange(0, N)
@@ -155,7 +156,7 @@ def _segment_gradient_kernel(
     delta, z, A, C, dout, carries, t, e, n, sd_b, sd_t, sz_b, sz_t, sc_b, sc_t,
     HAS_Z: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the state before a segment from the segment alone, to where its forerunner is given it."""
+    """The gradient of a segment's initial state from that segment alone, stored where the preceding one reads it."""
     row, before = tl.program_id(1).to(tl.int64), tl.program_id(2)
     offs_e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     offs_n = tl.arange(0, N)

@@ -10,7 +10,7 @@ from model.kernels import cpu, gpu, gpu_prefill
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """gate, up (..., f), both perhaps halves of one product -> (..., f). Differentiable."""
+    """gate, up (..., f), possibly the halves of one product -> (..., f). Differentiable."""
     if gpu.supports(gate, up) and gpu_prefill.rows_fit(gate, up):
         return gpu_prefill.silu_mul(gate, up)
     return cpu.silu_mul(gate, up) if cpu.supports(gate, up) else F.silu(gate) * up

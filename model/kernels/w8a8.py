@@ -1,9 +1,9 @@
-"""Products of many tokens with int8 weights where the tokens are rounded to int8 as well: W8A8, a row's scale times a
-column's. An option of prefills (model/w8a8.py); on a GPU by w8a8_triton.py, elsewhere by the definition.
+"""W8A8: products of many tokens, quantized to int8, with int8 weights; one scale per token and one per weight row. An
+option for prefills (model/w8a8.py); on a GPU by w8a8_triton.py, elsewhere by the definition.
 
-A token has one scale, or one for each SPAN columns: a gated value may be forty times the others, and no rotation of the
-weights (model/rotation.py) reaches it. Sums are exact (int32) within a scale. Few tokens: gpu_linear.py, where the
-weights are what is read. Nothing here waits for the GPU.
+A token has one scale, or one per SPAN columns, because a gated value may be forty times larger than the others, and no
+rotation of the weights (model/rotation.py) can change that. Sums are exact (int32) within a scale. Few tokens, where
+reading the weights is the bottleneck: gpu_linear.py. Nothing here waits for the GPU.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ try:
 except ImportError:  # a PyTorch without Triton, as the CPU wheels are
     triton = None
 
-SPAN = 128  # columns of a token that share a scale, where it has several
-_MAX_COLUMNS = 1 << 16  # of a row that is rounded in one program
+SPAN = 128  # columns of a token that share a scale, if it has several
+_MAX_COLUMNS = 1 << 16  # longest row that one program can quantize
 
 
 class Tile(NamedTuple):
-    """What a program of the product makes at a time, and how."""
+    """Tile sizes and launch options of one program of the product."""
 
     rows: int
-    columns: int  # of `PAIRED`, as many of each
+    columns: int  # if `PAIRED`, as many of each matrix
     depth: int
     warps: int
-    stages: int  # tiles of both matrices under way
+    stages: int  # tiles of both matrices in flight
     group: int  # tiles of rows side by side
     tma: bool  # loads by the bulk copy engine
 
@@ -49,14 +49,14 @@ PAIRED = Tile(rows=128, columns=SPAN, depth=128, warps=8, stages=3, group=8, tma
 
 
 class Tokens(NamedTuple):
-    """Tokens rounded to int8: about values * scale, each scale for all columns or for SPAN of them."""
+    """Tokens quantized to int8, approximately values * scale; a scale is for all columns or for SPAN of them."""
 
     values: Tensor  # (T, k) int8
     scale: Tensor  # (T, 1) or (T, ceil(k / SPAN)) float32
 
 
 class Places(NamedTuple):
-    """Which rows are whose when assignments are sorted by expert; made on the device."""
+    """Which rows belong to which expert when assignments are sorted by expert; computed on the device."""
 
     order: Tensor  # (T*k,) int64: the assignment that is row i
     row_starts: Tensor  # (m + 1,) int32
@@ -74,7 +74,7 @@ class Places(NamedTuple):
 
 
 def takes(x: Tensor, *weights: Tensor) -> bool:
-    """Whether tokens like x (..., k) are many enough to be rounded; fewer are left as they are."""
+    """Whether x (..., k) has enough tokens to be quantized; fewer are left as they are."""
     return x.numel() // x.shape[-1] > MAX_TOKENS and all(weight.dtype == torch.int8 for weight in weights)
 
 
@@ -114,8 +114,8 @@ def mix_experts(
     down: Tensor,
     down_scale: Tensor,
 ) -> Tensor:
-    """Each token's chosen experts, summed by `weights` (T, k) float32: x (T, d) -> (T, d). Inputs of both products of
-    an expert are rounded, those of the second in spans. gate_up (m, 2f, d), the gates first; down (m, d, f)."""
+    """Each token's chosen experts, summed by `weights` (T, k) float32: x (T, d) -> (T, d). The inputs of both products
+    of an expert are quantized, the second's in spans. gate_up (m, 2f, d), the gates first; down (m, d, f)."""
     if not _on_gpu(x, gate_up, down):
         return mix_experts_ref(x, weights, chosen, gate_up, gate_up_scale, down, down_scale)
     (m, d, f), k = down.shape, chosen.shape[1]
@@ -128,7 +128,7 @@ def mix_experts(
 
 
 def quantize_tokens(x: Tensor, index: Tensor | None = None, spans: bool = False) -> Tokens:
-    """Rows of x (T, k), or those that `index` names, each (or each span) in steps of a 127th of its largest value."""
+    """Quantize rows of x (T, k), or those in `index`; a row's (or span's) scale is a 127th of its largest value."""
     rows, k = len(x) if index is None else len(index), x.shape[1]
     if x.stride(1) != 1 or k > _MAX_COLUMNS:
         raise ValueError(f"rows must be contiguous, of {_MAX_COLUMNS} columns at most: {tuple(x.shape)} {x.stride()}")
@@ -153,7 +153,7 @@ def quantize_tokens_ref(x: Tensor, spans: bool = False) -> Tokens:
 
 
 def linear_ref(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, spans: bool = False) -> Tensor:
-    """As `linear`, in float32."""
+    """Like `linear`, in float32."""
     values, own_scale = quantize_tokens_ref(x, spans)
     if spans:
         rounded = values.float() * own_scale.repeat_interleave(SPAN, dim=-1)[..., : values.shape[-1]]
@@ -166,7 +166,7 @@ def linear_ref(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = N
 def mix_experts_ref(
     x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, down_scale: Tensor
 ) -> Tensor:
-    """As `mix_experts`."""
+    """Like `mix_experts`."""
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in chosen.unique().tolist():
         token, slot = (chosen == expert).nonzero(as_tuple=True)
@@ -186,7 +186,7 @@ def _gate(
     places: Places | None = None,
     expert_rows: int = 0,
 ) -> Tokens:
-    """The first half of SwiGLUs of f columns, rounded in spans as it is made."""
+    """The first half of SwiGLUs of f columns; its result is quantized in spans by the same kernel."""
     rows, f = len(tokens.values), f or len(gate)
     values = torch.empty(rows, f, dtype=torch.int8, device=gate.device)
     h = Tokens(values, gate_scale.new_empty(rows, triton.cdiv(f, PAIRED.columns)))
@@ -195,12 +195,12 @@ def _gate(
 
 
 def has_kernels(*tensors: Tensor) -> bool:
-    """Whether there are kernels where these are."""
+    """Whether there are kernels for the device of these tensors."""
     return triton is not None and gpu.has_bulk_copies(*tensors)
 
 
 def _on_gpu(x: Tensor, *weights: Tensor) -> bool:
-    """Whether the kernels take these: bfloat16, 16 bytes of a row at a time."""
+    """Whether the kernels support these: bfloat16, rows of multiples of 16 bytes."""
     fits = all(weight.is_contiguous() and weight.shape[-1] % 16 == 0 for weight in weights)
     return fits and x.dtype == torch.bfloat16 and has_kernels(x, *weights)
 

@@ -1,7 +1,8 @@
-"""Triton kernels of w8a8.py: tokens to int8, and products of int8 tokens with int8 weights, dense or by expert.
+"""Triton kernels of w8a8.py: quantizing tokens to int8, and products of int8 tokens with int8 weights, dense or by
+expert.
 
-One kernel for all products. It is persistent: as many programs as run at once walk the tiles, `GROUP` tiles of rows
-side by side over all columns, so that what one program reads is in the L2 cache for the next.
+One kernel does all products. It is persistent: as many programs as run at once walk the tiles, `GROUP` tiles of rows
+together over all columns, so that what one program reads is in the L2 cache for the next.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_TO_WHOLE = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves no place for a fraction, halves go to even
+_TO_WHOLE = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves no bits for a fraction; halves round to even
 _SMALLEST = tl.constexpr(1e-30)
 
 
 @triton.jit
 def _round(x):
-    """x (rows, span) float32 -> whole numbers of -127 to 127 and the scale of each row."""
+    """x (rows, span) float32 -> integers from -127 to 127 and the scale of each row."""
     largest = tl.maximum(tl.max(tl.abs(x), axis=1), _SMALLEST)
     whole = (x * tl.div_rn(127.0, largest)[:, None] + _TO_WHOLE) - _TO_WHOLE
     return whole.to(tl.int8), tl.div_rn(largest, 127.0)
@@ -26,8 +27,8 @@ def quantize_kernel(
     x, index, values, scales, k, stride, num_scales,
     HAS_INDEX: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Row i of the result is row index[i] (or i) of x (rows, k), each SPAN columns of it in steps of a 127th of their
-    largest value."""
+    """Row i of the result is row index[i] (or i) of x (rows, k), quantized; the scale of each SPAN columns is a 127th
+    of their largest value."""
     row = tl.program_id(0).to(tl.int64)
     source = tl.load(index + row) if HAS_INDEX else row
     spans = tl.arange(0, SPANS)
@@ -42,7 +43,7 @@ def quantize_kernel(
 @triton.jit
 def _load_tile(source, first_row, last_row, column, k, TMA: tl.constexpr, EVEN: tl.constexpr,
                ROWS: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """(ROWS, BK) of a matrix (.., k); rows behind `last_row` hold anything."""
+    """(ROWS, BK) of a matrix (.., k); rows after `last_row` are undefined."""
     if TMA:
         loaded = source.load([first_row, column])
     else:
@@ -61,13 +62,14 @@ def product_kernel(
     EVEN: tl.constexpr, TMA: tl.constexpr, SPAN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out (rows, n) = x (rows, k) @ weight (n, k).T, times the scales of both's rows; + bias.
+    """out (rows, n) = x (rows, k) @ weight (n, k).T, times the row scales of both; + bias.
 
-    SPAN: 0, or how many columns of x share one of its num_scales scales a row; a multiple of BK, and not PAIRED.
-    PAIRED: silu of that times the same with `other`. GROUPED: x is sorted by expert, the matrix of expert i starts at
-    row i * expert_rows; row_starts and tile_starts (num_experts + 1,) are where its rows and tiles of BM rows begin.
-    With `place` (GROUPED and not PAIRED), row i goes to row place[i], times shares[place[i]]. ROUNDED: out is int8,
-    with a scale for each BN columns in out_scale (rows, ceil(n / BN)).
+    SPAN: 0, or how many columns of x share one of its num_scales scales per row; a multiple of BK, and not with PAIRED.
+    PAIRED: silu of that product times the product with `other`. GROUPED: x is sorted by expert, and the matrix of
+    expert i starts at row i * expert_rows; row_starts and tile_starts (num_experts + 1,) are the indices of each
+    expert's first row and first tile of BM rows. With `place` (GROUPED and not PAIRED), row i is written to row
+    place[i], times shares[place[i]]. ROUNDED: out is int8, with one scale per BN columns in out_scale
+    (rows, ceil(n / BN)).
     """
     tiles_n = tl.cdiv(n, BN)
     tiles_m = tl.cdiv(rows, BM)
