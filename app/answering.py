@@ -1,6 +1,6 @@
-"""From the model's tokens to what a reader gets: text, and quotes with the place where each stands in its document.
+"""Turns the model's tokens into an answer: text, and quotes with their location in the documents.
 
-The prompt is made in prompting.py, and quotes.py says where a quote stands. Start at `AnswerWriter.push`.
+prompting.py builds the prompt, quotes.py locates quotes. Start at `AnswerWriter.push`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,14 +21,14 @@ _BETWEEN_QUOTES = "\n"
 
 @dataclass(frozen=True)
 class TextPiece:
-    """What is to be appended to the text shown so far."""
+    """Text to append to what has been shown so far."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Quoted:
-    """text[start:end] of the answer is a quote that was found in the evidence."""
+    """text[start:end] of the answer is a quote that was located in the evidence."""
 
     start: int
     end: int
@@ -41,9 +41,9 @@ AnswerPart = TextPiece | Quoted
 class AnswerReader(Protocol):
     """Reads the tokens of one answer.
 
-    After `finish`: `text` is the answer, `quoted` its quotes, `rejected` counts quotes that no passage holds and that
-    were therefore left out of the text, `said_none` tells that the model refused, `unchecked_text` is what it said
-    instead without one quote that some passage holds. `none_margin`: see reading.py, where it decided.
+    After `finish`: `text` is the answer, `quoted` its quotes; `rejected` counts quotes that were found in no passage
+    and left out of the text; `said_none`: the model refused; `unchecked_text`: what the model said if none of its
+    quotes was found. `none_margin`: see reading.py; set if it decided.
     """
 
     quoted: list[Quoted]
@@ -58,7 +58,7 @@ class AnswerReader(Protocol):
     def unchecked_text(self) -> str: ...
 
     def push(self, token_id: int) -> Iterator[AnswerPart]:
-        """What this token adds."""
+        """The parts of the answer that this token completes."""
         ...
 
     def finish(self) -> Iterator[AnswerPart]:
@@ -67,7 +67,7 @@ class AnswerReader(Protocol):
 
 
 class AnswerWriter:
-    """The `AnswerReader` of the shipped format: quotes become text and citations, everything else is form."""
+    """The `AnswerReader` of the shipped format: quotes become text and citations; all other tokens are markup."""
 
     unchecked_text = ""
 
@@ -77,9 +77,9 @@ class AnswerWriter:
         self._tokenizer, self._tokens, self._passages, self._question = tokenizer, tokens, passages, question
         self._state: Literal["outside", "quote", "document"] = "outside"
         self._decoder = StreamDecoder(tokenizer)
-        self._base = 0  # length of the text before the quote
-        self._quote = ""  # what stands between the quote's marks so far, without leading white space
-        self._shown = 0  # characters given out since `_base`
+        self._base = 0  # length of the text before the current quote
+        self._quote = ""  # text of the current quote so far, without leading white space
+        self._shown = 0  # characters already shown since `_base`
         self._document: list[int] = []
         self.text = ""
         self.quoted: list[Quoted] = []
@@ -88,7 +88,7 @@ class AnswerWriter:
         self.none_margin = 0.0
 
     def push(self, token_id: int) -> Iterator[AnswerPart]:
-        """What this token adds: text of a quote as far as the evidence holds it, and the citation when it is complete.
+        """What this token adds: text of a quote, as far as the evidence contains it, and its citation once complete.
 
         White space at the ends of a quote is not shown.
         """

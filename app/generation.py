@@ -1,6 +1,6 @@
-"""One answer while it is made: from evidence over the model's tokens to the finished `Answer`, as events or at once.
+"""One running answer, from the evidence to the finished `Answer`, as a stream of events or in one piece.
 
-Start at `RunningAnswer.events`. Searching and packing stand in evidence.py, what tokens mean in answering.py.
+Start at `RunningAnswer.events`. Searching and packing are in evidence.py, interpreting tokens in answering.py.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _PROGRESS_EVERY_S = 1.0
 
 
 class GenerationFailed(RuntimeError):
-    """The engine gave up on an answer."""
+    """The engine failed on an answer."""
 
 
 class RunningAnswer:
-    """Use once: `events` or `collect`. `document_ids` are those the model reads; `completed`: it came to its end.
-    `lost`: documents, of whatever collection, that went while it was made.
+    """Use once: `events` or `collect`. `document_ids`: documents that the model reads; `completed`: it ended normally;
+    `lost`: documents, of any collection, that were deleted meanwhile.
 
-    `admitted`: when, on the clock of `Pace`. `none_margin`: of what is read, see reading.py.
+    `admitted`: time of admission on the clock of `Pace`. `none_margin`: of the evidence being read, see reading.py.
     """
 
     def __init__(self, service: RagService, query: Query) -> None:
@@ -60,33 +60,33 @@ class RunningAnswer:
         self._found: Found | None = None
         self._failure: Exception | None = None
         self._measures, self._progress = Measures(), ReadingProgress()
-        self._room_tokens = query.max_output_tokens  # what the generations to come may add to the answer, all together
+        self._room_tokens = query.max_output_tokens  # output tokens left for all further generations together
         self._citations: list[schemas.Citation] = []
         self._truncated = False
-        self._was_counted = False  # whether the prompt that is answered was measured before, as passages read apart are
-        self._epoch = 0  # of the prefix cache, before the documents were chosen,
-        self._gone: set[str] = set()  # and what was deleted since
+        self._was_counted = False  # whether this prompt was counted before, as passages read apart are
+        self._epoch = 0  # epoch of the prefix cache before the documents were chosen
+        self._gone: set[str] = set()  # documents deleted since then
 
     def lose(self, document_ids: frozenset[str]) -> None:
-        """These documents are gone: an answer that reads one of them ends with an error. From any thread."""
+        """These documents were deleted: if the answer reads one of them, it ends with an error. From any thread."""
         self._gone.update(document_ids)
         self.lost.update(document_ids)
         if document_ids & self.document_ids:
             self._failure = DocumentDeleted("a document that the answer was made from is gone; ask again")
 
     def lose_key(self, key_id: str) -> None:
-        """The key is revoked: an answer to it ends with an error. From any thread."""
+        """The key was revoked: if the answer is for that key, it ends with an error. From any thread."""
         if self._query.principal.key_id == key_id:
             self._failure = Unauthorized("this API key was revoked while the answer was made")
 
     async def _check_key(self) -> None:
-        """A key may have been revoked since the request began, before `lose_key` could find this answer."""
+        """Catch a revocation since the request began that was too early for `lose_key` to find this answer."""
         key_id, store = self._query.principal.key_id, self._service.store
         if key_id != LOCAL_ADMIN.key_id and not await anyio.to_thread.run_sync(store.is_in_force, key_id):
             raise Unauthorized("this API key was revoked while the question was sent")
 
     async def prepare(self, widened: bool = False) -> Found:
-        """Search and pack; anew when something found was deleted meanwhile. Raises what `EvidenceFinder.find` does."""
+        """Search and pack; repeated if a hit was deleted meanwhile. Raises what `EvidenceFinder.find` raises."""
         await self._check_key()
         while True:
             self._gone, self.document_ids, self._epoch = set(), frozenset(), self._service.cache.epoch
@@ -114,7 +114,7 @@ class RunningAnswer:
                 yield Event("answer.error", describe_error(error))
 
     async def collect(self) -> schemas.Answer:
-        """The finished answer. Raises what went wrong."""
+        """The finished answer. Raises the error if it failed."""
         async with aclosing(self._watch()) as run:
             async for event in run:
                 if isinstance(event.data, schemas.Answer):
@@ -122,7 +122,7 @@ class RunningAnswer:
         raise GenerationFailed("the generation ended without an answer")
 
     async def _watch(self) -> AsyncGenerator[Event, None]:
-        """The events of `_run`, and progress. An answer whose documents are gone ends though the model still reads."""
+        """The events of `_run`, plus progress. If its documents are deleted, the answer ends even during a prefill."""
         silent = True
         async with aclosing(with_pauses(self._run(), _PROGRESS_EVERY_S)) as run:
             async for event in run:
@@ -157,7 +157,7 @@ class RunningAnswer:
             self._service.end_answer(self)
 
     async def _choose(self, evidence: Evidence) -> Evidence:
-        """All of the evidence, or, where passages are read apart, the one that most likely holds the answer."""
+        """All of the evidence or, if passages are read apart, the one that most likely contains the answer."""
         service, self._was_counted = self._service, False
         if not service.advice.read_apart or evidence.mode != "rag" or not service.format.decision_ids:
             return evidence
@@ -175,12 +175,12 @@ class RunningAnswer:
         return min(weighed, key=lambda one: one[0])[1]
 
     def _count_question(self) -> int:
-        """Its tokens behind what every prompt begins and ends with. Blocks."""
+        """Tokens of the question, without what every prompt begins and ends with. Blocks."""
         count = self._service.format.count_prompt
         return count(self._query.question, self._query.turns) - count("")
 
     async def _weigh(self, request: EngineRequest, reading: Evidence, read_tokens: int) -> float:
-        """The `none_margin` of this reading, before which others were read."""
+        """The `none_margin` of this reading; `read_tokens` were read for others before it."""
         note, submitted = self._progress.note, time.perf_counter()
         request = replace(
             request, sampling=SamplingParams(max_new_tokens=1), on_read=lambda own: note(read_tokens + own)
@@ -198,7 +198,7 @@ class RunningAnswer:
         return await anyio.to_thread.run_sync(none_margin, self._query.question, reading, first.watch_logprobs, nats)
 
     async def _attempt(self, reading: Evidence, writer: AnswerReader) -> AsyncIterator[Event]:
-        """Answer from this evidence; once more without the way out if the model refused below the threshold."""
+        """Answer from this evidence; again with refusing disallowed if the model refused below the threshold."""
         if not reading.passages:
             return
         async for event in self._generate(reading, writer, allow_none=True):
@@ -208,7 +208,7 @@ class RunningAnswer:
                 yield event
 
     def _text_of(self, writer: AnswerReader) -> str:
-        """The answer; without a quote in it, what the model said instead, or why there is nothing."""
+        """The answer; if it has no quote, what the model said instead, or why there is nothing."""
         nothing = self._found.nothing if self._found and not self._measures.input_tokens else NOT_FOUND_TEXT
         return writer.text or writer.unchecked_text or (CUT_OFF_TEXT if self._truncated else nothing)
 
@@ -216,7 +216,7 @@ class RunningAnswer:
         return writer.none_margin > self._service.advice.none_margin
 
     def _is_refused(self, writer: AnswerReader, none_margin: float) -> bool:
-        """Whether an answer with this margin is; the writer keeps both."""
+        """Whether an answer with this margin is refused; recorded in the writer with the margin."""
         self.none_margin = writer.none_margin = none_margin
         refused = self._refuses(writer)
         writer.said_none = writer.said_none or refused
@@ -233,13 +233,13 @@ class RunningAnswer:
             stop_token_ids=form.stop_ids,
         )
         request = engine_request(prompt, reading, self._service.salt, self._epoch, sampling)
-        # by `turn` what it reads next comes before the first passage of later answers
+        # because of `turn`, its next passage goes before the first passage of later answers
         return replace(request, watch_tokens=form.decision_ids, turn=self.admitted)
 
     async def _outputs(self, reading: Evidence, allow_none: bool) -> AsyncIterator[StepOutput]:
-        """What the model answers from this evidence."""
+        """The model's output tokens for this evidence."""
         service = self._service
-        counted = allow_none and not self._was_counted  # what is generated once more costs nothing worth telling
+        counted = allow_none and not self._was_counted  # a repeated generation is not counted again
         limits = QuoteLimits(service.settings.max_quote_tokens, service.settings.max_quotes, allow_none)
         constraint = await anyio.to_thread.run_sync(service.format.constrain, reading, limits)
         request = await self._request(reading)
@@ -259,7 +259,7 @@ class RunningAnswer:
                 yield output
 
     def _search_quotes(self, reading: Evidence, limits: QuoteLimits) -> QuoteSearch:
-        """What is tried beside the greedy quote. Blocks."""
+        """The search over candidate quotes besides the greedy one. Blocks."""
         form, advice, question = self._service.format, self._service.advice, self._query.question
         lines = AskedLines(question, reading.passages)
         rows = replace(reading, passages=tuple(lines.named()))
@@ -278,7 +278,7 @@ class RunningAnswer:
                     self._service.finder.remember(reading)
                     if output.watch_logprobs and self._is_refused(writer, await self._margin(reading, output)):
                         return
-                if output.branch_logprobs:  # the quote, asked back, before any of it is shown
+                if output.branch_logprobs:  # the quote's verdict, before any of it is shown
                     doubt = -self._service.advice.verdict * verdict_of([output])
                     if self._is_refused(writer, writer.none_margin + doubt):
                         return
@@ -290,7 +290,7 @@ class RunningAnswer:
             yield event
 
     def _trace_start(self, submitted: float, output: StepOutput) -> float:
-        """Tell the tracing how the time to the first token was spent; returns the milliseconds of waiting in it."""
+        """Report to tracing how the time to first token was spent; returns the milliseconds of it spent waiting."""
         now, timings, stage = time.perf_counter(), output.timings, self._service.tracing.stage
         prefill_from = now - timings.prefill_ms / 1000
         load_from = max(submitted, prefill_from - timings.state_load_ms / 1000)
@@ -305,7 +305,7 @@ class RunningAnswer:
         self._truncated = output.finish_reason == "length"
 
     async def _show(self, parts: Iterable[AnswerPart]) -> AsyncIterator[Event]:
-        for part in await anyio.to_thread.run_sync(list, parts):  # finding a quote in long documents takes its time
+        for part in await anyio.to_thread.run_sync(list, parts):  # locating a quote in long documents takes time
             if isinstance(part, TextPiece):
                 yield Event("answer.text.delta", {"text": part.text})
             else:
@@ -318,7 +318,7 @@ class RunningAnswer:
         passage = quote.passage
         try:
             chunk = self._service.store.chunk_at(passage.document_id, quote.char_start, quote.char_end)
-        except (DocumentNotFound, DocumentNotReady):  # deleted just now: `_check_alive` is about to end the answer
+        except (DocumentNotFound, DocumentNotReady):  # just deleted: `_check_alive` will end the answer
             chunk = None
         return schemas.Citation(
             start=quoted.start,

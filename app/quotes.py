@@ -1,8 +1,8 @@
-"""Quotes: the spans of the evidence that a model may copy, and where a quote stands in the stored text.
+"""Quotes: constrains a model to copy spans of the evidence, and locates a quote in the stored text.
 
-`QuoteIndex` and `QuoteConstraint` work on UTF-8 bytes, so that any tokens which spell a span are allowed, however the
-evidence itself was cut into tokens. `locate_quote` works on characters and never guesses: a quote is there exactly, or
-after undoing white space, ligatures and hyphenation, or it isn't.
+`QuoteIndex` and `QuoteConstraint` work on UTF-8 bytes, so that any tokens that spell a span are allowed, however the
+evidence itself was tokenized. `locate_quote` works on characters and never guesses: a quote matches exactly, or after
+normalizing white space, ligatures and hyphenation, or not at all.
 """
 
 import bisect
@@ -20,7 +20,7 @@ from app.rows import choose_place, places_of
 from model.sampling import TokenConstraint
 from retrieval.types import Passage
 
-_BETWEEN = b"\xff"  # stands between passages; no UTF-8 text and no allowed token contains it
+_BETWEEN = b"\xff"  # separates passages; no UTF-8 text and no allowed token contains it
 _MAX_TOKEN_BYTES = 32
 _PIECES = re.compile(rb" ?[A-Za-z0-9]+| ?[^\sA-Za-z0-9\xff]+")
 _WORD_BYTE = re.compile(rb"[A-Za-z0-9]")
@@ -28,17 +28,17 @@ _CHARACTER_STARTS = re.compile(rb"[\xc2-\xf4]")
 
 
 class TokenBytes:
-    """The bytes each ordinary token of a vocabulary spells, and back."""
+    """Maps each ordinary token of a vocabulary to the bytes that it spells, and back."""
 
     def __init__(self, token_bytes: Sequence[bytes | None]) -> None:
-        """`token_bytes[id]` is None for special tokens, which no text spells."""
+        """`token_bytes[id]` is None for special tokens, which no text can spell."""
         self.bytes_of = token_bytes
         usable = ((i, b) for i, b in enumerate(token_bytes) if b and len(b) <= _MAX_TOKEN_BYTES and _BETWEEN not in b)
         self.id_of = {spelled: token_id for token_id, spelled in usable}
 
     @classmethod
     def read(cls, checkpoint: Path) -> Self:
-        """From the byte-level tokenizer.json of a checkpoint. Raises ValueError for another kind of tokenizer."""
+        """Read a checkpoint's byte-level tokenizer.json. Raises ValueError for another kind of tokenizer."""
         backend = tokenizers.Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
         byte_of = _byte_alphabet()
         special = {token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special}
@@ -69,7 +69,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 class QuoteIndex:
-    """Where tokens may start and how they may go on so that what they spell is a span of one passage."""
+    """Finds which tokens may start a quote, and which may follow, so that it stays a span of one passage."""
 
     def __init__(self, passages: Sequence[Passage], vocabulary: TokenBytes) -> None:
         self.vocabulary = vocabulary
@@ -91,7 +91,7 @@ class QuoteIndex:
         return {token_id for token_id in first if (self.vocabulary.bytes_of[token_id] or b"").strip()}
 
     def ends_of(self, first_id: int) -> list[int]:
-        """Positions right after each place where a quote may start with this token; never inside an ASCII word."""
+        """The position after each place where a quote may start with this token; none starts inside an ASCII word."""
         spelled = self.vocabulary.bytes_of[first_id] or b""
         pattern = b"(?=" + re.escape(spelled) + b")"
         if _WORD_BYTE.match(spelled):
@@ -99,24 +99,24 @@ class QuoteIndex:
         return [found.start() + len(spelled) for found in re.finditer(pattern, self._haystack)]
 
     def extend(self, ends: Sequence[int], token_id: int) -> list[int]:
-        """Of these positions, those where the text goes on with the token; moved behind it."""
+        """Those of these positions where the text continues with the token, moved past it."""
         spelled = self.vocabulary.bytes_of[token_id] or b""
         return [end + len(spelled) for end in ends if self._haystack.startswith(spelled, end)]
 
     def next_ids(self, ends: Sequence[int]) -> set[int]:
-        """Tokens that some passage goes on with at one of these positions."""
+        """Tokens with which the text continues at one of these positions."""
         windows = {self._haystack[end : end + _MAX_TOKEN_BYTES] for end in ends}
         return {token_id for window in windows for token_id in self.vocabulary.prefixes(window.split(_BETWEEN)[0])}
 
     def at_word_end(self, ends: Sequence[int]) -> list[int]:
-        """Of these positions, those that are not inside an ASCII word."""
+        """Those of these positions that are not inside an ASCII word."""
         return [end for end in ends if not _WORD_BYTE.match(self._haystack, end) or not self._ends_word(end)]
 
     def _ends_word(self, end: int) -> bool:
         return _WORD_BYTE.match(self._haystack, end - 1) is not None
 
     def ordinals(self, ends: Sequence[int]) -> list[int]:
-        """Ordinals of the documents that these positions lie in, ascending."""
+        """Ordinals of the documents that contain these positions, ascending."""
         return sorted({self._ordinals[bisect.bisect_right(self._starts, end - 1) - 1] for end in ends})
 
 
@@ -140,21 +140,21 @@ class QuoteLimits:
 
 
 class QuoteConstraint:
-    """Lets a model answer only with verbatim quotes and ids of documents that hold them, or with `<|none|>`.
+    """Lets a model answer only with verbatim quotes and the ids of documents that contain them, or with `<|none|>`.
 
-    A `model.sampling.TokenConstraint` for one request. The work of a step is proportional to the number of places where
-    the quote so far stands.
+    A `model.sampling.TokenConstraint` for one request. The work per step is proportional to the number of places where
+    the quote so far occurs.
     """
 
     def __init__(self, index: QuoteIndex, tokens: QuoteTokens, limits: QuoteLimits) -> None:
         self._index, self._tokens, self._limits = index, tokens, limits
         self._seen: list[int] = []
-        self._before: list[tuple] = []  # what was known before each token seen
+        self._before: list[tuple] = []  # `_known` before each token seen
         self._state: Literal["start", "quote", "document", "separator", "end"] = "start"
         self._ends: list[int] = []
         self._quote: list[int] = []
         self._quotes: list[bytes] = []
-        self._spelling: list[int] = []  # of the document id or separator that is being written
+        self._spelling: list[int] = []  # tokens so far of the document id or separator being written
         self._options: list[tuple[int, ...]] = []
 
     def allowed(self, generated: Sequence[int]) -> Sequence[int]:
@@ -173,7 +173,7 @@ class QuoteConstraint:
 
     @property
     def first_ids(self) -> tuple[int, ...]:
-        """What a quote may begin with."""
+        """Tokens that a quote may begin with."""
         return self._index.first_ids
 
     def quote_of(self, answer: Sequence[int]) -> tuple[int, ...]:
@@ -181,17 +181,17 @@ class QuoteConstraint:
         return tuple(takewhile(lambda token_id: token_id != self._tokens.end_quote, answer))
 
     def spell(self, quote: Sequence[int]) -> str:
-        """The text of a quote; its tokens go on as far as its closing mark."""
+        """The text of a quote, given its tokens up to the closing mark."""
         ids = self.quote_of(quote)
         return b"".join(self._index.vocabulary.bytes_of[token_id] or b"" for token_id in ids).decode(errors="replace")
 
     def after(self, begun: Sequence[int]) -> TokenConstraint:
-        """The same answers, of which these first tokens stand in the prompt already."""
+        """The constraint on the rest of an answer whose first tokens are already part of the prompt."""
         return _Begun(QuoteConstraint(self._index, self._tokens, self._limits), tuple(begun))
 
     @property
     def _known(self) -> tuple:
-        """All that `_advance` changes; it replaces lists and doesn't alter them."""
+        """Everything that `_advance` changes; it replaces lists and never mutates them."""
         return self._state, self._ends, self._quote, self._quotes, self._spelling, self._options
 
     @_known.setter
@@ -283,7 +283,7 @@ def _is_whole_utf8(spelled: bytes) -> bool:
 
 @dataclass(frozen=True)
 class LocatedQuote:
-    """A span of a passage's document, in offsets of the stored text; `text` is its slice."""
+    """A span of a passage's document, in offsets of the stored text; `text` is that slice."""
 
     passage: Passage
     char_start: int
@@ -295,9 +295,9 @@ class LocatedQuote:
 def locate_quote(
     quote: str, passages: Sequence[Passage], ordinal: int | None = None, question: str = ""
 ) -> LocatedQuote | None:
-    """Find `quote` in the passages, those of document d<ordinal> first; None when it stands in none of them.
+    """Find `quote` in the passages, first in those of document d<ordinal>; None if none contains it.
 
-    Of several places in one document the one whose line says most of what `question` does.
+    Of several places in one document, the one whose line shares most words with `question`.
     """
     wanted = quote.strip()
     if not wanted:
@@ -317,7 +317,7 @@ def locate_quote(
 
 
 def _find_words(text: str, wanted: str) -> int:
-    """Where `wanted` stands as whole words, else where it stands at all, else -1."""
+    """Where `wanted` occurs as whole words, else where it occurs at all, else -1."""
     found = re.search(_as_words(wanted), text)
     return found.start() if found else text.find(wanted)
 
@@ -338,9 +338,9 @@ _BROKEN_WORD = re.compile(r"(?<=\w)[-‐\u00ad]\s*\n\s*(?=[a-zß-ÿ])")
 
 
 def normalize(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """Text with white space, ligatures, quote marks, dashes and broken words made uniform, and each character's source.
+    """Text with white space, ligatures, quote marks, dashes and hyphenation normalized, and each character's source.
 
-    Case and words stay as they are: this undoes typesetting, it doesn't compare loosely.
+    Case and words stay as they are: this undoes typesetting, it is no fuzzy match.
     """
     characters: list[str] = []
     spans: list[tuple[int, int]] = []

@@ -1,6 +1,6 @@
-"""RagService: what the service does, whoever asks. Start at `submit_document` and `start_answer`.
+"""RagService: the operations of the service, independent of HTTP. Start at `submit_document` and `start_answer`.
 
-Knows rooms and rights, not HTTP. Everything that blocks runs in worker threads; the model has a thread of its own.
+It checks rights and calls ingest, retrieval and model. Blocking work runs in worker threads; the model has its own.
 """
 
 import difflib
@@ -38,14 +38,14 @@ from retrieval.words import WordIndex
 
 log = logging.getLogger(__name__)
 
-MAX_QUESTION_CHARS = 4_000_000  # with the turns before it
-_MODEL_TOKENS_PER_TOKEN = 1.4  # of the answering model for one of the embedder: the small vocabulary cuts finer
-_TOKENS_PER_DOCUMENT = 40  # its head and end in a prompt
+MAX_QUESTION_CHARS = 4_000_000  # earlier turns included
+_MODEL_TOKENS_PER_TOKEN = 1.4  # tokens of the answering model per token of the embedder: its vocabulary is smaller
+_TOKENS_PER_DOCUMENT = 40  # added in a prompt before and after each document
 
 
 @dataclass(frozen=True)
 class ReceivedFile:
-    """An upload whose bytes are on the disk."""
+    """An upload whose bytes are on disk."""
 
     filename: str
     sha256: str
@@ -54,7 +54,7 @@ class ReceivedFile:
 
 @dataclass(frozen=True)
 class Scope:
-    """Collections that exist and may be seen, in canonical order, and perhaps only some of their documents."""
+    """What a request is about: visible collections, in canonical order, possibly limited to some documents."""
 
     collections: list[str]
     document_ids: list[str] | None
@@ -62,8 +62,8 @@ class Scope:
 
 @dataclass
 class RagService:
-    """Built once by main.py; its components live as long as it does. `salt` is the secret that keys of states begin
-    with, `checks` is what /readyz looks at."""
+    """Built once by main.py; its components live as long as it does. `salt` is the secret that salts the cache keys of
+    states; `checks` are the checks behind /readyz."""
 
     store: DocumentStore
     files: FileStore
@@ -87,12 +87,12 @@ class RagService:
     checks: Mapping[str, Callable[[], str]]
 
     def __post_init__(self) -> None:
-        self._files_lock = threading.Lock()  # between "nobody needs these bytes" and their removal
+        self._files_lock = threading.Lock()  # held from deciding that nobody needs some bytes to deleting them
         self._running_lock = threading.Lock()
-        self.replies_lock = threading.Lock()  # for requests with an Idempotency-Key: one may be on its way twice
+        self.replies_lock = threading.Lock()  # for requests with an Idempotency-Key, which may arrive twice at once
         self._running: weakref.WeakSet[RunningAnswer] = weakref.WeakSet()
         self._pace = Pace(self.settings.max_pending, self.settings.max_wait_s)
-        self._whole: dict[str, tuple[int, bool]] = {}  # by collection: generation of the store, what `reads_whole` said
+        self._whole: dict[str, tuple[int, bool]] = {}  # collection -> (store generation, `reads_whole`)
         self.metrics.answers_pending.set_function(lambda: self.answers_pending)
         self.prefetch = Prefetch(self)
 
@@ -106,10 +106,10 @@ class RagService:
         on_conflict: OnConflict,
         max_documents: int = 0,
     ) -> tuple[Document, bool]:
-        """Queue a stored upload for ingestion; returns it and whether it is new work.
+        """Queue a stored upload for ingestion; returns the document and whether there is new work to do.
 
-        From here on the document survives anything. The caller holds its file. Blocks. Raises
-        CollectionFull when there are `max_documents` already and this is none of them; 0: any number.
+        From here on the document survives any crash. The caller holds its file. Blocks. Raises CollectionFull if the
+        collection already has `max_documents` (0: no limit) and this is not one of them.
         """
         with self._files_lock:
             filename, media_type = self._inspect(received)
@@ -122,18 +122,18 @@ class RagService:
     def submit_version(
         self, document: Document, received: ReceivedFile, metadata: Mapping[str, object] | None
     ) -> tuple[Document, bool]:
-        """Queue new bytes for a document, as `submit_document`; the old ones answer until these are ready."""
+        """Queue a new version of a document, like `submit_document`; the old one is used until the new one is ready."""
         with self._files_lock:
             filename, media_type = self._inspect(received)
             before = self.store.get_document(document.id).sha256
             submitted = self.store.replace_document(
                 document.id, filename, media_type, received.nbytes, received.sha256, metadata
             )
-        self._drop_unused([before])  # of a version that was still on its way
+        self._drop_unused([before])  # of a version that was still being ingested
         return submitted
 
     def _inspect(self, received: ReceivedFile) -> tuple[str, str]:
-        """(name as shown, media type). Raises InvalidRequest, EmptyFile, UnsupportedMediaType."""
+        """(displayed name, media type). Raises InvalidRequest, EmptyFile, UnsupportedMediaType."""
         filename = check_filename(received.filename)
         with self.files.open(received.sha256) as file:
             return filename, sniff_media_type(file.read(SNIFF_BYTES), filename)
@@ -149,7 +149,7 @@ class RagService:
             )
 
     def release_files(self, digests: Iterable[str]) -> None:
-        """Those held while they were received: keep what a document needs by now. Blocks."""
+        """Stop holding received files; those that no document needs by now are deleted. Blocks."""
         digests = list(digests)
         for sha256 in digests:
             self.files.release(sha256)
@@ -164,26 +164,26 @@ class RagService:
     # Documents
 
     def visible_document(self, document_id: str, principal: Principal) -> Document:
-        """Newest version; DocumentNotFound also for one in a collection the key is not bound to. Blocks."""
+        """The newest version. Raises DocumentNotFound, also if the key may not see its collection. Blocks."""
         document = self.store.get_document(document_id)
         if not principal.may_see(document.collection):
             raise DocumentNotFound(f"there is no document {document_id[:80]!r}")
         return document
 
     def check_visible(self, document_id: str, principal: Principal) -> None:
-        """As `visible_document`, but a document deleted in the last day will do."""
+        """Like `visible_document`, but also accepts a document deleted within the last day."""
         if not principal.may_see(self.store.collection_of(document_id)):
             raise DocumentNotFound(f"there is no document {document_id[:80]!r}")
 
     def visible_collection(self, name: str, principal: Principal) -> str:
-        """`name` if it exists and the key may see it, else CollectionNotFound. Blocks."""
+        """`name`, if it exists and the key may see it; otherwise raises CollectionNotFound. Blocks."""
         with suppress(CollectionNotFound):
             if principal.may_see(name):
                 return self.store.get_collection(name).name
         return self.visible_collections([name], principal)[0]
 
     def visible_collections(self, names: Sequence[str] | None, principal: Principal) -> list[str]:
-        """The collections a request is about, in canonical order; None: all that the key may see. Blocks."""
+        """The collections that a request names (None: all that the key may see), in canonical order. Blocks."""
         existing = principal.visible(collection.name for collection in self.store.list_collections())
         if names is None:
             return existing
@@ -194,24 +194,24 @@ class RagService:
         return [name for name in existing if name in names]
 
     def delete_document(self, document: Document) -> None:
-        """Remove a document from everything; when this returns no search, answer or cached state holds any of it.
+        """Delete a document and everything derived from it: afterwards no search, answer or cached state contains it.
 
-        Blocks. A crash in between is completed by `recover`.
+        Blocks. After a crash in between, `recover` completes it.
         """
         self.store.hide_document(document.id)
         self._forget([document.id])
         self._drop_unused(self.store.delete_document(document.id).originals)
 
     def delete_collection(self, name: str) -> None:
-        """Remove a collection with all its documents, as `delete_document` does each. Blocks."""
+        """Delete a collection and all its documents, each like `delete_document`. Blocks."""
         change = self.store.delete_collection(name)
         self._forget(change.documents)
         self._drop_unused(change.originals)
 
     def recover(self) -> None:
-        """Complete what a crash interrupted, free what it was ingesting, remove unneeded originals. Blocks.
+        """After a crash: complete interrupted deletes, free leased documents, remove unneeded originals. Blocks.
 
-        Once, before any worker starts: the data dir is ours alone, so every lease in it is of a dead process.
+        Called once, before any worker starts: only this process uses the data directory, so all leases are stale.
         """
         self.store.end_leases()
         while deleting := self.store.list_documents(status="deleting"):
@@ -222,12 +222,12 @@ class RagService:
         self._drop_unused(path.name for path in self.files.directory.iterdir() if len(path.name) == 64)
 
     def on_replaced(self, document_id: str, originals: Sequence[str]) -> None:
-        """A new version answers from now on: nothing made from the old one may be left. Blocks."""
+        """A new version has replaced the old one: delete everything derived from the old one. Blocks."""
         self._forget([document_id])
         self._drop_unused(originals)
 
     def _forget(self, document_ids: Sequence[str]) -> None:
-        """Take content that the store no longer has out of the index, running answers and cached states."""
+        """Remove content that the store no longer has from the indexes, running answers and cached states."""
         gone = frozenset(document_ids)
         self.index.catch_up(self.store)
         with self._running_lock:
@@ -235,7 +235,7 @@ class RagService:
                 answer.lose(gone)
         self.prefetch.forget(gone)
         self.finder.forget(gone)
-        self.format.forget(gone)  # last of these: they do it again for what they were just reading
+        self.format.forget(gone)  # last: running answers repeat it for what they were just reading
         self.cache.invalidate(gone)
         self.store.forgotten(document_ids)
 
@@ -244,10 +244,9 @@ class RagService:
     def read_scope(
         self, collections: Sequence[str] | None, document_ids: Sequence[str] | None, principal: Principal
     ) -> Scope:
-        """What a request is about, as far as the key may see it. Blocks.
+        """The collections and documents that a request is about, limited to what the key may see. Blocks.
 
-        Documents without collections mean the collections that they are in. Raises CollectionNotFound,
-        DocumentNotFound.
+        Without collections, those of the named documents are meant. Raises CollectionNotFound, DocumentNotFound.
         """
         if document_ids is None:
             return Scope(self.visible_collections(collections, principal), None)
@@ -257,9 +256,9 @@ class RagService:
         return Scope(self.visible_collections(collections, principal), list(document_ids))
 
     def read_query(self, body: AnswerRequest, principal: Principal) -> Query:
-        """The question of a request, its rights checked. Blocks.
+        """The validated question of a request; checks rights and limits. Blocks.
 
-        Raises InvalidRequest, QuestionTooLong, ContextTooLong, RateLimited, and as `read_scope`.
+        Raises InvalidRequest, QuestionTooLong, ContextTooLong, RateLimited, and what `read_scope` raises.
         """
         self.meter.admit_answer(principal)
         if (body.question is None) == (body.messages is None):
@@ -293,8 +292,7 @@ class RagService:
         return query
 
     def _check_length(self, query: Query) -> None:
-        """Raises InvalidRequest for a question that would be read for minutes, ContextTooLong for one that no context
-        holds."""
+        """Raises InvalidRequest if reading the question would take minutes, ContextTooLong if it does not fit."""
         limit = self.max_question_tokens
         tokens = self.format.count_prompt(query.question) - self.format.count_prompt("")
         if limit and tokens > limit:
@@ -305,12 +303,12 @@ class RagService:
             )
 
     def fits_context(self, collection: Collection) -> bool:
-        """Whether all of it goes into one prompt, by an estimate on the safe side: `tokens` are the embedder's."""
+        """Whether the whole collection fits one prompt: a conservative estimate, as `tokens` are the embedder's."""
         estimate = _MODEL_TOKENS_PER_TOKEN * collection.tokens + _TOKENS_PER_DOCUMENT * collection.documents
         return estimate <= self.finder.whole_budget()
 
     def reads_whole(self, collection: Collection) -> bool:
-        """Whether `auto` reads all of it for a short question with the default settings. Blocks."""
+        """Whether `auto` takes the whole collection for a short question with default settings. Blocks."""
         if collection.tokens > 2 * self.finder.whole_budget("auto"):
             return False
         generation = self.store.generation()
@@ -323,11 +321,11 @@ class RagService:
         return known[1]
 
     def check_ready(self) -> dict[str, str]:
-        """Each thing that an answer needs -> "ok", perhaps with more behind it, or what is wrong with it. Blocks."""
+        """Each component that an answer needs -> "ok", possibly followed by details, or what is wrong. Blocks."""
         return {name: check() for name, check in self.checks.items()}
 
     def read_gauges(self) -> Gauges:
-        """What the service holds at this moment. Blocks."""
+        """Current numbers for the metrics. Blocks."""
         cache, tiers = self.cache.stats()
         collections = self.store.list_collections()
         return Gauges(
@@ -350,10 +348,10 @@ class RagService:
         return self.finder.search(query, collections, params)
 
     async def start_answer(self, query: Query) -> RunningAnswer:
-        """Search, pack and admit a question; whatever can be refused is refused here.
+        """Admit a question, search and pack its evidence; whatever can be refused is refused here.
 
-        Iterate `events` or await `collect` on the result; closing either ends the generation. Raises Overloaded, and
-        as `EvidenceFinder.find`.
+        Iterate `events` or await `collect` on the result; closing either stops the generation. Raises Overloaded, and
+        what `EvidenceFinder.find` raises.
         """
         answer = RunningAnswer(self, query)
         with self._running_lock:
@@ -369,28 +367,28 @@ class RagService:
 
     @property
     def answers_pending(self) -> int:
-        """How many answers are running or waiting."""
+        """Number of running and waiting answers."""
         with self._running_lock:
             return len(self._running)
 
     def end_answers_to(self, key_id: str) -> None:
-        """Of a key that is revoked: those under way end with an error."""
+        """A key was revoked: its running answers end with an error."""
         with self._running_lock:
             for answer in self._running:
                 answer.lose_key(key_id)
 
     def end_answer(self, answer: RunningAnswer) -> None:
-        """Free the place of an answer that is finished or given up."""
+        """Release the place of an answer that has finished or was abandoned."""
         with self._running_lock:
             if answer.completed and answer in self._running:
                 self._pace.finish(answer.admitted)
             self._running.discard(answer)
         if answer.lost:
-            self.format.forget(answer.lost)  # as it may have had some of them cut after the others forgot them
+            self.format.forget(answer.lost)  # it may have tokenized some after the others forgot them
 
 
 def check_filename(name: str) -> str:
-    """The name as it is stored and shown. Raises InvalidRequest for one that is too long or tries to be a path."""
+    """The file name as stored and displayed. Raises InvalidRequest if it is too long or looks like a path."""
     if len(name) > MAX_FILENAME_CHARS:
         raise InvalidRequest(f"the file name has {len(name)} characters, the limit is {MAX_FILENAME_CHARS}; shorten it")
     if any(unicodedata.category(character) == "Cc" for character in name):
