@@ -1,7 +1,7 @@
-"""Workers that take uploads from the store's queue and ingest them. The queue is the store: nothing is lost in memory.
+"""Workers that take uploads from the queue and ingest them. The queue is in the store, so a crash loses nothing.
 
-A worker holds a lease on its document and renews it from a heartbeat thread; if the process dies, the lease runs out
-and another worker starts the document anew. Start at `IngestWorker._work`.
+A worker holds a lease on its document and renews it from a heartbeat thread; if the process dies, the lease expires and
+another worker starts the document again. Start at `IngestWorker._work`.
 """
 
 import logging
@@ -38,9 +38,9 @@ class _Lease:
 class IngestWorker:
     """Ingests queued documents on `threads` threads until stopped.
 
-    One more thread takes files of at most `small_bytes` alone, so that they need not wait for large ones; 0: none.
-    `notify` wakes them for a new upload; without it they look every `poll_s` seconds, which is also how retries after
-    a pause and jobs of a dead process are found.
+    One more thread takes only files of at most `small_bytes`, so that they need not wait for large ones; 0: no such
+    thread. `notify` wakes the threads for a new upload; they also poll every `poll_s` seconds, which finds delayed
+    retries and jobs of a dead process.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class IngestWorker:
         self._stopping = threading.Event()
         self._wake = threading.Condition()
         self._leases: set[_Lease] = set()
-        self._silent_until = 0.0  # about the disk
+        self._silent_until = 0.0  # time until which `_complain` logs nothing about the disk
         limits_of_threads = [None] * threads + ([small_bytes] if threads and small_bytes else [])
         self._threads = [
             threading.Thread(target=self._work, args=(max_bytes,), name=f"ingest-{i}", daemon=True)
@@ -80,15 +80,15 @@ class IngestWorker:
             thread.start()
 
     def notify(self) -> None:
-        """Something was queued."""
+        """Wake the threads: something was queued."""
         with self._wake:
             self._wake.notify_all()
 
     def stop(self, timeout_s: float = 30.0) -> bool:
-        """Stop soon: a document in work is handed back to the queue, attempts as before, unless it is about done.
+        """Stop soon: a document in work goes back to the queue without losing an attempt, unless it is almost done.
 
-        Returns whether all threads ended in time; only then may the store be closed. What one that did not is still
-        busy with is handed back too: whatever it writes later comes too late (LeaseLost).
+        Returns whether all threads ended in time; only then may the store be closed. A document that a thread is still
+        busy with goes back too; the thread's later writes are rejected (LeaseLost).
         """
         self._stopping.set()
         self.notify()
@@ -118,7 +118,7 @@ class IngestWorker:
                 self._run(_Lease(document))
 
     def _run(self, lease: _Lease) -> None:
-        """Ingest one leased document; whatever happens ends in the store, never in this thread."""
+        """Ingest one leased document; every outcome is recorded in the store, and no exception leaves this method."""
         document = lease.document
         self._leases.add(lease)
         try:
@@ -135,13 +135,13 @@ class IngestWorker:
             self._leases.discard(lease)
 
     def _settle(self, document: Document, error: Exception | None) -> None:
-        """Write the error to the document, or hand it back without one. If even that fails, the lease runs out."""
+        """Record the error on the document, or return it to the queue without one. If that fails, the lease expires."""
         try:
             if error is None:
                 self._store.release_lease(document.id, self.worker_id, version=document.version)
                 return
             code, message, retryable, page = _describe(error)
-            if isinstance(error, _STORAGE_FAULTS):  # whatever the document: it waits for better times
+            if isinstance(error, _STORAGE_FAULTS):  # not the document's fault: it waits until storage works again
                 self._store.postpone_document(
                     *(document.id, code, message, _NO_ROOM_PAUSE_S), version=document.version, worker_id=self.worker_id
                 )
@@ -155,8 +155,8 @@ class IngestWorker:
                 *("document %s version %d failed: %s: %s", document.id, document.version, code, message),
                 exc_info=error if code == "internal_error" else None,
             )
-        except LeaseLost as lost:  # deleted or replaced meanwhile; or ready, and the error came after that
-            gone = isinstance(error, ParseError)  # its file, while a parser was reading it
+        except LeaseLost as lost:  # deleted or replaced meanwhile; or it was ready before the error
+            gone = isinstance(error, ParseError)  # its file was deleted while a parser was reading it
             _LOG.info("dropped: %s", lost, exc_info=None if gone else error)
         except Exception as problem:
             self._complain(f"cannot write the end of document {document.id}; it is taken up after its lease", problem)
@@ -177,12 +177,12 @@ class IngestWorker:
         try:
             self._store.renew_lease(document.id, self.worker_id, self._lease_s, version=document.version)
         except LeaseLost:
-            lease.lost.set()  # also when it has just been finished: nobody looks then
+            lease.lost.set()  # also if it has just been finished, which does no harm
         except Exception as error:
             self._complain(f"cannot renew the lease on document {document.id}; trying again", error)
 
     def _complain(self, what: str, error: Exception) -> None:
-        """Log what failed; of storage that takes no writes, which fails all the time until it does, a line a minute."""
+        """Log what failed; unwritable storage, which fails again and again, only once a minute."""
         if not isinstance(error, _STORAGE_FAULTS):
             _LOG.error(what, exc_info=error)
         elif (now := time.monotonic()) >= self._silent_until:
@@ -191,7 +191,7 @@ class IngestWorker:
 
 
 def _describe(error: Exception) -> tuple[str, str, bool, int | None]:
-    """Code, message, whether to try again, page."""
+    """(code, message, whether to retry, page)"""
     match error:
         case ParseError():
             return error.code, str(error), error.retryable, error.page

@@ -1,4 +1,4 @@
-"""One upload from bytes to searchable chunks. Start at `ingest_document`; who calls it, and when, is jobs.py."""
+"""Ingests one upload, from bytes to searchable chunks. Start at `ingest_document`; jobs.py decides when to call it."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -17,19 +17,19 @@ from retrieval.store import DocumentStore
 from retrieval.types import Chunk, Document, ParsedDocument, Stage
 
 _PROGRESS_EVERY_S = 0.25
-_CONTEXT_TOKENS = 40  # of the embedder's window kept for title and headings
+_CONTEXT_TOKENS = 40  # tokens of the embedder's window reserved for title and headings
 
 
 class IngestEmbedder(Embedder, Protocol):
-    """An embedder that also says how long texts are to it."""
+    """An embedder that can also count its tokens of a text."""
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text, the special ones counted."""
+        """Tokens of each text, special tokens included."""
 
 
 @dataclass(frozen=True, slots=True)
 class IngestLimits:
-    """What one document may cost, and how it is cut. `embed_batch`: chunks embedded between two progress reports."""
+    """Limits for one document, and its chunk size. `embed_batch`: chunks embedded between two progress reports."""
 
     parse: ParseLimits = field(default_factory=ParseLimits)
     chunk: ChunkLimits = field(default_factory=ChunkLimits)
@@ -46,14 +46,14 @@ class Job:
     check: Callable[[], None] = lambda: None
 
     def set_progress(self, stage: Stage, done: int = 0, total: int = 0, unit: str = "") -> None:
-        """Raises LeaseLost when the version was superseded or deleted, or is another worker's."""
+        """Raises LeaseLost if the version was superseded or deleted, or is leased to another worker."""
         self.check()
         self.store.set_progress(
             self.document.id, stage, done, total, unit, version=self.document.version, worker_id=self.worker_id
         )
 
     def reporter(self, stage: Stage, unit: str) -> Callable[[int, int], None]:
-        """A callback (done, total) that writes progress, at most four times a second and at the end."""
+        """A callback (done, total) that stores progress, at most four times a second and at the end."""
         last = 0.0
 
         def report(done: int, total: int) -> None:
@@ -67,7 +67,7 @@ class Job:
 
 
 class Index(Protocol):
-    """What follows the store: a vector index, or all that a search needs (`retrieval.search.Retriever`)."""
+    """An index derived from the store: a vector index, or all indexes of a search (`retrieval.search.Retriever`)."""
 
     def catch_up(self, source: DocumentStore) -> bool: ...
 
@@ -77,7 +77,7 @@ def ingest_document(
 ) -> int:
     """Parse, chunk, embed, index one stored upload; returns its number of chunks. Safe to repeat.
 
-    Raises ParseError; StorageFull; LeaseLost and whatever `job.check` raises, with nothing changed but the progress.
+    Raises ParseError; StorageFull; LeaseLost and whatever `job.check` raises. Then only the progress has changed.
     """
     limits = limits or IngestLimits()
     parsed = _parse(job, files, limits.parse)
@@ -85,7 +85,7 @@ def ingest_document(
     chunks = _chunk(job, parsed, embedder, limits.chunk)
     vectors = _embed(job, parsed, chunks, embedder, limits.embed_batch)
     job.set_progress("indexing", 0, len(chunks), "chunks")
-    job.store.replace_chunks(  # one transaction: SQLite is the truth
+    job.store.replace_chunks(  # one transaction: SQLite is the source of truth
         *(job.document.id, parsed, chunks, vectors, embedder.name),
         version=job.document.version,
         worker_id=job.worker_id,
@@ -109,22 +109,22 @@ def _chunk(job: Job, parsed: ParsedDocument, embedder: IngestEmbedder, limits: C
 
     def count_or_end(text: str) -> int:
         nonlocal counted
-        job.check()  # a text of 256 MiB is minutes of work
+        job.check()  # a text of 256 MiB takes minutes
         counted += len(text)
-        report(min(counted // 2, max(0, total - 1)), total)  # each is counted in its paragraph and in its chunk
+        report(min(counted // 2, max(0, total - 1)), total)  # counted twice: in paragraph and in chunk
         return count_tokens(text)
 
     return chunk_document(parsed, job.document.id, fit_limits(limits, embedder), count_or_end)
 
 
 def token_counter(embedder: IngestEmbedder) -> Callable[[str], int]:
-    """Counts without the special tokens."""
+    """A function that counts a text's tokens without the special ones."""
     special = embedder.count_tokens([""])[0]
     return lambda text: embedder.count_tokens([text])[0] - special
 
 
 def fit_limits(limits: ChunkLimits, embedder: IngestEmbedder) -> ChunkLimits:
-    """Chunks that the embedder sees whole, with the headings above them."""
+    """Limits such that a chunk with its headings fits the embedder's window."""
     room = max(16, embedder.max_tokens - embedder.count_tokens([""])[0] - _CONTEXT_TOKENS)
     return ChunkLimits(min(limits.target_tokens, room), limits.min_tokens, limits.chars_per_token)
 
@@ -132,7 +132,7 @@ def fit_limits(limits: ChunkLimits, embedder: IngestEmbedder) -> ChunkLimits:
 def _embed(
     job: Job, parsed: ParsedDocument, chunks: Sequence[Chunk], embedder: IngestEmbedder, batch: int
 ) -> np.ndarray:
-    """(len(chunks), dim) float32 of unit length."""
+    """Vectors (len(chunks), dim) float32 of unit length."""
     report = job.reporter("embedding", "chunks")
     vectors = np.empty((len(chunks), embedder.dim), dtype=np.float32)
     job.set_progress("embedding", 0, len(chunks), "chunks")

@@ -1,10 +1,10 @@
-"""Hits to evidence: which spans the model reads, within a token budget, in an order that can be cached.
+"""From hits to evidence: which spans the model reads, within a token budget, in an order that suits prefix caching.
 
-Whole selections without a search: whole.py. Start at `pack_evidence`.
+Whole documents without a search: whole.py. Start at `pack_evidence`.
 
-Order is canonical (age of the collection, ordinal, place in the text), never by score: the same documents are the same
-prompt prefix whatever was asked. Where earlier evidence begins with what this question needs too, the new evidence
-begins alike and goes on with what is missing: `RecentEvidence`. Who is most relevant is said apart, in
+The order is canonical (age of the collection, ordinal, position in the text), never by score: the same documents give
+the same prompt prefix whatever was asked. If recent evidence begins with something that this question needs too, the
+new evidence begins with the same and appends what is missing: `RecentEvidence`. Relevance is recorded separately, in
 `Evidence.relevance`.
 """
 
@@ -30,7 +30,7 @@ _ANY_TOKENS = 1 << 62
 
 
 class BudgetTooSmall(ValueError):
-    """None of the passages found fits the budget; the best takes `needed_tokens`."""
+    """None of the passages found fits the budget; the best one needs `needed_tokens`."""
 
     def __init__(self, budget_tokens: int, needed_tokens: int) -> None:
         self.needed_tokens = needed_tokens
@@ -51,13 +51,12 @@ def pack_evidence(
     recent: "RecentEvidence | None" = None,
     recent_tokens: int = 0,
 ) -> Evidence:
-    """The hits (best first), widened to whole sections and then to neighbouring chunks as far as the budget goes.
+    """The hits (best first), widened to whole sections and then to neighbouring chunks as far as the budget allows.
 
-    `budget_tokens` bounds `count_tokens` summed over the documents. With `recent` the evidence begins as earlier
-    evidence did and goes on with the hits that are missing there, if that leaves fewer tokens to read; all of it may
-    take `recent_tokens`, or the budget if that is more. Text stands in evidence once, also where chunks overlap; hits
-    on text that has been replaced or deleted since are left out. Raises BudgetTooSmall when the budget holds none of
-    the hits; CollectionNotFound.
+    `budget_tokens` bounds the sum of `count_tokens` over the documents. With `recent` the evidence begins like earlier
+    evidence and appends the missing hits, if that leaves fewer tokens to prefill; it may then have `recent_tokens`, or
+    the budget if that is more. Overlapping text appears only once; hits on text that has since been replaced or deleted
+    are left out. Raises BudgetTooSmall if no hit fits the budget; CollectionNotFound.
     """
     with store.snapshot():
         documents = store.ready_documents(collections, document_ids, filters)
@@ -69,7 +68,7 @@ def pack_evidence(
 
 
 class _Reader:
-    """What documents say, read once for one evidence."""
+    """Texts and chunks of documents, read once per evidence."""
 
     def __init__(self, store: DocumentStore, count_tokens: TokenCounter) -> None:
         self.count_tokens = count_tokens
@@ -82,14 +81,14 @@ def _pack_hits(reader: _Reader, documents: Sequence[Document], hits: Sequence[Hi
     packed, left = _pack_spans(reader, documents, live, budget_tokens, _WAYS)
     if not packed:
         _, rest = _pack_spans(reader, documents, live[:1], _ANY_TOKENS, (_itself,))
-        if rest < _ANY_TOKENS:  # else there was no hit, or one without a word
+        if rest < _ANY_TOKENS:  # otherwise there was no hit, or only hits without words
             raise BudgetTooSmall(budget_tokens, _ANY_TOKENS - rest)
     passages = tuple(passage for one in packed for passage in one.passages())
     return Evidence(passages, "rag", budget_tokens - left, _relevance(live, {p.document_id for p in passages}))
 
 
 def _live(documents: Sequence[Document], hits: Sequence[Hit]) -> list[Hit]:
-    """The hits on text that is still there."""
+    """The hits whose text still exists."""
     current = {(document.id, document.version) for document in documents}
     return [hit for hit in hits if (hit.document_id, hit.document_version) in current]
 
@@ -102,9 +101,9 @@ def _pack_spans(
     ways: Sequence[Callable[["_PackedDocument", Hit], Iterator[Span]]],
     taken: Sequence[Passage] = (),
 ) -> tuple[list["_PackedDocument"], int]:
-    """Documents with spans around the hits, in canonical order, and what is left of the budget.
+    """Documents with spans around the hits, in canonical order, and the rest of the budget.
 
-    Each way of widening goes over all hits before the next begins. Nothing of `taken` is packed again.
+    Each way of widening is applied to all hits before the next. Nothing in `taken` is packed again.
     """
     wanted = {hit.document_id for hit in hits}
     packed = {}
@@ -121,7 +120,7 @@ def _pack_spans(
 
 
 class Place(NamedTuple):
-    """Where a passage stands."""
+    """Position of a passage."""
 
     document_id: str
     version: int
@@ -134,7 +133,7 @@ class Place(NamedTuple):
 
     @classmethod
     def of_hit(cls, hit: Hit) -> Self:
-        """Without the white space at its ends."""
+        """The hit's position, without white space at its ends."""
         start, end = _trim((0, len(hit.chunk.text)), hit.chunk.text)
         return cls(hit.document_id, hit.document_version, hit.chunk.char_start + start, hit.chunk.char_start + end)
 
@@ -143,10 +142,10 @@ class Place(NamedTuple):
 
 
 class RecentEvidence:
-    """What was read lately, to begin with again. Thread safe.
+    """Recently read evidence, for new evidence to begin with. Thread safe.
 
-    The model need not read the beginning of a prompt that it has read before (`model/prefix_cache.py`), and such a
-    beginning ends behind a document.
+    The beginning of a prompt that was read before comes from the prefix cache (`model/prefix_cache.py`); such a
+    beginning ends at the end of a document.
     """
 
     def __init__(self, limit: int = 64) -> None:
@@ -155,7 +154,7 @@ class RecentEvidence:
         self._lock = threading.Lock()
 
     def remember(self, evidence: Evidence) -> None:
-        """As read by the model just now."""
+        """Record evidence that the model has just read."""
         pack = _groups(evidence.passages)
         with self._lock:
             for beginning in [other for other in self._packs if other == pack[: len(other)]]:
@@ -165,14 +164,14 @@ class RecentEvidence:
                 self._packs.popitem(last=False)
 
     def known_groups(self, pack: Pack) -> int:
-        """How many documents of a pack stand at the beginning of one that was read."""
+        """How many first documents of a pack are the beginning of one that was read."""
         with self._lock:
             packs = list(self._packs)
         return max((_shared(pack, other) for other in packs), default=0)
 
     def beginnings(self, documents: Sequence[Document], hits: Sequence[Hit]) -> list[tuple[Pack, list[Hit]]]:
-        """Beginnings made of these documents that hold some of the hits, each with the hits it lacks; those that lack
-        least come first. Only as long as they must be."""
+        """Beginnings that consist of these documents and contain some of the hits, each with the hits that it lacks,
+        fewest first. Each is as short as possible."""
         with self._lock:
             packs = list(self._packs)
         current = {(document.id, document.version) for document in documents}
@@ -182,7 +181,7 @@ class RecentEvidence:
             wanted[place[:2]].append((place, hit))
         found: dict[Pack, set[int]] = {}
         for pack in packs:
-            held = set[int]()  # by id: hits are compared by all that they hold
+            held = set[int]()  # by id, as comparing hits compares all their fields
             for end, group in enumerate(pack, start=1):
                 if group[0][:2] not in current:
                     break
@@ -201,8 +200,8 @@ def begin_alike(
     hits: Sequence[Hit],
     budget_tokens: int,
 ) -> Evidence:
-    """`evidence`, or what begins as something read lately, holds every hit that `evidence` holds, stays within the
-    budget, and has fewer tokens that are new."""
+    """Evidence that begins like recently read evidence, if there is some that has every hit of `evidence`, fits the
+    budget and has fewer new tokens; otherwise `evidence`."""
     own, by_id = _groups(evidence.passages), {document.id: document for document in documents}
     known = sum(len(group) for group in own[: recent.known_groups(own)])
     fewest = _count(evidence.passages[known:], reader.count_tokens)
@@ -217,13 +216,13 @@ def begin_alike(
         tokens, last = _count(taken, reader.count_tokens), taken[-1].document_id
         room = min(budget_tokens - tokens, fewest - 1)
         packed, left = _pack_spans(reader, documents, missing, room, (_itself,), taken)
-        packed.sort(key=lambda one: one.document.id == last)  # else the two would be one document, and both new
+        packed.sort(key=lambda one: one.document.id == last)  # or the two would merge into one new document
         passages = (*taken, *(passage for one in packed for passage in one.passages()))
         if (
             room >= 0
             and all(_hold([Place.of(passage) for passage in passages], hit) for hit in missing)
             and not (packed and packed[0].document.id == last)
-            and _collections(passages) == _collections(evidence.passages)  # states are kept apart by them
+            and _collections(passages) == _collections(evidence.passages)  # cache keys depend on them
         ):
             evidence, fewest = Evidence(passages, "rag", tokens + room - left, evidence.relevance), room - left
     return evidence
@@ -235,7 +234,7 @@ def _hold(places: Sequence[Place], hit: Hit) -> bool:
 
 
 def _groups(passages: Sequence[Passage]) -> Pack:
-    """Passages that stand behind one another and are of one document make one document of the prompt."""
+    """Groups successive passages of the same document, which form one document of the prompt."""
     return tuple(tuple(map(Place.of, group)) for _, group in groupby(passages, key=lambda passage: passage.document_id))
 
 
@@ -258,7 +257,7 @@ class _PackedDocument:
 
     document: Document
     reader: _Reader
-    taken: Sequence[Span] = ()  # of this document, by a beginning
+    taken: Sequence[Span] = ()  # spans of this document that the beginning already has
     spans: list[Span] = field(default_factory=list)
     tokens: int = 0
 
@@ -267,8 +266,8 @@ class _PackedDocument:
         return self.reader.content(self.document.id)
 
     def try_add(self, span: Span, budget_tokens: int) -> int:
-        """Add a span, without white space at its ends, if that costs no more than the budget and nothing of it is
-        taken; returns what it cost, 0 if it was not added."""
+        """Add a span, without white space at its ends, if it fits the budget and does not overlap `taken`; returns its
+        cost in tokens, 0 if it was not added."""
         span = _trim(span, self.content.text)
         if span[0] >= span[1] or any(start <= span[0] and span[1] <= end for start, end in self.spans):
             return 0
@@ -294,7 +293,7 @@ def _itself(packed: _PackedDocument, hit: Hit) -> Iterator[Span]:
 
 
 def _section(packed: _PackedDocument, hit: Hit) -> Iterator[Span]:
-    """From the heading over the chunk to the next one of its level or above; without headings, its pages."""
+    """From the chunk's heading to the next heading of the same or a higher level; without headings, its pages."""
     start, end = hit.chunk.char_start, hit.chunk.char_end
     if not packed.covers((start, end)):
         return
@@ -309,7 +308,7 @@ def _section(packed: _PackedDocument, hit: Hit) -> Iterator[Span]:
 
 
 def _neighbours(packed: _PackedDocument, hit: Hit) -> Iterator[Span]:
-    """The chunk after, then the one before: an answer more often goes on than begins earlier."""
+    """The next chunk, then the previous one: an answer more often continues after a chunk than starts before it."""
     if not packed.covers((hit.chunk.char_start, hit.chunk.char_end)):
         return
     position, spans = hit.chunk.ordinal, packed.reader.chunk_spans(packed.document.id)
@@ -322,13 +321,13 @@ _WAYS = (_itself, _section, _neighbours)
 
 
 def _trim(span: Span, text: str) -> Span:
-    """Without white space at its ends; start >= end if there is nothing else in it."""
+    """The span without white space at its ends; start >= end if it has nothing else."""
     kept = text[span[0] : span[1]]
     return span[1] - len(kept.lstrip()), span[0] + len(kept.rstrip())
 
 
 def _merge(spans: Sequence[Span], text: str) -> list[Span]:
-    """Sorted spans, those joined that overlap or have nothing but white space between them."""
+    """Sorted spans; those that overlap or have only white space between them are joined."""
     merged: list[Span] = []
     for start, end in sorted(spans):
         if merged and (start <= merged[-1][1] or text[merged[-1][1] : start].isspace()):
@@ -339,7 +338,7 @@ def _merge(spans: Sequence[Span], text: str) -> list[Span]:
 
 
 def rank_documents(evidence: Evidence, hits: Sequence[Hit]) -> Evidence:
-    """Evidence that was packed without hits, with its documents named best first."""
+    """Evidence that was packed without hits, with its documents ranked by these hits."""
     return replace(evidence, relevance=_relevance(hits, {passage.document_id for passage in evidence.passages}))
 
 

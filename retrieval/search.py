@@ -1,6 +1,6 @@
-"""A question to ranked chunks: dense and lexical candidates, one score, hits from the store.
+"""From a question to ranked chunks: dense and lexical candidates, fused into one score; hits are read from the store.
 
-Not what the model reads: that is packing.py. Start at `Retriever.search`.
+What the model reads of them is decided in packing.py. Start at `Retriever.search`.
 """
 
 import json
@@ -21,21 +21,21 @@ from .words import WordIndex
 
 _RRF_OFFSET = 60  # Source: Cormack, Clarke, Buettcher 2009
 _KEPT_SELECTIONS = 16
-_RARE_CHUNKS = 10  # that have a code which the question names: embeddings hardly tell codes apart
-_COMMIT_EVERY_S = 2.0  # of the words of what is being ingested
+_RARE_CHUNKS = 10  # for a code in at most so many chunks the lexical weight counts in full: embeddings miss codes
+_COMMIT_EVERY_S = 2.0  # while documents are being ingested, for the word index
 
 Scores = Mapping[int, float]
 
 
 @dataclass(frozen=True, slots=True)
 class FusionWeights:
-    """How the two halves of a hybrid search are put together; measured in docs/retrieval.md.
+    """How the dense and lexical scores of a hybrid search are fused; measured in docs/retrieval.md.
 
-    `minmax`: each half scaled from no similarity = 0 to its best = 1, weighted, summed; `rrf`: weighted reciprocal
-    ranks. `candidates`: how many each half gives, at least. `trust_from`, `trust_all`: the lexical weight counts in
-    full where the best lexical score is at least `trust_all` of what a passage with all words of the question is
-    expected to have, not at all up to `trust_from`, and in proportion between; the dense half gets what is left.
-    Source: Bruch, Gai, Ingber 2023, section 4: the floor of a score is its theoretical one, not the worst seen.
+    `minmax`: the scores of each half are scaled so that no similarity is 0 and the best score 1, weighted and summed;
+    `rrf`: weighted reciprocal rank fusion. `candidates`: at least so many from each half. `trust_from`, `trust_all`:
+    the lexical weight counts in full if the best lexical score is at least `trust_all` of what a passage with all words
+    of the question is expected to have, not at all up to `trust_from`, in proportion between; the dense half gets the
+    rest. Source: Bruch, Gai, Ingber 2023, section 4: the minimum of a score is its theoretical one, not the worst seen.
     """
 
     dense: float = 0.3
@@ -52,13 +52,13 @@ class FusionWeights:
             raise ValueError(f"trust_from {self.trust_from} must be >= 0 and below trust_all {self.trust_all}")
 
     def trust(self, best: float, expected: float) -> float:
-        """How much of the lexical weight counts, 0 to 1, when `best` BM25 was found and `expected` could be."""
+        """Share of the lexical weight that counts, 0 to 1, for the `best` BM25 found and the `expected` one."""
         share = best / expected if expected > 0 else 1.0
         return min(1.0, max(0.0, (share - self.trust_from) / (self.trust_all - self.trust_from)))
 
 
 class Retriever:
-    """Searches the store and the index. Thread safe; sees every write that ended before the search began."""
+    """Searches the store and the indexes. Thread safe; sees every write that ended before the search began."""
 
     def __init__(
         self,
@@ -69,9 +69,9 @@ class Retriever:
         reranker: Reranker | None = None,
         words: WordIndex | None = None,
     ) -> None:
-        """`reranker` orders the best hits anew; without `words` there is a word index in memory.
+        """`reranker` reorders the best hits; without `words` the word index is kept in memory.
 
-        Raises EmbedderMismatch if the store's vectors are another embedder's.
+        Raises EmbedderMismatch if the store's vectors come from another embedder.
         """
         store.require_embedder(embedder.name, embedder.dim)
         self._store = store
@@ -84,15 +84,15 @@ class Retriever:
         self._lock = threading.Lock()
 
     def catch_up(self, source: DocumentStore) -> bool:
-        """Bring the indexes up to the store after a write, so that the next search has little left to do.
+        """Update the indexes after a write to the store, so that the next search has little left to do.
 
-        Words are committed every two seconds at most; the search commits the rest.
+        Words are committed at most every two seconds; a search commits the rest.
         """
         changed = self._index.catch_up(source)
         return self._words.catch_up(source, _COMMIT_EVERY_S) or changed
 
     def search(self, query: str, collections: Sequence[str], params: SearchParams | None = None) -> list[Hit]:
-        """Best chunks first, equal scores in the order of storing; empty for a query without words.
+        """The best chunks first, equal scores in storage order; empty for a query without words.
 
         Raises CollectionNotFound; ValueError when max_num_results is below 1.
         """
@@ -114,7 +114,7 @@ class Retriever:
         score = self._fuse(query, selection, dense, lexical) if params.mode == "hybrid" else dense or lexical
         ranked = sorted(score, key=lambda row: (-score[row], row))[: 2 * wanted]
         found = self._store.load_hits(ranked)
-        # a row may have gone since it was found; and where all could be seen, another collection's may have come
+        # a row may have been deleted since; and if all were visible, one of a new collection may have been added
         seen = [row for row in ranked if row in found and found[row].collection in collections]
         hits = [_scored(found[row], row, score, dense, lexical, params) for row in seen[:wanted]]
         return (rerank(reranker, query, hits) if reranker else hits)[: params.max_num_results]
@@ -124,7 +124,7 @@ class Retriever:
         expected = self._words.expected_score(query_terms(query), selection.collection_rows)
         named = self._words.has_rare(query_identifiers(query), _RARE_CHUNKS, selection.collection_rows)
         trust = 1.0 if named else self._weights.trust(best, expected)
-        return fuse_scores(dense, lexical, self._weights, self._words.share * trust)  # what has no words yet lacks some
+        return fuse_scores(dense, lexical, self._weights, self._words.share * trust)  # not all may have words yet
 
     def _search_lexical(self, query: str, selection: Selection, limit: int) -> Scores:
         self._words.catch_up(self._store)
@@ -132,7 +132,7 @@ class Retriever:
         return dict(self._words.search(query_terms(query), limit, *rows))
 
     def _search_dense(self, query: str, selection: Selection, limit: int, also: Sequence[int]) -> Scores:
-        """Cosines of the nearest chunks, and of the rows `also`, so that fusion compares like with like."""
+        """Cosines of the nearest chunks and of the rows `also`, so that lexical hits have a dense score in fusion."""
         self._index.catch_up(self._store)
         vector = self._embedder.embed_query(query)
         rows, scores = self._index.search(vector, limit, selection.chunk_rows)
@@ -159,7 +159,7 @@ class Retriever:
 
 
 def fuse_scores(dense: Scores, lexical: Scores, weights: FusionWeights, trust: float = 1.0) -> dict[int, float]:
-    """Row -> score in 0..1 for every row of either half; what a half did not find gets nothing from it.
+    """Row -> score in 0..1 for every row of either half; a half adds nothing to rows that it did not find.
 
     `trust`: share of the lexical weight that counts, see FusionWeights; a dense weight of 0 stays 0.
     """
