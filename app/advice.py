@@ -1,6 +1,6 @@
-"""What a checkpoint says about how it is best asked: `jamba_rag` in its generation_config.json.
+"""The settings that a checkpoint advises for itself: `jamba_rag` in its generation_config.json.
 
-Measured for the checkpoint (its MODEL_CARD.md says how) and so kept with it; a setting that is given comes first.
+They were measured for the checkpoint (see its MODEL_CARD.md) and are stored with it; explicit settings override them.
 """
 
 import json
@@ -12,12 +12,12 @@ from app.setting_groups import AnswerSettings
 
 @dataclass(frozen=True)
 class Advice:
-    """`auto_evidence_tokens` None: whole documents as far as the context reaches. `recent_evidence_tokens` None: twice
-    `rag_evidence_tokens`. `none_margin` in nats. `quote_beginnings`: of so many the likeliest quote is taken.
-    `read_apart`: each passage of `rag` evidence is read alone, and the likeliest one is answered from.
-    `ask_back`: weight of log P(question | quote) beside log P(quote | question), for quotes that are nearly as likely;
-    `verdict`: weight of log P(the quote answers the question), there and, taken from it, in none's margin.
-    `missing_words_nats`: added to none's margin when no word of the question was read, a share of it for a share."""
+    """`auto_evidence_tokens` None: whole documents up to the whole context. `recent_evidence_tokens` None: twice
+    `rag_evidence_tokens`. `none_margin`: refuse above it, in nats. `quote_beginnings`: number of candidate quotes.
+    `read_apart`: each passage of `rag` evidence has its own prompt, and the likeliest one gives the answer.
+    `ask_back`: weight of log P(question | quote) beside log P(quote | question), for nearly equally likely quotes;
+    `verdict`: weight of log P(the quote answers the question) there, and when it is subtracted from the margin.
+    `missing_words_nats`: added to the margin in proportion to the question's words that are not in the evidence."""
 
     auto_evidence_tokens: int | None = None
     rag_evidence_tokens: int = 4096
@@ -31,7 +31,7 @@ class Advice:
 
 
 def take_advice(checkpoint: Path, settings: AnswerSettings) -> Advice:
-    """What holds for this deployment. Raises ValueError when the checkpoint advises on something unknown."""
+    """The values for this deployment. Raises ValueError if the checkpoint advises an unknown setting."""
     path = checkpoint / "generation_config.json"
     advised = json.loads(path.read_text(encoding="utf-8")).get("jamba_rag", {}) if path.is_file() else {}
     names = Advice.__dataclass_fields__.keys()

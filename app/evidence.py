@@ -1,4 +1,4 @@
-"""One question to what the model reads for it: search, mode, budget, packing. Start at `EvidenceFinder.find`."""
+"""Decides what the model reads for a question: mode, search, budget, packing. Start at `EvidenceFinder.find`."""
 
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -22,9 +22,9 @@ SHOWN_SOURCES = 10
 
 @dataclass(frozen=True)
 class Query:
-    """A question after its rights were checked; `collections` exist and may be seen. `turns` came before it.
+    """A question whose rights have been checked: `collections` exist and are visible. `turns`: the conversation so far.
 
-    `principal` pays for it.
+    Its tokens count towards the limits of `principal`.
     """
 
     question: str
@@ -42,9 +42,9 @@ class Query:
 
 @dataclass(frozen=True)
 class Found:
-    """What a question is answered from. `may_widen`: there is more that would fit, should this not hold the answer.
+    """The evidence for a question. `may_widen`: more would fit, if this turns out not to contain the answer.
 
-    `nothing`: what to say when there is no passage.
+    `nothing`: the message if there is no passage.
     """
 
     hits: Sequence[Hit]
@@ -60,7 +60,7 @@ class Found:
 
 
 class EvidenceFinder:
-    """Finds evidence within what the model's context leaves. Thread safe; everything blocks."""
+    """Finds evidence within the room that the model's context leaves. Thread safe; everything blocks."""
 
     def __init__(
         self,
@@ -78,8 +78,8 @@ class EvidenceFinder:
         self._reading: dict[object, set[str]] = {}  # who reads a collection whole now, and what went meanwhile
 
     def find(self, query: Query, widened: bool = False) -> Found:
-        """Evidence for a question; `widened` takes all that fits. Raises ContextTooLong, CollectionNotFound,
-        EvidenceTooLarge when `full_context` was asked for and doesn't fit, and BudgetTooSmall when nothing fits."""
+        """Evidence for a question; with `widened` as much as fits. Raises ContextTooLong, CollectionNotFound,
+        EvidenceTooLarge if `full_context` was requested and doesn't fit, and BudgetTooSmall if nothing fits."""
         whole_budget = self._whole_budget(query)
         start = time.perf_counter()
         whole = None if widened else self._pack_whole(query, whole_budget)
@@ -107,18 +107,18 @@ class EvidenceFinder:
         return NO_MATCH_TEXT if query.filters else NO_DOCUMENTS_TEXT
 
     def remember(self, evidence: Evidence) -> None:
-        """The model has read this: other evidence may begin alike."""
+        """Record evidence that the model has read, for later evidence to begin with."""
         self._recent.remember(evidence)
 
     def forget(self, document_ids: Collection[str]) -> None:
-        """Drop all text kept, as these documents are gone. To be called before the format's `forget`."""
+        """Drop all cached text because these documents were deleted. Call it before the format's `forget`."""
         self._whole.forget()
         for gone in list(self._reading.values()):
             gone.update(document_ids)
 
     def read_whole(self, collection: str) -> Evidence | None:
-        """All of a collection, as a question with the default settings reads it; None if that reads only parts of it.
-        Raises CollectionNotFound."""
+        """The whole collection as evidence, as a question with default settings reads it; None if such a question reads
+        only parts of it. Raises CollectionNotFound."""
         reader, gone = object(), set[str]()
         self._reading[reader] = gone
         try:
@@ -131,7 +131,7 @@ class EvidenceFinder:
                 self._format.forget(gone)  # as it may have cut some of them after the others forgot them
 
     def whole_budget(self, mode: EvidenceMode = "full_context") -> int:
-        """Most tokens that a short question with the default settings reads whole in this mode."""
+        """Largest evidence in tokens that a short question with default settings takes whole in this mode."""
         query = Query("", (), None, None, mode, None, self._settings.max_output_tokens)
         budget = self._whole_budget(query)
         return self._auto_budget(query, budget) if mode == "auto" else budget
@@ -145,7 +145,7 @@ class EvidenceFinder:
         return min(room, query.max_evidence_tokens or self._settings.max_evidence_tokens or room)
 
     def _pack_whole(self, query: Query, whole_budget: int) -> Evidence | None:
-        """All that was selected, if it is to be read and fits; hits in a good order are of no use to it."""
+        """All selected documents, if they should be read whole and fit; this needs no reranked hits."""
         if query.mode == "rag":
             return None
         try:
@@ -195,7 +195,7 @@ class EvidenceFinder:
 
 
 def describe_scores(scores: Mapping[str, float]) -> dict[str, float | None]:
-    """The four scores of a hit as the API names them; None where one was not computed."""
+    """The four scores of a hit under their API names; None for a score that was not computed."""
     return {name: scores.get(name) for name in ("dense", "lexical", "fused", "rerank")}
 
 

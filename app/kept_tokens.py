@@ -1,6 +1,6 @@
-"""Tokens of the pieces that prompts are put together from, cut once for all questions about the same documents.
+"""Caches the tokens of the pieces that prompts consist of, so that each document is tokenized only once.
 
-What the pieces are say prompting.py and text_format.py. Start at `KeptTokens`.
+prompting.py and text_format.py define the pieces. Start at `KeptTokens`.
 """
 
 import threading
@@ -21,14 +21,14 @@ Value = TypeVar("Value")
 
 
 class KeptTokens:
-    """Thread safe. Ids are arrays (t,) int32, to be read only; `prepare` is what becomes of a passage's text first."""
+    """Thread safe. Ids are read-only arrays (t,) int32; `prepare` is applied to a passage's text first."""
 
     def __init__(self, tokenizer: Tokenizer, prepare: Callable[[str], str] = str) -> None:
         self._tokenizer, self._prepare = tokenizer, prepare
         self._passages, self._pieces = (LruByWeight[np.ndarray](weight) for weight in (_MAX_TOKENS, _MAX_PIECES))
 
     def cut_ahead(self, passages: Iterable[Passage]) -> None:
-        """Cut what is not kept of these passages, on all cores."""
+        """Tokenize those of these passages that are not cached yet, on all cores."""
         missing = {key: one for one in passages if self._passages.get(key := passage_key(one)) is None}
         if missing:
             self._cut(missing)
@@ -39,7 +39,7 @@ class KeptTokens:
         return self._cut({key: passage})[0] if ids is None else ids
 
     def of(self, cut: Callable[..., Sequence[int]], *arguments: Hashable) -> np.ndarray:
-        """What `cut` gives for these arguments."""
+        """The result of `cut` for these arguments, cached."""
         key = (cut, *arguments)
         ids = self._pieces.get(key)
         if ids is None:
@@ -48,9 +48,9 @@ class KeptTokens:
         return ids
 
     def forget(self, document_ids: Collection[str]) -> None:
-        """Drop what is kept of these documents."""
+        """Drop what is cached of these documents."""
         self._passages.drop(lambda key: key[0] in document_ids)
-        self._pieces.drop(lambda key: True)  # some are their titles, and soon made again
+        self._pieces.drop(lambda key: True)  # some are titles of these documents; all are quickly recomputed
 
     def _cut(self, passages: Mapping[PassageKey, Passage]) -> list[np.ndarray]:
         texts = [self._prepare(passage.text) for passage in passages.values()]
@@ -61,7 +61,7 @@ class KeptTokens:
 
 
 class TokenRow:
-    """Pieces of a prompt, one behind the other; `len` counts tokens."""
+    """Successive pieces of a prompt; `len` counts tokens."""
 
     def __init__(self) -> None:
         self._pieces: list[np.ndarray] = []
@@ -89,7 +89,7 @@ def passage_key(passage: Passage) -> PassageKey:
 
 
 class LruByWeight(Generic[Value]):
-    """A small mapping that forgets what was used longest ago once the weights exceed `max_weight`."""
+    """A small LRU mapping that evicts once the sum of weights exceeds `max_weight`."""
 
     def __init__(self, max_weight: int) -> None:
         self._max_weight, self._weight = max_weight, 0
@@ -114,7 +114,7 @@ class LruByWeight(Generic[Value]):
                 self._weight -= self._entries.popitem(last=False)[1][1]
 
     def drop(self, is_gone: Callable[[Any], bool]) -> None:
-        """Forget the keys of which this is true."""
+        """Remove the keys for which `is_gone` is true."""
         with self._lock:
             for key in [key for key in self._entries if is_gone(key)]:
                 self._weight -= self._entries.pop(key)[1]

@@ -1,9 +1,9 @@
-"""The likeliest of several quotes, instead of the one that a greedy first token leads to.
+"""Chooses the likeliest of several candidate quotes, instead of the one that a greedy first token leads to.
 
-What a quote begins with is where a small model errs most, and a greedy choice is made before what follows can speak for
-it. So the quotes that begin with each of the likeliest few tokens are all made, together and from the state of one
-prompt, and the answer that is likeliest as a whole is given out; of several nearly as likely the one whose quote makes
-the question likely, too. Start at `generate_likeliest`.
+A small model errs most in the first token of a quote, which greedy decoding chooses before the rest of the quote can
+count. So one quote is generated from each of the likeliest few first tokens, all in one batch and from the state of one
+prompt, and the answer that is likeliest as a whole is used; among nearly equally likely ones, the one whose quote also
+makes the question likely. Start at `generate_likeliest`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from model.engine_request import (
 from model.engine_thread import TokenStream
 from model.sampling import SamplingParams
 
-_LONG_QUESTION_TOKENS = 128  # behind the documents: worth a state of its own, from which the other beginnings go on
-_MAX_GAP = 5.0  # nats behind the likeliest beginning: what lies further back hardly ever wins
+_LONG_QUESTION_TOKENS = 128  # from this length on the state after it is saved, for the other candidates
+_MAX_GAP = 5.0  # nats below the likeliest first token: candidates further below hardly ever win
 _REPEATING_NATS = 3.0
-_MISSING_NATS = 12.0  # for the value of another row than the one asked about
+_MISSING_NATS = 12.0  # penalty for a value from another row than the one asked about
 
 
 class GeneratesTokens(Protocol):
@@ -45,9 +45,9 @@ class AsksBack(Protocol):
 
 
 class AskedBack(NamedTuple):
-    """`weight`: of the log-probability of the question, given a quote, to that of the quote; `verdict`: of that of the
-    quote answering the question. `pieces`: of a quote, the tokens that stand behind the documents, the first of them
-    the same for all, and those of the question behind, of which the last says that the quote answers it."""
+    """Asking back scores quotes by log P(question | quote), with `weight`, and by log P(the quote answers the
+    question), with weight `verdict`. `pieces`: quote -> (tokens after the documents that state the quote, the first of
+    them the same for all; tokens of the question after that, the last of which says that the quote answers it)."""
 
     weight: float
     verdict: float
@@ -55,17 +55,17 @@ class AskedBack(NamedTuple):
 
 
 def ask_back_by(form: AsksBack, question: str, weight: float, verdict: float = 0.0) -> AskedBack | None:
-    """In this format; None for no weights."""
+    """`AskedBack` for a format; None if both weights are 0."""
     return AskedBack(weight, verdict, lambda quote: form.ask_back(quote, question)) if weight or verdict else None
 
 
 @dataclass(frozen=True)
 class QuoteSearch:
-    """What is tried, and how it is judged.
+    """Which candidates are tried, and how they are scored.
 
-    At most `width` beginnings, behind the token `quote_id`, and one of the quotes of `named`. A quote that only repeats
-    words of `question`, or that `misses` what it asks about, counts as less likely than it is. `back`: of quotes that
-    are nearly as likely, the one that most likely is asked for by the question.
+    At most `width` first tokens after the token `quote_id`, and one of the quotes in `named`. A quote that only repeats
+    words of `question`, or that `misses` what it asks about, is penalized. `back` decides among nearly equally likely
+    quotes.
     """
 
     quote_id: int = -1
@@ -81,10 +81,10 @@ async def generate_likeliest(
 ) -> AsyncIterator[StepOutput]:
     """The outputs of `request`, or of an answer with another first quote that is likelier from there to its end.
 
-    The first output comes at once, the others when all answers have ended; if the quote was asked back, the first of
-    these says in `branch_logprobs` how likely it makes the question and, last, that it answers it. Requests that are
-    not greedy, or without a `QuoteConstraint`, are generated as they are. Raises what `engine.generate` does for them;
-    what the engine has no room for beside them is left out.
+    The first output comes at once, the others when all candidates have ended. If the quote was asked back, the first of
+    these has in `branch_logprobs` the log-probabilities of the question and, last, of the verdict. Requests that are
+    not greedy, or without a `QuoteConstraint`, are generated unchanged. Raises what `engine.generate` raises for
+    `request`; candidates for which the engine has no room are left out.
     """
     constraint = request.constraint
     if isinstance(constraint, QuoteConstraint) and request.sampling.temperature == 0 and search.width > 1:
@@ -99,7 +99,7 @@ async def generate_likeliest(
 async def _generate_several(
     engine: GeneratesTokens, request: EngineRequest, constraint: QuoteConstraint, search: QuoteSearch
 ) -> AsyncGenerator[StepOutput, None]:
-    """`generate_likeliest`, of a request for which several answers are tried."""
+    """`generate_likeliest` for a request for which several candidates are tried."""
     shared, watched = _keep_long_question(request), len(request.watch_tokens)
     plain = lambda output: replace(output, watch_logprobs=output.watch_logprobs[:watched])  # as was asked for
     async with AsyncExitStack() as streams:
@@ -130,12 +130,12 @@ async def _generate_several(
 
 
 def verdict_of(outputs: Sequence[StepOutput]) -> float:
-    """log P(the quote answers the question) of an answer by `generate_likeliest`; 0 where it was not asked back."""
+    """log P(the quote answers the question) of an answer by `generate_likeliest`; 0 if it was not asked back."""
     return next((output.branch_logprobs[0][-1] for output in outputs if output.branch_logprobs), 0.0)
 
 
 class _Judged(NamedTuple):
-    """An answer from its first token on, its quote's tokens and text, and how likely it counts as."""
+    """An answer from its first token on, its quote's tokens and text, and its log-probability with penalties."""
 
     outputs: list[StepOutput]
     quote: tuple[int, ...]
@@ -154,7 +154,7 @@ def _judge(outputs: list[StepOutput], constraint: QuoteConstraint, search: Quote
 async def _ask_back(
     engine: GeneratesTokens, request: EngineRequest, back: AskedBack, judged: Sequence[_Judged]
 ) -> _Judged | None:
-    """Of the quotes that are nearly as likely as the likeliest, the best by all; None where none is asked back."""
+    """The best by all scores of the quotes nearly as likely as the likeliest; None if none is asked back."""
     rivals, pieces, room = dict[str, _Judged](), [], MAX_BRANCH_TOKENS
     least = max((one.nats for one in judged), default=0.0) - _MAX_GAP
     for one in sorted(judged, key=lambda one: -one.nats):
@@ -176,8 +176,7 @@ async def _ask_back(
 async def _nats_of_questions(
     engine: GeneratesTokens, request: EngineRequest, pieces: Sequence[tuple[Sequence[int], Sequence[int]]]
 ) -> tuple[tuple[float, ...], ...]:
-    """Log-probabilities of each question and verdict behind the documents and what is given; empty when the engine has
-    no room."""
+    """Log-probabilities of the question and verdict, one list per quote; empty if the engine has no room."""
     end = max(request.boundaries, default=0)  # of the documents
     scored = replace(
         request,
@@ -199,7 +198,7 @@ async def _nats_of_questions(
 
 
 def _keep_long_question(request: EngineRequest) -> EngineRequest:
-    """With a state behind a question that is worth one."""
+    """The request, with a snapshot after its question if that is long enough."""
     end = len(request.token_ids)
     if end - max(request.boundaries, default=0) < _LONG_QUESTION_TOKENS:
         return request
@@ -213,8 +212,8 @@ def _rivals(
     greedy: StepOutput,
     logprobs: tuple[float, ...],
 ) -> list[tuple[StepOutput | None, EngineRequest]]:
-    """What is tried beside the greedy answer: the output that an answer begins with, if it is known, and the request
-    for the rest. `logprobs` of the constraint's `first_ids`, where the greedy answer went on with `greedy`."""
+    """Candidates besides the greedy answer: the output that each begins with, if known, and the request for the rest.
+    `logprobs`: those of the constraint's `first_ids`, where the greedy answer continued with `greedy`."""
     rivals: list[tuple[StepOutput | None, EngineRequest]] = [
         (replace(greedy, token_id=i, logprob=logprob), _continued(request, constraint, (search.quote_id, i)))
         for i, logprob in _likeliest(constraint.first_ids, logprobs, greedy.token_id, search.width - 1)
@@ -227,7 +226,7 @@ def _rivals(
 def _likeliest(
     ids: tuple[int, ...], logprobs: tuple[float, ...], chosen: int | None, count: int
 ) -> list[tuple[int, float]]:
-    """The likeliest of the ids beside the chosen one, as far as they are not hopeless."""
+    """The likeliest ids besides the chosen one that have a chance."""
     known = dict(zip(ids, logprobs, strict=True))
     best = max(known.values(), default=0.0)
     rivals = ((i, logprob) for i, logprob in known.items() if i != chosen and logprob > best - _MAX_GAP)
@@ -235,7 +234,7 @@ def _likeliest(
 
 
 def _continued(request: EngineRequest, constraint: QuoteConstraint, begun: tuple[int, ...]) -> EngineRequest:
-    """The request for what comes behind `begun`."""
+    """The request for what follows `begun`."""
     room = request.sampling.max_new_tokens - len(begun)
     return replace(
         request,
@@ -249,7 +248,7 @@ def _continued(request: EngineRequest, constraint: QuoteConstraint, begun: tuple
 
 
 async def _read(begun: StepOutput | None, stream: AsyncIterator[StepOutput]) -> list[StepOutput]:
-    """An answer from its first token on; empty when the engine has no room for it."""
+    """An answer from its first token on; empty if the engine has no room for it."""
     outputs = [begun] if begun else []
     try:
         async for output in stream:

@@ -1,8 +1,8 @@
-"""Reads collections that fit into one prompt before anybody asks about them, so that the first question is warm too.
+"""Prefills collections that fit into one prompt before anybody asks about them, so that the first question is warm too.
 
-Low in rank: it waits until a collection has not changed for a while and nobody is being answered. A question that does
-not begin with the same documents ends it within a step, and so does the end of one of its documents. What it had read
-by then is kept as far as the last snapshot. Start at `Prefetch.run`.
+It has low priority: it waits until a collection has not changed for a while and nobody is being answered. A question
+that does not begin with the same documents ends it within a step, and so does the deletion of one of its documents. The
+state up to the last snapshot is kept. Start at `Prefetch.run`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Outcome = Literal["read", "found", "interrupted", "failed"]
 
 @dataclass(frozen=True)
 class _Reading:
-    """A collection as a question with the default settings reads it: whole. `end`: where its documents end."""
+    """A whole collection as a question with default settings reads it. `end`: where its documents' tokens end."""
 
     documents: tuple[tuple[str, int], ...]  # (id, version)
     passages: tuple[Hashable, ...]
@@ -44,7 +44,7 @@ class _Reading:
 
 
 class Prefetch:
-    """The prefetching of one service; everything but `is_ready` and `forget` belongs to the event loop."""
+    """The prefetcher of one service; all methods except `is_ready` and `forget` must run on the event loop."""
 
     def __init__(self, service: RagService) -> None:
         self._service = service
@@ -52,20 +52,20 @@ class Prefetch:
         self._stream: TokenStream | None = None  # being read right now
         self._passages: tuple[Hashable, ...] = ()
         self._reads: frozenset[str] = frozenset()  # documents of it
-        self._gone: set[str] = set()  # documents that were forgotten since the prompt that comes next was begun
+        self._gone: set[str] = set()  # documents deleted since the next prompt was started
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Future[None] | None = None
         self._handled: int | None = None  # generation of the store up to which all was read
 
     def is_ready(self, collection: str) -> bool:
-        """Whether the state behind the whole collection was read and is still kept. Blocks."""
+        """Whether the state after the whole collection was computed and is still cached. Blocks."""
         reading = self._read.get(collection)
         if reading is None or reading.documents != self._list_documents(collection):
             return False
         return self._service.cache.kept_tokens(reading.plan) >= reading.end
 
     async def run(self, after_s: float) -> None:
-        """Prefetch until cancelled; `after_s` without a change come first, 0: never."""
+        """Prefetch until cancelled, always after `after_s` seconds without a change; 0: never."""
         if not after_s:
             return
         self._loop, seen = asyncio.get_running_loop(), None
@@ -75,7 +75,7 @@ class Prefetch:
                 if generation == seen != self._handled and self._is_idle() and await self._read_all():
                     self._handled = generation
                 seen = generation
-            except Exception:  # a prefetch that fails takes nothing away
+            except Exception:  # a failed prefetch does no harm
                 log.exception("reading collections ahead failed; trying again after the next change")
                 self._service.metrics.prefetches.labels("failed").inc()
                 self._handled = seen
@@ -88,7 +88,7 @@ class Prefetch:
             await self._stream.aclose()
 
     def forget(self, document_ids: Collection[str]) -> None:
-        """These documents are gone: end a prefetch that reads one of them, keep no token of one. From any thread."""
+        """These documents were deleted: end a prefetch that reads one, keep no tokens of them. From any thread."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._end, frozenset(document_ids))
 
@@ -127,7 +127,7 @@ class Prefetch:
         return True
 
     def _prepare(self, collection: str) -> _Reading | None:
-        """None when a question would not read all of it, or it is gone. Blocks."""
+        """None if a question would not read all of the collection, or it was deleted. Blocks."""
         service = self._service
         epoch, documents = service.cache.epoch, self._list_documents(collection)
         try:

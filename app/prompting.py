@@ -1,8 +1,8 @@
-"""The prompt: `system | documents | question`, in that order, always; and how tokens of it are counted.
+"""The prompt, always in the order `system | documents | question`, and how its tokens are counted.
 
-Every piece is cut into tokens on its own, so two prompts that begin with the same documents begin with the same tokens.
-`AnswerFormat` is what the service needs of a checkpoint's form; this is the shipped one's, text_format.py has that of
-others. What the model's answer means stands in answering.py. Start at `QuoteFormat.build_prompt`.
+Every piece is tokenized on its own, so two prompts that begin with the same documents begin with the same tokens.
+`AnswerFormat` is the interface to a checkpoint's prompt format; `QuoteFormat` is the shipped checkpoint's,
+text_format.py has that of others. Answers are interpreted in answering.py. Start at `QuoteFormat.build_prompt`.
 """
 
 import hashlib
@@ -44,10 +44,10 @@ _NO_EVIDENCE = Evidence((), "rag", 0)
 
 
 class AnswerFormat(Protocol):
-    """How a checkpoint is asked and how it answers. Thread safe.
+    """How a checkpoint is prompted and how it answers. Thread safe.
 
-    An answer ends with one of `stop_ids` or before one of `stop_texts`. `decision_ids`: what an answer begins with, a
-    quote or that there is none; empty where no single token says so.
+    An answer ends with one of `stop_ids` or before one of `stop_texts`. `decision_ids`: the first tokens of an answer
+    for a quote and for "none"; empty if no single token decides that.
     """
 
     max_context_tokens: int
@@ -56,11 +56,11 @@ class AnswerFormat(Protocol):
     decision_ids: tuple[int, ...]
 
     def count_tokens(self, passages: Sequence[Passage]) -> int:
-        """At most so many tokens of a prompt are about one document, given its passages in order."""
+        """An upper bound of the prompt's tokens for one document, given its passages in order."""
         ...
 
     def cut_ahead(self, passages: Sequence[Passage]) -> None:
-        """Cut these passages into tokens, all at once, for those methods that need them."""
+        """Tokenize these passages in one go, ahead of the methods that need their tokens."""
         ...
 
     def build_prompt(self, question: str, evidence: Evidence, turns: Sequence[Turn] = ()) -> Prompt:
@@ -68,13 +68,13 @@ class AnswerFormat(Protocol):
         ...
 
     def constrain(self, evidence: Evidence, limits: QuoteLimits) -> TokenConstraint | None:
-        """What the model may answer from this evidence; None: anything."""
+        """The constraint on answers from this evidence; None: none."""
         ...
 
     def ask_back(self, quote: Sequence[int], question: str) -> tuple[Sequence[int], Sequence[int]]:
-        """What stands behind the documents when a quote, its tokens, is given and the question is to be said, and the
-        tokens of the question behind that, the last of which says that the quote answers it. Asked only where
-        `constrain` gives a `QuoteConstraint`."""
+        """For asking back: the tokens after the documents that state the quote, and the tokens of the question after
+        those, the last of which says that the quote answers it. Only called if `constrain` gives a
+        `QuoteConstraint`."""
         ...
 
     def read_answer(self, evidence: Evidence, question: str = "") -> AnswerReader:
@@ -82,7 +82,7 @@ class AnswerFormat(Protocol):
         ...
 
     def forget(self, document_ids: Collection[str]) -> None:
-        """Drop everything kept of these documents, which are gone."""
+        """Drop everything cached of these documents, which were deleted."""
         ...
 
     def count_prompt(self, question: str, turns: Sequence[Turn] = ()) -> int:
@@ -90,7 +90,7 @@ class AnswerFormat(Protocol):
         return len(self.build_prompt(question, _NO_EVIDENCE, turns).token_ids)
 
     def room_for_evidence(self, question: str, max_output_tokens: int, turns: Sequence[Turn] = ()) -> int:
-        """Tokens that the documents of a prompt may take. Raises ContextTooLong when the question leaves none."""
+        """Tokens available for the documents of a prompt. Raises ContextTooLong if the question leaves none."""
         prompt_tokens = self.count_prompt(question, turns)
         room = self.max_context_tokens - prompt_tokens - max_output_tokens
         if room < 0:
@@ -101,13 +101,13 @@ class AnswerFormat(Protocol):
 class QuoteFormat(AnswerFormat):
     """The shipped checkpoint's format (`model.chat_format`) over evidence.
 
-    Tokens of passages and quote indexes are kept for the next question about the same documents.
+    Tokens of passages and quote indexes are cached for further questions about the same documents.
     """
 
     stop_texts = ()
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: TokenBytes, max_context_tokens: int) -> None:
-        """Raises ValueError when the tokenizer lacks one of the format's special tokens."""
+        """Raises ValueError if the tokenizer lacks one of the format's special tokens."""
         self._tokenizer = tokenizer
         self._format = ChatFormat(tokenizer)
         self.max_context_tokens = max_context_tokens
@@ -138,7 +138,7 @@ class QuoteFormat(AnswerFormat):
         return Prompt(row.joined(), tuple(boundaries), starts)
 
     def constrain(self, evidence: Evidence, limits: QuoteLimits) -> QuoteConstraint:
-        """What the model may answer from this evidence."""
+        """The constraint that only allows quotes of this evidence, or none."""
         key = tuple(passage_key(passage) for passage in evidence.passages)
         index = self._indexes.get(key)
         if index is None:
@@ -157,7 +157,7 @@ class QuoteFormat(AnswerFormat):
         self._indexes.drop(lambda passages: any(key[0] in document_ids for key in passages))
 
     def answer_tokens(self, evidence: Evidence) -> QuoteTokens:
-        """What answers from this evidence are spelled with."""
+        """The tokens that spell answers from this evidence."""
         ordinals = {passage.ordinal for passage in evidence.passages}
         return QuoteTokens(
             quote=self._format.quote,
@@ -174,17 +174,17 @@ class QuoteFormat(AnswerFormat):
 
 
 def title_of(passage: Passage) -> str:
-    """What the prompt calls a document: one line, not too long."""
+    """The title of a document in the prompt: one line, not too long."""
     return re.sub(r"\s+", " ", passage.title or passage.filename).strip()[:_MAX_TITLE_CHARS]
 
 
 def engine_request(
     prompt: Prompt, evidence: Evidence, secret: bytes, epoch: int, sampling: SamplingParams
 ) -> EngineRequest:
-    """What a prompt with this evidence asks of the engine: equal ones find each other's states, whoever asks.
+    """The engine request for a prompt with this evidence. Equal prompts share cached states, whoever asks.
 
-    But only if they read the same collections, from which, with the `secret`, the keys of states begin: who may not
-    read a collection can't tell by the time that an answer takes what others have read. `epoch`: of the prefix cache,
+    But only if they read the same collections: cache keys are salted with these and the `secret`, so that someone who
+    may not read a collection cannot infer from response times what others have read. `epoch`: that of the prefix cache
     before the evidence was chosen.
     """
     collections = dict.fromkeys(passage.collection for passage in evidence.passages)

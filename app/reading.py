@@ -1,8 +1,8 @@
-"""What of the evidence is read at once, and how little it seems to hold the answer.
+"""Splits evidence into passages that are read in separate prompts, and scores how unlikely each contains the answer.
 
-A small model tells better whether one passage holds an answer than it finds the answer among several. So evidence can
-be read passage by passage, each alone behind the system text, and the answer made from the one with the least
-`none_margin`. Who asks the engine stands in generation.py.
+A small model is better at telling whether one passage contains an answer than at finding the answer among several. So
+evidence can be read passage by passage, each alone after the system text, and the passage with the lowest `none_margin`
+gives the answer. The requests to the engine are made in generation.py.
 """
 
 import re
@@ -14,35 +14,35 @@ from app.prompting import title_of
 from retrieval.location import heading_path
 from retrieval.types import Evidence, Passage
 
-_AGAIN_TOKENS = 1024  # of the question; 2 s of two cores
-_PIECE_CHARS = 1200  # the shipped model learnt to read passages of up to 1,150
+_AGAIN_TOKENS = 1024  # most question tokens read again for further passages; 2 s on two cores
+_PIECE_CHARS = 1200  # the shipped model was trained on passages of up to 1,150
 _OPENING_CHARS = 200
 _GAP = re.compile(r"\s*\n\s*")
 
 
 def split_passages(evidence: Evidence) -> list[Evidence]:
-    """Each passage as if it were all there is to read, under its heading; long ones in pieces."""
+    """Each passage as evidence of its own, under its heading; long ones in pieces."""
     pieces = [_under_heading(piece) for passage in evidence.passages for piece in _cut(passage)]
     return [Evidence((piece,), evidence.mode, 0, (piece.document_id,)) for piece in pieces]
 
 
 def read_at_once(evidence: Evidence) -> Evidence:
-    """Evidence that is not split: a single passage stands under its heading, too. Several have none, for a prompt would
-    begin otherwise with each choice of a document's passages."""
+    """Evidence that is not split. A single passage also gets its heading; several do not, because the beginning of the
+    prompt would then depend on which passages of a document were chosen."""
     if len(evidence.passages) != 1:
         return evidence
     return replace(evidence, passages=(_under_heading(evidence.passages[0]),))
 
 
 def _under_heading(passage: Passage) -> Passage:
-    """The innermost heading that the passage does not show itself, before its title."""
+    """The passage with its innermost heading, unless it contains that, put before its title."""
     title, path = passage.title or passage.filename, heading_path(passage.headings, passage.char_start)
     hidden = [heading for heading in path if heading not in passage.text[:_OPENING_CHARS] and heading != title]
     return replace(passage, title=f"{hidden[-1]} — {title}") if hidden else passage
 
 
 def _cut(passage: Passage) -> list[Passage]:
-    """As few pieces as have about `_PIECE_CHARS`, cut between the paragraphs nearest to equal lengths."""
+    """As few pieces of about `_PIECE_CHARS` as possible, cut between paragraphs, of nearly equal lengths."""
     text, first = passage.text, passage.char_start
     count = -(-len(text) // _PIECE_CHARS)
     gaps = [gap.span() for gap in _GAP.finditer(text)] if count > 1 else []
@@ -56,7 +56,7 @@ def _cut(passage: Passage) -> list[Passage]:
 
 
 def reads_apart(evidence: Evidence, question_tokens: int) -> bool:
-    """Whether there is a choice among passages, and it is not too dear: the question is read again with each."""
+    """Whether there are several passages, and the question, which is read again with each, is short enough."""
     again = len(evidence.passages) - 1
     return again > 0 and again * question_tokens <= max(evidence.tokens, _AGAIN_TOKENS)
 
@@ -64,7 +64,7 @@ def reads_apart(evidence: Evidence, question_tokens: int) -> bool:
 def none_margin(
     question: str, reading: Evidence, decision_logprobs: Sequence[float], missing_words_nats: float
 ) -> float:
-    """log P(none) - log P(quote), and `missing_words_nats` times the share of the question's words that were not read.
+    """log P(none) - log P(quote), plus `missing_words_nats` times the share of the question's words that are not there.
 
     `decision_logprobs`: those of `AnswerFormat.decision_ids`.
     """

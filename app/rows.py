@@ -1,7 +1,7 @@
-"""Which line of the evidence a question is about: rows of tables and other lines that repeat one value many times.
+"""Finds the line of the evidence that a question is about, in tables and other lines that repeat a value many times.
 
-A small model tells a table's columns better than its rows, and a short quote ("Tomas") may stand in many of them. So
-lines are weighed by the question's words that set them apart from the others. Start at `AskedLines`.
+A small model tells a table's columns apart better than its rows, and a short quote ("Tomas") may occur in many rows. So
+lines are scored by the question's words that distinguish them from other lines. Start at `AskedLines`.
 """
 
 import re
@@ -14,7 +14,7 @@ from app.conversation import content_words
 from retrieval.types import Passage
 
 _CELL = " | "  # between the values of a row, as all parsers write tables
-OTHER_ROWS_NATS = 6.0  # for reading rows of a table where others are named
+OTHER_ROWS_NATS = 6.0  # penalty for a passage with rows of a table if the question names other rows
 _MOST_PLACES = 2_000  # of one quote that are weighed
 _MOST_NAMED = 3  # rows: of more than so many the question may mean any
 _LINE = re.compile(r"[^\n]+")
@@ -25,7 +25,7 @@ _STEM_CHARS = 5
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a quote stands: a passage, and offsets in its text."""
+    """Position of a quote: a passage, and offsets in its text."""
 
     passage: Passage
     start: int
@@ -33,7 +33,7 @@ class Place:
 
 
 class AskedLines:
-    """The lines of some passages, weighed by what a question says."""
+    """The lines of some passages, scored by the words of a question."""
 
     def __init__(self, question: str, passages: Sequence[Passage]) -> None:
         self._passages, self._wanted = passages, _keys(" ".join(content_words(question)))
@@ -62,7 +62,7 @@ class AskedLines:
         return bool(rows) and bool(self.named()) and all(self._weight(row.text) < self._best for row in rows)
 
     def misses(self, quote: str) -> bool:
-        """Whether the quote stands in rows of tables only, and others are those that the question names."""
+        """Whether the quote occurs only in rows of tables, and the question names other rows."""
         words = quote.strip()
         if not self._best or not words or "\n" in words:
             return False
@@ -92,7 +92,7 @@ def _cut(passage: Passage, start: int, end: int) -> Passage:
 
 
 def choose_place(question: str, places: Iterable[Place]) -> Place | None:
-    """Of several places of one quote the one whose line has most of what the question says; of equals the first."""
+    """Of several places of one quote, the one whose line has most of the question's words; the first among equals."""
     wanted = _keys(" ".join(content_words(question)))
     known = list(islice(places, _MOST_PLACES if wanted else 1))
     if len(known) < 2:
@@ -117,6 +117,6 @@ def places_of(pattern: re.Pattern[str], passages: Iterable[Passage]) -> Iterable
 
 
 def _keys(text: str) -> set[str]:
-    """Words by their beginnings, which most forms of one share; numbers as they are."""
+    """Words shortened to their beginnings, which most inflections share; numbers unchanged."""
     pieces = (piece.lower() for piece in _PIECE.findall(text))
     return {piece if any(map(str.isdigit, piece)) else piece[:_STEM_CHARS] for piece in pieces}
