@@ -18,9 +18,9 @@ _UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBac
 
 
 class Attention(nn.Module):
-    """`index` counts the attention layers: which of a state's KV is this layer's.
+    """`index` counts the attention layers: the layer's place in a state's KV.
 
-    `rope_scale` multiplies the rotary angles: a model trained with positions can be weaned of them, 1 to 0.
+    `rope_scale` multiplies the rotary angles: lowered from 1 to 0 in training, it makes a model do without positions.
     """
 
     rope_scale: float = 1.0
@@ -47,14 +47,14 @@ class Attention(nn.Module):
         return q, k, v
 
     def turn(self, q: Tensor, k: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """q, k as `project` gives them, with their positions where the config has such."""
+        """q, k of `project`, with rotary positions if the config has them."""
         if self.rope_theta is None:
             return q, k
         cos, sin = rotation(batch.positions(), self.rope_theta, self.rope_scale, self.head_dim)
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
     def attend_states(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
-        """Each of the batch's sequences to its own KV, which grows by k and v -> (T, h, p)."""
+        """Each sequence attends to its own KV, to which k and v are appended -> (T, h, p)."""
         outputs = []
         parts = (x.split(batch.lengths) for x in (q, k, v))
         for state, q_own, k_own, v_own in zip(batch.states, *parts, strict=True):
@@ -71,13 +71,13 @@ def rotation(positions: Tensor, theta: float, scale: float, head_dim: int) -> tu
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (T, heads, p) turned, one half of p with the other. Source: transformers modeling_llama.py."""
+    """x (T, heads, p) rotated, one half of p with the other. Source: transformers modeling_llama.py."""
     low, high = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-high, low], dim=-1) * sin).to(x.dtype)
 
 
 def _attend_fresh(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
-    """Sequences of one length without a past. q (T, h, p), k, v (T, g, p) -> (T, h, p)."""
+    """Attention within sequences of equal length without a past. q (T, h, p), k, v (T, g, p) -> (T, h, p)."""
     (group,) = batch.groups
     q, k, v = (x.unflatten(0, (group.b, group.t)).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
@@ -87,7 +87,7 @@ def _attend_fresh(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
 def attend_past(q: Tensor, kv: LayerKv) -> Tensor:
     """The last t of s+t tokens attend to all up to themselves. q (t, h, p) -> (t, h, p).
 
-    KV is never copied, but for what is lent where kernels/gpu_past.py does not run.
+    KV is never copied, except lent KV if kernels/gpu_past.py does not run.
     """
     if gpu_past.takes(q, *kv):
         return gpu_past.attend(q, *kv)
@@ -122,7 +122,7 @@ def attend_ref(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def _any_length(q: Tensor) -> AbstractContextManager[None]:
-    """Keeps cuDNN out on a GPU: PyTorch prefers it on Hopper, and it plans tens of milliseconds for each new length.
+    """Avoids cuDNN on a GPU: PyTorch prefers it on Hopper, and it needs tens of milliseconds for each new length.
 
     Source: PyTorch sdp_utils.cpp::check_prefer_cudnn_attention, cudnn/MHA.cpp.
     """
@@ -130,9 +130,9 @@ def _any_length(q: Tensor) -> AbstractContextManager[None]:
 
 
 def _causal_mask(t: int, total: int, q: Tensor) -> Tensor:
-    """(t, total): the last t of `total` tokens see what is not behind them. To be added to the scores of queries q."""
-    if not q.is_cuda:  # as booleans PyTorch would turn them into this, which takes a quarter of the time
+    """(t, total): causal mask of the last t of `total` tokens, to be added to the scores of queries q."""
+    if not q.is_cuda:  # PyTorch would convert booleans to this, which takes a quarter of the time
         return q.new_full((t, total), -torch.inf).triu_(total - t + 1)
     from torch.nn.attention.bias import causal_lower_right  # seconds: it imports torch._dynamo
 
-    return causal_lower_right(t, total)  # no tensor, but a word to flash attention
+    return causal_lower_right(t, total)  # no tensor, but a hint for flash attention

@@ -1,7 +1,7 @@
-"""One call's sequences, packed end to end without padding, and how their tokens find their states.
+"""The sequences of one call, packed end to end without padding, and the mapping from their tokens to their states.
 
-Token-wise layers see (T, d) and need nothing of this. Attention walks the sequences; Mamba walks the groups of equal
-length, so that one decode step of many sequences is one step.
+Token-wise layers see (T, d) and do not need this. Attention loops over the sequences; Mamba loops over groups of equal
+length, so that a decode step of many sequences is a single step.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from model.state import HybridState
 
 
 class Padding(NamedTuple):
-    """Of one sequence whose last rows are no tokens: they are computed, and leave its state as it is."""
+    """Padding at the end of one sequence: these rows are computed, but do not change its state."""
 
-    rows: Tensor  # (t, 1) bool: which
+    rows: Tensor  # (t, 1) bool: true for padding
     last: Tensor  # (w-1,) int64: the last rows that are tokens
 
 
@@ -43,7 +43,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What the mixers must know about a call. `states` is empty in training: every sequence starts afresh."""
+    """What the mixers need to know about a call. `states` is empty in training: every sequence starts from zero."""
 
     lengths: tuple[int, ...]
     states: tuple[HybridState, ...]
@@ -59,9 +59,9 @@ class Batch:
     def of_states(
         cls, lengths: Sequence[int], states: Sequence[HybridState], device: torch.device, grouped: bool = True
     ) -> Self:
-        """One sequence a state. Room for the new tokens' KV is made here, before anything is computed.
+        """One sequence per state. Reserves room for the new tokens' KV before anything is computed.
 
-        Not `grouped`: nothing is gathered, for layers that find conv and ssm in the states themselves.
+        Not `grouped`: nothing is gathered, for layers that read conv and ssm from the states themselves.
         """
         for length, state in zip(lengths, states, strict=True):
             state.reserve(state.num_tokens + length)
@@ -69,14 +69,14 @@ class Batch:
         return cls(tuple(lengths), tuple(states), groups, device)
 
     def positions(self) -> Tensor:
-        """(T,) the place of each token in its sequence."""
+        """(T,) the position of each token in its sequence."""
         pasts = [state.num_tokens for state in self.states] or [0] * len(self.lengths)
         pieces = zip(pasts, self.lengths, strict=True)
         return torch.cat([torch.arange(s, s + t, device=self.device) for s, t in pieces])
 
     def last_rows(self) -> Tensor:
         """(number of sequences,) the row of the last token of each."""
-        if len(self.groups) == 1:  # made on the device: copying there would wait for all that it has to do
+        if len(self.groups) == 1:  # created on the device: a copy would wait for its queued work
             t = self.lengths[0]
             return torch.arange(t - 1, t * len(self.lengths), t, device=self.device)
         return (torch.tensor(self.lengths).cumsum(0) - 1).to(self.device)
@@ -94,7 +94,7 @@ class Batch:
         return packed
 
     def commit(self) -> None:
-        """Write gathered states back and count the tokens as seen; called once, when every layer has run."""
+        """Write gathered states back and count the tokens as seen; call once, after all layers have run."""
         for group in self.groups:
             if group.b > 1:
                 for i, state in enumerate(group.states):

@@ -1,4 +1,4 @@
-"""How likely given continuations of one prompt are, all in one forward from copies of its state."""
+"""Scores given continuations of one prompt, all in one forward pass from copies of its state."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from model.state import HybridState
 
 
 def score_branches(model: Jamba, state: HybridState, branches: Branches) -> tuple[tuple[float, ...], ...]:
-    """Log-probability of each of the last `scored_tokens` of each branch behind `state`, which stays as it is.
+    """Log-probability of each of the last `scored_tokens` of each branch after `state`, which does not change.
 
-    A branch's bits depend on the branches beside it, and on nothing else that the engine does. The copies' memory is
-    not reserved before (on a GPU they read the KV where it is): raises torch.OutOfMemoryError where there is none.
+    A branch's bits depend on the other branches, but on nothing else that the engine does. Memory for the copies is not
+    reserved beforehand (on a GPU they share the KV): raises torch.OutOfMemoryError if there is none.
     """
     lengths, device = [len(ids) for ids in branches.token_ids], model.embed_tokens.weight.device
     given = torch.tensor(list(itertools.chain(*branches.token_ids)), device=device)

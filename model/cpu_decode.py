@@ -1,9 +1,9 @@
-"""A layer's forward for a few tokens on the CPU: two calls into C where the modules would make forty into PyTorch.
+"""A layer's forward for a few tokens on the CPU: two calls into C instead of forty into PyTorch.
 
-Not a second network: jamba.py, mamba.py, attention.py and moe.py say what a layer is; this only hands their weights to
-the kernels. But for attention everything stays float32 between the residuals, which in bfloat16 is the more exact of
-the two. A token's logits and the states behind it are the same bits whatever other tokens come with it, its own
-sequence's next ones included: so a guess of what comes next can be tried (`Trial`) without changing the answer.
+Not a second network: jamba.py, mamba.py, attention.py and moe.py define a layer; this only passes their weights to the
+kernels. Except for attention, everything between the residuals stays float32, which is more exact than the modules in
+bfloat16. A token's logits and the state after it have the same bits whatever other tokens are computed with it, even
+later ones of its sequence: so guessed tokens can be verified (`Trial`) without changing the answer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from model.state import HybridState
 if TYPE_CHECKING:
     from model.jamba import JambaLayer
 
-MAX_TOKENS = 16  # beyond, reading the weights once a row of eight costs more than unpacking them for oneDNN or MKL
+MAX_TOKENS = 16  # with more, reading the weights once per eight rows costs more than unpacking them for oneDNN or MKL
 
 
 class _MambaArgs(ctypes.Structure):
@@ -49,9 +49,9 @@ class _FeedForwardArgs(ctypes.Structure):
 
 
 class Trial:
-    """Up to `MAX_TOKENS` tokens of some sequences, computed behind their states; `keep` says how many were right.
+    """Up to `MAX_TOKENS` tokens of some sequences, computed after their states; `keep` accepts some of them.
 
-    Until then the states are as they were, but for KV behind their end, which nobody reads. With `in_place` conv and
+    Until then the states are unchanged, except for KV beyond their end, which nobody reads. With `in_place` conv and
     ssm advance at once, and all tokens must be kept.
     """
 
@@ -62,14 +62,14 @@ class Trial:
         self.starts = row_starts(lengths)
         self.logits: Tensor | None = None  # (T, v), or (len(lengths), v) of the last tokens
         layout, num_tokens = states[0].layout, self.starts[len(lengths)]
-        self.conv = self.ssm = None  # (n_mamba, T, e, w-1) and (n_mamba, T, e, n): what each token leaves behind
+        self.conv = self.ssm = None  # (n_mamba, T, e, w-1) and (n_mamba, T, e, n): the state after each token
         if not in_place:
             n_mamba, *conv_shape = layout.conv_shape
             self.conv = torch.empty(n_mamba, num_tokens, *conv_shape, dtype=layout.conv_dtype)
             self.ssm = torch.empty(n_mamba, num_tokens, *layout.ssm_shape[1:])
 
     def keep(self, counts: Sequence[int]) -> None:
-        """Let the first `counts[i]` tokens of the i-th sequence have happened, and no others. Call once."""
+        """Advance the i-th sequence's state by its first `counts[i]` tokens and discard the others. Call once."""
         for i, (state, count) in enumerate(zip(self.batch.states, counts, strict=True)):
             if not 0 <= count <= self.batch.lengths[i]:
                 raise ValueError(f"{count} of {self.batch.lengths[i]} tokens cannot be kept")
@@ -81,7 +81,7 @@ class Trial:
 
 
 class DecodeLayer:
-    """Made once of a layer whose weights stay where they are; their values may change, their memory may not."""
+    """Built once from a layer; the values of its weights may change later, but not their addresses."""
 
     def __init__(self, layer: JambaLayer) -> None:
         self._layer = layer
@@ -89,7 +89,7 @@ class DecodeLayer:
         self._feed_forward = _feed_forward_args(layer.pre_ff_layernorm, layer.feed_forward)
 
     def __call__(self, x: Tensor, trial: Trial) -> Tensor:
-        """As `JambaLayer.forward`: (T, d) -> (T, d)."""
+        """Like `JambaLayer.forward`: (T, d) -> (T, d)."""
         x = x + self._attend(x, trial.batch) if self._mamba is None else self._mix(x, trial)
         return _run("feed_forward_step", self._feed_forward, x)
 

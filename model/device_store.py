@@ -1,6 +1,6 @@
-"""The tiers of states kept as tensors: where the model runs, and in main memory that a GPU reads at full rate.
+"""The tiers that keep states as tensors: on the model's device, and in page-locked main memory for a GPU.
 
-Nothing of them is encoded or checked. Who decides what is kept: prefix_cache.py.
+Values are neither encoded nor verified. What is stored is decided in prefix_cache.py.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 from model.state_eviction import EvictionPolicy
 from model.state_store import MemoryStateStore, StateItem
 
-_LARGE = 1 << 20  # bytes; to lock less takes less than a millisecond
+_LARGE = 1 << 20  # bytes; page-locking less takes less than a millisecond
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StateTensors:
-    """A block or a snapshot as a store's value: as long as it has bytes. Each tensor has its own memory."""
+    """A block or snapshot as a store's value; its `len` is in bytes. Each tensor has its own memory."""
 
     tensors: tuple[Tensor, ...]
 
@@ -32,14 +32,14 @@ class StateTensors:
         return self.tensors[0].device
 
     def pinned(self) -> StateTensors:
-        """In page-locked main memory, where there is a GPU to read it; these themselves if they are there."""
+        """A copy in page-locked main memory, if there is a GPU; the tensors themselves if they are there already."""
         if not torch.cuda.is_available() or all(tensor.is_pinned() or not tensor.numel() for tensor in self.tensors):
             return self
         return StateTensors(tuple(_pin(tensor) for tensor in self.tensors))
 
 
 class DeviceStateStore(MemoryStateStore):
-    """Up to `max_bytes` of StateTensors on `device`, exceeded only while a put runs. On a CPU this is the host tier."""
+    """Up to `max_bytes` of StateTensors on `device`, exceeded only during a put. On a CPU this is the host tier."""
 
     def __init__(
         self, max_bytes: int, device: torch.device | str = "cpu", policy: EvictionPolicy | None = None
@@ -49,7 +49,7 @@ class DeviceStateStore(MemoryStateStore):
         self.tier = "gpu" if self.device.type == "cuda" else "host"
 
     def make_room(self, nbytes: int) -> bool:
-        """Give up values until that many bytes more fit; False, with nothing given up, if they never will."""
+        """Evict values until that many more bytes fit; False, with nothing evicted, if they never will."""
         with self._lock:
             if nbytes > self._max_bytes:
                 return False
@@ -60,18 +60,18 @@ class DeviceStateStore(MemoryStateStore):
 class PinnedStateStore(MemoryStateStore):
     """Up to `max_bytes` of StateTensors in page-locked main memory: the host tier below a DeviceStateStore on a GPU.
 
-    Locking a GB takes a second, during which nothing else of the process reaches the card. So the store holds no more
-    than `reserve` has locked so far; where there is no GPU, nothing is locked.
+    Locking a GB takes a second, during which the process can do nothing else on the card. So the store holds no more
+    than `reserve` has locked so far; without a GPU nothing is locked.
     """
 
     def __init__(self, max_bytes: int, policy: EvictionPolicy | None = None) -> None:
         self._locks = torch.cuda.is_available()
         super().__init__(0 if self._locks else max_bytes, policy)
         self._wanted_bytes = max_bytes
-        self._spare: dict[int, list[Tensor]] = defaultdict(list)  # of each size
+        self._spare: dict[int, list[Tensor]] = defaultdict(list)  # by size
 
     def reserve(self, sizes: Sequence[int]) -> bool:
-        """Lock memory for tensors of these many bytes, or as much as is missing; False if nothing is."""
+        """Page-lock memory for tensors of these sizes, at most what is missing; False if nothing is missing."""
         missing = self._wanted_bytes - self._max_bytes
         if missing <= 0:
             return False
@@ -83,7 +83,7 @@ class PinnedStateStore(MemoryStateStore):
         return True
 
     def put_many(self, items: Sequence[StateItem]) -> None:
-        """While memory is still to be locked, what finds none is dropped."""
+        """Until all memory is locked, values for which there is none are dropped."""
         pinned = [item._replace(value=self._pinned(item.value)) for item in items]
         with self._lock:
             self._dropped += sum(item.value is None for item in pinned)
@@ -107,12 +107,12 @@ class PinnedStateStore(MemoryStateStore):
 
 
 def _pin(tensor: Tensor, buffer: Tensor | None = None) -> Tensor:
-    """In a buffer of locked memory; in another one, taken again once nobody has it, if none is given."""
+    """A copy in `buffer`, or in a new buffer of locked memory, which is reused once nobody holds it."""
     if buffer is None:
         buffer = torch.empty(_rounded(tensor.nbytes), dtype=torch.uint8, pin_memory=True)
     return buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def _rounded(nbytes: int) -> int:
-    """To the sizes in which PyTorch keeps locked memory: powers of two."""
+    """Rounded up to the sizes in which PyTorch allocates locked memory: powers of two."""
     return 1 << max(nbytes - 1, 0).bit_length()

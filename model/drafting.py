@@ -1,9 +1,9 @@
-"""Guesses the next tokens of an answer from its prompt, so that the engine can check several in one forward pass.
+"""Speculative decoding by prompt lookup: guesses the next tokens, so that the engine verifies several in one forward.
 
-Answers quote their evidence, so what follows the last tokens has often followed them before; and where a constraint
-leaves one token, that one comes. What an answer costs depends on the guesses, its tokens never: see `Jamba.try_tokens`.
+Answers quote their evidence, so the next tokens have often followed the last ones before; and if the constraint leaves
+only one token, it is certain. Guesses change the time of an answer but never its tokens: see `Jamba.try_tokens`.
 Start at `PromptLookup.draft`.
-Source: Saxena, prompt lookup decoding, 2023; with a vote among all earlier places.
+Source: Saxena, prompt lookup decoding, 2023; with a vote among all earlier matches.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from torch import Tensor
 from model.generation import Generation, Likeliest, score
 
 _LONGEST_MATCH = 4  # tokens
-_LEAST_SHARE = 0.5  # of the earlier places; a rejected token costs a quarter of a step
+_LEAST_SHARE = 0.5  # of the earlier matches; a rejected token costs a quarter of a step
 _LONGEST_PAUSE = 32  # steps
-_ROWS = 8  # last tokens and guesses of all sequences together: so many products share one reading of the weights
+_ROWS = 8  # last tokens and guesses of all sequences together: so many rows share one read of the weights
 
 
 @dataclass(slots=True)
 class DraftCounts:
-    """What became of guessed tokens, since the start."""
+    """Accepted and rejected guesses since the start."""
 
     accepted: int = 0
     rejected: int = 0
 
 
 class PromptLookup:
-    """The guesses for one answer. After guesses that were wrong, one, three, seven, ... steps go without."""
+    """The guesses for one answer. After successive wrong guesses it pauses for one, three, seven, ... steps."""
 
     def __init__(self, prompt: Sequence[int], generation: Generation, counts: DraftCounts) -> None:
         self._generation, self._counts = generation, counts
@@ -41,10 +41,10 @@ class PromptLookup:
         self._prompt_tokens = len(prompt)
         self._pause = self._misses = 0
         self._drafted = 0  # length of the last draft
-        self._guessed_at: int | None = None  # place in it from which on it was a guess
+        self._guessed_at: int | None = None  # index in it of the first token that was not certain
 
     def draft(self, limit: int) -> list[int]:
-        """Up to `limit` tokens that may follow those generated, none of which ends the answer."""
+        """Up to `limit` guessed next tokens, none of which ends the answer."""
         generated = self._generation.token_ids
         draft: list[int] = []
         self._guessed_at = None
@@ -59,7 +59,7 @@ class PromptLookup:
         return draft
 
     def learn(self, accepted: int) -> None:
-        """How many tokens of the last draft were right. Call after each draft that was tried."""
+        """Report how many tokens of the last draft were right. Call after each draft that was verified."""
         self._counts.accepted += accepted
         self._counts.rejected += self._drafted - accepted
         if self._guessed_at is None:
@@ -80,8 +80,8 @@ class PromptLookup:
 
 
 def _most_frequent(tokens: np.ndarray, allowed: Sequence[int] | None) -> int | None:
-    """What most often followed the longest run of tokens that the last ones repeat; None without a majority."""
-    places = np.flatnonzero(tokens[:-1] == tokens[-1]) + 1  # of what followed
+    """The token that most often followed earlier matches of the last tokens, longest first; None without a majority."""
+    places = np.flatnonzero(tokens[:-1] == tokens[-1]) + 1  # of the tokens that followed
     if allowed is not None:
         places = places[np.isin(tokens[places], allowed)]
     for length in range(2, _LONGEST_MATCH + 1):
@@ -98,7 +98,7 @@ def _most_frequent(tokens: np.ndarray, allowed: Sequence[int] | None) -> int | N
 
 
 def draft_all(lookups: Sequence[PromptLookup], limit: int) -> list[list[int]]:
-    """A draft of up to `limit` tokens for each sequence of a batch, shorter or none in larger ones."""
+    """A draft of up to `limit` tokens for each sequence; shorter or none in larger batches."""
     limit = min(limit, _ROWS // len(lookups) - 1)
     return [lookup.draft(limit) if limit > 0 else [] for lookup in lookups]
 
@@ -106,7 +106,7 @@ def draft_all(lookups: Sequence[PromptLookup], limit: int) -> list[list[int]]:
 def score_pieces(
     logits: Tensor, generations: Sequence[Generation], lengths: Sequence[int]
 ) -> list[list[Tensor | Likeliest]]:
-    """logits (T, v) of pieces end to end, `lengths[i]` of the i-th generation -> what `advance` takes each time."""
+    """logits (T, v) of pieces end to end, `lengths[i]` of the i-th generation -> inputs of each `advance`."""
     owners = (itertools.repeat(own, length) for own, length in zip(generations, lengths, strict=True))
     scores = iter(score(logits, list(itertools.chain(*owners))))
     return [list(itertools.islice(scores, length)) for length in lengths]

@@ -16,7 +16,7 @@ from model.kernels.selective_scan import selective_scan
 
 
 class MambaMixer(nn.Module):
-    """`index` counts the Mamba layers: which of a state's conv and ssm is this layer's."""
+    """`index` counts the Mamba layers: the layer's place in a state's conv and ssm."""
 
     def __init__(self, config: JambaConfig, index: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class MambaMixer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, low: float = 1e-3, high: float = 0.1) -> None:
-        """A is -1, -2, ... in each channel; delta starts between `low` and `high`, evenly in its logarithm.
+        """A is -1, -2, ... in each channel; delta starts between `low` and `high`, log-uniformly distributed.
 
         Source: Mamba, section 3.6.
         """

@@ -1,4 +1,4 @@
-"""The feed-forward half of a layer: one SwiGLU, or a router and several of them."""
+"""The feed-forward half of a layer: one SwiGLU, or a mixture of experts (a router and several SwiGLUs)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class MLP(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class RouterStats:
-    """How one MoE layer spread the tokens of its last call."""
+    """How one MoE layer distributed the tokens of its last call."""
 
     share: Tensor  # (m,) f_e: share of the T*k assignments that went to each expert; sums to 1
     probability: Tensor  # (m,) P_e: mean router probability, differentiable; sums to 1
@@ -84,7 +84,7 @@ class Experts(nn.Module):
         return torch.cat([_swiglu(rows, gate_up, down) for rows, gate_up, down in parts if len(rows)])
 
     def can_mix(self, x: Tensor) -> bool:
-        """Whether `mix` takes tokens like x (T, d): int8 experts on a GPU do."""
+        """Whether `mix` supports tokens like x (T, d): true for int8 experts on a GPU."""
         return False
 
     def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:

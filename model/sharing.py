@@ -1,7 +1,7 @@
-"""Which sequences of a decode step read their first tokens' KV once for all of them.
+"""Decides which sequences of a decode step share one read of their common prefix's KV.
 
-Those whose states began with the same stored blocks (`HybridState.origin`): equal tokens are not enough, since the bits
-of their KV may differ. Where a copy lies, in its state's memory or lent by another: state.py; who reads another's:
+Those whose states begin with the same stored blocks (`HybridState.origin`): equal tokens are not enough, since the bits
+of their KV may differ. Where the KV lies, in the state's own memory or lent: state.py; the kernel that shares reads:
 kernels/gpu_attention.py.
 """
 
@@ -14,15 +14,15 @@ from model.state import Origin
 
 
 def share(origins: Sequence[Origin], max_members: int, min_tokens: int, unit: int) -> list[tuple[int, int]]:
-    """Of each state (owner, until): the place of the state whose copy is read, maybe its own, and up to which token.
+    """For each state (owner, until): the index of the state whose KV is read, possibly its own, and up to which token.
 
-    Groups of at most `max_members`, chosen so that the fewest tokens are read; `until` is the same in a group, a
-    multiple of `unit` and at least `min_tokens`, or 0 for who shares nothing.
+    Groups of at most `max_members` are chosen so that the fewest tokens are read; `until` is the same within a group, a
+    multiple of `unit` and at least `min_tokens`, or 0 for a state that shares nothing.
     """
-    order = sorted(range(len(origins)), key=lambda i: origins[i].keys)  # who has most in common stands side by side
+    order = sorted(range(len(origins)), key=lambda i: origins[i].keys)  # states with most in common become neighbours
     common = [origins[i].common_tokens(origins[j]) // unit * unit for i, j in pairwise(order)]
     common = [tokens if tokens >= min_tokens else 0 for tokens in common]
-    best = [(0, 0)]  # of the first states in this order: tokens that are not read, size of the last group
+    best = [(0, 0)]  # per number of first states: tokens saved, size of the last group
     for end in range(1, len(order) + 1):
         sizes = range(1, min(max_members, end) + 1)
         best.append(max((best[end - n][0] + (n - 1) * _until(common, end - n, end), n) for n in sizes))
@@ -37,5 +37,5 @@ def share(origins: Sequence[Origin], max_members: int, min_tokens: int, unit: in
 
 
 def _until(common: Sequence[int], start: int, end: int) -> int:
-    """What states start..end have in common."""
+    """How many first tokens states start..end have in common."""
     return min(common[start : end - 1], default=0)

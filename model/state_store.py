@@ -1,9 +1,9 @@
-"""Where states are kept: the contract of every tier, and the tier in memory.
+"""Storage of cached states: the contract of every tier, and the tier in memory.
 
-A store knows keys, values and tags; not what a state is (state_codec.py), not which ones are worth keeping
-(prefix_cache.py) or which go first when memory is full (state_eviction.py). A store never raises because of what it is
-given or of a server it depends on: what it cannot give is a miss, what it cannot take is dropped, and `stats` counts
-both. In memory: device_store.py. Redis: redis_store.py.
+A store knows keys, values and tags; not what a state is (state_codec.py), which ones are worth storing
+(prefix_cache.py) or which are evicted first (state_eviction.py). A store never raises because of its input or of a
+server it depends on: what it cannot return is a miss, what it cannot take is dropped, and `stats` counts both. In
+memory: device_store.py. Redis: redis_store.py.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Buffer = bytes | bytearray | memoryview
 
 
 class StateItem(NamedTuple):
-    """`tags` are the documents the value was made from: `delete(tags=...)` finds it by any of them.
+    """`tags` are the documents that the value was computed from: `delete(tags=...)` finds it by any of them.
 
-    The rest are hints for eviction: `after` is the key of the value without which this one is of no use,
-    `saves_tokens` how many tokens need not be computed when this value is there, 0 if it saves none by itself, and
-    `ends_prompt` whether nothing deeper was to be kept of the prompt it was made for.
+    The rest are hints for eviction: `after` is the key of the value that this one needs, `saves_tokens` the number of
+    tokens that need not be computed thanks to this value (0 if none by itself), `ends_prompt` whether it is the deepest
+    value stored for its prompt.
     """
 
     key: str
@@ -37,14 +37,14 @@ class StateItem(NamedTuple):
 
 
 class StateStore(Protocol):
-    """Safe to call from several threads. Values must not be changed by whoever gets or puts them."""
+    """Thread safe. Callers must not change values that they put or got."""
 
-    tier: str  # as answers name it: "gpu", "host", "redis"
-    keeps_tensors: bool  # its values are StateTensors, else bytes
+    tier: str  # as reported in answers: "gpu", "host", "redis"
+    keeps_tensors: bool  # whether its values are StateTensors; otherwise bytes
 
     def contains_many(self, keys: Sequence[str], peek: bool = False) -> list[bool]:
-        """Which keys would probably be found now. They are a prompt's, deepest first; unless it is only a `peek`,
-        that the prompt could use them counts for what is kept."""
+        """Which keys would probably be found now. They belong to one prompt, deepest first; unless `peek`, this counts
+        as a use of the keys for eviction."""
         ...
 
     def get_many(self, keys: Sequence[str]) -> list[Buffer | StateTensors | None]:
@@ -52,21 +52,21 @@ class StateStore(Protocol):
         ...
 
     def put_many(self, items: Sequence[StateItem]) -> None:
-        """Keep the items, visible in this order."""
+        """Store the items; they become visible in this order."""
         ...
 
     def delete(self, keys: Collection[str] = (), tags: Collection[str] = ()) -> None:
-        """Forget these keys and all keys with one of these tags, those still on their way in included."""
+        """Delete these keys and all keys with one of these tags, including those still being written."""
         ...
 
     def stats(self) -> dict[str, int]:
-        """Counters and sizes; every implementation has at least `dropped`, the values it could not take, `read_bytes`
-        and `written_bytes`, of those it gave and took."""
+        """Counters and sizes; every implementation has at least `dropped` (values it could not take), `read_bytes` and
+        `written_bytes`."""
         ...
 
 
 class MemoryStateStore:
-    """Up to `max_bytes` of values in this process, exceeded only while a put runs; `policy` says which go first."""
+    """Up to `max_bytes` of values in this process, exceeded only during a put; `policy` decides what to evict."""
 
     tier, keeps_tensors = "host", True
 
@@ -140,7 +140,7 @@ class MemoryStateStore:
             self._policy.remove(key)
 
     def _forget(self, key: str) -> bool:
-        """Take the value out, unknown to the policy; False if there was none."""
+        """Remove the value without telling the policy; False if there was none."""
         if (item := self._items.pop(key, None)) is None:
             return False
         self._bytes -= len(item.value)
@@ -152,7 +152,7 @@ class MemoryStateStore:
 
 
 def locate(stores: Sequence[StateStore], keys: Sequence[str], peek: bool) -> dict[str, int]:
-    """key -> the place of the first store that has it; what no store has is absent. `peek`: that is no use of it."""
+    """key -> index of the first store that has it; absent if none has. `peek`: does not count as a use."""
     where: dict[str, int] = {}
     for place, store in enumerate(stores):
         asked = [key for key in keys if key not in where]

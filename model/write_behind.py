@@ -1,8 +1,8 @@
-"""Brings states from where they are to other stores on a thread of its own: no answer waits for these.
+"""Write-behind: copies states to the slower stores on a thread of its own, so that no answer waits for them.
 
-Some are taken at a time: encoded side by side, once for all stores that keep bytes, and copied for those that keep
-tensors; memory that a GPU reads at full rate takes a second a GB to get. Start at `WriteBehind.put_many`, for what was
-made, and `WriteBehind.promote`, for what was found; who reads the stores, and decides what is kept: prefix_cache.py.
+States are taken in batches: encoded in parallel, once for all stores that keep bytes, and copied for stores that keep
+tensors; page-locking memory takes a second per GB. Start at `WriteBehind.put_many` (new states) and
+`WriteBehind.promote` (states found in slower stores). Reading, and what is stored: prefix_cache.py.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from model.device_store import StateTensors
 from model.state_codec import encode_value
 from model.state_store import StateItem, StateStore
 
-_MAX_JOBS = 1 << 14  # that wait of a kind: a value that is still elsewhere weighs nothing here
+_MAX_JOBS = 1 << 14  # that wait, of each kind: values that are still in another store have no size here
 _TOGETHER = 8  # jobs taken at a time
-_ENCODERS = 4  # threads beside a GPU; without one the model needs the cores
+_ENCODERS = 4  # threads with a GPU; without one the model needs the cores
 _log = logging.getLogger(__name__)
 
 
 class _Job(NamedTuple):
-    """`held` bytes of a value wait with it: none if it is to be taken from `source`, should that still have it then."""
+    """`held`: bytes of the value kept with the job; 0 if it will be read from `source`, if still there."""
 
     item: StateItem
     stores: Sequence[StateStore]
@@ -40,12 +40,11 @@ class _Job(NamedTuple):
 
 
 class WriteBehind:
-    """Puts StateTensors into `stores`. Thread safe. At most `max_pending_bytes` wait; what comes on top is dropped,
-    unless it can be had where it came from.
+    """Puts StateTensors into `stores`. Thread safe. At most `max_pending_bytes` wait; more is dropped, unless it can
+    still be read from its source.
 
-    On a GPU the copies have a stream of their own, so that the model's work does not queue up behind them. `on_saved`
-    is told the tier and the seconds of values put there together: encoding and copying count for the store that they
-    are done for.
+    On a GPU the copies have a stream of their own, so that they do not delay the model's work. `on_saved` gets the tier
+    and the seconds of each batch put there, including encoding and copying for that store.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class WriteBehind:
         self._stores, self._layout, self._max_pending_bytes = tuple(stores), layout, max_pending_bytes
         self._stream: torch.cuda.Stream | None = None
         self._saves: deque[_Job] = deque()
-        self._promotions: deque[_Job] = deque()  # their turn is when nothing is left to save
+        self._promotions: deque[_Job] = deque()  # done only when nothing is left to save
         self._writing: Sequence[_Job] = ()
         self._pending_bytes = self._dropped = 0
         self._closed = False
@@ -69,17 +68,17 @@ class WriteBehind:
         self._thread.start()
 
     def put_many(self, items: Sequence[StateItem], source: StateStore | None = None) -> None:
-        """`source`, a store that keeps tensors, has just been given them too."""
+        """Queue new states. `source`: a store that keeps tensors and has just been given them too."""
         made = _event(items)
         self._add([_Job(item, self._stores, len(item.value), source, made=made) for item in items])
 
     def promote(self, items: Sequence[StateItem], levels: int, source: StateStore | None = None) -> None:
-        """Copy what was found further below into the first `levels` stores, but not what they have by then.
+        """Copy states found in a slower store into the first `levels` stores, except those that they have by then.
 
-        What `source`, a store that keeps tensors, has of the items is taken from there and does not wait here. Of what
-        it has not, as where no GPU keeps states, only `max_pending_bytes` wait: of a longer prefix each question brings
-        up the next part, and until then reads the rest where it was found. More must not wait here, or there would be
-        no room for what is to be saved, which is nowhere else yet.
+        Items that `source`, a store that keeps tensors, has are read from it later and need no memory here. Of others
+        (no GPU store) at most `max_pending_bytes` wait: of a longer prefix each question promotes the next part, and
+        reads the rest from the slower store until then. More must not wait, to leave room for new states, which exist
+        nowhere else yet.
         """
         stores = self._stores[:levels]
         there = source.contains_many([item.key for item in items], peek=True) if source else [False] * len(items)
@@ -92,7 +91,7 @@ class WriteBehind:
         self._add(jobs)
 
     def forget(self, tags: Collection[str]) -> None:
-        """Drop what waits and has one of these tags; returns when nothing of the kind can still reach a store."""
+        """Drop waiting values with one of these tags; returns when none of them can reach a store any more."""
         wanted = frozenset(tags)
         with self._changed:
             self._saves = deque(job for job in self._saves if wanted.isdisjoint(job.item.tags))
@@ -104,7 +103,7 @@ class WriteBehind:
             self._changed.notify_all()
 
     def keys(self) -> frozenset[str]:
-        """Of what is on its way."""
+        """Keys of values that are waiting or being written."""
         with self._changed:
             return frozenset(job.item.key for job in (*self._writing, *self._saves, *self._promotions))
 
@@ -178,7 +177,7 @@ class WriteBehind:
                 stores = [store for store in stores if not store.contains_many([key], peek=True)[0]]
             value = job.item.value if job.held or job.source is None else job.source.get_many([key])[0]
             if stores and isinstance(value, StateTensors):
-                if key in items:  # brought up for two answers
+                if key in items:  # promoted by two answers
                     stores = [*items[key][1], *stores]
                 if job.made is not None:
                     self._copies().wait_event(job.made)
@@ -196,7 +195,7 @@ class WriteBehind:
         return sum(key not in failed for key in done)
 
     def _put(self, store: StateStore, items: Sequence[StateItem], encoded: dict[str, StateItem]) -> set[str]:
-        """Keys of those that the store fails to take: after a fault it is given one at a time."""
+        """Keys of items that the store failed to take: after a fault it gets them one at a time."""
         try:
             if not store.keeps_tensors:
                 encoded |= self._encode([item for item in items if item.key not in encoded])
@@ -211,7 +210,7 @@ class WriteBehind:
         return set()
 
     def _encode(self, items: Sequence[StateItem]) -> dict[str, StateItem]:
-        """By key, as bytes."""
+        """The items by key, encoded as bytes."""
 
         @torch.inference_mode()
         def encode(item: StateItem, value: StateTensors) -> StateItem:
@@ -232,7 +231,7 @@ class WriteBehind:
 
 
 def _event(items: Sequence[StateItem]) -> torch.cuda.Event | None:
-    """When what this thread has asked of a GPU is done; only values on one need it."""
+    """An event for the end of this thread's queued GPU work; None if no value is on a GPU."""
     for item in items:
         if isinstance(item.value, StateTensors) and item.value.device.type == "cuda":
             return torch.cuda.current_stream(item.value.device).record_event()
