@@ -1,4 +1,4 @@
-"""One request under way in an engine."""
+"""One running request of an engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from model.state import HybridState
 
 @dataclass(slots=True, eq=False)
 class RunningSequence:
-    """A request that an engine has accepted, and how far it is."""
+    """A request that an engine has accepted, and its progress."""
 
     request_id: str
     request: EngineRequest
@@ -22,14 +22,14 @@ class RunningSequence:
     generation: Generation
     lookup: PromptLookup
     added_s: float
-    state: HybridState | None = None  # with room for prompt and answer, from when it need not wait any more
+    state: HybridState | None = None  # with room for prompt and answer; None while waiting
     may_borrow: bool = True  # KV that another has
     kept_tokens: int = 0  # how many tokens' KV the cache has
     cached_tokens: int = 0
     tier: str = "none"
     timings: RequestTimings = field(default_factory=RequestTimings)
-    segment: LayeredPrefill | None = None  # begun and not yet computed to the end
-    branch_logprobs: tuple[tuple[float, ...], ...] = ()  # that nobody was told yet
+    segment: LayeredPrefill | None = None  # started and not yet finished
+    branch_logprobs: tuple[tuple[float, ...], ...] = ()  # not reported yet
 
     @property
     def position(self) -> int:
@@ -42,7 +42,7 @@ class RunningSequence:
 
     @property
     def counted(self) -> bool:
-        """Whether looking for its prefix is a use of what is found; once."""
+        """Whether its prefix lookup counts in the cache's statistics; true at most once."""
         return self.request.counted and self.may_borrow
 
     def tell(self, read_tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""Where an engine's thread spends its time: at any moment in one part of its work, or idle."""
+"""Where the engine thread spends its time: at any moment in one part of its work, or idle."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from model.drafting import DraftCounts
 
 
 class EngineTimes:
-    """Seconds since the start by part. `decode_steps` and `decoded_tokens` say how full batches are, `prefill_tokens`
-    what prefills came to, `drafts` what guesses did. To be written by the engine's thread alone, read by any."""
+    """Seconds since the start by part. `decode_steps` and `decoded_tokens` show how full batches are; `prefill_tokens`
+    counts computed prompt tokens, `drafts` guessed tokens. Written only by the engine thread, readable from any."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -20,7 +20,7 @@ class EngineTimes:
         self.decode_steps = self.decoded_tokens = self.prefill_tokens = 0
 
     def enter(self, part: str) -> None:
-        """From now on it is in this part."""
+        """From now on the thread is in this part."""
         seconds, before, since = self._now
         now = self._clock()
         self._now = {**seconds, before: seconds.get(before, 0.0) + now - since}, part, now
@@ -37,7 +37,7 @@ class EngineTimes:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """The present part counts when it ends, but for idling."""
+        """Seconds by part; the current part counts only once it ends, except idle time."""
         seconds, part, since = self._now
         if part == "idle":
             return {**seconds, part: seconds.get(part, 0.0) + self._clock() - since}

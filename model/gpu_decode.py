@@ -1,9 +1,9 @@
-"""One decode step of a few sequences on the GPU: some eight kernels a layer, replayed as one CUDA graph a batch size,
-and another for steps in which sequences share the read of a prefix (sharing.py).
+"""One decode step of a few sequences on the GPU: some eight kernels per layer, replayed as one CUDA graph per batch
+size, and another one for steps in which sequences share the read of a prefix (sharing.py).
 
-Not a second network: jamba.py, mamba.py, attention.py and moe.py say what a layer is; this only hands their weights to
-the kernels. Models that are not int8 and shapes that the kernels are not made for run as modules. The residual stays
-float32, which in bfloat16 is the more exact of the two. Start at `GpuDecoder.step`.
+Not a second network: jamba.py, mamba.py, attention.py and moe.py define a layer; this only passes their weights to the
+kernels. Models that are not int8, and shapes that the kernels do not support, run as modules. The residual stays
+float32, which is more exact than the modules in bfloat16. Start at `GpuDecoder.step`.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 MAX_BATCH = 32
 _STAGED_ROWS = 11  # see _Inputs
-_MIN_SHARED_TOKENS = 1024  # less is not worth a kernel of fewer blocks a multiprocessor; a guess
+_MIN_SHARED_TOKENS = 1024  # less is not worth the kernel that fits fewer blocks on a multiprocessor; a guess
 
 
 def fits(model: Jamba) -> bool:
-    """Whether `GpuDecoder` can run this model: int8 layers around bfloat16, of sizes the kernels are made for."""
+    """Whether `GpuDecoder` supports this model: int8 layers, bfloat16 activations, sizes that the kernels support."""
     c = model.config
     weights = chain.from_iterable(map(_large_weights, model.layers))
     return (
@@ -54,7 +54,7 @@ def fits(model: Jamba) -> bool:
 
 
 class GpuDecoder:
-    """Made once of a model whose weights stay where they are; their values may change, their memory may not."""
+    """Built once for a model; the values of its weights may change later, but not their addresses."""
 
     def __init__(self, model: Jamba) -> None:
         self._embedding, self._layers = model.embed_tokens, model.layers  # not the model, which holds this
@@ -70,7 +70,7 @@ class GpuDecoder:
         self._max_members = attention.max_members(model.config.num_attention_heads // model.config.num_key_value_heads)
         self._origins: list[Origin] = []  # of the last step's states, and what they shared
         self._shared: list[tuple[int, int]] = []
-        self._launched: set[_Kind] = set()  # of what steps the kernels are compiled and loaded
+        self._launched: set[_Kind] = set()  # kinds of steps whose kernels are compiled and loaded
         self._graphs: dict[_Kind, torch.cuda.CUDAGraph] = {}
         self._capture = GraphCapture(self.device)
 
@@ -78,7 +78,7 @@ class GpuDecoder:
     def step(self, token_ids: Tensor, states: Sequence[HybridState], sharing: bool = False) -> Tensor:
         """Advance each state by its token: token_ids (b,) on the CPU or the model's device -> logits (b, v) float32.
 
-        `sharing`: by the kernels of shared reads in any case, which give other bits.
+        `sharing`: always use the kernels for shared reads, which give other bits.
         """
         shared = self._share(states)
         kind = len(states), sharing or any(until for _, until in shared)
@@ -95,7 +95,7 @@ class GpuDecoder:
         return self._buffers.logits[: len(states)].clone()
 
     def _share(self, states: Sequence[HybridState]) -> list[tuple[int, int]]:
-        """Owner and until of each, see attention.Sharing; the same as long as the same states are decoded."""
+        """(owner, until) of each, see gpu_attention.Sharing; the same as long as the same states are decoded."""
         origins = [state.origin for state in states]
         if origins != self._origins:
             self._shared = share(origins, self._max_members, _MIN_SHARED_TOKENS, attention.SHARED_UNIT)
@@ -103,7 +103,7 @@ class GpuDecoder:
         return self._shared
 
     def _upload(self, token_ids: Tensor, states: Sequence[HybridState], shared: Sequence[tuple[int, int]]) -> None:
-        """Make room for the tokens' KV, and tell the device where everything is, in one copy."""
+        """Reserve room for the tokens' KV, and send all addresses to the device in one copy."""
         for state in states:
             state.reserve(state.num_tokens + 1)
         tokens = [0] * len(states) if token_ids.is_cuda else token_ids.tolist()
@@ -113,7 +113,7 @@ class GpuDecoder:
         )
         staged = list(chain(tokens, *zip(*whereabouts, strict=True)))
         if self._uploaded is not None:
-            self._uploaded.synchronize()  # the copy before this one has read the host's memory
+            self._uploaded.synchronize()  # until the previous copy has read the host buffer
         self._host_array[: len(staged)] = staged
         self._staging[: len(staged)].copy_(self._host[: len(staged)], non_blocking=True)
         if self._uploaded is not None:
@@ -122,7 +122,7 @@ class GpuDecoder:
             self._staging[: len(states)].copy_(token_ids)
 
     def _launch(self, kind: _Kind) -> None:
-        """The kernels of one step, from what is staged to the logits."""
+        """Launch the kernels of one step, from the staged inputs to the logits."""
         b, sharing = kind
         staged = self._staging[: _STAGED_ROWS * b].view(_STAGED_ROWS, b)
         inputs, now = _Inputs(*staged, shares=sharing), self._buffers.cut(b)
@@ -143,7 +143,7 @@ _Pending = tuple[Tensor | None, Tensor | None]  # not yet added to the residual:
 
 @dataclass(frozen=True, slots=True)
 class _Inputs:
-    """(b,) int64 each: what a step must know, written before it starts."""
+    """(b,) int64 each: the inputs of a step, written before it starts."""
 
     token_ids: Tensor
     lengths: Tensor
@@ -173,7 +173,7 @@ class _Inputs:
 
 @dataclass(frozen=True, slots=True)
 class _Buffers:
-    """Static memory between the kernels; letters as in jamba.py. bfloat16 where nothing is said."""
+    """Static memory between the kernels; letters as in jamba.py. bfloat16 unless stated otherwise."""
 
     residual: Tensor  # (b, d) float32
     normed: Tensor  # (b, d)
@@ -214,7 +214,7 @@ class _Buffers:
         )
 
     def cut(self, b: int) -> Self:
-        """Those of a batch of b."""
+        """The buffers of a batch of b."""
         return type(self)(**{field.name: getattr(self, field.name)[:b] for field in fields(self)})
 
 
@@ -278,7 +278,7 @@ def _project(layer: nn.Module, x: Tensor, out: Tensor) -> None:
 
 
 def _large_weights(layer: JambaLayer) -> Iterator[Tensor]:
-    """Those that decoding wants as int8."""
+    """The weights that decoding needs as int8."""
     mixer, block = (layer.self_attn if layer.is_attention else layer.mamba), layer.feed_forward
     names = ("q_proj", "k_proj", "v_proj", "o_proj") if layer.is_attention else ("in_proj", "x_proj", "out_proj")
     yield from (getattr(mixer, name).weight for name in names)

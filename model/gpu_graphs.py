@@ -1,4 +1,4 @@
-"""What CUDA graphs of layers share: how they are captured, and the memory that they read and write."""
+"""Common parts of CUDA graphs of layers: capturing them, and the memory that they read and write."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class GraphCapture:
-    """Captures graphs that never run at once, and so share the memory for what is between their kernels."""
+    """Captures graphs that never run at the same time and therefore share one pool of intermediate memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -24,7 +24,7 @@ class GraphCapture:
         self._stream: torch.cuda.Stream | None = None  # they are captured on it
 
     def __call__(self, launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """What `launch` launches, whose kernels must have run before. Raises RuntimeError if that can't be captured."""
+        """A graph of what `launch` launches; its kernels must have run before. Raises RuntimeError if that fails."""
         graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         self._stream = self._stream or torch.cuda.Stream(self._device)
@@ -36,9 +36,9 @@ class GraphCapture:
 
 
 class GraphMemory:
-    """One sequence's conv and ssm, x between two graphs, and what goes into attention and comes out of it.
+    """One sequence's conv and ssm, x between two graphs, and the inputs and outputs of attention.
 
-    Attention itself is in no graph, for its keys differ with every call. Letters as in jamba.py; in the model's dtype.
+    Attention itself is in no graph, because its keys differ in every call. Letters as in jamba.py; the model's dtype.
     """
 
     def __init__(self, model: Jamba, longest: int) -> None:
@@ -62,17 +62,17 @@ class GraphMemory:
         state.conv.copy_(self.conv), state.ssm.copy_(self.ssm)
 
     def batch(self, t: int, padding: Padding | None = None) -> Batch:
-        """What Mamba layers must know of a call with t tokens: it advances `conv` and `ssm`."""
+        """The `Batch` for Mamba layers of a call with t tokens, which advances `conv` and `ssm`."""
         group = Group(1, t, None, (), self.conv[:, None], self.ssm[:, None], padding)
         return Batch((t,), (), (group,), self.conv.device)
 
     def project(self, layer: JambaLayer, x: Tensor) -> None:
-        """x (t, d) before a layer of attention -> its q, k and v."""
+        """x (t, d) before an attention layer -> its q, k and v."""
         projected = layer.self_attn.project(layer.input_layernorm(x))
         for to, of in zip((self.q, self.k, self.v), projected, strict=True):
             to[: len(x)].copy_(of)
 
     def finish(self, layer: JambaLayer, t: int) -> Tensor:
-        """x (t, d) behind a layer of attention, from `x` before it and what was `attended` to."""
+        """x (t, d) after an attention layer, from `x` before it and the output of attention, `attended`."""
         x = self.x[:t] + layer.self_attn.o_proj(self.attended[:t])
         return x + layer.feed_forward(layer.pre_ff_layernorm(x))

@@ -1,9 +1,9 @@
-"""A prefill segment of some hundred to a few thousand tokens on the GPU, as CUDA graphs of a few layers each.
+"""Prefill segments of some hundred to a few thousand tokens on the GPU, as CUDA graphs of a few layers each.
 
-Of so few tokens the host launches a layer's kernels no faster than the card runs them, and much slower where other
-threads want the interpreter, which each launch lets go. A graph is of one length: segments are padded to a multiple of
-ROWS, by rows that leave the states as they are (batch.Padding). Fewer tokens: gpu_segment.py; more: the modules. Start
-at `GpuLayers.compute`.
+With so few tokens the host launches a layer's kernels no faster than the card runs them, and much slower if other
+threads need the interpreter, which each launch releases. A graph has a fixed length, so segments are padded to a
+multiple of ROWS with rows that do not change the state (batch.Padding). Fewer tokens: gpu_segment.py; more: the
+modules. Start at `GpuLayers.compute`.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
 ROWS = 256
 LONGEST = 3072
-LAYERS = 4  # of a graph, about: the more, the fewer launches, and the longer the others' next tokens wait
+LAYERS = 4  # about so many per graph: more mean fewer launches, but a longer wait for other answers' next tokens
 _log = logging.getLogger(__name__)
 
-_Span = tuple[tuple[int, bool], ...]  # layers, and whether of an attention's what lies behind it
+_Span = tuple[tuple[int, bool], ...]  # (layer, whether only the part after its attention)
 Attend = Callable[[Attention, Tensor, Tensor, Tensor], Generator[str, None, Tensor]]
 
 
 class GpuLayers:
-    """Made once of a model whose weights stay where they are and whose layers wait for nothing (W8A8). For one segment
-    at a time: what is under way when another begins is lost."""
+    """Built once for a model whose weights must not move and whose layers never synchronize (W8A8). For one segment at
+    a time: starting another discards an unfinished one."""
 
     def __init__(self, model: Jamba) -> None:
         self._embedding, self._layers = model.embed_tokens, model.layers  # not the model, which holds this
@@ -46,14 +46,13 @@ class GpuLayers:
             self._padding = Padding(is_padding, self._places[: layout.w - 1, 0].clone())
         self._capture = GraphCapture(device)
         self._spans = _spans(self._layers)
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # of rows and span
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # by (rows, span)
         self._launched: set[int] = set()  # rows whose kernels are compiled and loaded
         self._usable = device.type == "cuda"
 
     def compute(self, token_ids: Tensor, state: HybridState, attend: Attend) -> Generator[str, None, Tensor]:
-        """Advance conv and SSM of the state by token_ids (t,) -> x (t, d) behind the last layer, until the next call.
-
-        Yields the kind of each piece before it is computed. `attend(block, q, k, v)` gives what `Attention` attends to.
+        """Advance conv and SSM of the state by token_ids (t,) -> x (t, d) after the last layer, valid until the next
+        call. Yields the kind of each piece before it is computed. `attend(block, q, k, v)` computes the attention.
         """
         t, memory = len(token_ids), self._memory
         rows = -(-t // ROWS) * ROWS
@@ -74,7 +73,7 @@ class GpuLayers:
         return memory.x[:t]
 
     def run(self, token_ids: Tensor, state: HybridState) -> None:
-        """All layers, attending to nothing: to prepare them."""
+        """All layers without attention, to compile and capture them."""
 
         def attend(block: Attention, q: Tensor, k: Tensor, v: Tensor) -> Generator[str, None, Tensor]:
             yield from ()
@@ -103,7 +102,7 @@ class GpuLayers:
         launch() if graph is None else graph.replay()
 
     def _launch(self, rows: int, i: int, is_second: bool) -> None:
-        """A layer; one of attention up to its projections, or from what was attended to on."""
+        """One layer; of an attention layer either the part before its attention or the part after it."""
         layer, memory = self._layers[i], self._memory
         x = memory.x[:rows]
         if is_second:
@@ -115,7 +114,7 @@ class GpuLayers:
 
 
 def _spans(layers: Iterable[JambaLayer]) -> list[_Span]:
-    """What one graph each computes; none goes beyond an attention, which stands between two."""
+    """The layers of each graph; attention itself is between two graphs, so none continues past one."""
     spans: list[list[tuple[int, bool]]] = [[]]
     for i, layer in enumerate(layers):
         if len(spans[-1]) >= LAYERS and not layer.is_attention:

@@ -1,7 +1,7 @@
-"""A few tokens of one sequence behind its past on the GPU, as CUDA graphs: what a question costs after a cache hit.
+"""Short segments on the GPU as CUDA graphs, such as a question after a cache hit.
 
-The modules' own kernels, captured once a length: launched one by one, some 800 of them take Python longer than they
-take the card. All between two attentions is a graph.
+The modules' own kernels, captured once per length: launching some 800 of them one by one takes Python longer than the
+card needs to run them. Everything between two attentions is one graph.
 Not here: a single token (gpu_decode.py), longer pieces (gpu_layers.py, the modules). Start at `GpuSegments.run`.
 """
 
@@ -28,9 +28,9 @@ _log = logging.getLogger(__name__)
 
 
 class GpuSegments:
-    """Made once of a model that `gpu_decode.fits`, whose weights stay where they are.
+    """Built once for a model that `gpu_decode.fits`; its weights must not move.
 
-    Takes pieces of up to its `graphed_tokens`, at most LONGEST.
+    Takes segments of up to the model's `graphed_tokens`, at most LONGEST.
     """
 
     def __init__(self, model: Jamba) -> None:
@@ -42,8 +42,8 @@ class GpuSegments:
         with torch.inference_mode(False):  # as GraphMemory's
             self._ids = torch.zeros(LONGEST, dtype=torch.int64, device=device)
             self._logits = torch.empty(1, model.config.vocab_size, dtype=dtype, device=device)
-        self._graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}  # of each length
-        self._launched: set[int] = set()  # what `_kernels` gives, of lengths whose kernels are compiled and loaded
+        self._graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}  # by length
+        self._launched: set[int] = set()  # results of `_kernels` for which kernels are compiled and loaded
         self._capture = GraphCapture(device)
         self._usable, self._longest = True, model.graphed_tokens
 
@@ -74,7 +74,7 @@ class GpuSegments:
         return self._logits.clone()
 
     def _graphs_of(self, t: int) -> list[torch.cuda.CUDAGraph] | None:
-        """Those of this length; none before its kernels have run once."""
+        """The graphs of this length; None before its kernels have run once."""
         if t not in self._graphs and _kernels(t) in self._launched:
             try:
                 self._graphs[t] = [self._capture(partial(self._launch, i, t)) for i in range(len(self._stretches))]
@@ -98,12 +98,12 @@ class GpuSegments:
 
 
 def _kernels(t: int) -> int:
-    """The same for lengths that run the same kernels."""
+    """A number that is equal for lengths that run the same kernels."""
     return token_tiles(t) if t <= MAX_TOKENS else t
 
 
 def _cut(layers: Sequence[JambaLayer]) -> list[list[JambaLayer]]:
-    """The layers in stretches that end with an attention, but for the last."""
+    """The layers in stretches, each of which ends with an attention layer, except the last."""
     stretches: list[list[JambaLayer]] = [[]]
     for layer in layers:
         stretches[-1].append(layer)

@@ -1,6 +1,6 @@
-"""Runs on a GPU what requests will run, so that none of them waits for a kernel to compile or a graph to be captured.
+"""Runs on a GPU what requests will run, so that no request waits for a kernel to compile or a graph to be captured.
 
-What is run are the public ways through the network (jamba.py); nothing of it is kept. Start at `warm_up`.
+It uses the public entry points of the network (jamba.py) and keeps no results. Start at `warm_up`.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 # Lengths of segments that run as modules: few tokens, some, and many. Triton compiles one kernel for lengths that are
 # multiples of 16 and another for those that are not, hence two of many.
 _SEGMENT_TOKENS = (17, 200, 528, 517)
-_PAST_TOKENS = 1280  # that these segments are read behind
+_PAST_TOKENS = 1280  # past before these segments
 
 
 @torch.inference_mode()
 def warm_up(model: Jamba, max_batch: int) -> Iterator[None]:
-    """Decode steps of up to `max_batch` sequences, then segments of all lengths; a little of it between two yields.
+    """Decode steps of up to `max_batch` sequences, then segments of all lengths; a little between two yields.
 
-    A call that comes before its turn does its part itself. Nothing on a CPU.
+    A request that comes earlier prepares what it needs itself. Does nothing on a CPU.
     """
     if (decoder := model.gpu_decoder(1)) is None:
         return
 
     def read_segment(t: int) -> None:
-        """Without a past, behind one, and behind one that is lent."""
+        """A segment without a past, after a past, and after a lent one."""
         state, ids = model.new_state(), torch.zeros(max(t, _PAST_TOKENS), dtype=torch.int64)
         model.forward_packed(ids[:t], [t], [state])
         model.forward_packed(ids[:_PAST_TOKENS], [_PAST_TOKENS], [state])

@@ -1,8 +1,8 @@
-"""A long prefill segment computed piece by piece, so that decode steps of others can come between.
+"""A long prefill segment computed piece by piece, so that decode steps of other requests can run in between.
 
-A piece is a layer's mixer or its feed-forward, some layers as a graph (gpu_layers.py), or a part of the queries of an
-attention over many keys. Pieces follow from the segment and its past alone, and so does every bit of the result,
-whatever comes between them.
+A piece is a layer's mixer or feed-forward, a few layers as a CUDA graph (gpu_layers.py), or part of the queries of an
+attention over many keys. The pieces, and so every bit of the result, depend only on the segment and its past, not on
+what runs in between.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _QUERY_UNIT = 256
 
 
 class LayeredPrefill:
-    """The forward pass of one sequence's next tokens (t,). Its state may not be used before `run` gives logits.
+    """The forward pass of one sequence's next tokens (t,). Its state must not be used before `run` returns logits.
 
-    `piece_s`: seconds a token of each kind of piece, as they were last; kept from segment to segment.
+    `piece_s`: latest seconds per token of each kind of piece; kept from segment to segment.
     """
 
     def __init__(
@@ -39,9 +39,9 @@ class LayeredPrefill:
         self._next: str | None = next(self._pieces)
 
     def run(self, seconds: float | None = None) -> Tensor | None:
-        """Compute for about `seconds`, a piece at least; None: to the end. Logits (1, v) when that is reached.
+        """Compute for about `seconds`, at least one piece; None: to the end. Returns logits (1, v) at the end.
 
-        On a GPU pieces are launched one behind the other, as many as should fit; nobody waits between them.
+        On a GPU as many pieces as should fit are launched back to back, without waiting in between.
         """
         start, watch, kinds, passed = time.perf_counter(), Stopwatch(self._batch.device), list[str](), 0.0
         while self._next is not None:
@@ -86,7 +86,7 @@ class LayeredPrefill:
             self._x = self._x + block(layer.pre_ff_layernorm(self._x))
 
     def _attend(self, block: Attention, q: Tensor, k: Tensor, v: Tensor) -> Generator[str, None, Tensor]:
-        """As `Attention.attend_states`."""
+        """Like `Attention.attend_states`."""
         (state,) = self._batch.states
         kv = state.append_kv(block.index, k, v)
         past, outputs = state.num_tokens, []
@@ -99,7 +99,7 @@ class LayeredPrefill:
 
 
 class Stopwatch:
-    """How long pieces take on a device, a GPU by its own clock: what it has not come to yet counts when it does."""
+    """Measures how long pieces take on a device; on a GPU by its own events, so queued work counts when it runs."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"

@@ -1,4 +1,4 @@
-"""Deletes that a state server was not there for; those by tag are kept in a file until it was, over restarts too."""
+"""Deletes that a state server could not receive; those by tag are kept in a file, also over restarts, until it has."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _log = logging.getLogger(__name__)
 
 
 class OwedDeletes:
-    """Thread safe. A file that cannot be read or written is said in the log, nothing else.
+    """Thread safe. A file that cannot be read or written is only logged.
 
     Keys are not noted: those deleted by key hold damaged values, which are found damaged again.
     """
@@ -46,7 +46,7 @@ class OwedDeletes:
         self.note()
 
     def note(self) -> None:
-        """Bring the file up to date."""
+        """Update the file."""
         with self._lock:
             if self._path is None or self._tags == self._noted:
                 return

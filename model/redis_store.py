@@ -1,9 +1,9 @@
 """States in Redis or Valkey, one server or a cluster: they outlive this process and can be shared by several.
 
-How the bytes travel: redis_bulk.py. A value over `part_bytes` is stored in parts, and a manifest under the value's own
-key is written after them. Every key expires. The index from tags to keys is a Redis set a tag, written before the
-values, so that a delete works after a restart too. Whatever goes wrong with the server is a miss or a dropped write,
-counted; a circuit breaker keeps a broken server from being asked again and again. Raw bytes only, nothing is unpickled.
+Transfer of the bytes: redis_bulk.py. A value over `part_bytes` is stored in parts, and a manifest under the value's own
+key is written after them. Every key expires. The index from tags to keys is one Redis set per tag, written before the
+values, so that a delete works after a restart too. Any failure of the server is a miss or a dropped write, counted; a
+circuit breaker keeps a broken server from being asked again and again. Raw bytes only, nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from model.redis_bulk import get_bulk, open_client, set_bulk
 from model.redis_url import explain, read_url
 from model.state_store import Buffer, StateItem
 
-_MANIFEST = b"JAMBAPARTS1 "  # a value that happens to begin like this is stored in parts, whatever its size
+_MANIFEST = b"JAMBAPARTS1 "  # a value that happens to begin with this is stored in parts, whatever its size
 _MANIFEST_BYTES = 64
 _READ_BATCH = 16  # values in one round trip
 _WRITE_BATCH_BYTES = 32 << 20
@@ -42,11 +42,11 @@ _T = TypeVar("_T")
 
 
 class StateServerFault(RuntimeError):
-    """A server that cannot keep states; the message says why and what to do, without the secrets of its url."""
+    """The server cannot store states; the message says why and what to do, without the secrets of its url."""
 
 
 class CircuitBreaker:
-    """Says whether a failing server may be asked: not for `open_s` after a failure, then one trial at a time."""
+    """Decides whether a failing server is tried: not for `open_s` after a failure, then one trial at a time."""
 
     def __init__(self, open_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._open_s, self._clock = open_s, clock
@@ -75,10 +75,10 @@ class CircuitBreaker:
 class RedisStateStore:
     """`url` as redis-py reads it: redis://, rediss:// (TLS) or unix://, with user and password.
 
-    Whether it is a cluster is asked of the server. `timeout_s` bounds connecting and each read or write of the socket;
-    `retry_after_s` is how long the server is left alone after a failure; `connections` may move the values of a call.
-    `owed_file` keeps deletes by tag that the server was not there for until it is, over restarts too. `clock` is for
-    tests. Raises ValueError for a url that is none.
+    The server is asked whether it is a cluster. `timeout_s` bounds connecting and each read or write of the socket;
+    `retry_after_s`: how long the server is not tried after a failure; `connections`: how many transfer the values of
+    one call. `owed_file` keeps deletes by tag that the server could not receive, also across restarts. `clock` is for
+    tests. Raises ValueError for an invalid url.
     """
 
     tier, keeps_tensors = "redis", False
@@ -112,13 +112,13 @@ class RedisStateStore:
         self._opener: threading.Thread | None = None
 
     def open(self) -> None:
-        """Connect now and in the background, so that what is wrong stands in the log at the start."""
+        """Connect now, in the background, so that a problem is in the log right after the start."""
         work = (lambda: self._client, None)
         self._opener = threading.Thread(target=self._ask, args=work, name="state-server-open", daemon=True)
         self._opener.start()
 
     def probe(self) -> list[Mapping[str, Any]]:
-        """INFO memory of each server that holds keys, after a value went there and came back by all that is used.
+        """INFO memory of each server that holds keys, after writing, reading and deleting a test value.
 
         Deletes everything under the key prefix of a server that evicts. Raises StateServerFault.
         """
@@ -149,7 +149,7 @@ class RedisStateStore:
         self._count("dropped", len(items) - written)
 
     def delete(self, keys: Collection[str] = (), tags: Collection[str] = ()) -> None:
-        """A server that is away gets the delete before it is asked for anything else, also by a later process.
+        """An unreachable server gets the delete later, before anything else is asked of it, even by a later process.
 
         A server that evicts may have lost an index: there, deleting by tag drops everything under the key prefix.
         """
@@ -195,7 +195,7 @@ class RedisStateStore:
             return self._opened
 
     def _ask(self, work: Callable[[], _T], otherwise: _T, even_if_open: bool = False) -> _T:
-        """`work()`, or `otherwise` when the server fails or is being left alone. Deletes that are owed go first."""
+        """`work()`, or `otherwise` if the server fails or the circuit breaker is open. Owed deletes go first."""
         if not self._server.allows() and not even_if_open:
             self._count("skipped")
             return otherwise
@@ -277,7 +277,7 @@ class RedisStateStore:
         return dict(itertools.chain.from_iterable(pairs))
 
     def _write(self, items: Sequence[StateItem]) -> int:
-        """How many items the server took. Index first: nothing is ever there that a delete would not find."""
+        """How many items the server accepted. The index goes first, so that deletes find everything that is there."""
         pieces = [list(self._pieces(item)) for item in items]
         names_of_tag: dict[str, set[str]] = defaultdict(set)
         for item, parts in zip(items, pieces, strict=True):
@@ -301,7 +301,7 @@ class RedisStateStore:
         return len(whole)
 
     def _refusals(self, replies: Sequence[object]) -> set[int]:
-        """Places of the writes that the server (full, read-only) said no to; then writes pause and reads go on."""
+        """Indices of the writes that the server refused (full, read-only); writes then pause, reads continue."""
         refused = {i: reply for i, reply in enumerate(replies) if isinstance(reply, Exception)}
         if refused:
             self._refusal = explain(next(iter(refused.values())), self._url)
@@ -355,7 +355,7 @@ class RedisStateStore:
 
 
 class _Job(NamedTuple):
-    """A transfer in one round trip: which places of what is to be moved, and the server it goes to or comes from."""
+    """A transfer in one round trip: the indices of the values to transfer, and the server."""
 
     client: redis.Redis
     places: list[int]
@@ -369,7 +369,7 @@ def _memory(client: redis.Redis | RedisCluster) -> list[Mapping[str, Any]]:
 
 
 def _evicting(client: redis.Redis | RedisCluster) -> str | None:
-    """The policy by which some server may lose a value before it expires."""
+    """The eviction policy by which some server may lose a value before it expires; None if none may."""
     found = (memory["maxmemory_policy"] for memory in _memory(client) if memory.get("maxmemory"))
     return next((policy for policy in found if policy != "noeviction"), None)
 

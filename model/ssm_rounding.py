@@ -1,7 +1,7 @@
-"""SSM states in int8 with a scale for each channel: what a snapshot may be kept as.
+"""SSM states in int8 with one scale per channel, an option for snapshots.
 
-A snapshot is rounded once, when it is made, and the state that it was made of goes on from the rounded values: so what
-is restored and what was never stored are the same bits. Why not another scale: docs/log.md.
+A snapshot is rounded once, when it is taken, and its sequence continues from the rounded values, so a restored state
+and one that was never stored have the same bits. Why not another scale: docs/log.md.
 """
 
 from __future__ import annotations

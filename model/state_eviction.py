@@ -1,4 +1,4 @@
-"""Which value a full store in memory gives up next.
+"""Eviction policy: which value a full in-memory store evicts next.
 
 A policy sees keys, sizes and hints (`StateItem.after`, `saves_tokens`, `ends_prompt`), never what a value holds. The
 store (state_store.py) tells it what happens and asks for a victim. Not thread safe: the store holds its lock.
@@ -16,13 +16,13 @@ _AGES = 11  # ages are told apart by powers of two, up to this one
 _SAMPLE = 64
 _FORGOTTEN_KEPT = 4096
 _FADE_EVERY = 8192
-_OWN_WEIGHT = 2.0  # uses that what is known of a snapshot's kind counts for, against its own
+_OWN_WEIGHT = 2.0  # weight of the prior from a snapshot's kind, in uses, against its own uses
 
 Kind = tuple[int, bool] | None
 
 
 class Entry(NamedTuple):
-    """What a policy knows of a value; the hints as in StateItem."""
+    """What a policy knows about a value; hints as in StateItem."""
 
     nbytes: int
     after: str
@@ -32,11 +32,11 @@ class Entry(NamedTuple):
 
 class EvictionPolicy(Protocol):
     def add(self, key: str, entry: Entry) -> None:
-        """A value came in, or took another's place under its key."""
+        """A value was added, or replaced the one under its key."""
         ...
 
     def remove(self, key: str) -> None:
-        """A known key is gone."""
+        """A known key was removed."""
         ...
 
     def ask(self, keys: Sequence[str]) -> None:
@@ -44,13 +44,13 @@ class EvictionPolicy(Protocol):
         ...
 
     def victim(self) -> str:
-        """The known key to give up next; it stays known until it is removed."""
+        """The known key to evict next; it stays known until it is removed."""
         ...
 
 
 @dataclass(slots=True)
 class _Use:
-    """What is remembered of a snapshot, for a while also after it is gone. Times count lookups."""
+    """Usage of a snapshot, remembered for a while even after its eviction. Times are counted in lookups."""
 
     first: int
     last: int
@@ -60,10 +60,10 @@ class _Use:
 
 
 class UseRates:
-    """How likely a snapshot of a kind is to be used at the next lookup, learned from all there were.
+    """How likely a snapshot of a kind is to be used at the next lookup, learned from all earlier snapshots.
 
-    By age since the last use, in powers of two: of the snapshots of the kind that got so old, how many were used before
-    they were twice as old. Few numbers lean on those of all kinds, and these on 1/(3 age). Old numbers fade.
+    By age since the last use, in powers of two: of the snapshots of the kind that reached this age, how many were used
+    before twice the age. Sparse counts are smoothed by those of all kinds, and these by 1/(3 age). Old counts decay.
     Source: after Beckmann et al., LHD: Improving cache hit rate by maximizing hit density, NSDI 2018.
     """
 
@@ -80,7 +80,7 @@ class UseRates:
             self._used[cell] = self._used.get(cell, 0.0) + 1
 
     def rate(self, kind: Kind, age: int) -> float:
-        """Uses a lookup, > 0."""
+        """Expected uses per lookup, > 0."""
         share = 1 / 3
         for cell in ((None, _age_class(age)), (kind, _age_class(age))):
             share = (self._used.get(cell, 0.0) + share) / (self._reached.get(cell, 0.0) + 1)
@@ -93,22 +93,22 @@ class UseRates:
 
 
 class LeastValuable:
-    """The snapshot that is expected to save the fewest tokens a byte from now on.
+    """Evicts the snapshot that is expected to save the fewest tokens per byte from now on.
 
-    Values form a tree by `after`: a KV block behind a block, a snapshot behind the last block it needs. A block that
-    others stand behind is never given up before them; one that nothing stands behind any more goes first. So what is
-    weighed are snapshots: expected uses x tokens to the snapshot before it / (its own bytes + the blocks that only it
-    needs). A use is a lookup for which it is the deepest one ever kept: a snapshot whose readers have moved on to a
+    Values form a tree by `after`: a KV block follows a block, a snapshot follows the last block that it needs. A block
+    is never evicted before what follows it; one that nothing follows any more goes first. So the choice is among
+    snapshots, by expected uses x tokens since the snapshot before it / (its own bytes + the blocks that only it needs).
+    A use is a lookup for which it is the deepest snapshot ever stored: a snapshot whose readers have moved on to a
     deeper one loses its value by itself. The expectation is a gamma posterior: the rate of its kind (UseRates; how
-    often it was used, whether a prompt's documents ended there), as a prior worth two uses, and its own uses since it
-    came. Of more than 64 snapshots a random 64 are weighed. O(sample x blocks between two snapshots).
+    often it was used, whether a prompt's documents ended there) as a prior worth two uses, and its own uses since it
+    was added. Of more than 64 snapshots a random 64 are compared. O(sample x blocks between two snapshots).
     Source: value per byte as in Marconi, arXiv 2411.19379, section 4.2; the expectation is ours.
     """
 
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
         self._behind: dict[str, set[str]] = {}  # a key, known or not -> known keys whose `after` it is
-        self._loose: dict[str, None] = {}  # blocks that nothing stands behind
+        self._loose: dict[str, None] = {}  # blocks that nothing follows
         self._snapshots: list[str] = []
         self._place: dict[str, int] = {}  # of a snapshot in that list
         self._uses: OrderedDict[str, _Use] = OrderedDict()
@@ -161,13 +161,13 @@ class LeastValuable:
         return min(self._snapshots if few else self._random.sample(self._snapshots, _SAMPLE), key=self._value)
 
     def _note(self, key: str, use: _Use) -> None:
-        """A snapshot was used, or came for the first time: its age is 0 again."""
+        """A snapshot was used, or added for the first time: its age is 0 again."""
         use.last, use.kind = self._clock, (min(use.count, 2), use.ends_prompt)
         self._recent[-1].append(key)
         self._rates.count_reached(use.kind, 0)
 
     def _count_survivors(self) -> None:
-        """Count those that have just grown 2, 4, 8, ... lookups old."""
+        """Count snapshots that have just reached an age of 2, 4, 8, ... lookups."""
         for power in range(1, _AGES + 1):
             if len(self._recent) <= 2**power:
                 break
@@ -178,7 +178,7 @@ class LeastValuable:
             self._rates.fade()
 
     def _unlink(self, key: str) -> None:
-        """Take a known key out of the tree and the lists."""
+        """Remove a known key from the tree and the lists."""
         after = self._entries[key].after
         behind = self._behind[after]
         behind.discard(key)
@@ -193,14 +193,14 @@ class LeastValuable:
                 self._snapshots[place], self._place[last] = last, place
 
     def _value(self, key: str) -> float:
-        """Tokens a byte that are expected to be saved at the next lookup."""
+        """Tokens per byte that the snapshot is expected to save at the next lookup."""
         use = self._uses[key]
         tokens, nbytes = self._worth(key)
         prior = _OWN_WEIGHT / self._rates.rate(use.kind, self._clock - use.last)
         return (_OWN_WEIGHT + use.count) / (prior + self._clock - use.first) * tokens / nbytes
 
     def _worth(self, key: str) -> tuple[int, int]:
-        """(tokens that would have to be computed again, bytes that would come free) without this snapshot."""
+        """(tokens that would have to be recomputed, bytes that would be freed) without this snapshot."""
         nbytes, after, saves_tokens, _ = self._entries[key]
         alone, previous = True, key
         while after:

@@ -1,6 +1,6 @@
-"""The memory of an engine's states: who gets some, and whose KV is read instead of being held twice.
+"""Allocates the memory of an engine's states, and lets sequences share KV instead of holding it twice.
 
-Knows how much there is (admission.py) and who could lend (lending.py); not whose turn it is (engine.py).
+How much memory there is: admission.py. Who can lend KV: lending.py. Whose turn it is: engine.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from model.state import HybridState, LentKv, Origin
 
 
 class StateRoom:
-    """`max_bytes` of all states under way and of what ended ones have left to lend; None: no bound."""
+    """`max_bytes` bounds the memory of all running states and of ended ones kept for sharing; None: no bound."""
 
     def __init__(self, model: Jamba, cache: PrefixCache, max_bytes: int | None, max_batch: int) -> None:
         self._model, self._cache = model, cache
@@ -27,16 +27,16 @@ class StateRoom:
 
     @property
     def max_tokens(self) -> int | None:
-        """Of the longest sequence that fits when it is alone; 0 if none does, None without a bound."""
+        """Length of the longest sequence that fits when alone; 0 if none does, None without a bound."""
         return self._budget.max_tokens
 
     def new_state(
         self, plan: PrefixPlan, max_tokens: int, others: list[HybridState], may_borrow: bool
     ) -> HybridState | None:
-        """For prompt and answer of `max_tokens`; None if there is no memory for that beside the `others`.
+        """A state for prompt and answer of `max_tokens`; None if there is no memory for it beside the `others`.
 
-        What ended sequences have left gives way; what this one could be lent of it at last, and if that helps. Raises
-        torch.OutOfMemoryError when there is none for it alone.
+        Memory of ended sequences is released for it, KV that this one could share last, and only if that helps. Raises
+        torch.OutOfMemoryError if there is not enough even for it alone.
         """
         while True:
             lent = self._find_lent(plan, others) if may_borrow and self._lends else None
@@ -58,12 +58,12 @@ class StateRoom:
                 return None  # until another ends; where there is none, nothing is kept back
 
     def leave(self, state: HybridState) -> None:
-        """A sequence has ended, and needs its state no more."""
+        """A sequence has ended and no longer needs its state."""
         if self._lends:
             self._lenders.keep(state, self._cache.is_current)
 
     def give_back(self) -> None:
-        """All that ended sequences have left."""
+        """Release all memory kept of ended sequences."""
         self._lenders.forget()
 
     def close(self) -> None:
@@ -71,6 +71,6 @@ class StateRoom:
         self._cache.on_invalidated.remove(self._lenders.forget)
 
     def _find_lent(self, plan: PrefixPlan, others: list[HybridState]) -> LentKv | None:
-        """KV of the state that is about to be loaded, where somebody has it already."""
+        """KV that another sequence already has of the state about to be loaded."""
         wanted, kept = Origin(plan.block_keys, plan.block_tokens), self._cache.kept_tokens(plan, nearest=True)
         return self._lenders.find(wanted, kept, plan.block_tokens, others)
