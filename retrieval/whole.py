@@ -1,6 +1,6 @@
-"""All of a selection of documents as evidence; made once for all questions until a document changes.
+"""Whole selections of documents as evidence, built once for all questions until a document changes.
 
-Which part of a selection is read when all of it is too much says packing.py. Start at `WholeSelections.pack`.
+If a selection is too large, packing.py chooses parts of it. Start at `WholeSelections.pack`.
 """
 
 import json
@@ -18,7 +18,7 @@ _KEPT = 8  # selections
 
 
 class EvidenceTooLarge(ValueError):
-    """All of the documents selected was asked for, and does not fit the budget."""
+    """`full_context` was requested, but the selected documents do not fit the budget."""
 
     def __init__(self, num_documents: int, budget_tokens: int) -> None:
         super().__init__(
@@ -28,14 +28,14 @@ class EvidenceTooLarge(ValueError):
 
 
 class WholeSelections:
-    """Thread safe. `count_tokens` is asked for each document of a selection, after `cut_ahead` was given several."""
+    """Thread safe. `count_tokens` is called for each document of a selection, after `cut_ahead` for several at once."""
 
     def __init__(
         self, store: DocumentStore, count_tokens: TokenCounter, cut_ahead: Callable[[Sequence[Passage]], object]
     ) -> None:
         self._store, self._count_tokens, self._cut_ahead = store, count_tokens, cut_ahead
-        self._generation = 0  # of the store, that all kept is of
-        self._kept: dict[str, tuple[Evidence | None, int, int]] = {}  # evidence; its tokens at least; documents
+        self._generation = 0  # store generation of everything cached
+        self._kept: dict[str, tuple[Evidence | None, int, int]] = {}  # evidence, lower bound of its tokens, documents
         self._lock = threading.Lock()
 
     def pack(
@@ -63,7 +63,7 @@ class WholeSelections:
         return evidence
 
     def forget(self) -> None:
-        """Drop everything kept, as when a document was deleted, and keep nothing that was read before that."""
+        """Drop everything cached, for example after a delete; nothing read before this call is cached after it."""
         generation = self._store.generation()
         with self._lock:
             self._generation = max(generation, self._generation)
@@ -90,7 +90,7 @@ def _pack_whole(
     count_tokens: TokenCounter,
     cut_ahead: Callable[[Sequence[Passage]], object],
 ) -> Evidence | None:
-    """These documents, whole; None when they take more than the budget."""
+    """These documents, whole; None if they exceed the budget."""
     passages: list[Passage] = []
     tokens = 0
     for batch in _read_whole(store, documents, _CHARS_A_TOKEN * budget_tokens):
@@ -104,7 +104,7 @@ def _pack_whole(
 
 
 def _read_whole(store: DocumentStore, documents: Sequence[Document], batch_chars: int) -> Iterator[list[Passage]]:
-    """The documents that have any text, as many at a time as have about so many characters."""
+    """The documents that have any text, in batches of about `batch_chars` characters."""
     batch: list[Passage] = []
     chars = 0
     for document in documents:
