@@ -144,13 +144,17 @@ def place_of(found: Mapping[str, Any]) -> str:
 
 def _excerpt(hit: Mapping[str, Any], chars: int) -> str:
     """The beginning of a hit in one line, without the heading that its place names, whole words where there are any."""
-    text = " ".join(hit["text"].split())
-    path = hit["location"]["heading_path"]
-    text = (text.lstrip("#* ").removeprefix(path[-1]).lstrip("* ") if path else "") or text
+    text = " ".join(_without_heading(hit["text"], hit["location"]["heading_path"]).split())
     if len(text) <= chars:
         return text
     end = text.rfind(" ", chars - 30, chars + 1)
     return f"{text[:end]} …" if end > 0 else f"{text[:chars]}…"
+
+
+def _without_heading(text: str, path: Sequence[str]) -> str:
+    """The text behind its first line if that is the innermost heading, or all of it."""
+    heading = r"\s+".join(map(re.escape, path[-1].split())) if path else ""
+    return (re.sub(rf"\A[#*\s]*{heading}[#* \t]*\n[*\s]*", "", text) if heading else "") or text
 
 
 def measures_of(answer: Mapping[str, Any]) -> str:

@@ -37,7 +37,8 @@ const keepRows = (text) => text.replace(/([^\n]*)\n+(?=([^\n]*))/g, (_, line, ne
 export function withoutHeading({ text, location }) {
   const heading = location?.heading_path?.at(-1);
   const bare = text.replace(/^[#*\s]+/, "");
-  return (heading && bare.startsWith(heading) && bare.slice(heading.length).replace(/^[*\s]+/, "")) || text;
+  const rest = heading && bare.startsWith(heading) ? bare.slice(heading.length) : "";
+  return rest.match(/^[#* \t]*\n[*\s]*([^]+)/)?.[1] || text; // else it is the beginning of a sentence
 }
 
 /** One question with its answer as far as it has come. */

@@ -83,3 +83,5 @@ def test_a_nearest_passage_names_its_heading_once(page):
     assert shown("## Boats\nThe boat comes.", "Handbook", "Boats") == "The boat comes."
     assert shown("3.2 **Height**\nTen metres.", "3.2 Height") == "3.2 **Height**\nTen metres."
     assert shown("Boats", "Boats") == "Boats" and shown("The boat.") == "The boat."
+    assert shown("Boatswains sleep here.", "Boats") == "Boatswains sleep here."
+    assert shown("Boats sail\nat noon.", "Boats") == "Boats sail\nat noon."

@@ -159,7 +159,10 @@ def test_a_terminal_shows_how_far_the_model_has_read(monkeypatch):
     ("text", "path", "shown"),
     [
         ("## Oil\n\nCheck  it.", ["Car", "Oil"], "Check it."),
+        ("**Oil**\nis black.", ["Oil"], "is black."),
         ("Oil", ["Oil"], "Oil"),
+        ("Oilskins hang\nhere.", ["Oil"], "Oilskins hang here."),
+        ("Oil is black.", ["Car", "Oil"], "Oil is black."),
         ("six letters " * 20, [], "six letters " * 13 + "six …"),
         ("油" * 200, [], "油" * 160 + "…"),
     ],
