@@ -90,11 +90,11 @@ export async function getPageImage(id, page, start, end) {
   return { blob: await response.blob(), boxes: boxes.map((box) => box.split(" ").map(Number)) };
 }
 
-/** Every document of a collection, read 1,000 at a time: `{data, mayAdd}`. */
+/** Every document of a collection, or "": of all, read 1,000 at a time: `{data, mayAdd}`. */
 export async function listDocuments(collection) {
   const documents = [];
   for (let after = ""; ; after = documents.at(-1).id) {
-    const query = new URLSearchParams({ collection, limit: "1000", ...(after && { after }) });
+    const query = new URLSearchParams({ limit: "1000", ...(collection && { collection }), ...(after && { after }) });
     const page = await readList(`v1/documents?${query}`);
     documents.push(...page.data);
     if (!page.has_more || !page.data.length) return { data: documents, mayAdd: page.mayAdd };

@@ -96,6 +96,7 @@ export class DocumentsPanel {
     const { data, mayAdd } = await api.listCollections();
     this.collections = data;
     byId("new-collection").hidden = !mayAdd;
+    if (!mayAdd) this.showForm(false);
     const chosen = wanted || this.collection || sessionStorage.getItem(STORED_COLLECTION);
     this.factsLooks = FACTS_LOOKS;
     const names = this.collections.map((collection) => collection.name);
@@ -139,7 +140,7 @@ export class DocumentsPanel {
     sessionStorage.setItem(STORED_COLLECTION, collection);
     const known = this.collections.some(({ name }) => name === collection);
     const shown = this.entries.filter((entry) => entry.document?.collection === collection);
-    const { data: documents, mayAdd } = known ? await api.listDocuments(collection) : { data: [], mayAdd: true };
+    const { data: documents, mayAdd } = await api.listDocuments(known ? collection : ""); // not known: there is none
     if (collection !== this.collection) return;
     this.setReadOnly(!mayAdd);
     const there = new Map(documents.map((document) => [document.id, document]));
@@ -168,11 +169,10 @@ export class DocumentsPanel {
 
   showList() {
     const focused = document.activeElement;
-    this.showHints();
     const words = byId("find-document").value.toLowerCase().split(/\s+/);
     const found = this.entries.filter((entry) => words.every((word) => entry.words.includes(word)));
     this.list.replaceChildren(...found.map((entry) => entry.element));
-    byId("none-found").hidden = found.length > 0 || !this.entries.length;
+    this.showHints();
     if (focused.isConnected) focused.focus({ preventScroll: true }); // a line that was moved loses it
   }
 
@@ -180,6 +180,7 @@ export class DocumentsPanel {
     this.showFacts();
     const isEmpty = !this.entries.length;
     byId("find-document").hidden = this.entries.length < FINDABLE && !byId("find-document").value;
+    byId("none-found").hidden = isEmpty || this.list.childElementCount > 0;
     byId("welcome-hint").hidden = isEmpty;
     for (const id of ["no-documents", "formats", "welcome-empty"]) byId(id).hidden = !isEmpty;
   }
@@ -305,9 +306,13 @@ export class DocumentsPanel {
     announce(message);
   }
 
-  toggleForm(open = byId("new-collection-form").hidden) {
+  showForm(open) {
     byId("new-collection-form").hidden = !open;
     byId("new-collection").setAttribute("aria-expanded", String(open));
+  }
+
+  toggleForm(open = byId("new-collection-form").hidden) {
+    this.showForm(open);
     byId("documents-error").hidden = true; // of a name that was refused
     byId(open ? "collection-name" : "new-collection").focus();
   }

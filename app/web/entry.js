@@ -33,7 +33,8 @@ export class Entry {
 
   /** What it can be found by. */
   get words() {
-    return `${this.filename} ${this.element.dataset.status}`.toLowerCase();
+    const { status } = this.element.dataset;
+    return `${this.filename} ${status} ${STAGES[status] || ""}`.toLowerCase();
   }
 
   get active() {

@@ -52,10 +52,28 @@ def test_documents_are_found_by_name_and_status(page, tmp_path: Path):
         assert bool(page.find_all("#none-found")) == (found == [])
         assert page.barriers() == []
     field.send_keys(Keys.CONTROL, "a")
+    field.send_keys("minutes-3")
+    page.wait(lambda: names() == ["minutes-3.txt"])
+    page.find("#document-list [aria-label^=Delete]").click()
+    page.find("#confirm-yes").click()
+    page.wait(lambda: not names() and page.find_all("#none-found"))
+    field.send_keys(Keys.CONTROL, "a")
     field.send_keys(Keys.DELETE)
-    page.wait(lambda: len(names()) == 11)
+    page.wait(lambda: len(names()) == 10 and not page.find_all("#none-found"))
     page.make_collection("elsewhere")
     page.wait(lambda: not page.find_all("#find-document"))
+
+
+def test_documents_are_found_by_the_status_that_is_shown(page):
+    script = """
+    const { Entry } = await import('/web/entry.js');
+    const document = { filename: 'a.txt', status: arguments[0], progress: null };
+    const { words, state } = new Entry({}, { document });
+    return [words, state.textContent.toLowerCase()];
+    """
+    for status in ("queued", "parsing", "chunking", "embedding", "indexing"):
+        words, shown = page.driver.execute_script(script, status)
+        assert shown in words and status in words
 
 
 def test_the_default_collection_can_only_be_emptied(page, handbook):

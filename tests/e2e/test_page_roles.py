@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+from selenium.webdriver.common.keys import Keys
 
 from tests.e2e.browser import IN_CHROMIUM, Page
 
@@ -49,3 +50,26 @@ def test_a_writer_of_one_collection_makes_no_other(page, handbook, sign_in_as):
     sign_in_as("writer", collections=[page.find("#collection").get_property("value")])
     page.wait(lambda: page.line(handbook.name))
     assert page.find_all(WRITES) and not page.find_all("#new-collection, .read-only-note")
+
+
+def test_a_form_left_open_is_not_there_for_the_next_key(page):
+    with page.service.client() as client:
+        key = client.post("/v1/keys", json={"name": "next", "role": "reader"}).json()["key"]
+    page.find("#new-collection").click()
+    assert page.find_all("#new-collection-form")
+    page.find("#sign-out").click()
+    page.find("#key").send_keys(key, Keys.ENTER)  # on the same page, not loaded anew
+    page.wait(lambda: page.find_all(".read-only-note"))
+    assert not page.find_all("#new-collection-form")
+
+
+def test_a_reader_without_any_collection_is_offered_no_upload(page):
+    with page.service.client() as client:
+        client.post("/v1/collections", json={"name": "short-lived"})
+        bound = {"name": "bound", "role": "reader", "collections": ["short-lived"]}
+        key = client.post("/v1/keys", json=bound).json()["key"]
+        client.delete("/v1/collections/short-lived")
+    page.find("#sign-out").click()
+    page.sign_in(key)
+    page.wait(lambda: page.find_all(".read-only-note"))
+    assert not page.find_all(WRITES)
