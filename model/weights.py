@@ -72,7 +72,7 @@ def load_model(
         round_activations(model)
     embedding = reader["model.embed_tokens.weight"]
     if quantize and device.type == "cpu" and model.config.tie_word_embeddings and embedding.values.dtype == torch.int8:
-        model.lm_head = Int8Head(embedding.values, embedding.scale)
+        model.lm_head = Int8Head(embedding.values.clone(), embedding.scale.clone())  # the file may be written over
     return model.eval()
 
 

@@ -136,6 +136,19 @@ def test_a_tied_head_may_be_stored_if_it_is_the_embedding(write_jamba: WriteJamb
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize("quantize", [None, "int8", "w8a8"])
+@pytest.mark.usefixtures("w8a8_anywhere")
+def test_a_loaded_model_needs_no_files(write_jamba: WriteJamba, tmp_path: Path, quantize: str | None) -> None:
+    write_jamba(tmp_path / "float", tie_word_embeddings=True, **WIDE)
+    convert_checkpoint(tmp_path / "float", tmp_path / "int4", to="int4")
+    model = load_model(tmp_path / "int4", quantize=quantize)
+    expected = logits_of(model)
+    for file in (tmp_path / "int4").glob("*.safetensors"):
+        with file.open("r+b") as stored:  # the same file, not a new one
+            stored.write(bytes(file.stat().st_size))
+    assert torch.equal(logits_of(model), expected)
+
+
 def test_the_recurrence_stays_float32(tiny_jamba_dir: Path) -> None:
     for quantize in (None, "int8"):
         model = load_model(tiny_jamba_dir, dtype=torch.bfloat16, quantize=quantize)
