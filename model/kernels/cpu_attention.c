@@ -180,8 +180,11 @@ typedef struct {
     float *sums; /* where they stay until the other parts are there; NULL: they are all here */
 } task;
 
-/* One row's scores (visible,) -> weights 2^(scale * score - largest), 0 up to `count`. Returns what becomes of the sums
-   so far. */
+/* Of scores, to powers of 2. */
+INLINE float score_scale(int64_t p) { return LOG2_E / sqrtf((float)p); }
+
+/* One row's scores (visible,) -> weights 2^(scale * (score - largest)), 0 up to `count`: at most 1, however large the
+   scores. Returns what becomes of the sums so far. */
 INLINE float weigh(const float *scores, int64_t visible, int64_t count, float scale, float *so_far, unit *weights,
                    const int pairs) {
     const rows of_scores = {(void *)scores, 0, FLOAT32}, of_weights = {weights, 0, pairs ? BFLOAT16 : FLOAT32};
@@ -191,15 +194,15 @@ INLINE float weigh(const float *scores, int64_t visible, int64_t count, float sc
         for (int64_t lane = visible - k; lane < VL; lane++) x[lane] = LOWEST;
         high = select_vf(x > high, x, high);
     }
-    const float before = so_far[LARGEST], now = fmaxf(before, max_lanes(high) * scale);
+    const float before = so_far[LARGEST], now = fmaxf(before, max_lanes(high));
     for (int64_t k = 0; k < count; k += VL) {
         vf weight = splat(0.0f);
-        if (k < visible) weight = exp2v(fma_vf(load(of_scores, 0, k, VL), splat(scale), splat(-now)));
+        if (k < visible) weight = exp2v((load(of_scores, 0, k, VL) - now) * scale);
         for (int64_t lane = k < visible ? visible - k : VL; lane < VL; lane++) weight[lane] = 0;
         sum += weight;
         store(of_weights, 0, k, VL, weight);
     }
-    const float factor = exp2v(splat(before - now))[0];
+    const float factor = exp2v(splat((before - now) * scale))[0];
     so_far[LARGEST] = now, so_far[TOTAL] = so_far[TOTAL] * factor + sum_lanes(sum);
     return factor;
 }
@@ -208,7 +211,7 @@ INLINE float weigh(const float *scores, int64_t visible, int64_t count, float sc
 INLINE void attend_rows(const workspace *w, panels keys, panels values, float *sums, int64_t row, int64_t count,
                         const int64_t *visible, int64_t p, const int m, const int pairs) {
     const int64_t units = (p + pairs) / (1 + pairs), columns = whole(p, VL), ld = columns + VL;
-    const float scale = LOG2_E / sqrtf((float)p);
+    const float scale = score_scale(p);
     float factors[ROWS];
     sums += row * ld;
     multiply(w->q + row * units, units, keys, units, (count + VL - 1) / VL, w->scores, BLOCK, NULL, m, pairs);
@@ -247,11 +250,14 @@ INLINE void attend_part(const attention_args *a, const task *t, const workspace 
 }
 
 /* sums += those of the keys that follow. */
-static void add_part(float *sums, const float *part, int64_t num_rows, int64_t columns) {
+static void add_part(float *sums, const float *part, int64_t num_rows, int64_t p) {
+    const int64_t columns = whole(p, VL);
+    const float scale = score_scale(p);
     for (int64_t row = 0; row < num_rows; row++, sums += columns + VL, part += columns + VL) {
         float *old = sums + columns;
         const float *new = part + columns, largest = fmaxf(old[LARGEST], new[LARGEST]);
-        const vf of_old = exp2v(splat(old[LARGEST] - largest)), of_new = exp2v(splat(new[LARGEST] - largest));
+        const vf of_old = exp2v(splat((old[LARGEST] - largest) * scale));
+        const vf of_new = exp2v(splat((new[LARGEST] - largest) * scale));
         old[LARGEST] = largest, old[TOTAL] = old[TOTAL] * of_old[0] + new[TOTAL] * of_new[0];
         for (int64_t c = 0; c < columns; c += VL)
             *(vf_any *)(sums + c) = fma_vf(*(vf_any *)(part + c), of_new, *(vf_any *)(sums + c) * of_old);
@@ -278,7 +284,7 @@ INLINE void run_task(const attention_args *a, const task *t, const workspace *w,
     for (int64_t begin = t->begin; begin < t->end; begin += PART) {
         float *to = t->sums ? t->sums : begin ? w->part : w->sums;
         attend_part(a, t, w, to, begin, t->end - begin < PART ? t->end : begin + PART, pairs);
-        if (to == w->part) add_part(w->sums, w->part, num_rows, whole(p, VL));
+        if (to == w->part) add_part(w->sums, w->part, num_rows, p);
     }
     if (!t->sums) write_out(a, t, w->sums);
 }
@@ -287,7 +293,7 @@ INLINE void run_task(const attention_args *a, const task *t, const workspace *w,
 static void join_parts(const attention_args *a, const task *t, const task *end) {
     const int64_t num_rows = (t->last - t->first) * (a->h / a->g);
     for (const task *next = t + 1; next < end && next->begin; next++)
-        add_part(t->sums, next->sums, num_rows, whole(a->p, VL));
+        add_part(t->sums, next->sums, num_rows, a->p);
     write_out(a, t, t->sums);
 }
 

@@ -308,6 +308,13 @@ def test_attention_has_the_same_bits_however_a_prompt_is_cut(cuts: list[int], dt
     assert torch.equal(torch.cat(cut), cpu.attend(q, [keys], [values], [400]))
 
 
+@pytest.mark.parametrize("size", [1e3, 1e6, 1e15])
+def test_attention_takes_scores_of_any_size(size: float) -> None:
+    q, keys, values = normal(3, 4, 32), normal(2100, 2, 32, seed=1), normal(2100, 2, 32, seed=2)
+    expected = attend_ref(size * q.double(), size * keys.double(), values.double())
+    assert_close("out", cpu.attend(size * q, [size * keys], [values], [3]), expected, RATIO[torch.float32])
+
+
 def test_attention_refuses_what_does_not_fit() -> None:
     q, kv = normal(2, 4, 8), normal(5, 2, 8)
     with pytest.raises(ValueError, match=r"q \(2, 4, 8\)"):
