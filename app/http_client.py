@@ -47,7 +47,7 @@ class Service:
         """What the service says of each of its parts, ready or not; empty where it does not tell. Raises CommandFailed
         when it does not answer."""
         try:
-            return self._ask("GET", "/readyz").json()["checks"]
+            return dict(self._ask("GET", "/readyz").json()["checks"])
         except (ValueError, KeyError, TypeError):  # a proxy's page, for one
             return {}
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from app import render
 from app.cli import _show_stream, main
+from app.http_client import Service
 from retrieval.store import DocumentStore
 
 
@@ -172,6 +173,13 @@ def test_the_nearest_passages_begin_behind_their_heading_and_end_with_a_word(cap
     usage = {"input_tokens": 0, "cached_input_tokens": 0}
     render.show_answer({"text": "No.", "citations": [], "sources": [hit], "usage": usage, "timings": {}, "cache": {}})
     assert f"≈ {shown}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("body", ['{"checks": ["disk"]}', '{"checks": null}', '{"checks": [{}]}', "[]", "<html>"])
+def test_checks_of_another_kind_tell_nothing(body):
+    reply = httpx.MockTransport(lambda request: httpx.Response(200, text=body))
+    with httpx.Client(transport=reply, base_url="http://other") as http:
+        assert Service(http).checks() == {}
 
 
 def test_what_would_wait_in_vain_for_workers_says_so(run, tiny_checkpoint, tmp_path, monkeypatch):
