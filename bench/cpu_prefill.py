@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import JambaConfig, JambaForCausalLM
 
 from bench.runs import BenchRun, time_interleaved
-from model import Jamba, load_model
+from model import Jamba, convert_checkpoint, load_model
 from model.attention import attend_ref
 from model.kernels import cpu
 
@@ -30,6 +30,7 @@ DECODE_STEPS = 16
 ATTENTION = ((1, 8192), (4, 8192), (40, 8192), (512, 8192), (1200, 0))  # tokens, and those before them
 MAX_LOGIT_ERROR = {torch.float32: 1e-5, torch.bfloat16: 0.1}  # relative RMS
 COMMON = {"mamba_d_state": 16, "mamba_d_conv": 4, "expert_layer_period": 2, "expert_layer_offset": 1, "pad_token_id": 0}
+QUANTIZED = (("int8", "int8", ""), ("w8a8", "w8a8", ""), ("w4a8", "w8a8", "int4"))  # name, loaded as, stored in
 SHAPES = {
     "bench": {
         **{"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4},
@@ -91,6 +92,7 @@ def write_checkpoint(path: Path, shape: dict[str, int]) -> None:
 
 
 def load_candidates(path: Path) -> list[Candidate]:
+    convert_checkpoint(path, path / "int4", to="int4")
     candidates = []
     for dtype in (torch.float32, torch.bfloat16):
         short = str(dtype).removeprefix("torch.")
@@ -98,9 +100,9 @@ def load_candidates(path: Path) -> list[Candidate]:
         theirs = JambaForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
         candidates.append(Candidate(rival, dtype, theirs, rival))
         candidates.append(Candidate(f"ours {short}", dtype, load_model(path, dtype=dtype), rival))
-        for quantize in ("int8", "w8a8") if cpu.rounds_rows() else ("int8",):
-            model = load_model(path, dtype=dtype, quantize=quantize)
-            candidates.append(Candidate(f"ours {quantize}, {short} activations", dtype, model, rival))
+        for name, quantize, stored in QUANTIZED if cpu.rounds_rows() else QUANTIZED[:1]:
+            model = load_model(path / stored, dtype=dtype, quantize=quantize)
+            candidates.append(Candidate(f"ours {name}, {short} activations", dtype, model, rival))
     return candidates
 
 
