@@ -70,9 +70,8 @@ def load_model(
     _fill(model, reader)
     if quantize == "w8a8" and device.type != "cpu":
         round_activations(model)
-    embedding = reader["model.embed_tokens.weight"]
-    if quantize and device.type == "cpu" and model.config.tie_word_embeddings and embedding.values.dtype == torch.int8:
-        model.lm_head = Int8Head(embedding.values.clone(), embedding.scale.clone())  # the file may be written over
+    if quantize and device.type == "cpu" and model.config.tie_word_embeddings:
+        _share_int8(model, reader["model.embed_tokens.weight"])
     return model.eval()
 
 
@@ -97,6 +96,12 @@ def _pack(model: Jamba, reader: CheckpointReader) -> None:
             elif isinstance(child, Int8Linear) and name != "x_proj":
                 setattr(module, name, PackedLinear(_packed(reader, f"{stored}.weight"), child.bias))
     model.few_tokens = _FEW_PACKED
+
+
+def _share_int8(model: Jamba, embedding: StoredTensor) -> None:
+    """Let a tied head multiply the embedding as it is stored, if that is int8."""
+    if embedding.values.dtype == torch.int8:
+        model.lm_head = Int8Head(embedding.values.clone(), embedding.scale.clone())  # the file may be written over
 
 
 def _packed(reader: CheckpointReader, *names: str) -> cpu.Packed:
