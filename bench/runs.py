@@ -48,7 +48,7 @@ class BenchRun:
     def _record(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "argv": [os.path.basename(self.argv[0]), *self.argv[1:]],
+            "argv": [_without_place(argument) for argument in self.argv],
             "started": self._started.isoformat(timespec="seconds"),
             "commit": _git("rev-parse", "HEAD"),
             "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results")),
@@ -57,6 +57,12 @@ class BenchRun:
             "versions": _versions(),
             "rows": self.rows,
         }
+
+
+def _without_place(argument: str) -> str:
+    """An absolute path as its name alone: where a machine keeps its files says nothing to others."""
+    option, is_one, value = argument.rpartition("=")
+    return f"{option}{is_one}{os.path.basename(value)}" if os.path.isabs(value) else argument
 
 
 def time_interleaved(
