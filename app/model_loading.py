@@ -27,6 +27,7 @@ from model.device_store import DeviceStateStore, PinnedStateStore
 from model.engine import JambaEngine
 from model.engine_request import Engine
 from model.engine_times import EngineTimes
+from model.jamba import MAX_GPU_BATCH
 from model.kernels import cpu
 from model.prefix_cache import PrefixCache
 from model.prefix_plan import PlanSettings, state_fingerprint
@@ -92,7 +93,7 @@ def build_model(settings: Settings, stack: ExitStack, answering: bool, nonce: st
         tokenizer,
         cache,
         max_context_tokens=max_context_tokens,
-        max_batch=settings.model.max_batch or (8 if device.type == "cpu" else 32),
+        max_batch=settings.model.max_batch or (8 if device.type == "cpu" else MAX_GPU_BATCH),
         # An answer that was admitted is not turned away: it and its other beginnings find a place, and the prefetch.
         max_waiting=settings.answers.max_pending * take_advice(path, settings.answers).quote_beginnings + 1,
         state_max_bytes=state_max_bytes,

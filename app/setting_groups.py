@@ -62,7 +62,7 @@ class ModelSettings(Group):
     segment_tokens: int = setting(
         0, "Longest piece of a prefill between two decode steps; 0 takes 512 on a CPU, 16384 on a GPU.", "tokens", ge=0
     )
-    max_batch: int = setting(0, "Sequences decoded together; 0 takes 8 on a CPU, 32 on a GPU.", "sequences", ge=0)
+    max_batch: int = setting(0, "Sequences decoded together; 0 takes 8 on a CPU, 64 on a GPU.", "sequences", ge=0)
     draft_tokens: int = setting(
         3,
         "Speculative decoding by prompt lookup, on a CPU: most tokens drafted per step; faster, and changes no "
@@ -244,7 +244,7 @@ class AnswerSettings(Group):
         ge=0,
     )
     max_pending: int = setting(
-        64, "Most answers running or waiting; more get 429, whatever the estimated wait.", "answers", ge=1
+        128, "Most answers running or waiting; more get 429, whatever the estimated wait.", "answers", ge=1
     )
 
 

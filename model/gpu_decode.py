@@ -31,7 +31,7 @@ from model.state import HybridState, Origin
 if TYPE_CHECKING:
     from model.jamba import Jamba, JambaLayer
 
-MAX_BATCH = 32
+MAX_BATCH = 64
 _STAGED_ROWS = 11  # see _Inputs
 _MIN_SHARED_TOKENS = 1024  # less is not worth the kernel that fits fewer blocks on a multiprocessor; a guess
 
