@@ -90,6 +90,10 @@ def test_a_damaged_file_is_named(copied_dir: Path) -> None:
     (copied_dir / "config.json").write_text("{")
     with pytest.raises(UnsupportedWeights, match=r"config\.json cannot be read"):
         load_model(copied_dir)
+    (copied_dir / "config.json").unlink()
+    with pytest.raises(UnsupportedWeights) as error:
+        load_model(copied_dir)
+    assert str(error.value) == f"{copied_dir} holds no config.json: not a checkpoint of Hugging Face"
 
 
 def test_a_missing_shard_is_named(write_jamba: WriteJamba, tmp_path: Path) -> None:
