@@ -70,6 +70,10 @@ class SteadyServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
+        if self.force_exit and not self.lifespan.shutdown_event.is_set():  # what is open is not waited for, but closed
+            for task in self.server_state.tasks:
+                task.cancel()
+            await self.lifespan.shutdown()
         if self._watching is not None:
             self._watching.cancel()
 

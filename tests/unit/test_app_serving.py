@@ -1,12 +1,16 @@
 """Whether the address of the service is taken, before anything is loaded; and what is no request of HTTP's own."""
 
+import asyncio
+import logging
 import socket
 
 import httpx
 import pytest
+import uvicorn
 from app_kit import make_settings, serving
 
-from app.serving import check_address
+from app.main import create_app
+from app.serving import SteadyServer, check_address
 
 
 def test_a_port_is_taken_only_where_it_is():
@@ -39,3 +43,27 @@ def test_an_upgrade_is_refused_as_any_request_is(tiny_checkpoint, tmp_path):
         assert httpx.get(f"{url}/healthz", headers=wanted).status_code == 200
     assert (reply.status_code, reply.json()["code"]) == (401, "unauthorized")
     assert reply.headers["content-type"] == "application/problem+json"
+
+
+@pytest.mark.anyio
+async def test_a_second_ctrl_c_ends_in_order_though_a_request_is_open(tiny_checkpoint, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    config = uvicorn.Config(create_app(make_settings(tiny_checkpoint, tmp_path / "data")), port=0, log_config=None)
+    server = SteadyServer(config, stall_s=30)
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    reader, writer = await asyncio.open_connection(*server.servers[0].sockets[0].getsockname())
+    key = (tmp_path / "data" / "admin.key").read_bytes().strip()
+    writer.write(b"POST /v1/search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n")
+    writer.write(b"Authorization: Bearer " + key + b"\r\n\r\n")
+    while not server.server_state.tasks:
+        await asyncio.sleep(0.01)
+    server.should_exit = True
+    await asyncio.sleep(0.3)
+    server.force_exit = True
+    await serving
+    assert b" 503 " in await reader.readline()
+    writer.close()
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+    assert "Application shutdown complete." in caplog.text
