@@ -258,6 +258,7 @@ def measure(asker: Asker, tasks: Sequence[str], lengths: Sequence[int], repeats:
                 **{"task": task, "length": length, "depth": depth, "samples": len(results)},
                 **{"score": sum(scores) / len(scores), "seconds": sum(seconds) / len(seconds)},
             )
+            print(run.rows[-1], flush=True)
 
 
 def main() -> None:

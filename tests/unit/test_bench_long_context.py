@@ -92,9 +92,11 @@ def asker(tmp_path, write_jamba):
         yield asker
 
 
-def test_a_checkpoint_is_asked_and_its_rows_are_drawn(asker, tmp_path):
-    run = BenchRun("ruler", ["ruler"])
+def test_a_checkpoint_is_asked_and_its_rows_are_drawn(asker, tmp_path, monkeypatch):
+    run, shown = BenchRun("ruler", ["ruler"]), []
+    monkeypatch.setattr("builtins.print", lambda row, flush=False: shown.append((row, flush)))  # of a pipe as well
     ruler.measure(asker, ["single", "qa"], [2048], 1, run)
+    assert shown == [(row, True) for row in run.rows]
     assert [(row["task"], row["depth"]) for row in run.rows] == [*(("single", d) for d in ruler.DEPTHS), ("qa", None)]
     assert all(0 <= row["score"] <= 1 and row["seconds"] > 0 for row in run.rows)
     ruler.draw([row for row in run.rows if row["task"] == "single"], tmp_path / "depth.png")
