@@ -52,7 +52,7 @@ class Prefetch:
         self._stream: TokenStream | None = None  # being read right now
         self._passages: tuple[Hashable, ...] = ()
         self._reads: frozenset[str] = frozenset()  # documents of it
-        self._gone: set[str] = set()  # documents deleted since the next prompt was started
+        self._gone: set[str] = set()  # documents deleted since the last prompt was started
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Future[None] | None = None
         self._handled: int | None = None  # generation of the store up to which all was read
@@ -105,14 +105,16 @@ class Prefetch:
         """Read every collection that fits; False if a question or a change came in between."""
         service = self._service
         for collection in await anyio.to_thread.run_sync(service.store.list_collections):
-            if self._gone:  # the prompt before may have been cut after that
-                service.format.forget(self._gone)
             self._gone = set()
             if not collection.documents or not service.fits_context(collection):
                 continue
             if collection.pending:
                 return False
-            reading = await anyio.to_thread.run_sync(self._prepare, collection.name)
+            try:
+                reading = await anyio.to_thread.run_sync(self._prepare, collection.name)
+            finally:
+                if self._gone:  # it may have cut some of them after the others forgot them
+                    service.format.forget(self._gone)
             if reading is None:
                 continue
             outcome = await self._read_one(reading)

@@ -112,6 +112,23 @@ async def test_no_token_is_kept_of_a_document_that_goes_while(client, monkeypatc
     assert not service.format._kept._passages._entries
 
 
+async def test_no_token_of_what_goes_while_its_prompt_is_made_waits_for_the_next_round(client, monkeypatch):
+    service, deleted = client.app.state.service, []
+    build_prompt = service.format.build_prompt
+
+    def delete_before(question, evidence, *turns):
+        if evidence.passages and not deleted:
+            monkeypatch.setattr(service.prefetch, "_is_idle", lambda: False)  # from now on there is no next one
+            (document,) = service.store.list_documents()
+            deleted.append(anyio.from_thread.run(client.delete, f"/v1/documents/{document.id}"))
+        return build_prompt(question, evidence, *turns)
+
+    monkeypatch.setattr(service.format, "build_prompt", delete_before)
+    await client.post("/v1/documents", files={"file": ("lighthouse.md", LIGHTHOUSE.encode())})
+    await until(lambda: asyncio.sleep(0, bool(deleted)))
+    await until(lambda: asyncio.sleep(0, not service.format._kept._passages._entries))
+
+
 async def test_what_does_not_fit_is_not_read(client):
     await client.upload("long.md", "\n\n".join(f"Line {number} of a long list." for number in range(600)))
     await until(lambda: handled(client))
