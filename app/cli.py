@@ -3,7 +3,6 @@
 Exit codes: 0 fine, 1 the work failed (message on stderr), 2 wrong usage.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -16,6 +15,7 @@ from typer.completion import get_completion_script
 
 from app import render
 from app.cli_arguments import DocumentId, DocumentIds, KeyId, KeyRole, Limit
+from app.cli_collections import collections
 from app.cli_options import Collection, DataDirectory, Json, Key, Metadata, PlainGroup, Url, choose_settings
 from app.settings import SettingsError
 from retrieval.types import OnConflict, Status
@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 documents = typer.Typer(help="List, show, delete and retry documents.", no_args_is_help=True)
 keys = typer.Typer(help="Create, list and revoke API keys.", no_args_is_help=True)
+app.add_typer(collections, name="collections")
 app.add_typer(documents, name="documents")
 app.add_typer(keys, name="keys")
 
@@ -41,11 +42,6 @@ def options(
     if show_version:
         sys.stdout.write(f"jamba-rag {version('jamba-rag')}\n")
         raise typer.Exit
-
-
-def _print_json(value: Any) -> None:
-    plain = (sys.stdout.encoding or "").lower() not in {"utf-8", "utf8"}  # JSON has escapes of its own
-    sys.stdout.write(json.dumps(value, ensure_ascii=plain, indent=None if not sys.stdout.isatty() else 2) + "\n")
 
 
 @app.command()
@@ -104,7 +100,7 @@ def ingest(
     fields = {"collection": collection, "on_conflict": on_conflict, **({"metadata": metadata} if metadata else {})}
     result = ingest_paths(choose_settings(url, key, data_dir), paths, fields)
     if as_json:
-        _print_json(result)
+        render.print_json(result)
     else:
         render.show_documents(result["data"])
     for error in result["errors"]:
@@ -131,7 +127,7 @@ def ask(
     body: dict[str, Any] = {"question": question, "mode": mode, "collections": collection or None}
     with connect(choose_settings(url, key, data_dir, known=True)) as service:
         if as_json:
-            _print_json(service.request("POST", "/v1/answers", json=body))
+            render.print_json(service.request("POST", "/v1/answers", json=body))
         elif stream or (stream is None and sys.stdout.isatty()):
             _show_stream(service.stream("/v1/answers", body | {"stream": True}))
         else:
@@ -169,7 +165,7 @@ def search(
     body = {"query": query, "collections": collection or None, "max_num_results": limit, "mode": mode, "rerank": rerank}
     with connect(choose_settings(url, key, data_dir, known=True), answering=False) as service:
         found = service.request("POST", "/v1/search", json=body)
-    _print_json(found) if as_json else render.show_hits(found["data"])
+    render.print_json(found) if as_json else render.show_hits(found["data"])
 
 
 @documents.command("list")
@@ -194,7 +190,7 @@ def list_documents(
             if not page["has_more"]:
                 break
             params["after"] = found[-1]["id"]
-    _print_json({"object": "list", "data": found}) if as_json else render.show_documents(found)
+    render.print_json({"object": "list", "data": found}) if as_json else render.show_documents(found)
 
 
 @documents.command("show")
@@ -206,7 +202,7 @@ def show_document(
 
     with connect(choose_settings(url, key, data_dir, known=True), answering=False) as service:
         document = service.request("GET", f"/v1/documents/{quote(document_id, safe='')}")
-    _print_json(document) if as_json else render.show_document(document)
+    render.print_json(document) if as_json else render.show_document(document)
 
 
 @documents.command("delete")
@@ -243,7 +239,7 @@ def retry_documents(
         paths = [f"/v1/documents/{quote(document_id, safe='')}/retry" for document_id in document_ids]
         queued = [service.request("POST", path) for path in paths]
         done = wait_for(service, queued)
-    _print_json({"object": "list", "data": done}) if as_json else render.show_documents(done)
+    render.print_json({"object": "list", "data": done}) if as_json else render.show_documents(done)
     _exit_if_failed(done)
 
 
@@ -273,7 +269,7 @@ def create_key(
     body = {"name": name, "role": role, "collections": collection or None, "limits": limits}
     with connect(choose_settings(url, key, data_dir), answering=False) as service:
         made = service.request("POST", "/v1/keys", json=body)
-    _print_json(made) if as_json else sys.stdout.write(made["key"] + "\n")
+    render.print_json(made) if as_json else sys.stdout.write(made["key"] + "\n")
 
 
 @keys.command("list")
@@ -284,7 +280,8 @@ def list_keys(url: Url = None, key: Key = None, data_dir: DataDirectory = None, 
     with connect(choose_settings(url, key, data_dir, known=True), answering=False) as service:
         found = service.request("GET", "/v1/keys")
     headers = ("id", "name", "role", "collections", "revoked_at")
-    _print_json(found) if as_json else render.show_table(headers, ([k[h] for h in headers] for k in found["data"]))
+    rows = ([key[name] for name in headers] for key in found["data"])
+    render.print_json(found) if as_json else render.show_table(headers, rows)
 
 
 @keys.command("revoke")
@@ -317,7 +314,7 @@ def doctor(url: Url = None, key: Key = None, data_dir: DataDirectory = None, as_
 
     findings = examine(choose_settings(url, key, data_dir))
     if as_json:
-        _print_json({"ok": all(finding.ok for finding in findings), "checks": [vars(f) for f in findings]})
+        render.print_json({"ok": all(finding.ok for finding in findings), "checks": [vars(f) for f in findings]})
     else:
         rows = [("ok" if f.ok else "FAULT", f.name, f.detail) for f in findings]
         render.show_table(("", "check", "finding"), rows)

@@ -1,4 +1,4 @@
-"""How the command line shows things to people. What programs read is JSON, printed by cli.py as it comes."""
+"""How the command line shows things to people; what programs read is JSON, printed as it comes."""
 
 import io
 import json
@@ -41,6 +41,11 @@ def tame(text: str) -> str:
 def escape(text: str) -> str:
     """The text as it is shown between markup."""
     return markup.escape(tame(text))
+
+
+def print_json(value: Any) -> None:
+    plain = (sys.stdout.encoding or "").lower() not in {"utf-8", "utf8"}  # JSON has escapes of its own
+    sys.stdout.write(json.dumps(value, ensure_ascii=plain, indent=None if not sys.stdout.isatty() else 2) + "\n")
 
 
 def on_terminal() -> bool:
@@ -175,6 +180,13 @@ def show_hits(hits: Sequence[Mapping[str, Any]]) -> None:
         out.print(f"   {escape(_excerpt(hit, 300))}")
     if not hits:
         out.print("nothing found", style="yellow")
+
+
+def show_collections(collections: Sequence[Mapping[str, Any]]) -> None:
+    """A row each."""
+    columns = ("name", "documents", "pending", "failed", "tokens")
+    rows = ([one[name] for name in columns] + ["ready" if one["state_ready"] else "-"] for one in collections)
+    show_table((*columns, "state"), rows)
 
 
 def show_documents(documents: Sequence[Mapping[str, Any]]) -> None:

@@ -7,10 +7,11 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import httpx
 import pytest
-from app_kit import make_settings, serving
+from app_kit import LIGHTHOUSE, make_settings, serving
 from rich.console import Console
 
 from app import render
@@ -49,6 +50,26 @@ def test_a_server_that_is_another_one_is_told_as_such(run):
 def test_a_key_that_cannot_be_one_is_told_as_such(run):
     code, _, err = run("documents", "list", "--url", "http://127.0.0.1:1", "--key", "ключ")
     assert code == 1 and "copy it once more" in err
+
+
+def test_collections_are_listed_with_what_they_hold_and_whether_it_is_in_memory(run, tiny_checkpoint, tmp_path):
+    with serving(make_settings(tiny_checkpoint, tmp_path / "data", answers={"prefetch_after_s": 0.05})) as url:
+        service = ("--url", url, "--key", (tmp_path / "data" / "admin.key").read_text().strip())
+        (tmp_path / "lighthouse.md").write_text(LIGHTHOUSE)
+        assert run("ingest", tmp_path / "lighthouse.md", "-c", "coast", *service)[0] == 0
+        for _ in range(600):
+            code, out, _ = run("collections", "list", "--json", *service)
+            coast = json.loads(out)["data"][-1]
+            if coast["state_ready"]:
+                break
+            time.sleep(0.05)
+        code, out, _ = run("collections", "list", *service)
+        made = json.loads(run("keys", "create", "bound", "-c", "default", "--json", *service)[1])["key"]
+        bound = run("collections", "list", "--url", url, "--key", made)[1]
+    rows = [line.split() for line in out.splitlines()]
+    assert code == 0 and rows[0] == ["name", "documents", "pending", "failed", "tokens", "state"]
+    assert rows[1:] == [["default", *"0000", "-"], ["coast", *"100", str(coast["tokens"]), "ready"]]
+    assert "default" in bound and "coast" not in bound
 
 
 def test_a_closed_stdout_is_no_fault(tmp_path):
