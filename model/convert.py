@@ -1,4 +1,4 @@
-"""Rewrites a checkpoint in another number format, a tensor at a time; what it writes, weights.py reads."""
+"""Converts a checkpoint to another number format, tensor by tensor. weights.py reads the result."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from model.weights import INDEX_NAME, SINGLE_NAME, CheckpointReader, Slot, Store
 Format = Literal["int8", "int4", "bf16", "fp32"]
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _THREADS = 4
-_WORK_FILE = "conversion.json"  # in an unfinished conversion: of what and to what
+_WORK_FILE = "conversion.json"  # describes an unfinished conversion
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 class ConversionRunning(RuntimeError):
-    """Another process converts to the same directory."""
+    """Another process is converting to the same directory."""
 
 
 def convert_checkpoint(
@@ -44,20 +44,21 @@ def convert_checkpoint(
     max_shard_bytes: int | None = None,
     rotate: bool = False,
 ) -> None:
-    """Write the checkpoint `src` to the new directory `dst`; the tokenizer and other files go along.
+    """Write the checkpoint `src` to the new directory `dst`, and copy the tokenizer and other files.
 
-    bf16, fp32: what `transformers` loads too (A_log and D stay float32). int8: every matrix that int8.py computes in
-    int8. int4: MLPs, experts and in_proj of the Mamba in int4, the other of these matrices and the embedding in int8.
-    What is left alone keeps its dtype. A shard grows past `max_shard_bytes` (None: 16 MiB to 1 GiB, by the size of
-    `src`) only for a single larger tensor; about a shard and a tensor are in memory at a time.
-    rotate: turn the residual stream, which computes the same and lets activations be rounded well, see rotation.py.
-    progress: called with (tensors done, those of an interrupted run included, tensors in all).
+    to: bf16 and fp32 can also be loaded by `transformers` (A_log and D stay float32); int8 quantizes every matrix that
+    int8.py computes in int8; int4 stores MLPs, experts and Mamba's in_proj in int4, the rest of those matrices and the
+    embedding in int8. Other tensors keep their dtype.
+    max_shard_bytes: None chooses 16 MiB to 1 GiB by the size of `src`; only a single larger tensor exceeds it. Memory
+    use is about one shard and a few tensors.
+    rotate: rotate the residual stream, so that activations can be quantized with little error, see rotation.py.
+    progress: called with (tensors done, including those of an interrupted run; total tensors).
 
-    The work is done in the directory `.<name of dst>.partial` beside `dst`, which no one takes for a checkpoint and
-    which becomes `dst` at the end. Whatever ended it, the same conversion goes on from the last whole shard; another
-    one, or one of changed files, starts over.
+    Works in the directory `.<name of dst>.partial` beside `dst` and renames it to `dst` at the end. After an
+    interruption, the same conversion resumes after the last complete shard; a different one, or one whose source files
+    have changed, starts over.
 
-    Raises UnsupportedWeights for a bad `src`, ValueError for an unknown format, FileExistsError if `dst` is there,
+    Raises UnsupportedWeights for a bad `src`, ValueError for an unknown format, FileExistsError if `dst` exists,
     ConversionRunning.
     """
     src, dst = Path(src), Path(dst)
@@ -87,7 +88,7 @@ def convert_checkpoint(
 
 
 def _int8_slots(reader: CheckpointReader) -> dict[str, Slot]:
-    """What the checkpoint must hold, with a scale where int8.py would have one. Raises UnsupportedWeights."""
+    """The tensors the checkpoint must hold, with a scale where int8.py quantizes. Raises UnsupportedWeights."""
     with torch.device("meta"):
         model = Jamba(reader.config)
     swap_linears(model)
@@ -103,7 +104,7 @@ def _choose_shard_bytes(src: Path) -> int:
 
 @contextmanager
 def _locked(work: Path) -> Iterator[Path]:
-    """Make the directory and keep others out of it; yields the lock's file."""
+    """Create the directory and lock it against other processes; yields the lock file."""
     work.mkdir(parents=True, exist_ok=True)
     path = work / "lock"
     with path.open("w") as file:
@@ -115,14 +116,14 @@ def _locked(work: Path) -> Iterator[Path]:
 
 
 def _describe_work(src: Path, to: Format, max_shard_bytes: int, rotate: bool) -> dict[str, Any]:
-    """What must be the same for shards of two runs to fit together."""
+    """Everything that must be equal for a run to continue the shards of another."""
     stats = {path.name: path.stat() for path in [*src.glob("*.safetensors"), *src.glob("*.json")]}
     files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(stats.items())}
     return {"version": 2, "to": to, "rotate": rotate, "max_shard_bytes": max_shard_bytes, "files": files}
 
 
 def _resume(work: Path, description: dict[str, Any]) -> list[list[str]]:
-    """The names in each shard that an interrupted run of the same work has finished; everything else is removed."""
+    """Tensor names in each complete shard of an interrupted run of the same work; all other files are removed."""
     marker = work / _WORK_FILE
     try:
         same = json.loads(marker.read_text()) == description
@@ -142,7 +143,7 @@ def _resume(work: Path, description: dict[str, Any]) -> list[list[str]]:
 def _encode_all(
     reader: CheckpointReader, names: Sequence[str], slots: Mapping[str, Slot], to: Format
 ) -> Iterator[dict[str, Tensor]]:
-    """`_encode` of each, in order, a few of them ahead of who takes them."""
+    """`_encode` of each tensor, in order, computed a few tensors ahead."""
     pending: deque[Future[dict[str, Tensor]]] = deque()
     with ThreadPoolExecutor(_THREADS) as pool:
         for name in names:
@@ -154,7 +155,7 @@ def _encode_all(
 
 
 def _encode(name: str, stored: StoredTensor, slot: Slot, to: Format) -> dict[str, Tensor]:
-    """The tensors that hold `stored` in format `to`."""
+    """The tensors that represent `stored` in format `to`."""
     if to in _DTYPES:
         keep = name.endswith((".A_log", ".D"))
         return {name: stored.dense().to(torch.float32 if keep else _DTYPES[to])}
@@ -187,21 +188,21 @@ def _copy_other_files(src: Path, work: Path) -> None:
 
 
 class _ShardWriter:
-    """Collects tensors into files of at most `max_bytes`, and their index. `finished` files are there already."""
+    """Collects tensors into files of at most `max_bytes`, and writes their index. `finished` files exist already."""
 
     def __init__(self, directory: Path, max_bytes: int, finished: int) -> None:
         self._directory, self._max_bytes, self._finished = directory, max_bytes, finished
         self._pending: dict[str, Tensor] = {}
 
     def add(self, tensors: dict[str, Tensor]) -> None:
-        """The tensors of one call stay together."""
+        """Tensors of one call go into the same shard."""
         nbytes = sum(tensor.nbytes for tensor in (*self._pending.values(), *tensors.values()))
         if self._pending and nbytes > self._max_bytes:
             self._flush()
         self._pending |= {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def finish(self) -> None:
-        """Write what is pending, give the files their final names, write the index."""
+        """Write pending tensors, give the files their final names, write the index."""
         if self._pending:
             self._flush()
         parts = [_part(self._directory, i) for i in range(self._finished)]
@@ -218,7 +219,7 @@ class _ShardWriter:
         (self._directory / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def _flush(self) -> None:
-        """A shard gets its name when it is whole and on the disk."""
+        """Write a shard; it gets its name only when it is complete and synced to disk."""
         path = _part(self._directory, self._finished)
         unfinished = path.with_suffix(".unfinished")
         save_file(self._pending, unfinished, metadata={"format": "pt"})
@@ -238,6 +239,6 @@ def _names_in(path: Path) -> list[str]:
 
 
 def _payload_bytes(path: Path) -> int:
-    """Of the tensors in a safetensors file: all but the header and the 8 bytes that say how long it is."""
+    """Bytes of tensor data in a safetensors file: without the header and the 8 bytes of its length."""
     with path.open("rb") as file:
         return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")

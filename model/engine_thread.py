@@ -1,6 +1,6 @@
-"""One thread that owns an engine, and asyncio's way to it.
+"""Runs an engine on its own thread and connects it to asyncio.
 
-Requests and aborts reach the engine between two steps; its outputs reach the event loop that asked. Start at
+Requests and aborts are handled between engine steps; outputs are delivered to the event loop of the caller. Start at
 `EngineThread.generate`.
 """
 
@@ -19,14 +19,14 @@ _log = logging.getLogger(__name__)
 
 
 class EngineStopped(RuntimeError):
-    """The engine takes no requests: it is being closed, or a step of it failed."""
+    """The engine accepts no requests: it is closing, or one of its steps failed."""
 
 
 class TokenStream:
-    """The outputs of one request, as an async iterator that ends after the one with a finish_reason.
+    """The outputs of one request: an async iterator that ends after the output with a finish_reason.
 
-    `await stream` waits until the engine has accepted the request, and raises if it refuses. `aclose`, or dropping the
-    stream, aborts. No reader can hold up the engine: at most max_new_tokens outputs wait here.
+    `await stream` waits until the engine accepts the request, and raises if it refuses. `aclose`, or dropping the
+    stream, aborts the request. A slow reader does not block the engine: up to max_new_tokens outputs are queued.
     """
 
     def __init__(self, abort: Callable[[], None]) -> None:
@@ -57,16 +57,16 @@ class TokenStream:
         return self
 
     async def aclose(self) -> None:
-        """Abort the request within one step, unless it has ended. What is already here is not given out any more."""
+        """Abort the request within one step, unless it has ended. Outputs still queued are discarded."""
         if not self._finished:
             self._finished = True
             self._outputs.put_nowait(None)
             self._abort()
 
     def send(self, output: StepOutput | None = None, error: BaseException | None = None) -> bool:
-        """From any thread: hand over an output, an error, or (neither) that the request is accepted.
+        """Deliver an output, an error or, with neither, that the request is accepted. Callable from any thread.
 
-        False if nobody can receive it any more, because the event loop is closed.
+        Returns False if the event loop is closed.
         """
         try:
             self._loop.call_soon_threadsafe(self._receive, output, error)
@@ -84,16 +84,16 @@ class TokenStream:
 
 class _Command(NamedTuple):
     run: Callable[[], None]  # on the engine's thread
-    refuse: Callable[[BaseException], object]  # instead, when the engine has stopped
+    refuse: Callable[[BaseException], object]  # called instead if the engine has stopped
 
 
 class EngineThread:
-    """Runs `engine` until `close` or `halt`. To be called from event loops; the engine stays its owner's to close."""
+    """Runs `engine` until `close` or `halt`. Call it from event loops; the caller closes the engine itself."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._commands: list[_Command] = []
-        self._streams: dict[str, weakref.ref[TokenStream]] = {}  # by request, touched by the engine's thread alone
+        self._streams: dict[str, weakref.ref[TokenStream]] = {}  # by request id; used only by the engine thread
         self._draining = self._halted = False
         self._stopped: EngineStopped | None = None
         self._wake = threading.Condition()
@@ -106,16 +106,16 @@ class EngineThread:
         return self._stopped is None and not self._draining
 
     def generate(self, request: EngineRequest) -> TokenStream:
-        """Submit a request; iterate over its outputs, or await it first to have a refusal raise there."""
-        ids: list[str] = []  # one, as soon as the engine has given it
+        """Submit a request. Iterate over the stream; await it first to learn of a refusal before the first output."""
+        ids: list[str] = []  # the request id, once the engine has assigned it
         stream = TokenStream(lambda: self._submit(_Command(lambda: self._abort(ids), _ignore)))
         self._submit(_Command(lambda: self._add(request, stream, ids), lambda error: stream.send(error=error)))
         return stream
 
     async def close(self, drain_s: float = 10.0) -> None:
-        """Take no more requests, let those under way finish for at most `drain_s`, end the thread.
+        """Refuse new requests, give running ones up to `drain_s` to finish, end the thread.
 
-        The streams of those that did not finish raise EngineStopped.
+        Streams of unfinished requests raise EngineStopped.
         """
         with self._wake:
             self._draining = True
@@ -124,7 +124,7 @@ class EngineThread:
         await asyncio.to_thread(self.halt)
 
     def halt(self) -> None:
-        """End the thread behind the step that it is in. Blocks; twice does no harm."""
+        """End the thread after its current step. Blocks; calling it twice is harmless."""
         with self._wake:
             self._draining = self._halted = True
             self._wake.notify_all()
@@ -156,7 +156,7 @@ class EngineThread:
             stream.send(error=reason)
 
     def _take_commands(self) -> bool:
-        """Wait for work and carry out what was asked for; False when it is time to end."""
+        """Wait for work and run all commands; False if the thread should end."""
         while not self._is_wanted() and self._engine.prepare():
             pass
         with self._wake:
@@ -191,4 +191,4 @@ class EngineThread:
 
 
 def _ignore(_: BaseException) -> None:
-    """Nothing needs to be said about an abort of what has stopped anyway."""
+    """For aborts: a stopped engine has nothing to abort."""

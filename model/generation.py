@@ -1,4 +1,4 @@
-"""The answer of one request so far: each step's logits become a token, its text, and the decision to stop."""
+"""The generation state of one request: turns the logits of each step into a token, its text and a stop decision."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class Likeliest(NamedTuple):
-    """All that a greedy step without constraint or watched tokens needs of its logits."""
+    """The argmax of the logits: enough for a greedy step without constraint or watched tokens."""
 
     token_id: int
-    logprob: float  # not finite when a logit is not
+    logprob: float  # not finite if a logit is not
 
 
 class Generated(NamedTuple):
     token_id: int
-    logprob: float  # of the model as it is: before temperature and constraint
+    logprob: float  # before temperature and constraint
     watch_logprobs: tuple[float, ...]
     text: str
     finish_reason: FinishReason | None
 
 
 class Generation:
-    """Holds the request's own random numbers, so its text does not depend on what else is in the batch."""
+    """Has its own random number generator, so that the text does not depend on the rest of the batch."""
 
     def __init__(
         self,
@@ -58,14 +58,14 @@ class Generation:
         return self._sampling.max_new_tokens
 
     def allowed(self, draft: Sequence[int] = ()) -> Sequence[int] | None:
-        """Ids that the constraint lets follow the tokens so far and `draft`; None: anything."""
+        """Ids that the constraint allows after the tokens so far and `draft`; None: any."""
         return None if self._constraint is None else self._constraint.allowed([*self.token_ids, *draft])
 
     def ends_with(self, token_id: int) -> bool:
         return token_id in self._stop_ids
 
     def advance(self, scores: Tensor | Likeliest) -> Generated:
-        """Choose the next token by what `score` gives. Raises ValueError, and as the constraint."""
+        """Choose the next token by its entry from `score`. Raises ValueError, and whatever the constraint raises."""
         if isinstance(scores, Likeliest):
             return self._take(*scores, ())
         return self._choose(scores)
@@ -82,7 +82,7 @@ class Generation:
         return Generated(token_id, logprob, watched, text, finish_reason)
 
     def _text_of(self, token_id: int) -> tuple[str, FinishReason | None]:
-        """Text that is certain now; a stop token and a stop string are not part of it."""
+        """The text that can be emitted now, without stop token and stop string, and the finish reason if any."""
         if self.ends_with(token_id):
             text, stopped = self._matcher.push(self._decoder.finish())
             return (text if stopped else text + self._matcher.finish()), "stop"
@@ -96,8 +96,8 @@ class Generation:
 
 
 def score(logits: Tensor, generations: Sequence[Generation]) -> list[Tensor | Likeliest]:
-    """logits (b, v) on any device -> for each generation what `advance` takes: log-probabilities (v,) float32 on the
-    CPU, or, where that is enough, the likeliest token, for which nothing of the size of v leaves the device."""
+    """logits (b, v) on any device -> the argument of `advance` for each generation: log-probabilities (v,) float32 on
+    the CPU or, if it is enough, the argmax, which is computed on the device."""
     logits = logits.float()
     scores: list[Tensor | Likeliest | None] = [None] * len(generations)
     greedy = [i for i, generation in enumerate(generations) if generation.needs_only_likeliest]

@@ -1,8 +1,8 @@
-"""W8A16: linear weights as int8 rows with a float32 scale each, activations as they are.
+"""W8A16: linear weights in int8 with one float32 scale per row, activations in floating point.
 
-Quantized: every nn.Linear and all experts. Left alone: embedding (and a head tied to it), norms, conv, A, D, router,
-dt_proj. A pair, as in gpt-fast: `quantize_rows` makes the weights, `swap_linears` puts in the layers that use them.
-W8A8 and W4A8 on a CPU: `PackedLinear`, `PackedExperts`.
+Quantized: every nn.Linear and all experts, except the router and dt_proj. Not quantized: embedding (and a head tied to
+it), norms, convolution, A, D. As in gpt-fast, `quantize_rows` makes the weights and `swap_linears` puts in the layers
+that use them. `PackedLinear` and `PackedExperts` are W8A8 and W4A8 on a CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LEFT_ALONE = ("router", "dt_proj")
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (..., out, in) -> int8 of the same shape and float32 scale (..., out); weight is about q * scale."""
+    """weight (..., out, in) -> int8 values of the same shape, float32 scale (..., out); weight ≈ values * scale."""
     weight = weight.float()
     scale = (weight.abs().amax(-1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
     return (weight / scale[..., None]).round_().to(torch.int8), scale
@@ -37,7 +37,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
 
 
 class Int8Linear(nn.Module):
-    """In the place of an nn.Linear; its weights are still to be loaded."""
+    """Replaces an nn.Linear; its weights are empty until loaded."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Int8Linear(nn.Module):
 
 
 class Int8Experts(nn.Module):
-    """In the place of `Experts`; its weights are still to be loaded."""
+    """Replaces `Experts`; its weights are empty until loaded."""
 
     def __init__(self, experts: Experts) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Int8Experts(nn.Module):
 
 
 class Int8Head(nn.Module):
-    """A head that is tied to an embedding stored as int8: its numbers as they are, in half of bfloat16's bytes."""
+    """A head tied to an embedding that is stored as int8: the same values in half the bytes of bfloat16."""
 
     bias = None
 
@@ -86,7 +86,7 @@ class Int8Head(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """In the place of an Int8Linear on a CPU: the rows of its input are rounded (`cpu.rounded_linear`)."""
+    """Replaces an Int8Linear on a CPU; quantizes its input (`cpu.rounded_linear`)."""
 
     def __init__(self, weight: cpu.Packed, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedExperts(nn.Module):
-    """In the place of Int8Experts on a CPU: a matrix of gates and of what they multiply, and one back, an expert."""
+    """Replaces Int8Experts on a CPU; two packed matrices per expert, gate and up concatenated, and down."""
 
     def __init__(self, gate_up_proj: list[cpu.Packed], down_proj: list[cpu.Packed]) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class PackedExperts(nn.Module):
 
 
 def swap_linears(model: Jamba) -> None:
-    """Replace the layers whose weights can be int8 by such with empty weights, in place."""
+    """Replace all layers that can be int8 with int8 layers whose weights are empty, in place."""
     embedding = model.embed_tokens.weight
     for module in list(model.modules()):
         for name, child in module.named_children():

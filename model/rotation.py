@@ -1,9 +1,9 @@
-"""A checkpoint read with its residual stream turned by an orthogonal matrix: the same function, without outliers.
+"""Reads a checkpoint with its residual stream rotated by an orthogonal matrix R: the same function, fewer outliers.
 
-x and xR are of the same length, so a norm does not see R: it goes into the weights on both sides of the stream, and
-nothing is left to do when the model runs. A matrix behind a norm with gain g becomes W diag(g) R and the gain 1, a
-matrix that writes to the stream R^T W. A token's largest value is then a few times its RMS instead of up to forty
-times, and rounding it to int8 costs little (w8a8.py). What is inside a mixer or an MLP stays as it is.
+RMSNorm commutes with a rotation once its gain g is folded into the next matrix, so R is folded into the weights and
+costs nothing at run time: a matrix that reads the stream becomes W diag(g) R, with gain 1; one that writes to it
+becomes R^T W. The largest value of a token is then a few times its RMS instead of up to forty times, so that int8
+activations lose little (w8a8.py). Activations inside mixers and MLPs are not rotated.
 Source: QuaRot (Ashkboos et al., 2024), its first step.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from model.weights import CheckpointReader, StoredTensor
 
 _LAYER = re.compile(r"(model\.layers\.\d+\.)(.*)")
-_READS = {  # the norm before it, by what follows the layer's name
+_READS = {  # norm -> the matrices that read its output
     "input_layernorm": re.compile(r"self_attn\.[qkv]_proj\.weight|mamba\.in_proj\.weight"),
     "pre_ff_layernorm": re.compile(r"feed_forward\.(router|(experts\.\d+\.)?(gate|up)_proj)\.weight"),
 }
@@ -30,10 +30,10 @@ _NORMS = re.compile(r"model\.(layers\.\d+\.(input_layernorm|pre_ff_layernorm)|fi
 
 
 class Rotation:
-    """An orthogonal d × d matrix that mixes all places: random signs, then a Kronecker product of small factors.
+    """A dense orthogonal d × d matrix: random signs, then a Kronecker product of small orthogonal factors.
 
-    Of sizes that multiply to d: Hadamard matrices of at most 64 for the powers of two in d, one random orthogonal
-    matrix for the rest. Applying it takes the sum of the sizes a value, not d.
+    The factors are Hadamard matrices of up to 64 for the power of two in d and a random orthogonal matrix for the odd
+    part. Applying it costs the sum of the factor sizes per value instead of d.
     """
 
     def __init__(self, d: int, seed: int = 0) -> None:
@@ -45,13 +45,13 @@ class Rotation:
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., d) -> xR, float32."""
         x = (x.float() * self._signs).unflatten(-1, self.sizes)
-        for matrix in self._matrices:  # each turns the first of the places that are left and puts it last
+        for matrix in self._matrices:  # each is applied to the first factor dimension, which moves to the end
             x = x.movedim(-len(self.sizes), -1) @ matrix
         return x.flatten(-len(self.sizes))
 
 
 def _factors(d: int) -> list[int]:
-    """[what is odd in d], then powers of two up to 64 of nearly equal size; d = 4096 gives [64, 64], 576 [9, 64]."""
+    """[odd part of d], then powers of two up to 64 of nearly equal size: 4096 gives [64, 64], 576 gives [9, 64]."""
     odd = d // (d & -d)
     bits = (d // odd).bit_length() - 1
     count = -(-bits // 6)
@@ -60,7 +60,7 @@ def _factors(d: int) -> list[int]:
 
 
 def _hadamard(n: int) -> Tensor:
-    """Sylvester's, orthogonal."""
+    """Hadamard matrix by Sylvester's construction, scaled to be orthogonal."""
     matrix = torch.ones(1, 1)
     while len(matrix) < n:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
@@ -68,13 +68,14 @@ def _hadamard(n: int) -> Tensor:
 
 
 def _orthogonal(n: int, generator: torch.Generator) -> Tensor:
-    """Uniform over all of them."""
+    """Random orthogonal matrix, Haar distributed."""
     q, r = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
     return (q * r.diagonal().sign()).float()
 
 
 class RotatedReader(CheckpointReader):
-    """As CheckpointReader, of the turned checkpoint. Its head is never tied: the final norm's gain is in it."""
+    """A CheckpointReader of the rotated checkpoint. Its head is untied, because the gain of the final norm is folded
+    into it."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -85,7 +86,7 @@ class RotatedReader(CheckpointReader):
         self._turn = Rotation(self.config.hidden_size)
 
     def __getitem__(self, name: str) -> StoredTensor:
-        """Matrices of the stream in float32, or as floating as they were stored."""
+        """Rotated matrices keep their float dtype; quantized ones become float32."""
         stored = super().__getitem__(name)
         if _NORMS.fullmatch(name):
             return StoredTensor(torch.ones_like(stored.values))

@@ -1,4 +1,4 @@
-"""What a request wants of its tokens: how to choose them, when to stop."""
+"""Sampling parameters, token choice and stop strings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """`temperature` 0 takes the likeliest token. `stop` strings end the text before them, `stop_token_ids` end it too.
+    """`temperature` 0 is greedy. Generation ends at a `stop` string, which is cut off, or at one of `stop_token_ids`.
 
     Raises ValueError for values out of range.
     """
@@ -25,7 +25,7 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False  # for measurements that need exactly max_new_tokens
+    ignore_eos: bool = False  # for benchmarks that need exactly max_new_tokens
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -39,24 +39,24 @@ class SamplingParams:
 
 
 class TokenConstraint(Protocol):
-    """Which tokens may come next, for instance only continuations of a quoted span.
+    """Restricts the next token, for instance to continuations of a quoted span.
 
-    A function of `generated` alone: the engine also asks about tokens that it only guesses, and then goes back.
+    The result must depend on `generated` alone: the engine also asks about drafted tokens that it may reject.
     """
 
     def allowed(self, generated: Sequence[int]) -> Sequence[int] | None:
-        """Ids that may follow the tokens generated so far; None: anything."""
+        """Ids that may follow the tokens generated so far; None: any."""
         ...
 
 
 def choose_token(
     logprobs: Tensor, params: SamplingParams, rng: random.Random, allowed: Sequence[int] | None = None
 ) -> int:
-    """Pick one id from logprobs (v,) float32 on the CPU; the allowed ids are renormalised among themselves.
+    """Choose an id by logprobs (v,) float32 on the CPU; probabilities are renormalised over the allowed ids.
 
-    Takes exactly one number from `rng` per sampled token. The nucleus is drawn from in order of ids, not of
-    probabilities: logits that differ by rounding, as those of a batch do from those of one sequence, then give the
-    same token. Raises ValueError when nothing is allowed or a logit is not a number.
+    A sampled token takes exactly one number from `rng`. The inverse CDF runs over the nucleus in order of ids, not of
+    probability, so that rounding differences, such as those between batch sizes, hardly ever change the token.
+    Raises ValueError if no id is allowed, or a logit is NaN, or the largest is not finite.
     """
     ids = None if allowed is None else torch.as_tensor(allowed, dtype=torch.int64).unique()
     if ids is not None and ids.numel() == 0:
@@ -69,10 +69,10 @@ def choose_token(
 
 
 def _sample(scores: Tensor, params: SamplingParams, rng: random.Random) -> int:
-    """Place in scores (v,) drawn at params.temperature from the top_p nucleus."""
+    """Index into scores (v,), sampled with temperature from the top_p nucleus."""
     below = scores.numpy().astype(np.float64)
     below -= below.max()
-    with np.errstate(over="ignore"):  # of a temperature near 0: all but the likeliest weigh nothing
+    with np.errstate(over="ignore"):  # a tiny temperature gives -inf, and so weight 0
         weights = np.exp(below / params.temperature)
     if params.top_p < 1.0:
         order = np.argsort(-weights, kind="stable")
@@ -85,14 +85,14 @@ def _sample(scores: Tensor, params: SamplingParams, rng: random.Random) -> int:
 
 
 class StopMatcher:
-    """Cuts a streamed text before the first stop string; holds back what may be the beginning of one."""
+    """Cuts a streamed text before the first stop string; holds back text that may be the beginning of one."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """(text that is certain, whether a stop string was met; then nothing more may be pushed)."""
+        """(text to emit, whether a stop string was found, after which nothing may be pushed)."""
         self._held += text
         found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
@@ -104,13 +104,13 @@ class StopMatcher:
         return certain, False
 
     def finish(self) -> str:
-        """What was held back and turned out to be no stop string."""
+        """The text still held back, at the end of generation."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`, shorter than it."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length

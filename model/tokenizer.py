@@ -1,7 +1,7 @@
-"""Text to token ids and back, for prompts that must not be forged and answers that are streamed.
+"""Text to token ids and back, safe against forged special tokens, with incremental decoding for streaming.
 
-Special tokens are put into a prompt by id (`Tokenizer.special`), never by text: what a user or a document writes is
-always encoded as plain characters. `StreamDecoder` turns ids into text one at a time.
+Special tokens enter a prompt only by id (`Tokenizer.special`): text of users and documents is always encoded as
+ordinary tokens, even if it spells a special token. `StreamDecoder` decodes one token at a time.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, eos_id: int | None = None) -> None:
         backend.no_truncation()
         backend.no_padding()
-        backend.encode_special_tokens = True  # the library's name for "read special tokens in text as plain text"
+        backend.encode_special_tokens = True  # despite its name: encode special tokens in text as plain text
         self._backend = backend
         added = backend.get_added_tokens_decoder()
         self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
-        # a chat's marks are not always declared special; added runs of white space are no marks
+        # chat markers are not always declared special; added tokens for runs of white space are not markers
         marks = {token.content: i for i, token in added.items() if len(token.content) > 1 and token.content.strip()}
         self._control_ids = marks | self._special_ids
         self._control_set = frozenset(self._control_ids.values())
@@ -38,7 +38,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, checkpoint: Path | str) -> Self:
-        """Read tokenizer.json and the end-of-text token of a checkpoint directory. Raises ValueError if it has none."""
+        """Read tokenizer.json and the EOS token of a checkpoint directory. Raises ValueError without tokenizer.json."""
         path = Path(checkpoint) / "tokenizer.json"
         if not path.is_file():
             raise ValueError(f"{path} is missing: the checkpoint has no tokenizer")
@@ -46,11 +46,11 @@ class Tokenizer:
         return cls(backend, _read_eos_id(path.parent, backend))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; a special token written out in it becomes ordinary characters."""
+        """Ids of `text`; special tokens spelled out in it are encoded as ordinary text."""
         return self.encode_with_offsets(text)[0]
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids (t,) int32 of each text, as `encode` gives them; cut on all cores, without holding up other threads."""
+        """`encode` each text, as int32 (t,); runs on all cores and releases the GIL."""
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         found = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         controls = np.fromiter(self._control_set, dtype=np.int32)
@@ -60,7 +60,7 @@ class Tokenizer:
         ]
 
     def encode_template(self, text: str) -> list[int]:
-        """Ids of trusted text, such as a chat template's own: a special token written out in it becomes that token."""
+        """Ids of trusted text, such as a chat template's; special tokens spelled out in it become those tokens."""
         pieces = self._control.split(text) if self._control else [text]
         ids: list[int] = []
         for piece in pieces:
@@ -69,14 +69,14 @@ class Tokenizer:
         return ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids, and for each the characters of `text` it stands for; tokens of one split character share its place."""
+        """Ids and the (start, end) of each in `text`; tokens of one split character share its offsets."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         if self._control_set.isdisjoint(encoding.ids):
             return encoding.ids, encoding.offsets
         return self._encode_around_special(text)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        """Text of `ids`; invalid UTF-8 becomes U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def special(self, name: str) -> int:
@@ -92,11 +92,11 @@ class Tokenizer:
         return name in self._special_ids
 
     def is_control(self, token_id: int) -> bool:
-        """Whether it is a special token, or another that was added as a mark: no text of a user becomes one."""
+        """Whether it is a special token or another added marker; `encode` never produces one."""
         return token_id in self._control_set
 
     def _encode_around_special(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Encode with every special token's text cut behind its first character, for backends that would merge it."""
+        """Encode with the spelling of each special token split after its first character, so that it cannot match."""
         cuts = {0, len(text)}
         for name in self._control_ids:
             at = text.find(name)
@@ -115,15 +115,15 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Text of a growing list of ids: the pushes joined, and `finish`, equal the text of all of them at once."""
+    """Decodes ids one at a time; all results of `push` and `finish` joined equal `decode` of all ids."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
         self._tokenizer, self._skip_special = tokenizer, skip_special
-        self._window: list[int] = []  # the ids behind the text given out last, then those not given out yet
-        self._given = 0  # how many of them are given out
+        self._window: list[int] = []  # the ids of the text emitted last, then those not emitted yet
+        self._given = 0  # how many of them are emitted
 
     def push(self, token_id: int) -> str:
-        """Text that `token_id` completes; empty while a character's bytes are not all there."""
+        """The text that `token_id` completes; empty while a character is incomplete."""
         self._window.append(token_id)
         text = self._pending()
         if not text or text.endswith("\ufffd"):
@@ -133,7 +133,7 @@ class StreamDecoder:
         return text
 
     def finish(self) -> str:
-        """What was held back; an unfinished character comes out as U+FFFD."""
+        """The text held back; an incomplete character becomes U+FFFD."""
         text = self._pending()
         self._window, self._given = [], 0
         return text
@@ -144,7 +144,7 @@ class StreamDecoder:
 
 
 def _read_eos_id(checkpoint: Path, backend: tokenizers.Tokenizer) -> int | None:
-    """The chat's end token: tokenizer_config.json names it, otherwise config.json gives its id."""
+    """The EOS token: by name from tokenizer_config.json, otherwise by id from config.json."""
     token = _read_json(checkpoint / "tokenizer_config.json").get("eos_token")
     name = token.get("content") if isinstance(token, dict) else token
     if name is not None and (token_id := backend.token_to_id(name)) is not None:

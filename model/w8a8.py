@@ -1,8 +1,8 @@
-"""W8A8 prefills on a GPU: the inputs of chosen int8 products are rounded too, a token at a time, where tokens are many.
+"""W8A8 prefill on a GPU: the inputs of selected int8 matrix products are quantized per token, for long segments.
 
-Twice the rate of bfloat16's tensor cores, and no weight is unpacked. Decoding and short segments stay W8A16. Which
-products may be rounded is a matter of drift, measured on the shipped checkpoint by bench/w8a8_drift.py; the products
-themselves are in kernels/w8a8.py. Start at `round_activations`.
+int8 tensor cores run at twice the rate of bfloat16, and weights need no dequantization. Decoding and short segments
+stay W8A16. bench/w8a8_drift.py measures the drift that each product causes on the shipped checkpoint; the products are
+in kernels/w8a8.py. Start at `round_activations`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from model.jamba import Jamba
 from model.kernels import cpu, w8a8
 from model.moe import MLP
 
-# a product whose input is rounded, by where it stands; of x_proj, the head and the router it never is
+# the products whose inputs may be quantized; those of x_proj, the head and the router never are
 SITES = ("mamba_in", "mamba_out", "attention_in", "attention_out", "mlp", "experts")
 _SITE_OF = {
     **{"in_proj": "mamba_in", "out_proj": "mamba_out", "o_proj": "attention_out"},
@@ -31,7 +31,7 @@ class UnsupportedDevice(ValueError):
 
 
 class W8A8Linear(Int8Linear):
-    """In the place of an Int8Linear, with its weights."""
+    """Replaces an Int8Linear, sharing its weights."""
 
     def __init__(self, linear: Int8Linear) -> None:
         nn.Module.__init__(self)
@@ -44,7 +44,7 @@ class W8A8Linear(Int8Linear):
 
 
 class W8A8MLP(MLP):
-    """In the place of an MLP, with its projections; the inputs of all three are rounded."""
+    """Replaces an MLP, sharing its projections; quantizes the inputs of all three."""
 
     def __init__(self, mlp: MLP) -> None:
         nn.Module.__init__(self)
@@ -58,7 +58,7 @@ class W8A8MLP(MLP):
 
 
 class W8A8Experts(Int8Experts):
-    """In the place of Int8Experts, with their weights; the inputs of both products are rounded."""
+    """Replaces Int8Experts, sharing their weights; quantizes the inputs of both products."""
 
     def __init__(self, experts: Int8Experts) -> None:
         nn.Module.__init__(self)
@@ -75,7 +75,7 @@ class W8A8Experts(Int8Experts):
 
 
 def check_device(device: torch.device) -> None:
-    """Raises UnsupportedDevice where the products would be computed by their definition, slower than not rounded."""
+    """Raises UnsupportedDevice if w8a8 would fall back to the reference implementation, which is slower than int8."""
     if device.type == "cpu" and not cpu.rounds_rows():
         raise UnsupportedDevice("w8a8 needs a CPU with VNNI and without AMX, or with Arm's dot products; use int8")
     if device.type != "cpu" and not w8a8.has_kernels(torch.empty(0, device=device)):
@@ -83,9 +83,9 @@ def check_device(device: torch.device) -> None:
 
 
 def round_activations(model: Jamba, sites: Collection[str] = SITES) -> None:
-    """Let the products at `sites` round their inputs, in place; the model's weights stay where they are.
+    """Make the products at `sites` quantize their inputs, in place; the weights are not copied.
 
-    Raises ValueError for unknown sites and for a model none of whose products there are int8.
+    Raises ValueError for unknown sites, and if the model has no int8 product at any of them.
     """
     if strangers := set(sites) - set(SITES):
         raise ValueError(f"no site {', '.join(sorted(strangers))}; there are {', '.join(SITES)}")
@@ -95,14 +95,14 @@ def round_activations(model: Jamba, sites: Collection[str] = SITES) -> None:
             if (rounding := _rounding(name, child, sites)) is not None:
                 setattr(module, name, rounding)
                 changed += 1
-    if set(sites) == set(SITES):  # longer ones read the weights once, too, and nothing in a layer waits
+    if set(sites) == set(SITES):  # then longer segments, too, read weights once, without host syncs
         model.graphed_tokens, model.padded_tokens = gpu_segment.LONGEST, gpu_layers.LONGEST
     if sites and not changed:
         raise ValueError("none of the model's products at these sites is int8; load it with quantize='int8'")
 
 
 def _rounding(name: str, module: nn.Module, sites: Collection[str]) -> nn.Module | None:
-    """What replaces this module, if anything."""
+    """The replacement of this module; None if it stays."""
     match module:
         case Int8Experts() if "experts" in sites:
             return W8A8Experts(module)

@@ -1,8 +1,9 @@
-"""safetensors -> modules: by memory map, a tensor at a time, quantizing on the way; says exactly what does not fit.
+"""Loads a safetensors checkpoint into modules: memory-mapped, tensor by tensor, quantized on the fly if asked for.
 
-A checkpoint may hold experts one by one (as on the hub) or fused (as `transformers` 5 has them in memory); inside this
-file there is only the first form. Matrices may be stored as float, as int8 (`<name>` and `<name>.scale`, float32, a row
-each) or as int4 (`<name>.qweight` and `<name>.scales`, see int4.py). Start at `load_model`; convert.py writes.
+A checkpoint may store experts separately (as on the Hub) or fused (as `transformers` 5 holds them in memory); this
+module presents both as separate experts. Matrices may be stored as float, as int8 (`<name>`, and `<name>.scale` with
+one float32 per row) or as int4 (`<name>.qweight` and `<name>.scales`, see int4.py). Every missing, unknown or
+misshapen tensor is reported by name. Start at `load_model`; convert.py writes checkpoints.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ Quantization = Literal["int8", "w8a8"]
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 QUANT_METHODS = ("jamba_rag_int8", "jamba_rag_int4")
 _READERS = 4
-_FEW_PACKED = 96  # tokens up to which a layer in two calls is faster than its modules, where weights are packed
-_ROUND_ELEMENTS = {"cpu": 1 << 18, "gpu": 1 << 24}  # of a matrix that are float at a time; a CPU's cache holds few
+_FEW_PACKED = 96  # with packed weights, two kernel calls per layer are faster than its modules up to this many tokens
+_ROUND_ELEMENTS = {"cpu": 1 << 18, "gpu": 1 << 24}  # quantized at a time; on a CPU their float copy must fit the cache
 _ALWAYS_FLOAT32 = ("A_log", "D", "scale")
 _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 
 
-@torch.inference_mode(False)  # the weights are filled by threads, where the caller's mode does not hold
+@torch.inference_mode(False)  # inference mode is per thread, and the weights are filled by worker threads
 def load_model(
     path: Path | str,
     device: torch.device | str = "cpu",
@@ -47,10 +48,10 @@ def load_model(
     """Load a checkpoint directory into a model on `device`, in evaluation mode.
 
     dtype: of weights and activations; None means float32 on a CPU and bfloat16 elsewhere. A and D stay float32.
-    quantize: "int8" holds the linear layers and experts as int8, see int8.py; "w8a8" rounds the inputs of products as
-    well: on a GPU a prefill's, see w8a8.py; on a CPU all, and there weights that are stored as int4 stay so.
-    Raises UnsupportedWeights, naming every field or tensor, before anything large is read; UnsupportedDevice where
-    "w8a8" has no kernels.
+    quantize: "int8" keeps linear layers and experts in int8 (int8.py). "w8a8" also quantizes activations: on a GPU
+    during prefill (w8a8.py), on a CPU always, where weights stored as int4 also stay int4.
+    Raises UnsupportedWeights, naming every bad field or tensor, before anything large is read; UnsupportedDevice if
+    the device has no kernels for "w8a8".
     """
     if quantize not in (None, "int8", "w8a8"):
         raise ValueError(f"quantize is {quantize!r}, must be 'int8', 'w8a8' or None")
@@ -58,7 +59,7 @@ def load_model(
     if quantize == "w8a8":
         check_device(device)
     if device.type == "cuda":
-        from torch.nn.attention import bias  # noqa: F401 - takes seconds, which else the first question would
+        from torch.nn.attention import bias  # noqa: F401 - takes seconds; import it now, not in the first request
     with torch.device("meta"):
         model = Jamba(reader.config)
     if quantize:
@@ -77,14 +78,14 @@ def load_model(
 
 def _fill(model: Jamba, reader: CheckpointReader) -> None:
     slots = find_slots(model)
-    names = [name for name in reader.names if name in slots]  # others are packed already
-    with ThreadPoolExecutor(_READERS) as pool:  # one thread waits for the disk or rounds while others copy
+    names = [name for name in reader.names if name in slots]  # packed layers are already loaded
+    with ThreadPoolExecutor(_READERS) as pool:  # overlaps disk reads, quantization and copies
         for _ in pool.map(lambda name: slots[name].fill(reader[name]), names):
             pass
 
 
 def _pack(model: Jamba, reader: CheckpointReader) -> None:
-    """Replace the int8 layers of a model on "meta" by such that round their inputs, but for x_proj."""
+    """Replace the int8 layers of a model on "meta", except x_proj, with packed ones that quantize their inputs."""
     for path, module in list(model.layers.named_modules()):
         for name, child in list(module.named_children()):
             stored = f"model.layers.{path}.{name}"
@@ -99,13 +100,13 @@ def _pack(model: Jamba, reader: CheckpointReader) -> None:
 
 
 def _share_int8(model: Jamba, embedding: StoredTensor) -> None:
-    """Let a tied head multiply the embedding as it is stored, if that is int8."""
+    """If the embedding is stored as int8, let the tied head compute with its int8 values."""
     if embedding.values.dtype == torch.int8:
-        model.lm_head = Int8Head(embedding.values.clone(), embedding.scale.clone())  # the file may be written over
+        model.lm_head = Int8Head(embedding.values.clone(), embedding.scale.clone())  # the mapped file may change
 
 
 def _packed(reader: CheckpointReader, *names: str) -> cpu.Packed:
-    """The matrices one below the other: int4 where they are stored so, else int8."""
+    """The named matrices, concatenated along the output dimension: int4 if all are stored as int4, otherwise int8."""
     stored = [reader[name] for name in names]
     if all(one.values.dtype == torch.uint8 for one in stored):
         return cpu.Packed.of_int4(torch.cat([one.values for one in stored]), torch.cat([one.scale for one in stored]))
@@ -115,13 +116,13 @@ def _packed(reader: CheckpointReader, *names: str) -> cpu.Packed:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor as the checkpoint holds it: float, int8 with a scale a row, or int4 with scales a group."""
+    """A tensor as the checkpoint stores it: float, int8 with a scale per row, or int4 with a scale per group."""
 
     values: Tensor
     scale: Tensor | None = None
 
     def dense(self) -> Tensor:
-        """The weights as floats: as stored, or float32 when they were quantized."""
+        """The weights as floats: in the stored dtype, or dequantized to float32."""
         if self.scale is None:
             return self.values
         if self.values.dtype == torch.uint8:
@@ -129,7 +130,7 @@ class StoredTensor:
         return self.values.float() * self.scale[:, None]
 
     def int8(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """The matrix as int8 rows and their scales: as stored, or rounded now on `device`, a few rows at a time."""
+        """int8 values and a scale per row: as stored, or quantized on `device`, a few rows at a time."""
         if self.scale is not None and self.values.dtype == torch.int8:
             return self.values, self.scale
         device = torch.device(device)
@@ -150,10 +151,10 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The place in a model that a checkpoint's tensor goes to."""
+    """The destination of a checkpoint tensor in the model."""
 
     values: Tensor
-    scale: Tensor | None = None  # of an int8 layer
+    scale: Tensor | None = None  # for int8 layers
 
     def fill(self, stored: StoredTensor) -> None:
         if self.scale is None:
@@ -165,7 +166,7 @@ class Slot:
 
 
 def find_slots(model: Jamba) -> dict[str, Slot]:
-    """Every tensor that a checkpoint of this model holds, by its name there, experts one by one."""
+    """The destination of every tensor of a checkpoint of this model, by Hub name, experts separate."""
     slots: dict[str, Slot] = {}
     for path, module in model.named_modules():
         if isinstance(module, Experts | Int8Experts):
@@ -193,7 +194,7 @@ def _expert_slots(experts: Experts | Int8Experts) -> Iterator[tuple[str, Slot]]:
 
 
 def allocate(model: Jamba, dtype: torch.dtype, device: torch.device) -> None:
-    """Give the parameters of a model on "meta" their memory, uninitialised."""
+    """Allocate uninitialised memory for the parameters of a model on "meta"."""
     for name, parameter in list(model.named_parameters()):
         own = torch.float32 if name.endswith(_ALWAYS_FLOAT32) else dtype
         own = own if parameter.is_floating_point() else parameter.dtype
@@ -208,11 +209,11 @@ class _Entry:
     file: str
     stored_name: str  # without the suffixes of int4
     shape: tuple[int, ...]
-    part: tuple[int, slice] | None = None  # of a fused tensor
+    part: tuple[int, slice] | None = None  # (expert, rows) in a fused tensor
 
 
 class CheckpointReader:
-    """The tensors of a checkpoint directory by their hub names. Reading them is safe from several threads."""
+    """Reads the tensors of a checkpoint directory by their Hub names. Thread safe."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -228,7 +229,7 @@ class CheckpointReader:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all tensors, in the order they lie on disk."""
+        """The names of all tensors, in file order."""
         return tuple(self._entries)
 
     def __getitem__(self, name: str) -> StoredTensor:
@@ -240,7 +241,7 @@ class CheckpointReader:
         return StoredTensor(self._read(stored, entry.part), scale)
 
     def check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises UnsupportedWeights naming all tensors that are missing, unknown or of another shape."""
+        """Raises UnsupportedWeights, naming every tensor that is missing, unknown or of the wrong shape."""
         found = {name: entry.shape for name, entry in self._entries.items()}
         problems = [f"missing {name}" for name in wanted if name not in found]
         problems += [f"unknown {name}" for name in found if name not in wanted]
@@ -253,7 +254,7 @@ class CheckpointReader:
             raise UnsupportedWeights(f"{self.path} does not fit its config.json: {'; '.join(problems)}")
 
     def _find_files(self) -> dict[str, str]:
-        """The file of each stored tensor."""
+        """Tensor name -> file name."""
         index = self.path / INDEX_NAME
         if index.exists():
             file_of = _read_json(index).get("weight_map", {})
@@ -265,7 +266,7 @@ class CheckpointReader:
         return dict.fromkeys(sorted(self._shard(SINGLE_NAME).keys()), SINGLE_NAME)
 
     def _find_entries(self) -> Iterator[tuple[str, _Entry]]:
-        """Names and shapes from the shards' headers alone. A scale belongs to its matrix and is no entry."""
+        """Names and shapes, from the shard headers alone. Scales have no entry of their own."""
         for name, file in self._file_of.items():
             is_scale = name.endswith(".scale") and name.removesuffix(".scale") in self._file_of
             is_scale |= name.endswith(".scales") and f"{name.removesuffix('.scales')}.qweight" in self._file_of
@@ -289,7 +290,7 @@ class CheckpointReader:
             raise UnsupportedWeights(f"{self.path}: {name} is {found}, {owner} needs {shape}")
 
     def _drop_tied_head(self) -> None:
-        """A tied head may be stored all the same; it must then be the embedding."""
+        """Ignore a stored copy of a tied head. Raises UnsupportedWeights if it differs from the embedding."""
         if self.config.tie_word_embeddings and "lm_head.weight" in self._entries:
             if not torch.equal(self["lm_head.weight"].dense(), self["model.embed_tokens.weight"].dense()):
                 raise UnsupportedWeights(f"{self.path}: lm_head.weight is tied by config.json but is not the embedding")
@@ -305,7 +306,7 @@ class CheckpointReader:
             raise UnsupportedWeights(f"{self.path / self._file_of[name]}: {error}") from error
 
     def _shard(self, file: str) -> Any:
-        """The memory map of one shard."""
+        """The memory-mapped shard, opened on first use."""
         if file not in self._open_shards:
             try:
                 self._open_shards[file] = safe_open(self.path / file, framework="pt")
