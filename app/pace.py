@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from statistics import fmean
+from typing import NamedTuple
 
 from app.errors import Overloaded
 
@@ -22,7 +23,7 @@ class Pace:
 
     def __init__(self, max_pending: int, max_wait_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_pending, self._max_wait_s, self._clock = max_pending, max_wait_s, clock
-        self._gaps = deque[tuple[float, float]](maxlen=_KEPT)  # time of finishing, seconds of work since the last
+        self._gaps = deque[_Gap](maxlen=_KEPT)
         self._last = -math.inf
 
     def admit(self, pending: int) -> float:
@@ -36,20 +37,29 @@ class Pace:
             raise _refusal(f"{what}; the limit is {limit_s:g} s", wait_s - limit_s)
         return self._clock()
 
-    def finish(self, admitted: float) -> None:
-        """Record that the answer admitted at that time has finished (not been abandoned)."""
+    def finish(self, admitted: float, pending: int) -> None:
+        """Record that the answer admitted at that time has finished (not been abandoned), as one of `pending`."""
         now = self._clock()
-        self._gaps.append((now, now - max(admitted, self._last)))
+        self._gaps.append(_Gap(now, now - max(admitted, self._last), pending))
         self._last = now
 
     def _gap_s(self) -> float:
-        """Mean time between two answers, in which old measurements count less."""
+        """Mean time between two answers. Old measurements count less, and so do those with few answers pending: how
+        long one takes alone says little about how fast many finish side by side."""
         if not self._gaps:
             return _UNMEASURED_S
-        weights = [0.5 ** ((self._last - finished) / _HALF_LIFE_S) for finished, _ in self._gaps]
-        return fmean([gap for _, gap in self._gaps], weights)
+        weights = [gap.pending * 0.5 ** ((self._last - gap.finished) / _HALF_LIFE_S) for gap in self._gaps]
+        return fmean([gap.seconds for gap in self._gaps], weights)
+
+
+class _Gap(NamedTuple):
+    """Seconds of work between the end of the previous answer and one that `finished` as one of `pending`."""
+
+    finished: float
+    seconds: float
+    pending: int
 
 
 def _refusal(what: str, wait_s: float) -> Overloaded:
-    again_s = max(1, math.ceil(wait_s))
+    again_s = max(1, math.ceil(round(wait_s, 3)))
     return Overloaded(f"{what}; try again in {again_s} s", again_s)

@@ -381,7 +381,7 @@ class RagService:
         """Release the place of an answer that has finished or was abandoned."""
         with self._running_lock:
             if answer.completed and answer in self._running:
-                self._pace.finish(answer.admitted)
+                self._pace.finish(answer.admitted, len(self._running))
             self._running.discard(answer)
         if answer.lost:
             self.format.forget(answer.lost)  # it may have tokenized some after the others forgot them

@@ -90,7 +90,9 @@ class LayeredPrefill:
         (state,) = self._batch.states
         kv = state.append_kv(block.index, k, v)
         past, outputs = state.num_tokens, []
-        rows = max(MAX_SCORES // (past + len(q)) // _QUERY_UNIT, 1) * _QUERY_UNIT
+        most = max(MAX_SCORES // (past + len(q)) // _QUERY_UNIT, 1) * _QUERY_UNIT
+        pieces = -(-len(q) // most)  # of about equal size: a short last one would need another kernel (gpu_past.py)
+        rows = -(-len(q) // (pieces * _QUERY_UNIT)) * _QUERY_UNIT
         for own in q.split(rows):
             yield "attention"
             past += len(own)

@@ -74,7 +74,7 @@ def test_as_many_answers_are_taken_on_as_are_finished_in_time():
     def answer(seconds: float, beside: float = 0) -> None:
         admitted = pace.admit(0) - beside
         clock.now += seconds
-        pace.finish(admitted)
+        pace.finish(admitted, pending=1)
 
     assert places() == 31  # nothing is known yet
     for _ in range(64):
@@ -97,6 +97,22 @@ def test_as_many_answers_are_taken_on_as_are_finished_in_time():
     answer(0.1)
     assert places() == 64
     assert Pace(max_pending=99, max_wait_s=0).admit(98)
+
+
+def test_answers_that_finish_side_by_side_say_more_than_those_that_took_long_alone():
+    clock = Clock(NOON)
+    pace = Pace(max_pending=64, max_wait_s=30, clock=clock)
+    for _ in range(4):  # a service begins with questions that are prefilled whole
+        admitted = pace.admit(0)
+        clock.now += 6
+        pace.finish(admitted, pending=1)
+    with pytest.raises(Overloaded):
+        pace.admit(6)
+    admitted = [pace.admit(i) for i in range(5)]
+    for i, one in enumerate(admitted):
+        clock.now += 0.2
+        pace.finish(one, pending=5 - i)
+    assert pace.admit(20)
 
 
 def test_a_days_bytes_survive_a_restart_and_end_at_midnight(store):
