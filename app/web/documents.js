@@ -173,7 +173,14 @@ export class DocumentsPanel {
     const found = this.entries.filter((entry) => words.every((word) => entry.words.includes(word)));
     this.list.replaceChildren(...found.map((entry) => entry.element));
     this.showHints();
-    if (focused.isConnected) focused.focus({ preventScroll: true }); // a line that was moved loses it
+    (focused.isConnected ? focused : byId("documents-title")).focus({ preventScroll: true }); // a line that was moved loses it
+  }
+
+  /** Shows a line whose document may have another status now, by which it is found or no longer. */
+  update(entry) {
+    const before = entry.words;
+    entry.show();
+    if (entry.words !== before && byId("find-document").value) this.showList();
   }
 
   showHints() {
@@ -222,7 +229,7 @@ export class DocumentsPanel {
       entry.problem = problem;
       this.showFacts();
     }
-    entry.show();
+    this.update(entry);
   }
 
   /** Asks for the documents in work until none is left; then the collection's counts are read again. */
@@ -246,7 +253,7 @@ export class DocumentsPanel {
       if (problem.status === 404) return this.forget(entry, `${entry.filename} is gone`);
       return; // a broken connection or a busy server: the next round asks again
     }
-    entry.show();
+    this.update(entry);
     if (entry.active) return;
     this.showFacts();
     const ready = [`${entry.filename} is ready`, entry.unread].filter(Boolean).join(". ");
@@ -259,13 +266,13 @@ export class DocumentsPanel {
     if (!document) {
       entry.sent = 0;
       this.waiting.push(entry);
-      entry.show();
+      this.update(entry);
       return this.sendNext();
     }
     await this.guardGone(entry, async () => {
       const answer = await api.retryDocument(document.id);
       entry.document = answer?.id ? answer : await api.getDocument(document.id);
-      entry.show();
+      this.update(entry);
       this.poll();
     });
   }

@@ -52,6 +52,14 @@ def test_documents_are_found_by_name_and_status(page, tmp_path: Path):
         assert bool(page.find_all("#none-found")) == (found == [])
         assert page.barriers() == []
     field.send_keys(Keys.CONTROL, "a")
+    field.send_keys("failed")
+    page.wait(lambda: names() == ["Broken.pdf"])
+    buttons = [page.find(f"#document-list [aria-label^={name}]") for name in ("Delete", "Retry")]
+    page.driver.execute_script("arguments[0].focus(), arguments[1].click()", *buttons)
+    page.wait(lambda: names() == [])  # while it is read again
+    assert page.driver.switch_to.active_element == page.find("#documents-title")
+    page.wait(lambda: names() == ["Broken.pdf"])
+    field.send_keys(Keys.CONTROL, "a")
     field.send_keys("minutes-3")
     page.wait(lambda: names() == ["minutes-3.txt"])
     page.find("#document-list [aria-label^=Delete]").click()
