@@ -6,6 +6,7 @@ import re
 import secrets
 import time
 from typing import Any
+from urllib.parse import unquote
 
 import anyio.to_thread
 from fastapi import FastAPI
@@ -45,6 +46,7 @@ SECURITY_HEADERS = {
 }
 _OPEN_PATHS = re.compile(r"/|/web/.*|/healthz|/readyz|/docs|/openapi\.json|/favicon\.ico")
 _UPLOAD_PATHS = re.compile(r"/v1/documents(/[^/]*)?")
+_ABSOLUTE_FORM = re.compile(rb"(?:http|https)://([^/?#@]+)(/.*)?", re.IGNORECASE)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -59,6 +61,7 @@ class RequestFrame:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        _take_origin_form(scope)
         scope["headers"] = [header for header in scope["headers"] if header[0] != b"range"]  # files are sent whole
         headers = Headers(scope=scope)
         request_id = headers.get("x-request-id", "")
@@ -142,6 +145,14 @@ class RequestFrame:
             status=status,
             written=scope.get("state", {}).get("written", []),
         )
+
+
+def _take_origin_form(scope: Scope) -> None:
+    """Of a target as it is sent to a proxy (RFC 9112, 3.2.2) take the path, and the host instead of the header's."""
+    if match := _ABSOLUTE_FORM.fullmatch(scope.get("raw_path") or b""):
+        host, path = match[1], match[2] or b"/"
+        scope["path"], scope["raw_path"] = unquote(path.decode("ascii")), path
+        scope["headers"] = [*(header for header in scope["headers"] if header[0] != b"host"), (b"host", host)]
 
 
 class _Sent:

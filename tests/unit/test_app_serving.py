@@ -1,6 +1,8 @@
 """Whether the address of the service is taken, before anything is loaded; and what is no request of HTTP's own."""
 
 import asyncio
+import http.client
+import json
 import logging
 import socket
 
@@ -43,6 +45,23 @@ def test_an_upgrade_is_refused_as_any_request_is(tiny_checkpoint, tmp_path):
         assert httpx.get(f"{url}/healthz", headers=wanted).status_code == 200
     assert (reply.status_code, reply.json()["code"]) == (401, "unauthorized")
     assert reply.headers["content-type"] == "application/problem+json"
+
+
+def test_a_target_with_its_host_is_served_as_its_path(tiny_checkpoint, tmp_path):
+    with serving(make_settings(tiny_checkpoint, tmp_path / "data", auth={"enabled": False})) as url:
+
+        def get(target: str) -> tuple[int, dict]:
+            connection = http.client.HTTPConnection(url.removeprefix("http://"))
+            connection.request("GET", target, headers={"Host": "localhost"})
+            reply = connection.getresponse()
+            body = json.loads(reply.read())
+            connection.close()
+            return reply.status, body
+
+        assert get(f"{url}/v1/documents?limit=3") == get("/v1/documents?limit=3")
+        assert "no collection 'a b'" in get("HTTP://localhost/v1/collections/a%20b")[1]["detail"]
+        status, refused = get("http://elsewhere.example/v1/documents")  # whatever the header says
+    assert (status, refused["code"]) == (403, "forbidden")
 
 
 @pytest.mark.anyio
