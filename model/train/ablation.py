@@ -1,8 +1,8 @@
-"""The same data and budget for four mixtures of attention and Mamba, small enough for one core: which copies?
+"""Ablation on one CPU core: trains four ratios of attention to Mamba layers on the same data, to compare their copying.
 
-Eight layers of one size, alike but for which of them attend; no positions, no experts, float32. Lengths start short and
-grow to `--length`, for copying appears early only where there is little to choose from. A run that was stopped goes on
-where it saved last, and draws the same rows. What it is for, and how far it came: docs/small-model.md.
+The models differ only in which of their eight layers are attention; no positional encoding, no experts, float32. Row
+lengths grow up to `--length`, because copying emerges early only with few candidates. An interrupted run resumes at its
+last save and draws the same rows. Purpose and results: docs/small-model.md.
 Run: `python -m model.train.ablation 1:7 --out DIR`. Source: Jamba (arXiv 2403.19887), section 6.
 """
 
@@ -25,12 +25,12 @@ from model.train.trainer import Cluster, Log, MasterOptimizer, cosine
 LAYERS = 8
 ATTENTION = {"mamba": (LAYERS + 1, LAYERS), "1:7": (8, 4), "1:3": (4, 2), "attention": (1, 0)}  # period, offset
 SHORTEST = 64
-QUESTIONS = 12  # a row, as far as it has room
-TEXT_WEIGHT = 0.02  # of documents and questions, to the answers' 1
+QUESTIONS = 12  # per row, if they fit
+TEXT_WEIGHT = 0.02  # loss weight of documents and questions; answers have 1
 
 
 def build(mixture: str, vocab_size: int) -> Jamba:
-    """About 0.36 million parameters, whatever the mixture: an attention layer weighs as much as a Mamba layer here."""
+    """About 0.36 million parameters for every mixture: attention and Mamba layers are of equal size here."""
     period, offset = ATTENTION[mixture]
     config = JambaConfig(
         vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=LAYERS, num_attention_heads=4,
@@ -46,7 +46,7 @@ def build(mixture: str, vocab_size: int) -> Jamba:
 
 @torch.no_grad()
 def start_weights(model: Jamba) -> None:
-    """What a layer adds starts small beside the embedding, or nothing that was read survives to be copied."""
+    """Initialize output projections small relative to the embedding, so that token identity survives to be copied."""
     model.embed_tokens.weight.normal_(std=model.config.hidden_size**-0.5)
     for name, parameter in model.named_parameters():
         if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
@@ -58,7 +58,7 @@ def saved_masters(folder: Path, mixture: str) -> Path:
 
 
 def draw_batch(language: Language, step: int, share: float, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Rows of one length for this step, the same in every run: ids (b, t) and weights (b, t) of each as a target."""
+    """Rows of one length for this step, the same in every run: ids (b, t) and their loss weights (b, t)."""
     rng = random.Random(args.seed * 1_000_003 + step)
     longest = SHORTEST * (args.length / SHORTEST) ** min(1.0, share / args.grow_until)
     length = max(SHORTEST, int(longest * rng.choice((0.5, 1.0, 1.0))))
@@ -74,7 +74,7 @@ def draw_batch(language: Language, step: int, share: float, args: argparse.Names
 
 
 def loss_of(model: Jamba, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss to descend, and the answers' mean share of it in nats a token, detached."""
+    """The training loss, and the mean cross entropy of answer tokens in nats, detached."""
     hidden, _ = forward_hidden(model, ids[:, :-1])
     targets, weights = ids[:, 1:].flatten(), weights[:, 1:].flatten()
     none = torch.zeros_like(weights)
@@ -83,7 +83,7 @@ def loss_of(model: Jamba, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]
 
 
 def train(mixture: str, args: argparse.Namespace, stop_at: int | None = None) -> None:
-    """Train one mixture over `args.tokens` tokens, from where an earlier call saved last; `stop_at` a step, early."""
+    """Train one mixture on `args.tokens` tokens, resuming from its last save; `stop_at`: step to stop at early."""
     language, cluster = Language(), Cluster()
     model = build(mixture, len(language.words))
     optimizer = MasterOptimizer(model, lambda name: 1.0, weight_decay=0.05, dtype=torch.float32, muon=True)
@@ -112,8 +112,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=4_000_000)
     parser.add_argument("--tokens-a-step", type=int, default=2048)
-    parser.add_argument("--length", type=int, default=512, help="of the longest rows")
-    parser.add_argument("--grow-until", type=float, default=0.7, help="share of the steps at which rows are that long")
+    parser.add_argument("--length", type=int, default=512, help="tokens in the longest rows")
+    parser.add_argument("--grow-until", type=float, default=0.7, help="share of steps until rows reach --length")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=100, help="steps")

@@ -1,6 +1,6 @@
-"""First stage: every Mamba mixer learns, at once and layer by layer, to give what the attention it replaces gave.
+"""First stage: trains every Mamba mixer, all layers in parallel, to reproduce the output of the attention it replaces.
 
-Each mixer sees the teacher's own normalised hidden states; the loss is ‖mixer − attention‖² / ‖attention‖² (NMSE).
+Each mixer reads the teacher's normalised hidden states; the loss is ‖mixer − attention‖² / ‖attention‖² (NMSE).
 Run: `torchrun --nproc-per-node N -m model.train.align --help`. Source: MOHAWK (arXiv 2408.10189), stage 2.
 """
 
@@ -23,7 +23,7 @@ from model.train.trainer import Cluster, Log, MasterOptimizer
 
 
 def align_step(teacher: Jamba, student: Jamba, token_ids: Tensor) -> Tensor:
-    """Accumulates the mixers' gradients on token_ids (b, t); returns each Mamba layer's NMSE."""
+    """Accumulate the mixers' gradients on token_ids (b, t); returns the NMSE of each Mamba layer."""
     batch = Batch.fresh(*token_ids.shape, token_ids.device)
     losses = []
     with torch.no_grad():
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, required=True)
     parser.add_argument("--tokens", type=Path, required=True, help="uint16 .npy of running text")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=120, help="wall clock of the stage, its start not counted")
+    parser.add_argument("--seconds", type=float, default=120, help="wall-clock time of training, without startup")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3)

@@ -1,9 +1,10 @@
-"""Makes question-answer pairs on passages of the corpora: a span by rule, the reader's question for it, and its answer.
+"""Generates question-answer pairs from corpus passages: rules choose a span, the reader model writes a question for it.
 
-What the reader answers from the passage must be the span again (F1 from 0.6), or other words of the passage of which
-it is sure: then its question drifted, and has that answer. `python -m model.train.asking --corpora DIR --reader DIR
---out made.jsonl` appends lines of source, doc, title, passage, question, answer, start, kind, read, f1, sure (the
-probability of what was read): what `model.train.pairs` reads. Start at `main`.
+As a round-trip check the reader then answers its own question. The pair is kept if that answer matches the span (F1 of
+at least 0.6); if it is another text of the passage given with confidence, the question drifted and that text becomes
+its answer. `python -m model.train.asking --corpora DIR --reader DIR --out made.jsonl` appends lines of source, doc,
+title, passage, question, answer, start, kind, read, f1, sure (probability of the reader's answer), the input of
+`model.train.pairs`. Start at `main`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ LEAST_F1, SURE = 0.6, 0.2
 
 
 class Asked(NamedTuple):
-    """A passage to ask about, and its tokens as the reader's turn."""
+    """A passage to ask about, and the tokens of its chat turn."""
 
     source: str
     doc: str
@@ -67,12 +68,12 @@ def turn(role: str, text: str) -> str:
 
 
 def task(text: str) -> str:
-    """A task behind a passage, and the beginning of its answer."""
+    """A task that follows a passage, up to the start of the reply."""
     return turn("user", text) + "<|im_start|>assistant\n"
 
 
 def ask_for(kind: str, answer: str) -> str:
-    """The task to ask for an answer, with a hint at the kind of question."""
+    """The task of writing a question for an answer, with a hint at the kind of question."""
     return task(f"Write a question that asks {HOW_TO_ASK.get(kind, 'what, which or who')}. Its answer: {answer}")
 
 
@@ -85,7 +86,7 @@ def passage_turn(title: str, text: str) -> str:
 
 
 def beginning() -> str:
-    """Instructions and examples: what all passages share."""
+    """Instructions and examples: the prefix that all passages share."""
     said = turn("system", INSTRUCTIONS)
     lines = (Path(__file__).parent / "asking_examples.txt").read_text().splitlines()
     title, body, pending = "", list[str](), ""
@@ -105,7 +106,7 @@ def beginning() -> str:
 
 
 def overlap(a: str, b: str) -> float:
-    """F1 of the words of two answers; of their characters' equality where they have none."""
+    """Word F1 of two answers; if either has no words, 1 if they are equal and otherwise 0."""
     mine, other = Counter(words(a)), Counter(words(b))
     if not mine or not other:
         return float(a.strip() == b.strip())
@@ -114,13 +115,13 @@ def overlap(a: str, b: str) -> float:
 
 
 def ask(reader: Reader, asked: Sequence[Asked], padded: int) -> Iterator[dict[str, Any]]:
-    """The pairs that pass, of passages that all fit into `padded` tokens."""
+    """The pairs that pass the checks; all passages must fit into `padded` tokens."""
     reader.read([a.ids for a in asked], padded)
     questions = _say(reader, [[ask_for(kind, a.passage[start:end]) for kind, start, end in a.spans] for a in asked])
     answers = _say(reader, [[read_for(question) for question, _ in row] for row in questions])
     for a, row, said in zip(asked, questions, answers, strict=True):
         for span, (question, _), (read, sure) in zip(map(Span._make, a.spans), row, said, strict=True):
-            if sure == 0:  # not said, or cut off
+            if sure == 0:  # task too long, or reply cut off
                 continue
             answer, start = a.passage[span.start : span.end], span.start
             f1 = overlap(read, answer) if read != NONE else 0.0
@@ -134,7 +135,7 @@ def ask(reader: Reader, asked: Sequence[Asked], padded: int) -> Iterator[dict[st
 
 
 def _say(reader: Reader, tasks: list[list[str]]) -> list[list[tuple[str, float]]]:
-    """What the reader says to each task, and how likely that was; 0 for a task that is too long to be put."""
+    """The reader's reply to each task and its probability; 0 for tasks that are too long."""
     tokens = [[reader.encode(text) for text in row] for row in tasks]
     fit = [[ids if len(ids) <= TASK_TOKENS else ids[-1:] for ids in row] for row in tokens]
     said = reader.generate(fit, TASK_TOKENS, ANSWER_TOKENS)
@@ -154,8 +155,8 @@ def is_prose(text: str) -> bool:
 
 
 def passages_of(job: tuple[Path, Path, int, int, int, int]) -> list[Asked]:
-    """The part of the corpora's passages that one process prepares, of a document at most `per_document`, of a package
-    at most `per_source`, and none that was asked about before."""
+    """The passages that one process prepares: at most `per_document` per document and `per_source` per package,
+    without those that were asked about before."""
     corpora, folder, part, parts, per_source, per_document = job
     tokenizer = load_tokenizer(folder)
     taken, found, before = Counter[str](), [], asked_before()
@@ -177,7 +178,7 @@ def passages_of(job: tuple[Path, Path, int, int, int, int]) -> list[Asked]:
 
 
 def batches(asked: Sequence[Asked], size: int, rng: random.Random) -> Iterator[tuple[int, list[Asked]]]:
-    """Passages of about one length together, in random order."""
+    """(padded length, passages): batches of passages of similar length, in random order."""
     bins: dict[int, list[Asked]] = defaultdict(list)
     order = list(asked)
     rng.shuffle(order)
@@ -194,15 +195,15 @@ def main() -> None:
     parser.add_argument("--corpora", type=Path, required=True, help="output folder of model.train.corpora")
     parser.add_argument("--reader", type=Path, required=True, help="output folder of model.train.reader")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--asked", type=Path, required=True, help="passages to ask about; made where it is not there")
-    parser.add_argument("--seconds", type=float, default=300, help="of asking; 0: only the passages are made")
+    parser.add_argument("--asked", type=Path, required=True, help="passages to ask about; created if missing")
+    parser.add_argument("--seconds", type=float, default=300, help="time for asking; 0: only prepare the passages")
     parser.add_argument("--batch", type=int, default=224, help="passages")
-    parser.add_argument("--per-source", type=int, default=1200, help="passages of a package, at most")
+    parser.add_argument("--per-source", type=int, default=1200, help="maximum passages per package")
     parser.add_argument("--per-document", type=int, default=40)
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--part", type=int, default=0, help="which of `--parts` shares of the passages to ask about")
-    parser.add_argument("--parts", type=int, default=1, help="a process and device each")
+    parser.add_argument("--parts", type=int, default=1, help="number of shares, one per process and device")
     args = parser.parse_args()
     if not args.asked.exists():
         jobs = [(args.corpora, args.reader, i, args.workers, args.per_source, args.per_document)

@@ -1,7 +1,7 @@
-"""Questions for nothing: a sentence leaves its document, one of its terms is blanked, and the term stands elsewhere.
+"""Cloze questions from running text: a sentence is removed and one of its terms, which recurs elsewhere, is blanked.
 
-To fill the blank is to find, among the passages, the place that speaks of the same thing, and to copy from it: what
-extractive question answering needs, from any running text.
+To fill the blank, the model must find the passage about the same thing and copy from it, which is the skill of
+extractive question answering, without annotated data.
 Source: recurring span selection, Splinter (arXiv 2101.00438), section 3.
 """
 
@@ -28,7 +28,7 @@ FORMS = ("{}", "{}", "Fill in the blank: {}", "What is missing here? {}", "{} Wh
 
 
 def informative(words: Sequence[str], first_in_sentence: bool) -> bool:
-    """Whether a run of words names something: a digit, a capital inside a sentence, or a long uncommon word."""
+    """Whether a run of words is specific: it has a digit, a capital inside a sentence, or a long word."""
     if words[0].lower() in STOPWORDS or words[-1].lower() in STOPWORDS:
         return False
     if any(any(c.isdigit() or c in "_./" for c in word) for word in words):
@@ -47,8 +47,8 @@ class ClozeContexts:
             raise ValueError("no text is long enough (700 characters) to make cloze questions of")
 
     def draw(self, rng: random.Random, max_chars: int, shortest: int = 250) -> Context | None:
-        """A context of about `max_chars` in passages of `shortest` characters or more, with up to six blanks; None
-        where the drawn text repeats no term."""
+        """A context of about `max_chars` in passages of at least `shortest` characters, with up to six blanks; None if
+        the drawn text gives no question."""
         title, text = rng.choice(self.texts)
         start = rng.randrange(max(1, len(text) - max_chars))
         sentences = [s for s in SENTENCE_END.split(text[start : start + max_chars])[1:-1] if s.strip()]
@@ -67,7 +67,7 @@ class ClozeContexts:
         return self._drop(passages, questions, lost) if questions else None
 
     def _choose(self, sentences: list[str], rng: random.Random) -> dict[int, tuple[str, int]]:
-        """Sentences to take out: number -> (term to blank, where it stands)."""
+        """The sentences to remove: index -> (term to blank, its offset)."""
         places: dict[str, list[tuple[int, int]]] = defaultdict(list)
         for i, sentence in enumerate(sentences):
             words = [(m.group(), m.start()) for m in WORD.finditer(sentence)]
@@ -107,7 +107,7 @@ class ClozeContexts:
 
     @staticmethod
     def _drop(passages: list[tuple[str, str]], questions: list[Question], lost: set[int]) -> Context:
-        """Take the passages `lost` away: their questions can no longer be answered."""
+        """Remove the passages `lost`; their questions become unanswerable."""
         kept = [k for k in range(len(passages)) if k not in lost]
         place = {k: i for i, k in enumerate(kept)}
         moved = [

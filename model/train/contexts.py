@@ -1,4 +1,4 @@
-"""What a row of questions is made from: passages, and questions that know where their answer stands."""
+"""Contexts: passages with questions whose answers are located in them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 @dataclass(frozen=True, slots=True)
 class Question:
     text: str
-    answer: str | None  # None: the passages do not hold it
-    passage: int  # which passage of the context holds the answer
-    start: int  # where in that passage
-    rivals: tuple[tuple[str, int], ...] = ()  # wrong quotes, and where they stand, where there is one passage alone
+    answer: str | None  # None: not in the passages
+    passage: int  # index of the passage with the answer
+    start: int  # character offset of the answer in that passage
+    rivals: tuple[tuple[str, int], ...] = ()  # wrong quotes and their offsets, for contexts of a single passage
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Context:
 
 
 def merge_contexts(contexts: Sequence[Context], rng: random.Random) -> Context:
-    """One context of all their passages and questions: each one's passages are distractors to the others."""
+    """Merge contexts into one, shuffled: the passages of each are distractors for the others."""
     passages = [passage for context in contexts for passage in context.passages]
     order = list(range(len(passages)))
     rng.shuffle(order)

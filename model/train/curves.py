@@ -1,4 +1,4 @@
-"""Draws training logs as one picture. Run: `python -m model.train.curves OUT.png LOG.jsonl … [--align ALIGN.jsonl]`."""
+"""Plots training logs. Run: `python -m model.train.curves OUT.png LOG.jsonl … [--align ALIGN.jsonl]`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def draw_alignment(axis: Axes, path: Path) -> None:
 
 
 def draw_lines(axis: Axes, paths: list[Path], stages: tuple[str, ...], names: dict[str, str]) -> float:
-    """A colour each name, a style each log; the highest value behind the first twentieth."""
+    """One colour per name, one line style per log; returns the highest value after the first 5% of the rows."""
     highest = 0.0
     for path, style in zip(paths, STYLES, strict=False):
         rows = read_log(path, *stages)
@@ -68,7 +68,7 @@ def draw_scores(axis: Axes, paths: list[Path]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("logs", type=Path, nargs="+", help="of model.train.tune and model.train.distill")
+    parser.add_argument("logs", type=Path, nargs="+", help="logs of model.train.tune and model.train.distill")
     parser.add_argument("--align", type=Path)
     args = parser.parse_args()
     led = [path for path in args.logs if any("find" in row for row in read_log(path, "distill"))]

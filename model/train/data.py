@@ -1,8 +1,8 @@
-"""Rows to train on: running text, and contexts of passages with several questions in turn.
+"""Training rows: running text, and contexts of passages with several questions each.
 
-A context is a whole prompt of the service: system, documents, question, answer, the next question, … Some questions
-have lost their passage to near ones: their answer is `<|none|>`. Loss weights mark the answers, and each token of a
-quote or citation knows which token of the documents it repeats. Start at `QaRows`.
+A context is a complete prompt of the service: system, documents, question, answer, next question, … For some questions
+the answering passage is removed and similar ones remain: their answer is `<|none|>`. Loss weights mark the answers, and
+each token of a quote or citation is labelled with the document token that it copies. Start at `QaRows`.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from model.train.rephrase import rephrase
 from model.train.scoring import token_f1
 from model.train.statement_contexts import StatementContexts, ask_more
 
-# Kinds of target token. Answers weigh as much as their kind: where the document is chosen, the quote begins and ends.
-# Running text belongs to no context.
+# Kinds of target token. The kind of an answer token is its loss weight; the decisive ones choose between quote and
+# none, begin and end the quote, and cite the document. Running text belongs to no context.
 DECISIVE, ANSWER, QUESTION, TEXT, PADDING, RUNNING = 3.0, 1.0, 0.5, 0.0, -1.0, -2.0
 
 
 NO_SOURCE = -1
-BEFORE_ANSWER, BEHIND_ANSWER = 16, 32  # tokens around an answer's first that tell what it answers
+BEFORE_ANSWER, BEHIND_ANSWER = 16, 32  # the neighbourhood of an answer's first token in which it is to be found
 
 
 class Place(NamedTuple):
-    """Where a passage stands in a prompt: its document's number and first token, and its own first token."""
+    """The position of a passage in a prompt: number and first token of its document, and its own first token."""
 
     ordinal: int
     document: int
@@ -45,8 +45,8 @@ class Place(NamedTuple):
 
 
 def covering_tokens(tokenizer: Tokenizer, text: str, start: int, end: int) -> tuple[list[int], int, int] | None:
-    """Tokens of `text` and the range of them that covers text[start:end]; None when they cover more than white space
-    beside it."""
+    """The tokens of `text` and the range of them that covers text[start:end]; None if token boundaries do not match,
+    except for white space."""
     ids, offsets = tokenizer.encode_with_offsets(text)
     first = next((i for i, (_, stop) in enumerate(offsets) if stop > start), len(ids))
     last = next((i for i in range(first, len(ids)) if offsets[i][1] >= end), len(ids) - 1)
@@ -56,9 +56,9 @@ def covering_tokens(tokenizer: Tokenizer, text: str, start: int, end: int) -> tu
 
 
 class ContextRenderer:
-    """Turns a `Context` into token ids and target kinds, at most `max_tokens` long; with `rephrase`, in other words."""
+    """Turns a `Context` into token ids and target kinds; with `rephrase`, the questions are reworded."""
 
-    WRONG: ClassVar = 0.4  # share of the quotes given for questions that have an answer
+    WRONG: ClassVar = 0.4  # for answerable questions that are asked back, share of wrong quotes
 
     def __init__(self, tokenizer: Tokenizer, rephrase: bool = False) -> None:
         self.format, self.tokenizer, self.rephrase = ChatFormat(tokenizer), tokenizer, rephrase
@@ -66,10 +66,11 @@ class ContextRenderer:
     def render(
         self, context: Context, max_tokens: int, rng: random.Random, back: float = 0.0
     ) -> tuple[list[int], list[float], list[int]]:
-        """Token ids and, for each, its kind and its source: the place of the token it repeats, or NO_SOURCE.
+        """At most `max_tokens` token ids and, for each, its kind and its source: the index of the token that it copies,
+        or NO_SOURCE.
 
-        Questions that no longer fit are left out. A share `back` of them is asked back: a quote is given, and what is
-        to be said is the question, if the quote answers it, and whether it does.
+        Questions that no longer fit are left out. A share `back` of them is asked back: given a quote, the targets are
+        the verdict whether it answers the question and, if it does, the question itself.
         """
         passages = [self.tokenizer.encode(text) for _, text in context.passages]
         groups = self._group_passages(context, rng)
@@ -79,10 +80,10 @@ class ContextRenderer:
         for ordinal, group in zip(ordinals, groups, strict=True):
             start = len(ids)
             ids += self.format.document(ordinal, context.passages[group[0]][0], [passages[i] for i in group])
-            end = len(ids) - 1  # of the last passage: then the document closes
+            end = len(ids) - 1  # of the last passage, before the token that closes the document
             for i in reversed(group):
                 places[i] = Place(ordinal, start, end - len(passages[i]))
-                end = places[i].passage - 1  # a gap between two
+                end = places[i].passage - 1  # a separator between two
         kinds, sources = [TEXT] * len(ids), [NO_SOURCE] * len(ids)
         for question in context.questions:
             text = rephrase(question.text, rng) if self.rephrase else question.text
@@ -119,9 +120,9 @@ class ContextRenderer:
     def _asked_back(
         self, context: Context, question: Question, text: str, rng: random.Random
     ) -> tuple[list[int], list[float]] | None:
-        """A quote, the question and the verdict, with their kinds; None where there is no quote of whole tokens.
+        """Tokens and kinds of a quote, the question and the verdict; None if no quote matches token boundaries.
 
-        What is asked in vain gets a wrong quote, what has an answer the right one or, for a share `WRONG`, another.
+        Unanswerable questions get a wrong quote; answerable ones the right quote or, for a share `WRONG`, a wrong one.
         """
         wrong = rng.random() < self.WRONG or question.answer is None
         quote = self._rival(context, question, rng) if wrong else None
@@ -132,15 +133,15 @@ class ContextRenderer:
         if found is None:
             return None
         given, said = self.format.ask_back(found[0][found[1] : found[2]], text, answers=quote is None)
-        # behind a wrong quote the question is not learnt: it must stay unlikely there
+        # no loss on the question after a wrong quote: it must stay unlikely there
         kinds = [TEXT] * len(given) + [ANSWER if quote is None else PADDING] * (len(said) - 1) + [DECISIVE]
         return [*given, *said], kinds
 
     @staticmethod
     def _rival(context: Context, question: Question, rng: random.Random) -> tuple[int, str, int] | None:
-        """A wrong quote, its passage first: one that a model took for likely, or what answers another question.
+        """(passage, text, start) of a wrong quote: one that a model found likely, or the answer to another question.
 
-        The nearer its words come to the right ones, the less often it is taken for wrong.
+        The higher its F1 with the right answer, the more often it is rejected as possibly right.
         """
         rivals = [(0, words, start) for words, start in question.rivals]
         rivals = rivals or [(q.passage, q.answer, q.start) for q in context.questions if q.answer and q is not question]
@@ -159,7 +160,7 @@ class ContextRenderer:
 
     @staticmethod
     def _group_passages(context: Context, rng: random.Random) -> list[list[int]]:
-        """Mostly a document a passage; sometimes neighbours under one title, as passages of one document."""
+        """Mostly one passage per document; sometimes neighbours are merged into one document."""
         groups: list[list[int]] = []
         merge = rng.random() < 0.3
         for i in range(len(context.passages)):
@@ -177,7 +178,7 @@ def templated_context(
     host: Context | None = None,
     tables: float = 0.25,
 ) -> Context:
-    """A context of invented facts (`model.train.templated`): documents of them, or needles in passages of `host`."""
+    """A context of invented facts (`model.train.templated`), in their own documents or hidden in passages of `host`."""
     if host is not None:
         made = templated.hide_needles(rng, host.passages, rng.randrange(2, 7))
     else:
@@ -186,7 +187,7 @@ def templated_context(
     questions = []
     for asked in made.questions:
         if len(asked.spans) > 1:
-            continue  # answers of several quotes are not trained yet
+            continue  # answers with several quotes are not trained
         span = asked.spans[0] if asked.spans else None
         where = (span.text, span.passage, span.start) if span else (None, -1, -1)
         questions.append(Question(asked.text, *where))
@@ -194,18 +195,17 @@ def templated_context(
 
 
 class QaRows:
-    """Rows of one length for training: each a context of its own, padded at the end.
+    """Training rows of one length, each with one context, padded at the end.
 
-    Blanks teach to find and to copy, invented facts to tell like from like, statements and pairs what people ask: the
-    shares move from the first to the last over the training (`progress`, 0 to 1). Early passages are short: many
-    documents in few tokens, and so many choices to learn from. Some rows have a passage alone, as the service has
-    passages read, and questions that lead a search to it, most of them in vain; or a passage that is read again with
-    each question, as the service reads the one it answers from.
+    Cloze questions teach finding and copying, invented facts discrimination between similar things, statements and
+    pairs natural questions; the mixture shifts from `FIRST` to `LAST` over training (`progress`, 0 to 1). Early
+    passages are short, for many candidates in few tokens. Some rows hold a single passage, as the service also reads
+    passages one at a time, with questions that a search would match to it, most of them unanswerable.
     """
 
-    LONE: ClassVar = {256: 1.0, 512: 0.7}  # share of the rows of a length in which a passage stands alone
-    LONE_INVENTED: ClassVar = 0.2  # of these: tables for the most part
-    BACK: ClassVar = {256: 0.45, 512: 0.45, 1024: 0.3}  # share of the questions that are asked back
+    LONE: ClassVar = {256: 1.0, 512: 0.7}  # row length -> share of rows with a single passage
+    LONE_INVENTED: ClassVar = 0.2  # share of those that are invented, mostly tables
+    BACK: ClassVar = {256: 0.45, 512: 0.45, 1024: 0.3}  # row length -> share of questions asked back
     FIRST: ClassVar = {"cloze": 0.12, "templated": 0.18, "statements": 0.25, "pairs": 0.45}
     LAST: ClassVar = {"cloze": 0.04, "templated": 0.16, "statements": 0.2, "pairs": 0.6}
 
@@ -235,7 +235,7 @@ class QaRows:
         return row, marks, origins
 
     def _context(self, rng: random.Random, shares: Mapping[str, float], max_chars: int, shortest: int) -> Context:
-        """Contexts of one kind or several, together of about `max_chars`."""
+        """One or more contexts, possibly of different kinds, merged to about `max_chars`."""
         parts: list[Context] = []
         room = max_chars
         while room > 0.25 * max_chars:
@@ -261,9 +261,9 @@ class QaRows:
 
 
 def copies(row: tuple[np.ndarray, np.ndarray, np.ndarray], count: int) -> np.ndarray:
-    """Where a row's answers repeat its documents, decisive tokens first: (count, 4) float32 for `losses.attention_to`.
+    """The copied tokens of a row's answers, decisive ones first, as queries (count, 4) of `losses.attention_to`.
 
-    The query is the token before the one that is repeated, its key the token that is.
+    float32. The query is at the token before the copy, the key at its source.
     """
     _, kinds, sources = row
     places = np.flatnonzero(sources != NO_SOURCE)
@@ -274,7 +274,7 @@ def copies(row: tuple[np.ndarray, np.ndarray, np.ndarray], count: int) -> np.nda
 
 
 def findings(row: tuple[np.ndarray, np.ndarray, np.ndarray], count: int) -> np.ndarray:
-    """Each `<|answer|><|quote|>`, and the neighbourhood of what is quoted then: as `copies` gives them."""
+    """Like `copies`, with queries at each `<|answer|>` and `<|quote|>` and keys around the first token quoted."""
     _, kinds, sources = row
     begun = np.flatnonzero((sources[2:] != NO_SOURCE) & (kinds[:-2] == QUESTION)) + 2  # the first token of each quote
     made = np.zeros((count, 4), dtype=np.float32)

@@ -1,9 +1,9 @@
-"""Second stage, end to end: the hybrid keeps the teacher's language and learns the task.
+"""Second stage: end-to-end distillation of the hybrid from the teacher, together with the question answering task.
 
-A step sees running text (KL to the teacher, hidden states, cross entropy) and contexts with questions: the tuned
-teacher at every token, beside it the truth at answers, and where one attention layer should look to find, another to
-copy. Rotary positions fade out over the first `--rope-until` of the schedule; from `--quant-from` on it trains at the
-weights that the shipped format will hold.
+A step trains on running text (KL to the teacher, hidden states, cross entropy) and on contexts with questions: KL to
+the tuned teacher on every token, mixed with the true answers, plus supervision of where one attention layer should look
+to find the answer and another to copy it. RoPE fades out over the first `--rope-until` of the schedule; from
+`--quant-from` on, training is quantization-aware, in the shipped format.
 Run: `torchrun --nproc-per-node N -m model.train.distill --help`.
 """
 
@@ -37,23 +37,22 @@ from model.train.trainer import Clock, Cluster, Log, MasterOptimizer, cosine, lo
 from model.weights import load_model
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16_384)
-LENGTH_SHARES = (0.22, 0.36, 0.22, 0.09, 0.06, 0.05, 0.0)  # a passage alone often, as the service reads
-LATE_SHARES = (0.22, 0.35, 0.17, 0.07, 0.06, 0.06, 0.07)  # from --long-from on: needles far away, too
+LENGTH_SHARES = (0.22, 0.36, 0.22, 0.09, 0.06, 0.05, 0.0)  # many short rows: the service reads single passages
+LATE_SHARES = (0.22, 0.35, 0.17, 0.07, 0.06, 0.06, 0.07)  # from --long-from on, for distant answers
 TAPS = (5, 11, 17, 23, 29)
-FINDING, COPYING = 12, 20  # attention layers; the second came to copy by itself
-QUERIES = {FINDING: 1024, COPYING: 2048}  # a step, at most
-TEACHER_TOKENS = 8192  # what the Transformer has seen
+FINDING, COPYING = 12, 20  # attention layers; the second learned to copy without supervision
+QUERIES = {FINDING: 1024, COPYING: 2048}  # maximum per step
+TEACHER_TOKENS = 8192  # context length of the Transformer
 
 
 class Steps(IterableDataset):
-    """Yields a step's rows (b, l + 1) of questions, below them running text, their kinds, what they find and copy.
-
-    l varies by step; the last two are queries (rows of questions, m, 4) of `losses.attention_to`.
+    """Yields for each step: rows (b, l + 1), questions first, then running text; their kinds; and the queries (question
+    rows, m, 4) of the finding and the copying layer for `losses.attention_to`. l varies by step.
     """
 
     def __init__(self, args: argparse.Namespace, cluster: Cluster) -> None:
         self.args, self.rank, self.size = args, cluster.rank, cluster.size
-        self.progress = multiprocessing.Value("d", 0.0)  # read by the workers: what to ask changes over the training
+        self.progress = multiprocessing.Value("d", 0.0)  # shared with the data workers, whose mixture depends on it
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, ...]]:
         worker, args = get_worker_info(), self.args
@@ -78,8 +77,8 @@ class Steps(IterableDataset):
 
 
 class Weights(NamedTuple):
-    """Of the parts of a loss: divergence and cross entropy of running text, the teacher's hidden states, what stands
-    around the answers (their own weight is 1), and the share of the truth, beside a tuned teacher, in the answers."""
+    """Loss weights: KL and cross entropy of running text, hidden states, text around the answers (answers have 1), and
+    the share of hard labels, beside a tuned teacher, in the answers."""
 
     kl: float
     ce: float
@@ -89,8 +88,8 @@ class Weights(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """What is descended, and its parts, detached: KL and cross entropy of running text, hidden states' error, −log p
-    of the answers, KL of the other tokens of questions, −log of the attention where it should be: to find, to copy."""
+    """The total loss, and its parts, detached: KL and cross entropy of running text, error of hidden states, −log p of
+    the answers, KL of the other tokens of contexts, −log of the attention on the right keys to find and to copy."""
 
     total: Tensor
     kl: Tensor
@@ -114,9 +113,9 @@ def step_loss(
 ) -> Loss:
     """rows, kinds (b, t + 1), as `Steps` gives them.
 
-    All tokens follow the teacher's distribution and hidden states, answers, by their kinds, mixed with the truth, or,
-    where it is not `tuned`, the truth alone; without a teacher all is text to predict. `looks` are queries (b, m, 4) of
-    the finding and of the copying layer, of the first b rows.
+    All tokens are distilled from the teacher's distribution and hidden states. Answers, weighted by kind, also have
+    hard labels, and only those if the teacher is not `tuned`. Without a teacher, cross entropy on every token.
+    `looks`: queries (b, m, 4) of the finding and the copying layer for the first b rows.
     """
     taps = TAPS if teacher is not None and weights.hidden > 0 else ()
     inputs = (FINDING - 1, COPYING - 1) if looks else ()
@@ -163,17 +162,17 @@ def step_loss(
 
 
 def _shared(weights: Tensor) -> Tensor:
-    """Weights that sum to 1, or to 0 where there is nothing."""
+    """Weights normalised to a sum of at most 1; all 0 stays 0."""
     return weights / weights.sum().clamp(min=1)
 
 
 def rate_of(name: str) -> float:
-    """Mixers learn faster, and the few attention layers that must do what thirty did; the rest moves less."""
+    """Learning rate factor: 1 for Mamba mixers, routers and attention, 0.5 for the rest."""
     return 1.0 if ".mamba." in name or ".router." in name or ".self_attn." in name else 0.5
 
 
 def looks_weight(args: argparse.Namespace, share: float) -> float:
-    """Attention is led for the first 60% of the schedule, less and less until 80%, then free."""
+    """Weight of the attention loss: constant for 60% of the schedule, then linearly to 0 at 80%."""
     return args.looks * min(1.0, max(0.0, (0.8 - share) / 0.2))
 
 
@@ -185,11 +184,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rivals", type=Path, help="folder with what `model.train.rivals` found")
     parser.add_argument("--weights", type=Path, nargs="*", default=[], help="saved masters to start from, in order")
     parser.add_argument("--tuned", type=Path, help="masters of `model.train.tune`; taken up when the file appears")
-    parser.add_argument("--seconds", type=float, default=300, help="wall clock of this call, its start not counted")
+    parser.add_argument("--seconds", type=float, default=300, help="wall-clock time of this call, without startup")
     parser.add_argument("--from-share", type=float, default=0.0, help="where in the schedule this call starts")
     parser.add_argument("--to-share", type=float, default=1.0, help="and where it ends")
-    parser.add_argument("--text-tokens", type=int, default=32_768, help="a step and process")
-    parser.add_argument("--qa-tokens", type=int, default=32_768, help="a step and process")
+    parser.add_argument("--text-tokens", type=int, default=32_768, help="per step and process")
+    parser.add_argument("--qa-tokens", type=int, default=32_768, help="per step and process")
     parser.add_argument("--text-until", type=float, default=0.0, help="share; after it, a third of the text")
     parser.add_argument("--rope-until", type=float, default=0.4, help="share; 0: no positions from the start")
     parser.add_argument("--quant-from", type=float, default=0.85)
@@ -200,19 +199,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ce", type=float, default=0.1)
     parser.add_argument("--hidden", type=float, default=0.3)
     parser.add_argument("--aux", type=float, default=0.01)
-    parser.add_argument("--looks", type=float, default=0.1, help="weight of where attention should look")
+    parser.add_argument("--looks", type=float, default=0.1, help="weight of the attention loss")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=12)
-    parser.add_argument("--text-weight", type=float, default=0.5, help="of documents and questions, to the answers' 1")
+    parser.add_argument("--text-weight", type=float, default=0.5, help="of documents and questions; answers have 1")
     parser.add_argument(
-        "--hard", type=float, default=0.5, help="share of the truth, beside the tuned teacher, in answers"
+        "--hard", type=float, default=0.5, help="share of hard labels, beside the tuned teacher, in answers"
     )
     parser.add_argument("--save-every", type=float, default=240, help="seconds")
     parser.add_argument("--score-every", type=float, default=180, help="seconds")
-    parser.add_argument("--eval-items", type=int, default=32, help="a set, while training")
-    parser.add_argument("--final-items", type=int, default=200, help="a set, at the end")
-    parser.add_argument("--profile", type=int, default=0, help="print where the time of so many steps goes, and stop")
-    parser.add_argument("--profile-from", type=int, default=10, help="steps before")
+    parser.add_argument("--eval-items", type=int, default=32, help="per set, during training")
+    parser.add_argument("--final-items", type=int, default=200, help="per set, at the end")
+    parser.add_argument("--profile", type=int, default=0, help="profile this many steps and stop")
+    parser.add_argument("--profile-from", type=int, default=10, help="steps before profiling")
     return parser.parse_args()
 
 
@@ -262,12 +261,12 @@ class Run:
         self.saved = self.scored = self.waited = 0.0
 
     def share(self) -> float:
-        """How far the schedule is, as a step begins; the first rows and the compiler's work are not the stage's."""
+        """Progress of the schedule at the start of a step; loading the first rows and compiling do not count."""
         args = self.args
         return args.from_share + (args.to_share - args.from_share) * self.clock.tick() / self.seconds
 
     def step(self, step: int, share: float, batch: list[Tensor]) -> None:
-        """One update; every 20 steps what is written, watched and saved."""
+        """One update; logs, scores and saves every 20 steps."""
         args, (rows, kinds, *looks) = self.args, batch
         set_rope(self.student, max(0.0, 1.0 - share / args.rope_until) if args.rope_until > 0 else 0.0)
         weights = Weights(args.kl, args.ce, args.hidden, args.text_weight, args.hard)
@@ -288,7 +287,7 @@ class Run:
         recent, self.losses = torch.stack(self.losses).tolist(), []
         means = {}
         for name, values in zip(Loss._fields[1:], zip(*recent, strict=True), strict=True):
-            told = [value for value in values if value > 0]  # not every step has all
+            told = [value for value in values if value > 0]  # not every step has every loss
             means[name] = sum(told) / max(1, len(told))
         use, waited, self.waited = self.student.expert_utilisation(), self.waited, 0.0
         self.log.write(stage="distill", step=step, share=share, tokens=self.tokens,
@@ -296,7 +295,7 @@ class Run:
                        tuned=int(self.tuned), expert_min=use.min().item(), expert_max=use.max().item())  # fmt: skip
 
     def watch(self, share: float) -> None:
-        """Take up the tuned teacher, and from OUT/seconds another length of the run; score and save by the clock."""
+        """Load the tuned teacher once it exists, read a new run length from OUT/seconds, score and save on schedule."""
         args, now, told = self.args, self.clock.seconds, self.args.out / "seconds"
         if args.tuned is not None and not self.tuned and args.tuned.exists():
             load_into(self.teacher, args.tuned)
@@ -321,12 +320,12 @@ class Run:
             self.log.write(stage="eval", share=share, took=time.monotonic() - began, **scores)
 
     def finish(self, step: int) -> None:
-        """Save what the schedule ends with, then score it on more questions."""
+        """Save the final weights, then score them on more questions."""
         self.save("distill.safetensors")
         self.score(evaluate.load_items(self.args.items, self.tokenizer, self.args.final_items), share=1.0)
 
     def profile(self, loader: DataLoader, steps: int) -> None:
-        """The time of a step, and where that of `steps` steps goes, operator by operator."""
+        """Print the time per step and a profile of `steps` steps by operator."""
         from torch.profiler import ProfilerActivity, profile
 
         cuda, device = torch.cuda.is_available(), self.cluster.device

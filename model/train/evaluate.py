@@ -1,8 +1,8 @@
-"""Scores a model in training on held-out questions: the answers it gives greedily, and how sure it is of refusing.
+"""Scores a model during training on held-out questions: greedy answers, and refusals.
 
-No state is kept: each forward runs whole rows, and the right answer is tried first, so that one forward is enough
-wherever the model gives it. The first token is fixed to a quote; the margin log P(none) − log P(quote) tells what would
-be refused. The service's own scores are `bench/answers.py`'s, which writes the questions read here. Start at `score`.
+Each forward pass runs whole rows without a cache, with the right answer as draft, so that one pass is enough if the
+model gives it. The first token is forced to be a quote; the margin log P(none) − log P(quote) tells what would be
+refused. `bench/answers.py` scores the service itself, and writes the questions read here. Start at `score`.
 Run: `python -m model.train.evaluate --help`.
 """
 
@@ -31,13 +31,13 @@ FALSE_REFUSALS = 0.08
 
 @dataclass(slots=True)
 class Item:
-    """One question; `said` grows while it is answered, and starts with the token of a quote."""
+    """One question; `said` holds the tokens generated so far, and starts with the quote token."""
 
     set: str
     prompt: list[int]
-    gold: list[int]  # the whole right answer's tokens, empty where there is none
+    gold: list[int]  # tokens of the right answer; empty if there is none
     answer: str | None
-    ordinal: int  # of the passage that holds the answer
+    ordinal: int  # of the passage with the answer
     said: list[int] = field(default_factory=list)
     margin: float = 0.0
     done: bool = False
@@ -61,7 +61,7 @@ def load_items(path: Path, tokenizer: Tokenizer, per_set: int) -> list[Item]:
 
 
 def _gold_tokens(tokenizer: Tokenizer, record: dict) -> list[int]:
-    """The answer in its passage's own tokens where it is cut between tokens there."""
+    """The answer as tokenized in its passage, if token boundaries match; otherwise tokenized by itself."""
     text, answer = record["passages"][record["gold"]][1], record["answer"]
     at = text.find(answer)
     found = covering_tokens(tokenizer, text, at, at + len(answer)) if at >= 0 else None
@@ -72,7 +72,7 @@ def _gold_tokens(tokenizer: Tokenizer, record: dict) -> list[int]:
 def answer_all(
     model: Jamba, tokenizer: Tokenizer, items: Sequence[Item], max_new: int = 64, tokens: int = 65_536
 ) -> None:
-    """Greedy answers, in place; the tokens of one forward are at most `tokens`."""
+    """Answer greedily, in place, with about `tokens` tokens per forward pass."""
     prompts = ChatFormat(tokenizer)
     for item in items:
         item.said, item.done = [prompts.quote], False
@@ -89,7 +89,7 @@ def answer_all(
 
 
 def _advance(model: Jamba, prompts: ChatFormat, batch: Sequence[Item], drafted: bool) -> None:
-    """One forward: as much of the right answer as the model would have given (`drafted`), and one token more."""
+    """One forward pass: accept the part of the right answer that the model would give (`drafted`), plus one token."""
     drafts = [item.gold[1:] if drafted else [] for item in batch]
     rows = [item.prompt + item.said + draft for item, draft in zip(batch, drafts, strict=True)]
     width = -(-max(map(len, rows)) // 64) * 64
@@ -111,7 +111,7 @@ def _advance(model: Jamba, prompts: ChatFormat, batch: Sequence[Item], drafted: 
 
 
 def score(model: Jamba, tokenizer: Tokenizer, items: Sequence[Item]) -> dict[str, float]:
-    """Per set: EM, F1 and cited % of what can be answered if all of it is answered, and `refusals`."""
+    """Per set: EM, F1 and cited, in %, of the answerable questions with no refusals allowed; and `refusals`."""
     answer_all(model, tokenizer, items)
     marks: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for item in items:
@@ -146,7 +146,7 @@ def _family(name: str) -> str:
 
 
 def _mark(tokenizer: Tokenizer, item: Item) -> tuple[float, float, float]:
-    """Exact match, F1 of words, and whether the right passage is cited."""
+    """Exact match, word F1, and whether the right passage is cited."""
     quote, cited = said_of(tokenizer, item)
     gold = item.answer or ""
     exact = float(normalize_answer(quote) == normalize_answer(gold))
@@ -161,7 +161,7 @@ def said_of(tokenizer: Tokenizer, item: Item) -> tuple[str, str]:
 
 
 def table(scores: dict[str, float]) -> str:
-    """One line a set."""
+    """One line per set."""
     names = sorted({name.split("/")[0] for name in scores})
     return "\n".join(
         f"{name:12}"

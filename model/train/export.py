@@ -1,7 +1,7 @@
-"""Last stage: trained masters -> a Hugging Face checkpoint, and what of it the shipped format rounds.
+"""Last stage: trained masters -> a Hugging Face checkpoint; and fake quantization to the shipped format.
 
-The shipped format holds MLPs, experts and the Mamba in_proj in int4 (groups of 64), every other matrix product and the
-embedding in int8 rows, and the rest as it is. Run: `python -m model.train.export --help`.
+The shipped format stores MLPs, experts and the Mamba in_proj in int4 (groups of 64), every other matrix product and the
+embedding in int8 with a scale per row, the rest in float. Run: `python -m model.train.export --help`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def storage_of(name: str) -> str:
 
 
 def fake_quantize(names: Sequence[str], weights: Sequence[Tensor]) -> list[Tensor]:
-    """What the shipped format gives back for `weights`, float32. Rows of one length are rounded together."""
+    """Quantize `weights` to the shipped format and back to float32; rows of equal length are batched."""
     given, rows = list(weights), defaultdict(list)
     for i, (name, weight) in enumerate(zip(names, weights, strict=True)):
         if (kind := storage_of(name)) != "float":

@@ -1,7 +1,7 @@
-"""Where an answer begins and ends in its passage: one way for each kind of question, whoever made the pair.
+"""Normalises where an answer begins and ends in its passage, by one convention for each kind of question.
 
-Readers and rules cut the same answer differently ("because it is old", "it is old"; "sixty", "about sixty developers"),
-and a model that learns from all of them cuts at random. Start at `settle`.
+Reader and rules cut the same answer differently ("because it is old", "it is old"; "sixty", "about sixty developers"),
+and a model trained on a mixture cuts at random. Start at `settle`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ROUNDED = re.compile(
 _COUNT_OF = re.compile(rf"(?P<count>(?:[a-z]+ ){{0,2}}(?:{_NUMBER}))(?P<of>(?: [\w-]+)+)$", re.I)
 _DATE = rf"(?:\d{{1,2}}(?:st|nd|rd|th)? (?:of )?)?(?:{MONTHS})\b|[12]\d\d\d\b|\d{{1,2}}:\d\d"
 _ON_A_DATE = re.compile(rf"(?:on|in|at)(?: the)? (?={_DATE})", re.I)
-_BEGINNINGS = {  # words that belong to what an answer to this says, if they stand right before it
+_BEGINNINGS = {  # question word -> words before the answer that become part of it
     "why": r"because(?: of)?|since|so that|in order to|due to|owing to|thanks to|to",
     "how": r"by(?: means of)?|using|via|through|with(?: the help of)?",
     "when": r"(?:(?:right|only|immediately|shortly|just|even) )?"
@@ -38,7 +38,7 @@ _BEGINNINGS = {  # words that belong to what an answer to this says, if they sta
 
 
 def settle(passage: str, start: int, end: int, question: str) -> tuple[int, int]:
-    """The span of the passage that says the same as start..end, as answers to such questions are cut here."""
+    """The span start..end, adjusted to the convention for this kind of question."""
     if _COUNTED.match(question):
         start -= len(found[0]) if (found := _ROUNDED.search(passage[:start])) else 0
         end -= _counted_things(passage[start:end], question)
@@ -59,7 +59,7 @@ def _asks(question: str) -> str | None:
 
 
 def _counted_things(answer: str, question: str) -> int:
-    """Characters at the end that only repeat what was counted: " developers" in "about sixty developers"."""
+    """Length of the counted noun at the end, if the question names it: " developers" in "about sixty developers"."""
     match = _COUNT_OF.fullmatch(answer)
     if match is None or not re.match(r"how many\b", question, re.I):
         return 0
@@ -68,7 +68,7 @@ def _counted_things(answer: str, question: str) -> int:
 
 
 def _behind_subject(passage: str, start: int, subject: str) -> int:
-    """`start` moved to the verb, where that stands between the subject and the answer."""
+    """`start`, moved back to the verb if one stands between the subject and the answer."""
     subjects = set(words(subject)) | _PERSONS
     clause = re.split(r"[.,;:!?\n|]\s", passage[:start])[-1]
     before = list(re.finditer(r"\S+", clause))[-3:]
@@ -82,6 +82,6 @@ def _behind_subject(passage: str, start: int, subject: str) -> int:
 
 def _with_beginning(passage: str, start: int, asked: str) -> int:
     if asked == "where" and not re.match(r"the\b|an?\b|[a-z]+\b(?![/.:])", passage[start:]):
-        return start  # the name of a place or of a file stands for itself
+        return start  # names of places and files take no preposition
     match = re.search(rf"\b(?:{_BEGINNINGS[asked]}) $", passage[:start], re.I)
     return match.start() if match else start

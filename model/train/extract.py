@@ -1,6 +1,6 @@
 """Turns one documentation file (HTML, text, info, man, POD, DocBook, dictionary, game script) into blocks of prose.
 
-Knows formats, not packages and not quality: `corpora.py` decides what is kept. Start at `extract_file`.
+Handles formats only; `corpora.py` decides what is kept. Start at `extract_file`.
 """
 
 import gzip
@@ -78,7 +78,7 @@ _KEEP = re.compile(r"index-(?:entry|body)|header-?(?:content|text)", re.IGNORECA
 
 
 def extract_file(path: Path) -> tuple[str, list[Block]]:
-    """Title and blocks of one file by its name; ("", []) when the format is not one of ours or has no text."""
+    """Title and blocks of one file, by its name; ("", []) if the format is not supported or there is no text."""
     name = path.name.removesuffix(".gz").removesuffix(".dz").lower()
     data = _read(path)
     if name.endswith((".html", ".htm", ".xhtml")):
@@ -251,7 +251,7 @@ _UNDERLINE = re.compile(r"^\s*([-=*~^#_.])\1{2,}\s*$")
 
 
 def _plain_paragraphs(text: str, unwrapped: bool = False) -> Iterator[Block]:
-    """Blocks of plain text: blank lines part paragraphs, an underlined or all-capital line is a heading."""
+    """Blocks of plain text: blank lines separate paragraphs, an underlined or all-capital line is a heading."""
     for piece in re.split(r"\n[ \t]*\n+|\f", text.replace("\r", "")):
         lines = [line for line in piece.split("\n") if line.strip()]
         if not lines:
@@ -287,7 +287,7 @@ def _looks_like_code(lines: list[str]) -> bool:
 
 
 def _dictionary_entries(text: str) -> Iterator[Block]:
-    """One block an entry of a dict(1) database: headwords start in column 0, the body is indented."""
+    """One block per entry of a dict(1) database: headwords start in column 0, the body is indented."""
     for entry in re.split(r"\n(?=\S)", text):
         if not entry.startswith("00-database"):
             yield Block("p", _tidy(re.sub(r"[{}\\]", "", entry)))
@@ -301,7 +301,7 @@ _SCRIPT_STRING = re.compile(
 
 
 def _script_strings(text: str) -> Iterator[Block]:
-    """The told text of game scripts (Endless Sky back quotes, Wesnoth strings), gathered to paragraphs."""
+    """The narrative text of game scripts (Endless Sky back quotes, Wesnoth strings), joined to paragraphs."""
     told: list[str] = []
     for match in _SCRIPT_STRING.finditer(text):
         line = match[1] or re.sub(r"<[^<>]{1,40}>|\{[^{}]{1,40}\}", "", match[2]).replace('""', '"')
@@ -314,7 +314,7 @@ def _script_strings(text: str) -> Iterator[Block]:
 
 
 def _strings_of_rdb(data: bytes) -> str:
-    """Character strings of an R lazy-load database, in order, one a line. Source: R Internals, 1.8 Serialization."""
+    """Character strings of an R lazy-load database, in order, one per line. Source: R Internals, 1.8 Serialization."""
     found, at = [], 0
     while (at := data.find(b"\x78", at)) >= 0:
         unpack = zlib.decompressobj()

@@ -1,8 +1,8 @@
-"""The forward of training: hidden states at chosen layers, positions made on the device, and faster token-wise parts.
+"""The forward pass of training: hidden states of chosen layers, positions computed on the device, fused operations.
 
-`accelerate` swaps what costs many small kernels in PyTorch: norms and gates are fused, gates and ups are one product,
-and the experts' sorting has a backward that gathers instead of adding up. Results and gradients stay the same up to
-rounding.
+`accelerate` replaces operations that take many small kernels in PyTorch: norms and gates are fused, gate and up
+projections are one product, and the permutation of tokens to experts gathers in its backward instead of adding up.
+Results and gradients are the same up to rounding.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ except ImportError:  # a PyTorch without Triton
 
 @dataclass(frozen=True, slots=True)
 class Rows(Batch):
-    """Equally long rows without a past."""
+    """Rows of equal length without cached state."""
 
     def positions(self) -> Tensor:
         return torch.arange(self.groups[0].t, device=self.device).repeat(self.groups[0].b)
 
 
 def forward_hidden(model: Jamba, token_ids: Tensor, taps: Collection[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
-    """token_ids (b, t) -> final hidden states (b·t, d) before the head, and those after each layer in `taps`."""
+    """token_ids (b, t) -> final hidden states (b·t, d) before the head, and after each layer in `taps`."""
     batch = Rows.fresh(*token_ids.shape, token_ids.device)
     x, kept = model.embed_tokens(token_ids.flatten()), {}
     for i, layer in enumerate(model.layers):
@@ -51,16 +51,16 @@ def forward_hidden(model: Jamba, token_ids: Tensor, taps: Collection[int] = ()) 
 
 
 def set_rope(model: Jamba, scale: float) -> None:
-    """Multiply the rotary angles; at 0 nothing is turned."""
+    """Scale the rotary angles; 0 disables RoPE."""
     for module in model.modules():
         if isinstance(module, Attention):
             module.rope_scale, module.rope_theta = scale, model.config.rope_theta if scale > 0 else None
 
 
 def accelerate(model: Jamba) -> None:
-    """Swap the forward of norms, positions, scans, MLPs and experts in place.
+    """Replace the forward of norms, positions, scans, MLPs and experts in place.
 
-    Without gradients the model's own kernels run, but for positions.
+    Without gradients the model's own kernels run, except for positions.
     """
     for module in model.modules():
         if isinstance(module, RMSNorm):
@@ -91,8 +91,8 @@ def _turn(attention: Attention, q: Tensor, k: Tensor, batch: Batch) -> tuple[Ten
 
 @lru_cache(maxsize=16)
 def _angles(t: int, theta: float, scale: float, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin (t, p/2): the two halves of a head turn alike."""
-    with torch.inference_mode(False):  # what is kept must serve where gradients are taken, too
+    """cos and sin (t, p/2), equal for both halves of a head."""
+    with torch.inference_mode(False):  # the cached tensors are also used in training
         positions = torch.arange(t, device=device)
         cos, sin = (x[:, 0, : head_dim // 2].contiguous() for x in rotation(positions, theta, scale, head_dim))
     return cos, sin
@@ -118,7 +118,7 @@ def _mlp(mlp: MLP, x: Tensor) -> Tensor:
 
 
 def _experts(moe: MoE, x: Tensor) -> Tensor:
-    """`MoE.forward` with one expert a token. (T, d) -> (T, d)"""
+    """`MoE.forward` with top-1 routing. (T, d) -> (T, d)"""
     probabilities = moe.router(x).softmax(dim=-1, dtype=torch.float32)
     weights, chosen = probabilities.max(dim=-1)
     order = chosen.argsort(stable=True)
@@ -126,14 +126,14 @@ def _experts(moe: MoE, x: Tensor) -> Tensor:
     counts = (chosen[:, None] == torch.arange(moe.num_experts, device=x.device)).sum(0)
     if moe.collect_stats:
         moe.stats = RouterStats(counts / len(order), probabilities.mean(0))
-    ends = counts.cumsum(0, dtype=torch.int32)  # stays on the device: nobody waits for it
+    ends = counts.cumsum(0, dtype=torch.int32)  # stays on the device: no synchronization
     gate_up = F.grouped_mm(Permute.apply(x, order, inverse), moe.experts.gate_up_proj.mT, offs=ends)
     down = F.grouped_mm(_gated(gate_up), moe.experts.down_proj.mT, offs=ends)
     return weights[:, None].to(x.dtype) * Permute.apply(down, inverse, order)
 
 
 class Permute(torch.autograd.Function):
-    """x[order]; its gradient is gathered by the inverse, not added up."""
+    """x[order]; the gradient is gathered by the inverse permutation instead of scatter-added."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:

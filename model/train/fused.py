@@ -1,9 +1,8 @@
-"""What a training step reads and writes most, fused, in Triton: RMS norm, SwiGLU's gate, a scan's step sizes,
-rotary positions, losses over the vocabulary.
+"""Fused Triton kernels for the memory-bound operations of training: RMS norm, SwiGLU gate, step sizes of the scan,
+RoPE, losses over the vocabulary.
 
-Each is a differentiable function of tensors on a GPU; its definition in PyTorch stands beside its caller
-(`F.rms_norm`, `kernels.silu_mul`, `F.softplus`, `attention.rotate`,
-`losses.vocabulary_loss_ref`). float32 inside, results in the dtype of the inputs.
+Each is a differentiable function of GPU tensors; the PyTorch references are `F.rms_norm`, `kernels.silu_mul`,
+`F.softplus`, `attention.rotate` and `losses.vocabulary_loss_ref`. Computes in float32, returns the dtype of the inputs.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 1024  # that share the rows where a gradient is summed over them
-TILE = 2048  # elements a program holds at once, about
+PROGRAMS = 1024  # among which the rows are divided if a gradient is summed over them
+TILE = 2048  # elements per program, about
 
 
 @triton.jit
@@ -138,7 +137,7 @@ def _softplus_kernel(x, bias, y, e, BLOCK: tl.constexpr):
     wide += tl.load(bias + col, mask=col < e, other=0.0).to(tl.float32)
     power = tl.exp(-tl.abs(wide))
     series = power * (1.0 + power * (-0.5 + power * (1 / 3 - power * 0.25)))
-    log1p = tl.where(power < 0.03, series, tl.log(1.0 + power))  # 1 + a small power has lost most of it
+    log1p = tl.where(power < 0.03, series, tl.log(1.0 + power))  # 1 + power would lose precision
     tl.store(y + row * e + col, tl.maximum(wide, 0.0) + log1p, mask=col < e)
 
 
@@ -224,7 +223,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (b·t, heads, p), rows of t tokens, each token turned by its place's cos and sin (t, p/2) float32 -> like x."""
+    """RoPE on x (b·t, heads, p), rows of t tokens, by cos and sin (t, p/2) float32 of each position -> like x."""
     return _Rotate.apply(x, cos, sin)
 
 
@@ -232,12 +231,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _vocabulary_kernel(
     logits, others, targets, kl_weights, ce_weights, kl_out, ce_out, v, HAS_OTHER: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A token's KL(others ‖ logits) and cross entropy; logits become the gradient of their weighted sum."""
+    """KL(others ‖ logits) and cross entropy of one token; overwrites logits with the gradient of their weighted sum."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * v
     others += row * v
     cols = tl.arange(0, BLOCK)
-    low = -1e30  # not infinity: differences of two stay numbers
+    low = -1e30  # not -inf, so that a difference of two is not NaN
     q_max = low
     q_sum = 0.0
     p_max = low
@@ -262,7 +261,7 @@ def _vocabulary_kernel(
     else:
         kl_weight = 0.0
     tl.store(ce_out + row, q_log - tl.load(logits + target).to(tl.float32))
-    tl.debug_barrier()  # the target's logit is read before it is written over
+    tl.debug_barrier()  # read the target's logit before it is overwritten
     kl = 0.0
     for at in range(0, v, BLOCK):
         inside = at + cols < v
@@ -278,7 +277,7 @@ def _vocabulary_kernel(
 
 
 class _VocabularyLoss(torch.autograd.Function):
-    """Gradients are made with the loss, a chunk of tokens at a time: no logits are kept, and none made twice."""
+    """Computes gradients together with the loss, in chunks of tokens: logits are neither kept nor recomputed."""
 
     @staticmethod
     def forward(ctx: Any, hidden, head, other, other_head, targets, kl_weights, ce_weights, chunk):
@@ -309,5 +308,5 @@ def vocabulary_loss(
     hidden: Tensor, head: Tensor, other: Tensor | None, other_head: Tensor | None, targets: Tensor,
     kl_weights: Tensor, ce_weights: Tensor, chunk: int = 8192,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`losses.vocabulary_loss` on a GPU. The weights must be far from float16's edges in the dtype of `hidden`."""
+    """`losses.vocabulary_loss` on a GPU. If `hidden` is float16, the weights must be well within its range."""
     return _VocabularyLoss.apply(hidden, head, other, other_head, targets, kl_weights, ce_weights, chunk)

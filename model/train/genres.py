@@ -1,9 +1,9 @@
-"""Reads the templates: kinds of documents (genres), what can be said of a thing, how it is said and asked.
+"""Reads the templates: kinds of documents (genres), properties of things, and phrasings of statements and questions.
 
-Templates lie in templates/*.txt: `## genre`, `let name = text`, `e` (full mentions), `short` (later mentions), `title`,
-`fill` (idle sentences), then properties: `= label`, `V` values, `S` statements, `Q` questions. ` // ` parts variants,
-`[a|b]` picks one, `{int:2:9}` calls a generator of invented.py, `{v}` is the value, `{V}` another one of its kind,
-`{v0}`, `{E}` and other capitals start with a capital letter. templated.py makes contexts of it.
+Format of templates/*.txt: `## genre`, `let name = text`, `e` (full mentions), `short` (later mentions), `title`, `fill`
+(filler sentences), then properties: `= label`, `V` values, `S` statements, `Q` questions. ` // ` separates variants,
+`[a|b]` picks one, `{int:2:9}` calls a generator of invented.py, `{v}` is the value, `{V}` another value of its kind;
+`{v0}`, `{E}` and other capital names are capitalized. templated.py makes contexts from them.
 """
 
 import functools
@@ -21,18 +21,18 @@ _SLOT = re.compile(r"\{(\w+)(?::([^{}]*))?\}")
 
 @dataclass(frozen=True, slots=True)
 class Property:
-    """One thing that can be said and asked about a thing."""
+    """A property of a thing that can be stated and asked for."""
 
     label: str
     values: tuple[str, ...]
     statements: tuple[str, ...]
     questions: tuple[str, ...]
-    bare: bool  # the label alone says what is meant: may stand in tables and lists
+    bare: bool  # the label is clear by itself, so it may appear in tables and lists
 
 
 @dataclass(slots=True)
 class Genre:
-    """A kind of document: how things of this kind are named, and their properties."""
+    """A kind of document: names and properties of the things it is about."""
 
     name: str
     lets: list[tuple[str, str]] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Genre:
 
 @dataclass(slots=True)
 class Thing:
-    """An invented device, firm, person ... with its variables and the facts told of it."""
+    """An invented device, firm, person … with its variables and the facts stated about it."""
 
     genre: Genre
     variables: dict[str, str]
@@ -51,7 +51,7 @@ class Thing:
 
 @functools.cache
 def genres() -> tuple[Genre, ...]:
-    """All genres of the template files; raises ValueError naming the genre and line that cannot be read."""
+    """All genres of the template files. Raises ValueError, naming the genre and line that cannot be parsed."""
     found: list[Genre] = []
     for path in sorted(_FOLDER.glob("*.txt")):
         for block in re.split(r"^## ", path.read_text(), flags=re.MULTILINE)[1:]:
@@ -94,7 +94,7 @@ def _variants(text: str) -> tuple[str, ...]:
 
 
 def expand(template: str, rng: random.Random, variables: dict[str, str]) -> str:
-    """The template with choices made and slots filled; raises ValueError for a slot nobody fills."""
+    """The template with choices made and slots filled. Raises ValueError for an unknown slot."""
     while "[" in template and (match := _CHOICE.search(template)):
         template = template[: match.start()] + rng.choice(match[1].split("|")) + template[match.end() :]
 
@@ -116,7 +116,7 @@ def capital(text: str) -> str:
 
 
 def make_thing(genre: Genre, rng: random.Random, like: Thing | None = None) -> Thing:
-    """A new thing; `like` another one: of the same kind (bridge, kettle, ...) with another name."""
+    """A new thing; with `like`, of the same kind (bridge, kettle, …) but with another name."""
     variables: dict[str, str] = {}
     for name, template in genre.lets:
         kept = like is not None and name in ("kind", "what", "svc", "prog", "role")
@@ -132,14 +132,14 @@ def mention(thing: Thing, rng: random.Random, form: str = "e") -> str:
 
 
 def idle(thing: Thing, rng: random.Random, count: int) -> list[str]:
-    """Different sentences that tell nothing one could ask for."""
+    """Up to `count` different filler sentences, which state no property."""
     fills = thing.genre.forms["fill"]
     variables = thing.variables | {"short": mention(thing, rng, "short")}
     return [capital(expand(fill, rng, variables)) for fill in rng.sample(fills, k=min(count, len(fills)))]
 
 
 def ask(thing: Thing, prop: Property, rng: random.Random) -> str:
-    """A question after the property, worded by chance; now and then typed carelessly."""
+    """A question for the property in a random wording, sometimes carelessly typed."""
     text = expand(rng.choice(prop.questions), rng, thing.variables | {"e": mention(thing, rng)})
     return _as_typed(capital(text), rng)
 

@@ -1,7 +1,7 @@
 """Invents the names, numbers, dates and codes that fill the templates of templated.py.
 
-Every generator is `f(rng, *args) -> str` under its name in `GENERATORS`; templates call them as `{int:2:40}`. People,
-firms and places come from syllables or long lists, so that answers cannot be learnt by heart. No templates here.
+`GENERATORS` maps names to functions `f(rng, *args) -> str`; templates call them as `{int:2:40}`. People, firms and
+places are made from syllables or long lists, so that answers cannot be memorized.
 """
 
 import calendar

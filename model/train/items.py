@@ -1,7 +1,7 @@
-"""Builds the questions that checkpoints are scored on: made ones on documents kept out of training, and hand-written.
+"""Builds the questions that checkpoints are scored on: generated ones on held-out documents, and hand-written ones.
 
-Sets are named by family and number of passages: `dev3` holds the gold passage and two near ones, `devnone3` three near
-ones without it, `hand3` and `handnone3` likewise; a near miss written by hand keeps the passage it was written on.
+Sets are named by family and number of passages: `dev3` has the gold passage and two distractors, `devnone3` three
+distractors only; `hand3` and `handnone3` likewise, except that hand-written near misses keep their passage.
 Read by `model.train.evaluate` and `bench/answers.py`. Run: `python -m model.train.items --help`.
 """
 
@@ -19,7 +19,7 @@ Passage = tuple[str, str]  # title and text
 
 
 def made_items(pairs: Path, count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """From `pairs_dev.jsonl` and the `passages_dev.jsonl` beside it, `count` questions a set."""
+    """`count` questions per set from `pairs_dev.jsonl` and the `passages_dev.jsonl` beside it."""
     rng = random.Random(seed)
     passages = {row["id"]: row for row in _read(pairs.with_name(pairs.name.replace("pairs_", "passages_")))}
     usable = [pair for pair in _read(pairs) if len(pair["negatives"]) >= max(SIZES)]
@@ -34,10 +34,10 @@ def made_items(pairs: Path, count: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def hand_items(rows: Path, seed: int) -> Iterator[dict[str, Any]]:
-    """From what `model.train.testset` writes, all questions a set."""
+    """All questions from the output of `model.train.testset`, in each set."""
     rng = random.Random(seed)
     asked = list(_read(rows))
-    rng.shuffle(asked)  # the first of a set are then of all packages
+    rng.shuffle(asked)  # so that the first questions of a set come from all packages
     for size in SIZES:
         for row in asked:
             near = [(other["title"] or other["doc"], other["text"]) for other in row["distractors"][: size - 1]]
@@ -48,7 +48,7 @@ def hand_items(rows: Path, seed: int) -> Iterator[dict[str, Any]]:
 def _item(
     name: str, question: str, answer: str | None, first: Passage, others: Sequence[Passage], rng: random.Random
 ) -> dict[str, Any]:
-    """`gold` is where `first` came to stand, None where there is no answer."""
+    """`gold` is the index of `first` after shuffling, or None if there is no answer."""
     passages = [first, *others]
     rng.shuffle(passages)
     gold = None if answer is None else passages.index(first)
@@ -67,9 +67,9 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=Path, required=True, help="pairs_dev.jsonl of model.train.pairs")
-    parser.add_argument("--hand", type=Path, help="what model.train.testset wrote")
+    parser.add_argument("--hand", type=Path, help="output of model.train.testset")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=200, help="made questions a set")
+    parser.add_argument("--count", type=int, default=200, help="generated questions per set")
     parser.add_argument("--seed", type=int, default=5)
     args = parser.parse_args()
     write_items(args.pairs, args.hand, args.out, args.count, args.seed)

@@ -1,9 +1,9 @@
-"""A language small enough for models of a third of a million parameters: people, what is said of them, and questions.
+"""A synthetic language for models of a third of a million parameters: statements about people, and questions.
 
-A document is sentences about people, each giving an attribute a value of three words or digits, among sentences about
-nothing. Then questions in turn, each for one attribute of one person; the answer is the value, word for word. First
-names, surnames, attributes and value words recur within a document, so everything has look-alikes. Test documents are
-about people whom no training document names. Not the service's data: that is data.py. Start at `Language.draw`.
+A document has sentences that each give an attribute of a person a value of three words or digits, among filler
+sentences. Questions follow, each for one attribute of one person; the answer is the value, copied literally. First
+names, surnames, attributes and value words recur within a document, so that everything has look-alikes. Test documents
+are about people that no training document names. Start at `Language.draw`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 from model.train.sources import read_word_lists
 
 PAD, DOCUMENT, QUESTION, ANSWER, END = "<pad>", "<document>", "<question>", "<answer>", "<end>"
-TEST_EVERY = 5  # one of so many pairs of first name and surname is kept for tests
+TEST_EVERY = 5  # one in so many pairs of first name and surname is reserved for tests
 VALUE_WORDS = 3
-QUESTION_TOKENS = 16  # at most, with its answer
-# How an attribute is said, and how it is asked for: {e} is the person, {v} the value.
+QUESTION_TOKENS = 16  # maximum, including the answer
+# Statement and question of each attribute: {e} is the person, {v} the value.
 ATTRIBUTES = (
     (("the code of {e} is {v}", "{e} was given the code {v}"), ("which code does {e} have", "{e} code")),
     (("{e} lives at {v}", "the home of {e} is at {v}"), ("where does {e} live", "{e} home")),
@@ -32,7 +32,7 @@ IDLE = ("the {n} waits for the {m}", "no {n} is without a {m}", "every {n} needs
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Token ids; `answers` are (start, end) of the values that answer, each behind its `<answer>`."""
+    """Token ids, and the (start, end) of each answer, which follows its `<answer>`."""
 
     ids: list[int]
     answers: list[tuple[int, int]]
@@ -52,7 +52,7 @@ class Language:
         self.id_of = {word: i for i, word in enumerate(self.words)}
 
     def draw(self, rng: random.Random, tokens: int, idle: float, questions: int, test: bool = False) -> Row:
-        """A row of at most `tokens`; a share `idle` of its sentences says nothing, at 1 all but one do: a needle."""
+        """A row of at most `tokens`; a share `idle` of its sentences is filler, all but one at 1 (needle search)."""
         facts: dict[tuple[str, int], str] = {}
         sentences: list[list[int]] = []
         room = tokens - questions * QUESTION_TOKENS - 1
@@ -85,7 +85,7 @@ class Language:
     def _new_fact(
         self, rng: random.Random, known: dict[tuple[str, int], str], test: bool
     ) -> tuple[tuple[str, int], str]:
-        """A person and attribute of which nothing is said yet, and a value."""
+        """A person and attribute not stated yet, and a value."""
         while True:
             first, last = rng.randrange(len(self.first)), rng.randrange(len(self.last))
             key = (f"{self.first[first]} {self.last[last]}", rng.randrange(len(ATTRIBUTES)))

@@ -1,4 +1,4 @@
-"""Losses over the vocabulary, a chunk of tokens at a time: the logits of a whole batch are never held."""
+"""Training losses; those over the vocabulary run in chunks of tokens, so that the logits never exist as a whole."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def vocabulary_loss(
     kl_weights: Tensor,
     ce_weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ kl_weights·KL(other ‖ hidden) + ce_weights·(−log p(target)), and both parts of each token, detached.
+    """Σ kl_weights·KL(other ‖ hidden) + ce_weights·(−log p(target)), and both terms per token, detached.
 
     hidden, other (N, d) before their heads (v, d); targets, weights (N,) -> scalar, (N,), (N,), float32. Without a
-    teacher (`other` None) the divergence is 0.
+    teacher (`other` is None) the KL is 0.
     """
     if fused is not None and hidden.is_cuda:
         return fused.vocabulary_loss(hidden, head, other, other_head, targets, kl_weights, ce_weights, CHUNK_TOKENS)
@@ -65,17 +65,17 @@ def vocabulary_loss_ref(
 def relative_error(x: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     """Σ weights·log(1 + ‖x − target‖² / ‖target‖²) over tokens: x, target (N, d), weights (N,) -> scalar float32.
 
-    A few tokens have activations a thousand times the others': relative, and logarithmic, so that none rules the sum.
+    Relative and logarithmic, because a few tokens have activations a thousand times larger and would dominate the sum.
     """
     target = target.float()
     return (((x.float() - target).square().sum(-1) / target.square().sum(-1)).log1p() * weights).sum()
 
 
 def attention_to(layer: JambaLayer, x: Tensor, queries: Tensor) -> Tensor:
-    """How much an attention layer looks where it should: the mean over queries of −log of its best head's share.
+    """Loss that leads attention to given keys: mean over queries of −log of the best head's attention mass on them.
 
-    x (b, t, d) is the layer's input, queries (b, m, 4) float32: place of the query, first and end of the keys it should
-    look at, weight (0: none). No positions. -> scalar float32.
+    x (b, t, d) is the layer's input; queries (b, m, 4) float32: index of the query, start and end of the keys that it
+    should attend to, weight (0: unused). Without positional encoding. -> scalar float32.
     """
     at, first, end = (queries[..., i].long() for i in range(3))
     normed = layer.input_layernorm(x)

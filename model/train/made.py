@@ -1,8 +1,8 @@
-"""Pairs that `model.train.asking` made, kept without their passages: these are cut from the corpora again.
+"""Stores pairs of `model.train.asking` without their passages, which are restored from the corpora.
 
 `python -m model.train.made strip made.jsonl made_pairs.jsonl.xz`, and `… restore made_pairs.jsonl.xz made.jsonl
---corpora DIR` on any machine. `made_pairs.jsonl.xz` beside this file holds what was made so far: of each pair source,
-doc, question, answer, start, kind, read, f1, sure, and by what its passage is known.
+--corpora DIR` on any machine. `made_pairs.jsonl.xz` beside this file holds all pairs generated so far: source, doc,
+question, answer, start, kind, read, f1, sure, and the beginning and CRC-32 of the passage.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ _BEGINS = 48
 
 
 def document_random(document: dict[str, str]) -> random.Random:
-    """The generator of what is drawn from a document: the same wherever it is read."""
+    """The random generator for a document, the same on every machine."""
     return random.Random(zlib.crc32(f"{document['source']}/{document['doc']}".encode()))
 
 
 def cut_document(document: dict[str, str], rng: random.Random) -> list[tuple[str, str]]:
-    """(title, passage) pairs of a record of the corpora; `rng` as `document_random` gives it."""
+    """(title, passage) pairs of a corpus record; `rng` from `document_random`."""
     pieces = cut_passages(document["text"], rng)
     return [((heading or document["title"] or document["doc"])[:80], text) for heading, text in pieces]
 
 
 def strip(pairs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The pairs without title and passage, documents together."""
+    """The pairs without title and passage, sorted by document."""
     rows = [{k: v for k, v in pair.items() if k not in ("title", "passage")} | _mark(pair["passage"]) for pair in pairs]
     return sorted(rows, key=lambda row: (row["source"], row["doc"], row["begins"]))
 
 
 def asked_before(path: Path = SHIPPED) -> set[tuple[str, str, int]]:
-    """Source, document and CRC-32 of the passages that pairs were made of."""
+    """Source, document and CRC-32 of each passage that has pairs."""
     return {(row["source"], row["doc"], row["crc32"]) for row in _read(path)}
 
 
 def _mark(passage: str) -> dict[str, Any]:
-    """What a passage is known by in its document."""
+    """Identifies a passage within its document."""
     return {"begins": passage[:_BEGINS], "crc32": zlib.crc32(passage.encode())}
 
 
 def restore(rows: Iterable[dict[str, Any]], corpora: Path) -> Iterator[dict[str, Any]]:
-    """The pairs with title and passage; what the corpora do not hold (any more) is left out."""
+    """The pairs with title and passage; those whose passage is not in the corpora (any more) are left out."""
     wanted: dict[tuple[str, str], dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         wanted[row["source"], row["doc"]][row["crc32"]].append(row)
@@ -66,7 +66,7 @@ def restore(rows: Iterable[dict[str, Any]], corpora: Path) -> Iterator[dict[str,
 
 
 def restore_file(source: Path, out: Path, corpora: Path) -> None:
-    """`restore` from a JSONL(.xz) file into another, which appears when it is whole."""
+    """`restore` a JSONL(.xz) file into another, written atomically."""
     rows = _read(source)
     _write(out, list(restore(rows, corpora)), len(rows))
 
@@ -89,13 +89,13 @@ def main() -> None:
     parser.add_argument("what", choices=("strip", "restore"))
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--corpora", type=Path, help="output folder of model.train.corpora, to restore")
+    parser.add_argument("--corpora", type=Path, help="output folder of model.train.corpora, for restore")
     args = parser.parse_args()
     if args.what == "strip":
         rows = _read(args.source)
         _write(args.out, strip(rows), len(rows))
     elif args.corpora is None:
-        parser.error("to restore passages, say with --corpora where their text is")
+        parser.error("restore needs --corpora")
     else:
         restore_file(args.source, args.out, args.corpora)
 

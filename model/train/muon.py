@@ -1,7 +1,7 @@
-"""Muon: momentum whose matrices are made orthogonal before they are applied.
+"""Muon: SGD with Nesterov momentum whose updates are orthogonalized.
 
-Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks"; the size of an update as in "Muon is
-Scalable for LLM Training" (arXiv 2502.16982), so that AdamW's learning rates hold.
+Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks"; updates are scaled as in "Muon is
+Scalable for LLM Training" (arXiv 2502.16982), so that learning rates of AdamW carry over.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-UPDATE_RMS = 0.2  # what AdamW's updates have, about
+UPDATE_RMS = 0.2  # about that of AdamW's updates
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """matrices (m, r, c), r <= c -> U·Vᵀ of each one's singular value decomposition, about, in bfloat16.
+    """matrices (m, r, c), r <= c -> approximately U·Vᵀ of each SVD, in bfloat16, by Newton–Schulz iteration.
 
-    Singular values end between 0.7 and 1.2.
+    The singular values of the result are between 0.7 and 1.2.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices.bfloat16()
@@ -31,9 +31,9 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For parameters of two dimensions or three, of which the last two are a matrix.
+    """For 2-D and 3-D parameters, whose last two dimensions are a matrix.
 
-    A group's `parts` says of how many matrices, one below the other, each of these consists.
+    A group's `parts` is the number of matrices that are stacked along the rows of each.
     """
 
     def __init__(self, params: Iterable, lr: float = 1e-3, weight_decay: float = 0.0, momentum: float = 0.95) -> None:
@@ -41,7 +41,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        alike = defaultdict(list)  # matrices of one shape together: few, large products
+        alike = defaultdict(list)  # matrices of equal shape are batched
         for number, group in enumerate(self.param_groups):
             params = group["params"]
             grads = [p.grad for p in params]

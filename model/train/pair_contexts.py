@@ -1,4 +1,4 @@
-"""Contexts from question-answer pairs: passages that are asked about, among others or alone.
+"""Contexts from question-answer pairs: passages with questions, among distractors or alone.
 
 Start at `PairContexts`.
 """
@@ -27,15 +27,15 @@ UNIT_BEHIND = re.compile(
 _DAY, _MONTH = r"\d{1,2}(?:st|nd|rd|th)?", r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\.?"
 DATE_BEFORE = re.compile(rf"(?:{_DAY} (?:of )?)?\b{_MONTH},? (?:{_DAY},? )?$")  # a year
 ASKS_WHEN = re.compile(r"(?:since |until )?when |(?:on |at )?(?:what|which) (?:date|day)\b", re.IGNORECASE)
-QUESTION_CHARS = 110  # of a question with its answer, about
-SILENT = 0.2  # share of lone passages about which nothing is asked that they answer
-CONTESTED = 0.5  # share of those of whose questions wrong quotes are known
+QUESTION_CHARS = 110  # a question with its answer, about
+SILENT = 0.2  # share of lone passages that answer none of their questions
+CONTESTED = 0.5  # share of lone passages drawn from those with known wrong quotes
 
 
 def load_pairs(path: Path, rivals: Path | None = None) -> PairContexts:
-    """The cleaned pairs `pairs_X.jsonl` and, beside them, `passages_X.jsonl`, as `model.train.pairs` writes them.
+    """Load `pairs_X.jsonl` and the `passages_X.jsonl` beside it, as `model.train.pairs` writes them.
 
-    `rivals`: a folder with what `model.train.rivals` wrote; without it questions have none.
+    `rivals`: output folder of `model.train.rivals`, with wrong quotes for questions.
     """
     pairs = [widen_answer(json.loads(line)) for line in path.read_text().splitlines()]
     wanted = {i for pair in pairs for i in pair["negatives"]}
@@ -52,12 +52,12 @@ def load_pairs(path: Path, rivals: Path | None = None) -> PairContexts:
 
 
 def asked_of(passage: str, question: str) -> str:
-    """A name for this question about this passage."""
+    """Identifies a question about a passage."""
     return hashlib.blake2b(f"{passage}\n{question}".encode(), digest_size=8).hexdigest()
 
 
 def widen_answer(pair: dict) -> dict:
-    """A part of a person's name becomes the whole name, a year the whole date, a bare number takes its unit along."""
+    """Extend part of a person's name to the full name, a year to the full date, a bare number to include its unit."""
     if pair["answer"] is None:
         return pair
     start, text = pair["start"], pair["passage"]
@@ -76,11 +76,11 @@ def widen_answer(pair: dict) -> dict:
 
 
 class PairContexts:
-    """Contexts from question-answer pairs, several on a passage. Distractors: near passages found by words, others of
-    the same document, of the same package, of anywhere; those that are asked about bring their questions along.
+    """Contexts from question-answer pairs, several per passage. Distractors are lexically similar passages, then others
+    of the same document, of the same package, of any; distractors that have questions of their own bring them along.
 
-    `near` (id -> title and text) holds the passages that the pairs name as `negatives`, `rivals` wrong quotes of what
-    is asked (`asked_of`) about a passage alone: (text, where in the passage).
+    `near`: id -> (title, text) of the passages that pairs name as `negatives`. `rivals`: question (`asked_of`) -> wrong
+    quotes (text, offset) from its passage.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class PairContexts:
         for pair in pairs:
             asked[pair["passage"]].append(pair)
         self.asked, self.near = list(asked.values()), near
-        self.drawn_to: dict[int, list[int]] = defaultdict(list)  # passage -> what is asked about others that it is near
+        self.drawn_to: dict[int, list[int]] = defaultdict(list)  # passage -> `asked` indices it is a negative of
         self.by_doc: dict[tuple[str, str], list[int]] = defaultdict(list)
         self.by_source: dict[str, list[int]] = defaultdict(list)
         for i, (first, *_) in enumerate(self.asked):
@@ -102,14 +102,15 @@ class PairContexts:
                 self.drawn_to[passage].append(i)
             self.by_doc[first["source"], first["doc"]].append(i)
             self.by_source[first["source"]].append(i)
-        self.silent = [i for i in self.drawn_to if i in near and near[i][1] not in asked]  # nothing is asked about
+        self.silent = [i for i in self.drawn_to if i in near and near[i][1] not in asked]  # without own questions
         self.contested = (
             [own for own in self.asked if any(asked_of(pair["passage"], pair["question"]) in rivals for pair in own)],
             [i for i in self.silent if any(asked_of(near[i][1], question) in rivals for question in self._in_vain(i))],
         )
 
     def draw(self, rng: random.Random, max_chars: int, num_passages: int | None = None, lost: float = 0.15) -> Context:
-        """A context of about `max_chars`, or of `num_passages`; a share `lost` of what is asked about is taken away."""
+        """A context of about `max_chars`, or of `num_passages`; a share `lost` of the passages with questions is
+        removed, so that their questions become unanswerable."""
         seed = rng.choice(self.asked)
         chosen = {seed[0]["passage"]: (self._title(seed[0], rng), seed)}
         for title, text, pairs in self._distractors(seed[0], rng):
@@ -123,22 +124,21 @@ class PairContexts:
         if not kept:
             kept.append(gone.pop())
         rng.shuffle(kept)
-        if len(chosen) == 1 and rng.random() < lost:  # a lone passage, asked about something near it
+        if len(chosen) == 1 and rng.random() < lost:  # a lone passage with a question about a similar one
             other = self.asked[rng.choice(self.by_source[seed[0]["source"]])]
             if other is not seed:
                 gone.append(("", "", other))
         return self._context(kept, gone, rng)
 
     def draw_lone(self, rng: random.Random, max_chars: int) -> Context:
-        """One passage: what it answers, and what is asked about passages near it, which it does not. Of the latter as
-        many as fit into about `max_chars`."""
+        """One passage with its own questions and unanswerable ones about similar passages, in about `max_chars`."""
         asked, silent = self.contested if rng.random() < CONTESTED and self.contested[0] else (self.asked, self.silent)
         if silent and rng.random() < SILENT:
             return self._lone(None, rng.choice(silent), rng, max_chars)
         return self._lone(rng.choice(asked), -1, rng, max_chars)
 
     def each_lone(self, rng: random.Random, max_chars: int) -> Iterator[Context]:
-        """Every passage once, as `draw_lone` draws them, in a random order."""
+        """Every passage once, as by `draw_lone`, in random order."""
         order: list[list[dict] | int] = [*self.asked, *self.silent]
         rng.shuffle(order)
         for one in order:
@@ -146,7 +146,7 @@ class PairContexts:
             yield self._lone(None if silent else one, one if silent else -1, rng, max_chars)
 
     def _lone(self, own: list[dict] | None, number: int, rng: random.Random, max_chars: int) -> Context:
-        """What `own` asks about its passage, or nothing about the passage `number`; and questions in vain."""
+        """The passage of `own` with its questions, or passage `number` without any; plus unanswerable questions."""
         if own is None:
             (title, text), own = self.near[number], []
         else:
@@ -162,7 +162,7 @@ class PairContexts:
         )
 
     def _in_vain(self, number: int) -> list[str]:
-        """What is asked about passages that this one is near."""
+        """Questions about other passages that have this one as a negative."""
         return [p["question"] for i in self.drawn_to.get(number, ()) for p in self.asked[i] if p["answer"] is not None]
 
     def _distractors(self, seed: dict, rng: random.Random) -> Iterator[tuple[str, str, list[dict]]]:
@@ -194,7 +194,7 @@ class PairContexts:
 
     @staticmethod
     def _title(pair: dict, rng: random.Random) -> str:
-        """The passage's heading, its document's name, or both as the service puts them."""
+        """The heading of the passage, the name of its document, or both."""
         heading, name, kind = pair["title"][:80], pair["doc"].rsplit("/", 1)[-1], rng.random()
         if heading and kind < 0.5:
             return heading if kind < 0.25 else f"{heading} — {name}"

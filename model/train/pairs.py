@@ -1,9 +1,9 @@
-"""Cleans the made question-answer pairs, splits them by document, and gives each passage hard negatives.
+"""Cleans the generated question-answer pairs, splits them by document, and finds hard negatives for each passage.
 
 `python -m model.train.pairs pairs.jsonl.xz --corpora scratch/corpora --out scratch` writes pairs_train.jsonl and
-pairs_dev.jsonl (source, doc, title, passage, question, answer (null: none there), start, kind, passage_id, negatives)
+pairs_dev.jsonl (source, doc, title, passage, question, answer (null: unanswerable), start, kind, passage_id, negatives)
 and passages_train.jsonl and passages_dev.jsonl (id, source, doc, title, text), to which passage_id and negatives refer.
-Development documents share no file with training ones; nor do their negatives. Start at `main`.
+The dev and train splits share no document, nor do their negatives. Start at `main`.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from model.train.passages import NegativeFinder, cut_passages
 from model.train.sources import EXCLUDED, HELD_OUT, is_dev_document, read_word_lists
 
 Pair = dict[str, Any]
-AT_ONCE = 500  # passages whose neighbours one process looks for
-FEW, ELSEWHERE = 60, 10_000  # passages of a package that are too few to be near, and of all that are taken then
+AT_ONCE = 500  # passages per job of the negative search
+FEW, ELSEWHERE = 60, 10_000  # packages with fewer passages search a sample of all packages; its size
 
 _WORDS = read_word_lists(Path(__file__).parent / "words.txt")
 _FUNCTION_WORDS = frozenset(_WORDS["function_words"])
@@ -44,7 +44,7 @@ _TICKET = re.compile(
 def main(argv: list[str] | None = None) -> None:
     """Clean, split, add negatives; prints what was dropped and why."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pairs", type=Path, nargs="+", help="shared ones, and what model.train.asking made")
+    parser.add_argument("pairs", type=Path, nargs="+", help="JSONL(.xz) files, such as those of model.train.asking")
     parser.add_argument("--corpora", type=Path, required=True, help="output folder of model.train.corpora")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--negatives", type=int, default=12)
@@ -58,8 +58,8 @@ def main(argv: list[str] | None = None) -> None:
         chosen = [p for p in kept if is_dev_document(p["source"], p["doc"]) == (split == "dev")]
         passages = _passages(chosen, args.corpora, split, random.Random(args.seed))
         _add_negatives(chosen, passages, args.negatives, args.workers)
-        if split == "train":  # development questions stay as they were, so that scores can be compared
-            _settle(chosen)  # last: the shorter answer is found in more passages, which would be no negatives
+        if split == "train":  # dev questions are left unchanged, so that scores stay comparable
+            _settle(chosen)  # after the negatives: a shortened answer occurs in more passages, which would be excluded
         wanted = {i for pair in chosen for i in (pair["passage_id"], *pair["negatives"])}
         passages = [passage for passage in passages if passage["id"] in wanted]
         _write(args.out / f"passages_{split}.jsonl", passages)
@@ -69,8 +69,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def load_pairs(*paths: Path) -> tuple[list[Pair], Counter[str]]:
-    """Cleaned pairs of JSONL(.xz) files and the counts of what was dropped; every answer is its passage's span, or
-    None where the passage does not answer."""
+    """Cleaned pairs of JSONL(.xz) files, and counts of dropped ones by reason; every answer is a span of its passage,
+    or None if the passage does not answer."""
     kept, dropped, asked = [], Counter[str](), set[tuple[str, str]]()
     for path in paths:
         for pair in _read(path):
@@ -96,7 +96,7 @@ def _read(path: Path) -> Iterator[Pair]:
 
 
 def question_content(question: str) -> set[str]:
-    """The words of a question that say what it is after."""
+    """The content words of a question."""
     return {w for w in words(question) if w not in _QUESTION_WORDS}
 
 
@@ -128,7 +128,7 @@ def _is_said(pair: Pair) -> bool:
 
 
 def _mend_answer(pair: Pair) -> str:
-    """Set answer and start to the cleanest span that span and reading support; returns why there is none, or ""."""
+    """Set answer and start to the cleaner of the original span and the reader's; returns why there is none, or ""."""
     candidates = []
     for text, weight in ((pair["read"], 1.0), (pair["answer"], 0.6)):
         found = _locate(pair["passage"], text, pair["start"])
@@ -157,7 +157,7 @@ def _locate(passage: str, text: str, near: int) -> tuple[int, int] | None:
 
 
 def _trim(passage: str, start: int, end: int) -> tuple[int, int]:
-    """The span less function words at its end; a closing bracket or percent sign that belongs to it is taken in."""
+    """The span without trailing function words, extended by a closing bracket or percent sign that belongs to it."""
     while match := re.search(r"[\s,;:(]+([A-Za-z']+)$|[\s,;:(]+$", passage[start:end]):
         if match[1] and match[1].lower() not in _FUNCTION_WORDS:
             break
@@ -173,7 +173,7 @@ def _trim(passage: str, start: int, end: int) -> tuple[int, int]:
 
 
 def _fault(passage: str, start: int, end: int) -> float:
-    """0 for a clean span, 1 for one not worth having: single function word, cut inside a name, unbalanced, long."""
+    """0 for a clean span, 1 or more for a useless one: single function word, cut in a name, unbalanced, too long."""
     span = passage[start:end]
     tokens = words(span)
     if not re.search(r"\w", span) or len(span) > 400 or (len(tokens) == 1 and tokens[0] in _FUNCTION_WORDS):
@@ -188,7 +188,7 @@ def _fault(passage: str, start: int, end: int) -> float:
 
 
 def _settle(pairs: list[Pair]) -> None:
-    """Let all answers begin and end as such answers do."""
+    """Normalise the extent of all answers."""
     for pair in pairs:
         if pair["answer"] is not None:
             start, end = settle(pair["passage"], pair["start"], pair["start"] + len(pair["answer"]), pair["question"])
@@ -196,7 +196,7 @@ def _settle(pairs: list[Pair]) -> None:
 
 
 def _passages(pairs: list[Pair], corpora: Path, split: str, rng: random.Random) -> list[dict[str, Any]]:
-    """The pairs' passages (numbered into the pairs) and, for company, passages of the same packages' documents."""
+    """The passages of the pairs (setting `passage_id`), and further passages of the same packages as distractors."""
     passages: list[dict[str, Any]] = []
     ids: dict[str, int] = {}
     for pair in pairs:
@@ -225,8 +225,8 @@ def _corpus(corpora: Path, split: str) -> Iterator[dict[str, str]]:
 
 
 def _add_negatives(pairs: list[Pair], passages: list[dict[str, Any]], count: int, workers: int) -> None:
-    """Set pair["negatives"]: ids of near passages of the same package (of any, where it has few) without an answer to
-    what is asked about the pair's passage; one list a passage."""
+    """Set pair["negatives"]: ids of similar passages of the same package (of any, if it has few) that answer none of
+    the questions about the pair's passage; one list per passage."""
     members: dict[str, list[int]] = defaultdict(list)
     for passage in passages:
         members[passage["source"]].append(passage["id"])
@@ -255,7 +255,7 @@ def _find_negatives(job: tuple[list[int], list[str], list[list[Pair]], int]) -> 
     finder, found = NegativeFinder(texts), []
     by_question = iter(finder.nearest([p["question"] for pairs in asked for p in pairs], 3 * count))
     by_passage = finder.nearest([pairs[0]["passage"] for pairs in asked], 3 * count)
-    bags: dict[int, frozenset[str]] = {}  # words of the texts that were met
+    bags: dict[int, frozenset[str]] = {}  # passage -> its words
     for pairs, of_passage in zip(asked, by_passage, strict=True):
         lists = [*islice(by_question, len(pairs)), of_passage]
         near = dict.fromkeys(i for ranked in zip(*lists, strict=True) for i in ranked)
@@ -276,7 +276,7 @@ def _find_negatives(job: tuple[list[int], list[str], list[list[Pair]], int]) -> 
 
 
 def _may_answer(pair: Pair, text: str, bag: frozenset[str]) -> bool:
-    """Whether a text of the words `bag` holds the answer, and not only as a few letters that happen to be there."""
+    """Whether the text, with words `bag`, may answer the pair; a short answer needs words of the question beside it."""
     if pair["answer"] is None:
         return False
     answer, asked = pair["answer"].lower(), question_content(pair["question"])

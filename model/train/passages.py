@@ -1,6 +1,6 @@
-"""Cuts clean document text into passages, and finds lexically near passages for hard negatives.
+"""Splits clean document text into passages, and finds lexically similar passages as hard negatives.
 
-Not the service's chunker (ingest/chunk.py): passages here vary in length on purpose. Start at `cut_passages` and
+Not the service's chunker (ingest/chunk.py): passages vary in length on purpose. Start at `cut_passages` and
 `NegativeFinder`.
 """
 

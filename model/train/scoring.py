@@ -1,4 +1,4 @@
-"""How near an answer is to the one that was expected."""
+"""Scores an answer against the expected one: exact match after normalisation, word F1."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 
 def is_punctuation(character: str) -> bool:
-    """In any script: ‘wheel’ is quoted as "wheel" is. Source: MLQA's mlqa_evaluation_v1.py."""
+    """Whether it is punctuation in any script, such as ‘ and ’. Source: MLQA, mlqa_evaluation_v1.py."""
     return character in string.punctuation or unicodedata.category(character).startswith("P")
 
 
 def normalize_answer(text: str, dropped: Callable[[str], bool] = is_punctuation) -> str:
-    """Lower case, no punctuation, no articles, single blanks. Source: SQuAD's evaluate-v1.1.py."""
+    """Lower case, without punctuation and articles, single spaces. Source: SQuAD, evaluate-v1.1.py."""
     text = "".join(c for c in text.lower() if not dropped(c))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 

@@ -1,12 +1,11 @@
-"""Tunes the search's model on questions: low-rank updates of all-MiniLM-L6-v2, as embedder and as reranker.
+"""Fine-tunes the retrieval models: LoRA adapters of all-MiniLM-L6-v2, as embedder and as reranker.
 
     python -m model.train.search_adapters --base DIR --data DIR --out DIR --seconds 40 50
 
-`--base` holds config.json, tokenizer.json and model.safetensors (or .safetensors.xz), `--data` what model.train.pairs
-writes (.jsonl or .jsonl.xz). The embedder learns to put a question nearer to its passage than to those of other
-questions and to similar ones (InfoNCE); the reranker, which reads both together, to score it higher than similar
-ones. A rate is lowered by the share of the time that is gone. Sources: LoRA (arXiv 2106.09685); sentence-transformers,
-MultipleNegativesRankingLoss. Start at `main`.
+`--base` holds config.json, tokenizer.json and model.safetensors (or .safetensors.xz), `--data` the output of
+model.train.pairs (.jsonl or .jsonl.xz). The embedder is trained with InfoNCE, with in-batch and hard negatives; the
+reranker, a cross-encoder, with cross entropy over a passage and its negatives. The learning rate decays with elapsed
+time. Sources: LoRA (arXiv 2106.09685); sentence-transformers, MultipleNegativesRankingLoss. Start at `main`.
 """
 
 from __future__ import annotations
@@ -33,27 +32,27 @@ from transformers import BertConfig, BertModel
 from model.train.search_data import QUESTION_TOKENS, SearchData
 
 SCALE = 20.0  # of cosines: 1 / temperature, as all-MiniLM-L6-v2 was trained
-GROUP_TOKENS = 65_536  # padded tokens that go through the model at once
-WARM_UP = 0.05  # of the time
+GROUP_TOKENS = 65_536  # padded tokens per forward pass
+WARM_UP = 0.05  # share of the time
 NDCG_DEPTH = 10
-MINED = 24  # passages nearest to a question by the tuned embedder, of which those without its answer are negatives
+MINED = 24  # nearest passages by the tuned embedder; those without the answer become negatives
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Of one adapter: it ends after `seconds`, or after `steps` if that is sooner."""
+    """Training plan of one adapter; ends after `seconds` or `steps`, whichever comes first."""
 
     rank: int
     rate: float
     seconds: float
     steps: int
-    batch: int  # questions a step
-    negatives: int  # passages like its own that a question meets in a step
-    share: float = 1.0  # of what was learned that is kept
+    batch: int  # questions per step
+    negatives: int  # hard negatives per question and step
+    share: float = 1.0  # of the update that is kept, see `shrink`
 
 
 class LowRank(nn.Module):
-    """What a weight matrix gains: B·A. The sum is made in float32 and rounded to the weight's dtype."""
+    """Adds B·A to a weight matrix, in float32, rounded to the weight's dtype."""
 
     def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
@@ -66,7 +65,7 @@ class LowRank(nn.Module):
 
 
 def add_low_rank(model: nn.Module, rank: int) -> None:
-    """Freeze the model and let every linear layer of its encoder learn an update of that rank, in place."""
+    """Freeze the model and add a trainable update of that rank to every linear layer of its encoder, in place."""
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and "encoder.layer." in name:
@@ -75,14 +74,14 @@ def add_low_rank(model: nn.Module, rank: int) -> None:
 
 @torch.no_grad()
 def shrink(model: nn.Module, share: float) -> None:
-    """Go back to that share of the way from the weights before: less is forgotten. Source: arXiv 2109.01903."""
+    """Scale the update by `share`, interpolating with the base weights to forget less. Source: arXiv 2109.01903."""
     for module in model.modules():
         if isinstance(module, LowRank):
             module.B *= share
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """`WEIGHT.A`, `WEIGHT.B` by the checkpoint's names of weights, and what else was trained as it is, in bfloat16."""
+    """`WEIGHT.A` and `WEIGHT.B` by checkpoint name, and all other trained parameters, in bfloat16."""
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -92,9 +91,9 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 class CrossEncoder(nn.Module):
-    """A BERT that reads question and passage together, and one score out of its first token's state.
+    """A BERT over question and passage together, with a score from the [CLS] state.
 
-    As `BertForSequenceClassification`, but that the head is float32 whatever the BERT is.
+    Like `BertForSequenceClassification`, but with the head always in float32.
     """
 
     def __init__(self, bert: BertModel, head: nn.Linear) -> None:
@@ -114,7 +113,7 @@ def read_weights(base: Path) -> dict[str, Tensor]:
 
 
 def load_base(folder: Path, device: torch.device, scores: bool = False) -> BertModel | CrossEncoder:
-    """The model in bfloat16 on a GPU, else float32; `scores`: as a cross-encoder with the head that BERT came with."""
+    """The model, bfloat16 on a GPU, else float32; `scores`: as a cross-encoder with the checkpoint's pooler as head."""
     config = BertConfig.from_json_file(folder / "config.json")
     config._attn_implementation = "sdpa"
     weights = dict(read_weights(folder))
@@ -130,7 +129,7 @@ def load_base(folder: Path, device: torch.device, scores: bool = False) -> BertM
 
 
 def in_groups(rows: Sequence[Sequence[int]], limit: int = GROUP_TOKENS) -> Iterator[list[int]]:
-    """Places of rows, the longest first, in groups of at most `limit` padded tokens."""
+    """Indices of the rows, longest first, in groups of at most `limit` padded tokens."""
     group: list[int] = []
     for place in sorted(range(len(rows)), key=lambda place: -len(rows[place])):
         if group and (len(group) + 1) * len(rows[group[0]]) > limit:
@@ -144,7 +143,7 @@ def in_groups(rows: Sequence[Sequence[int]], limit: int = GROUP_TOKENS) -> Itera
 def run_groups(
     rows: Sequence[Sequence[int]], forward: Callable[[list[int], Tensor], Tensor], device: torch.device
 ) -> Tensor:
-    """What `forward` gives for (places, ids), in the order of the rows; ids (n, longest) with zeros behind the text."""
+    """Results of `forward(indices, ids)` in the order of the rows; ids (n, longest) are zero-padded on the right."""
     groups, parts = list(in_groups(rows)), []
     for group in groups:
         longest = len(rows[group[0]])
@@ -159,7 +158,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def embed(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
-    """(n, hidden) float32 of unit length: the mean of the tokens' last states."""
+    """Mean-pooled embeddings (n, hidden), float32, unit length."""
 
     def forward(_: list[int], ids: Tensor) -> Tensor:
         mask = (ids != 0).long()
@@ -188,7 +187,7 @@ Loss = Callable[[nn.Module, SearchData, list[int], int, random.Random], tuple[Te
 def embedder_loss(
     model: nn.Module, data: SearchData, chosen: list[int], negatives: int, rng: random.Random
 ) -> tuple[Tensor, Tensor]:
-    """InfoNCE over the batch's passages and similar ones, but for copies of a question's own; and the share right."""
+    """InfoNCE over in-batch and hard negatives, duplicates of the gold passage masked; and the accuracy."""
     near = [place for i in chosen for place in rng.sample(data.near[i], min(negatives, len(data.near[i])))]
     places = [*(data.gold[i][0] for i in chosen), *near]
     vectors = embed(model, [*data.ask(chosen, rng), *(data.passage(place, rng) for place in places)])
@@ -204,7 +203,7 @@ def embedder_loss(
 def reranker_loss(
     model: nn.Module, data: SearchData, chosen: list[int], negatives: int, rng: random.Random
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the gold passage among similar ones and another question's; and the share right."""
+    """Cross entropy of the gold passage among hard negatives and another question's passage; and the accuracy."""
     questions, passages = [], []
     for asked, i, other in zip(data.ask(chosen, rng), chosen, [*chosen[1:], chosen[0]], strict=True):
         near = rng.choices(data.near[i] or data.gold[other], k=negatives)
@@ -217,7 +216,7 @@ def reranker_loss(
 
 
 def train(model: nn.Module, data: SearchData, loss_of: Loss, plan: Plan) -> None:
-    """Train what is not frozen, in place; prints a line every ten steps."""
+    """Train the parameters that are not frozen, in place; prints a line every ten steps."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=plan.rate, weight_decay=0.01, betas=(0.9, 0.98))
     rng = random.Random(0)
@@ -241,13 +240,13 @@ def train(model: nn.Module, data: SearchData, loss_of: Loss, plan: Plan) -> None
 
 @torch.inference_mode()
 def embed_all(model: nn.Module, data: SearchData) -> tuple[Tensor, Tensor]:
-    """Vectors of the questions as they are, and of the passages."""
+    """Vectors of the original questions, and of the passages."""
     with parametrize.cached():
         return embed(model, data.encode(data.questions, QUESTION_TOKENS)), embed(model, data.passages)
 
 
 def measure_embedder(model: nn.Module, data: SearchData) -> dict[str, float]:
-    """nDCG@10 over all passages of the split, by kind of question where there are few kinds."""
+    """nDCG@10 over all passages of the split, also per kind of question if there are at most four."""
     questions, passages = embed_all(model, data)
     best = (questions @ passages.T).topk(min(NDCG_DEPTH, len(passages)), dim=1).indices.tolist()
     gains = [ndcg(ranking, gold) for ranking, gold in zip(best, data.gold, strict=True)]
@@ -260,14 +259,14 @@ def measure_embedder(model: nn.Module, data: SearchData) -> dict[str, float]:
 
 
 def ndcg(ranking: Sequence[int], gold: Sequence[int]) -> float:
-    """Of places, the best first, each right or wrong."""
+    """nDCG@10 of a ranking, best first, with binary relevance."""
     gain = sum(1 / math.log2(rank + 2) for rank, place in enumerate(ranking) if place in gold)
     return gain / sum(1 / math.log2(rank + 2) for rank in range(min(NDCG_DEPTH, len(gold))))
 
 
 @torch.inference_mode()
 def measure_reranker(model: nn.Module, data: SearchData) -> dict[str, float]:
-    """How often the gold passage scores higher than all similar ones, and the mean of 1/rank."""
+    """Accuracy at 1 and mean reciprocal rank of the gold passage among its hard negatives."""
     asked = data.encode(data.questions, QUESTION_TOKENS)
     groups = [[data.gold[i][0], *data.near[i]] for i in range(len(asked))]
     questions = [question for question, group in zip(asked, groups, strict=True) for _ in group]
@@ -279,7 +278,7 @@ def measure_reranker(model: nn.Module, data: SearchData) -> dict[str, float]:
 
 
 def add_nearest(model: nn.Module, data: SearchData) -> None:
-    """Put among a question's similar passages also those that the embedder finds and that do not hold its answer."""
+    """Add the embedder's nearest passages that do not contain the answer to each question's hard negatives."""
     questions, passages = embed_all(model, data)
     lower = [text.lower() for text in data.texts]
     for start in range(0, len(questions), 4096):
@@ -292,7 +291,7 @@ def add_nearest(model: nn.Module, data: SearchData) -> None:
 def tune_embedder(
     base: Path, device: torch.device, data: SearchData, tests: dict[str, SearchData], plans: Sequence[Plan], out: Path
 ) -> nn.Module:
-    """An adapter of each plan; returns the model that is best on the first of `tests`, which may be the base."""
+    """Train an adapter for each plan; returns the model that is best on the first of `tests`, possibly the base."""
     models = {"base": load_base(base, device)}
     found = {"base": {name: measure_embedder(models["base"], test) for name, test in tests.items()}}
     print(json.dumps({"embedder": "base", **found["base"]}), flush=True)
@@ -328,16 +327,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--splits", nargs="+", default=["dev"], help="to measure; the first chooses the embedder")
+    parser.add_argument("--splits", nargs="+", default=["dev"], help="to evaluate on; the first selects the embedder")
     parser.add_argument("--seconds", type=float, nargs=2, default=[40, 50], help="for the embedders, for the reranker")
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-3], help="of the embedders, one adapter each")
-    parser.add_argument("--share", type=float, default=0.5, help="of what an embedder learned that is kept")
+    parser.add_argument("--share", type=float, default=0.5, help="of an embedder's update that is kept")
     parser.add_argument("--reranker-rate", type=float, default=1e-3)
     parser.add_argument("--ranks", type=int, nargs=2, default=[32, 64], help="of the embedders, of the reranker")
-    parser.add_argument("--batches", type=int, nargs=2, default=[512, 64], help="questions a step, likewise")
-    parser.add_argument("--negatives", type=int, nargs=2, default=[2, 6], help="similar passages a question, likewise")
-    parser.add_argument("--steps", type=int, default=100_000, help="at most, of each")
-    parser.add_argument("--limit", type=int, help="so many pairs, for a trial")
+    parser.add_argument("--batches", type=int, nargs=2, default=[512, 64], help="questions per step, likewise")
+    parser.add_argument("--negatives", type=int, nargs=2, default=[2, 6], help="hard negatives per question, likewise")
+    parser.add_argument("--steps", type=int, default=100_000, help="maximum steps of each")
+    parser.add_argument("--limit", type=int, help="use only this many pairs, for a trial")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""Questions and passages that the search's models are tuned on, as token ids. Start at `SearchData`."""
+"""Token ids of the questions and passages for tuning the retrieval models. Start at `SearchData`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from model.train.rephrase import rephrase
 from model.train.sources import EXCLUDED, HELD_OUT, TOO_CLOSE
 
 PASSAGE_TOKENS, QUESTION_TOKENS = 256, 64  # the embedder's window; a question is hardly ever longer
-_NO_TITLE = 0.15  # of the passages are read without theirs: a text file has none
-_FEWER_WORDS = 0.25  # of the questions lose a word that they share with their passage
+_NO_TITLE = 0.15  # share of passages without their title, like plain text files
+_FEWER_WORDS = 0.25  # share of questions that lose a word they share with their passage
 _TESTED = {*EXCLUDED, *HELD_OUT, *TOO_CLOSE}
 
 Record = dict[str, Any]
 
 
 def passage_text(title: str, text: str) -> str:
-    """As `retrieval.embedder.text_to_embed` puts a chunk under its title."""
+    """Title and text, in the form of `retrieval.embedder.text_to_embed`."""
     return f"{title[:80]}\n{text}" if title and title not in text[:200] else text
 
 
 def read_rows(folder: Path, name: str) -> list[Record]:
-    """Rows of NAME.jsonl or NAME.jsonl.xz; raises FileNotFoundError when there is neither."""
+    """Rows of NAME.jsonl or NAME.jsonl.xz. Raises FileNotFoundError if there is neither."""
     path = folder / f"{name}.jsonl"
     packed = path.with_suffix(".jsonl.xz")
     with lzma.open(packed, "rt", encoding="utf-8") if packed.exists() else path.open(encoding="utf-8") as lines:
@@ -38,10 +38,10 @@ def read_rows(folder: Path, name: str) -> list[Record]:
 
 
 class SearchData:
-    """A split as `model.train.pairs` writes it: pairs_SPLIT and passages_SPLIT.
+    """A split from `model.train.pairs`: pairs_SPLIT and passages_SPLIT.
 
-    `passages`: token ids by place; `gold[i]`: places of the passages that answer question i; `near[i]`: places of
-    passages that are like them and do not. Raises ValueError for a pair of a package that tests stand on, if `train`.
+    `passages`: token ids; `gold[i]`: indices of the passages that answer question i; `near[i]`: indices of its hard
+    negatives. With `train`, raises ValueError for pairs of packages that are reserved for tests.
     """
 
     def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, limit: int | None = None) -> None:
@@ -62,7 +62,7 @@ class SearchData:
         self.near = [[place[i] for i in row.get("negatives", []) if i in place] for row in rows]
 
     def encode(self, texts: Sequence[str], limit: int) -> list[list[int]]:
-        """Token ids, [CLS] and [SEP] with them, of at most `limit` tokens."""
+        """Token ids, truncated to `limit` including [CLS] and [SEP]."""
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(limit)
         return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
@@ -72,7 +72,7 @@ class SearchData:
         return [ids[0], *ids[self._title_ends[place] :]] if rng.random() < _NO_TITLE else ids
 
     def ask(self, chosen: Sequence[int], rng: random.Random) -> list[list[int]]:
-        """The questions in other words, some with one word less of those that a search for words would find."""
+        """Token ids of the questions, reworded; some lose a word that they share with their passage."""
         return self.encode([self._reword(i, rng) for i in chosen], QUESTION_TOKENS)
 
     def _reword(self, i: int, rng: random.Random) -> str:
@@ -87,7 +87,7 @@ class SearchData:
         return question
 
     def batches(self, size: int, rng: random.Random) -> Iterator[list[int]]:
-        """Places of questions, all of them in a new order again and again."""
+        """Batches of question indices, reshuffled every epoch, without end."""
         size = min(size, len(self.questions))
         while True:
             order = rng.sample(range(len(self.questions)), len(self.questions))

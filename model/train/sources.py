@@ -1,8 +1,8 @@
-"""Which Debian packages the training text comes from, and which stay out of it.
+"""The Debian packages whose text is used for training, and those that are excluded.
 
-`EXCLUDED` belongs to an independent test and is never read. `HELD_OUT` is kept out of every kind of training and
-development data: the project's own test questions stand on it. Text caps (MB of clean text) keep long API references
-from drowning the prose. The lists are in packages.txt.
+`EXCLUDED` belongs to an independent test and is never read. `HELD_OUT`, the source of the project's own test questions,
+is kept out of all training and development data. Caps (MB of clean text) keep long API references from dominating.
+The lists are in packages.txt.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def read_word_lists(path: Path) -> dict[str, list[str]]:
-    """Lists of words by name from a file of `name:` lines with indented words below them; `#` starts a comment."""
+    """Word lists by name, from a file of `name:` lines with indented words below; `#` starts a comment."""
     lists, name = dict[str, list[str]](), ""
     for line in path.read_text().splitlines():
         if line.startswith(" "):
@@ -36,7 +36,7 @@ LIBRARY_CAP_MB = 1.2
 
 
 def cap_chars(package: str) -> int:
-    """Most characters of clean text to take from one package."""
+    """Maximum characters of clean text from this package."""
     default = LIBRARY_CAP_MB if package in LIBRARIES else DEFAULT_CAP_MB
     return int(1e6 * CAPS_MB.get(package, default))
 
@@ -47,7 +47,7 @@ def is_dev_document(source: str, doc: str) -> bool:
 
 
 def training_packages() -> list[str]:
-    """Every package to try, in the order in which duplicates are resolved; raises ValueError on a tested one."""
+    """All training packages, in the order in which duplicates are resolved. Raises ValueError for one in a test."""
     names = list(dict.fromkeys(n for group in ("prose", "pairs", "manuals", "libraries") for n in _PACKAGES[group]))
     if tested := [n for n in names if n in EXCLUDED or n in HELD_OUT or n in TOO_CLOSE]:
         raise ValueError(f"{', '.join(tested)} must stay out of training; remove from packages.txt")

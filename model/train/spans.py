@@ -1,4 +1,4 @@
-"""Spans of a passage that are worth asking for: numbers, names, files, options, and clauses that say why, how, what.
+"""Chooses answer spans in a passage: numbers, names, files, options, and clauses that say why, how or what.
 
 Start at `choose_spans`.
 """
@@ -28,7 +28,7 @@ _PARTS = {
     "END": r"(?=[.;:!?)]|, (?:and|but|so|which|while|although)\b|$)",
 }
 FACT_WEIGHT = 1.0
-NO_SPANS = ("yes/no", "subject", "passive")  # kinds of facts whose answers tell little by themselves
+NO_SPANS = ("yes/no", "subject", "passive")  # kinds of facts whose answers are uninformative by themselves
 LONGEST = 130
 _BAD = re.compile(
     r"^(?:the following|as follows|it|this|that|these|those|them|one|e\.g|i\.e|see)\b|^\W+$|"
@@ -38,7 +38,7 @@ _BAD = re.compile(
 
 @cache
 def patterns() -> tuple[tuple[str, float, re.Pattern[str]], ...]:
-    """(kind, weight, pattern) of span_patterns.txt."""
+    """(kind, weight, pattern) from span_patterns.txt."""
     found, kind, weight = [], "", ""
     for line in (Path(__file__).parent / "span_patterns.txt").read_text().splitlines():
         if line.startswith("  "):
@@ -56,7 +56,7 @@ class Span(NamedTuple):
 
 
 def spans(passage: str) -> Iterator[tuple[float, Span]]:
-    """All spans that a pattern finds, with their kind's weight."""
+    """All spans found by patterns and statement rules, with their weights."""
     for kind, weight, pattern in patterns():
         for match in pattern.finditer(passage):
             start, end = match.span("a" if "a" in pattern.groupindex else 0)
@@ -67,13 +67,13 @@ def spans(passage: str) -> Iterator[tuple[float, Span]]:
 
 
 def _is_whole(text: str) -> bool:
-    """Whether a span is of one line, not too long, and closes what it opens."""
+    """Whether a span is on one line, not too long, with balanced brackets and quotes."""
     pairs = all(text.count(a) == text.count(b) for a, b in ("()", "[]", "“”"))
     return pairs and 0 < len(text) <= LONGEST and text.strip() == text and "\n" not in text
 
 
 def choose_spans(passage: str, count: int, rng: random.Random) -> list[Span]:
-    """Up to `count` spans that do not overlap, of different kinds where there are enough."""
+    """Up to `count` spans that do not overlap, of different kinds if possible."""
     found: dict[tuple[int, int], tuple[float, Span]] = {}
     for weight, span in spans(passage):
         text = passage[span.start : span.end]

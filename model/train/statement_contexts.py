@@ -1,7 +1,7 @@
-"""Contexts of running text with rule-made questions on it (`model.train.statements`), and near misses.
+"""Contexts of running text with rule-based questions (`model.train.statements`), answerable and not.
 
-Passages are neighbours of one document, so the others are near by subject. A question loses its passage, or asks the
-thing of one sentence for what another sentence says of another thing: then nothing there answers it.
+Passages are neighbours in one document, so distractors are on topic. Unanswerable questions have their passage removed,
+or combine the subject of one sentence with the property that another sentence states of something else.
 Start at `StatementContexts.draw`.
 """
 
@@ -58,7 +58,7 @@ class StatementContexts:
             raise ValueError("no text is long enough (500 characters) to ask about")
 
     def draw(self, rng: random.Random, max_chars: int, shortest: int = 250) -> Context | None:
-        """A context of about `max_chars` in passages of `shortest` to 1,100 characters; None where nothing fits."""
+        """A context of about `max_chars` in passages of `shortest` to 1,100 characters; None if no question fits."""
         title, text = rng.choice(self.texts)
         passages = self._passages(title, text, max_chars, rng.randint(shortest, max(shortest + 1, 1100)), rng)
         chosen = choose_facts(passages, rng, limit=2 + max_chars // 110)
@@ -80,7 +80,7 @@ class StatementContexts:
 
     @staticmethod
     def _passages(title: str, text: str, max_chars: int, size: int, rng: random.Random) -> list[tuple[str, str]]:
-        """Paragraphs from a random place on, put together to passages of about `size` characters."""
+        """Paragraphs from a random position on, merged into passages of about `size` characters."""
         start = rng.randrange(max(1, len(text) - max_chars)) if len(text) > max_chars else 0
         paragraphs = re.split(
             r"\n{2,}|(?<=[.!?]) (?=[A-Z])" if size < 400 else r"\n{2,}", text[start : start + max_chars]
@@ -99,7 +99,7 @@ class StatementContexts:
     def _near_misses(
         facts: Sequence[Fact], passages: Sequence[tuple[str, str]], rng: random.Random, count: int
     ) -> list[Question]:
-        """Questions about things of these passages that these passages do not answer."""
+        """Questions about subjects of these passages that the passages do not answer."""
         named = [fact for fact in facts if fact.subject and any(fact.subject in body for _, body in passages)]
         sentences = [s for _, body in passages for s in re.split(r"(?<=[.!?])\s|\n", body)]
         made = []
@@ -121,7 +121,7 @@ class StatementContexts:
 
 
 def ask_more(context: Context, rng: random.Random) -> Context:
-    """The context with rule-made questions on its passages besides its own, about one in 160 characters."""
+    """The context with additional rule-based questions on its passages, about one per 160 characters."""
     chosen = choose_facts(context.passages, rng, limit=context.chars // 160)
     more = tuple(Question(fact.question, fact.answer, at, fact.start) for at, fact in chosen)
     return replace(
@@ -130,7 +130,7 @@ def ask_more(context: Context, rng: random.Random) -> Context:
 
 
 def choose_facts(passages: Sequence[tuple[str, str]], rng: random.Random, limit: int) -> list[tuple[int, Fact]]:
-    """(passage, fact) pairs: one question a sentence, rare kinds first, none that another passage might answer."""
+    """(passage, fact) pairs: one question per sentence, rare kinds first, none that another passage might answer."""
     vocabularies = [set(words(f"{title} {body}")) for title, body in passages]
     drawn = [(at, fact) for at, (_, body) in enumerate(passages) for fact in facts_of(body)]
     ranked = [(rng.random() ** (1 / COMMON_KINDS.get(fact.kind, 1.0)), at, fact) for at, fact in drawn]

@@ -1,7 +1,7 @@
-"""Questions made by rule from plain sentences: what a sentence says of its subject is asked for, and stands in it.
+"""Rule-based questions from declarative sentences, whose answers are spans of the sentence.
 
-A rule (statement_rules.txt) is a pattern of one sentence and the questions it answers, each with the group that is the
-answer. Patterns are narrow on purpose: a sentence that fits none is left alone. Start at `facts_of`.
+A rule (statement_rules.txt) is a pattern for a sentence and the questions it answers, each with the group that is the
+answer. Patterns are narrow on purpose; sentences that match none are skipped. Start at `facts_of`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from model.train.sources import read_word_lists
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A question, its answer as it stands in the sentence, and where; `frame` is the question less its subject."""
+    """A question, its literal answer and the answer's offset; `frame` is the question without its subject."""
 
     kind: str
-    frame: str  # holds {s} where the subject goes
+    frame: str  # with {s} in place of the subject
     subject: str
     answer: str
     start: int
@@ -105,7 +105,7 @@ def base_of(verb: str) -> str:
 
 
 def facts_of(text: str) -> Iterator[Fact]:
-    """All questions that rules make of a passage's sentences; a fact's answer stands at text[start:]."""
+    """All questions that the rules derive from a passage; each answer begins at text[start]."""
     at = 0
     for sentence in SENTENCE_END.split(text):
         at = text.index(sentence, at)
@@ -146,7 +146,7 @@ def _facts_of_sentence(sentence: str, start: int) -> Iterator[Fact]:
 
 
 def _facts_of_row(row: str, start: int) -> Iterator[Fact]:
-    """`key | meaning`: what does the key do, which key does it."""
+    """Questions for a row `key | meaning`: what the key does, which key does it."""
     key, _, meaning = (part.strip() for part in row.removeprefix("| ").partition(" | "))
     if not (
         re.fullmatch(r"(?:--?|[%$\\/:])?\w[\w.,= /-]*", key)
@@ -174,7 +174,7 @@ def _facts_of_row(row: str, start: int) -> Iterator[Fact]:
 
 
 def _frame(form: str, groups: dict[str, str | None], asks_subject: bool) -> str | None:
-    """The form with all but the subject filled in; None where the words do not fit it."""
+    """The form with everything but the subject filled in; None if the groups do not fit it."""
     g = {name: value or "" for name, value in groups.items()}
     if "{b}" in form:
         g["b"] = base_of(g["v"])
@@ -207,7 +207,7 @@ def _frame(form: str, groups: dict[str, str | None], asks_subject: bool) -> str 
 
 
 def _good_subject(subject: str, bare: bool = False) -> bool:
-    """Whether it names something: no pronoun, no verb inside, one word at least that tells which."""
+    """Whether it is specific: no pronoun, no verb inside, at least one identifying word."""
     words = [w.strip("\"'“”‘’`()[]<>.,") for w in subject.split()]
     low = [w.lower() for w in words]
     if (
@@ -232,7 +232,7 @@ def _good_subject(subject: str, bare: bool = False) -> bool:
 
 
 def _asks_enough(frame: str, subject: str) -> bool:
-    """Two telling words at least, or one that is a name or a code; nothing that leans on its place."""
+    """Whether it has two content words, or one that is a name or a code, and no reference to its surroundings."""
     question = frame.replace("{s}", subject)
     if _LEANING.search(question):
         return False

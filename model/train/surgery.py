@@ -1,7 +1,7 @@
-"""SmolLM2 in Jamba's terms: the teacher as a Jamba with attention everywhere, and the hybrid that starts from it.
+"""Converts SmolLM2 to Jamba: the teacher as a Jamba with attention in every layer, and the hybrid initialized from it.
 
-What is kept: embedding, norms, every MLP, and the attention of every eighth layer. Elsewhere a Mamba mixer stands in,
-started from the attention's own value and output projections; every second MLP becomes experts (upcycling).
+The hybrid keeps embedding, norms, MLPs and the attention of every eighth layer. Other attention layers become Mamba
+mixers, initialized from the value and output projections; every second MLP becomes experts (upcycling).
 Measured choices: docs/small-model.md. Start at `build_student`.
 """
 
@@ -43,7 +43,7 @@ STUDENT = JambaConfig(**BASE, attn_layer_period=8, attn_layer_offset=4, num_expe
 
 
 def jamba_name(name: str) -> str:
-    """A tensor of a Llama in our terms: `layers.0.mlp.up_proj.weight` -> `layers.0.feed_forward.up_proj.weight`."""
+    """Llama tensor name -> ours: `layers.0.mlp.up_proj.weight` -> `layers.0.feed_forward.up_proj.weight`."""
     name = name.replace("post_attention_layernorm", "pre_ff_layernorm").replace(".mlp.", ".feed_forward.")
     return "final_layernorm.weight" if name == "norm.weight" else name
 
@@ -60,9 +60,9 @@ def build_teacher(gguf: Path) -> Jamba:
 
 @torch.no_grad()
 def build_student(teacher: Jamba, seed: int = 0, noise: float = 0.02) -> Jamba:
-    """The hybrid: what it shares with the teacher copied, mixers and experts started from it.
+    """The hybrid: shared parameters are copied from the teacher, mixers and experts are initialized from it.
 
-    `noise` is the relative size of the difference between the copies of an expert.
+    `noise`: relative size of the random difference between the experts.
     """
     torch.manual_seed(seed)
     student = Jamba(STUDENT)
@@ -80,7 +80,7 @@ def build_student(teacher: Jamba, seed: int = 0, noise: float = 0.02) -> Jamba:
 
 @torch.no_grad()
 def start_mixer(mixer: MambaMixer, values: Tensor, outputs: Tensor) -> None:
-    """x half of in_proj = the values repeated over the heads, out_proj = 2·outputs, conv = identity, rest default."""
+    """x half of in_proj = values, repeated over the heads; out_proj = 2·outputs; conv = identity; rest default."""
     heads, p = STUDENT.num_attention_heads, STUDENT.head_dim
     per_head = values.unflatten(0, (-1, p)).repeat_interleave(heads // STUDENT.num_key_value_heads, dim=0)
     mixer.in_proj.weight[: heads * p] = per_head.flatten(0, 1)
@@ -93,7 +93,7 @@ def start_mixer(mixer: MambaMixer, values: Tensor, outputs: Tensor) -> None:
 
 @torch.no_grad()
 def upcycle(moe: MoE, mlp: torch.nn.Module, noise: float) -> None:
-    """Copies of the MLP as experts. Top-k weights are not renormalised, so down_proj grows by experts / k."""
+    """Copy the MLP to every expert. Top-k weights are not renormalised, so down_proj is scaled by experts / k."""
     gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
     growth = moe.num_experts / moe.top_k
     for i in range(moe.num_experts):

@@ -1,10 +1,10 @@
-"""Makes grounded questions without end: invented facts, told in many styles, asked in many ways, with exact answers.
+"""Generates unlimited grounded questions: invented facts in many styles and wordings, with exact answers.
 
-`generate_context(rng, n_passages)` gives passages about invented devices, firms, people, settings, journeys ... and
-questions on them; a share of the questions has no answer there (the same thing, another property; another thing, the
-same property). `hide_needles` puts facts into passages of other text. Everything follows from the generator passed in.
+`generate_context(rng, n_passages)` returns passages about invented devices, firms, people, settings, journeys … and
+questions on them, of which a share is unanswerable (same thing, another property; another thing, same property).
+`hide_needles` inserts facts into other passages. Deterministic given the random generator.
 
-How things are said and asked: genres.py and templates/. Not real text: pairs.py has that.
+Wordings are in genres.py and templates/. Questions on real text: pairs.py.
 """
 
 import argparse
@@ -23,7 +23,7 @@ _VALUE, _VALUE_END, _SAID, _SAID_END, _IDS = "\ue000", "\ue001", "\ue002", "\ue0
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """`text` stands in passage number `passage` at character `start`."""
+    """`text` occurs in passage number `passage` at character `start`."""
 
     passage: int
     start: int
@@ -32,7 +32,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question and the spans that answer it, in order; none when the passages don't answer it."""
+    """A question and the spans that answer it, in order; none if it is unanswerable."""
 
     text: str
     spans: tuple[Span, ...]
@@ -56,7 +56,7 @@ class _Fact:
 
 
 class _Builder:
-    """Gathers things, facts and passages of one context."""
+    """Collects things, facts and passages of one context."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -71,7 +71,7 @@ class _Builder:
         return len(self.facts) - 1
 
     def say(self, number: int, reference: str) -> str:
-        """The fact as a sentence, marked so that `add_passage` can find it again."""
+        """The fact as a sentence, with markers for `add_passage`."""
         fact, rng = self.facts[number], self.rng
         marked = f"{_VALUE}{chr(_IDS + number)}{fact.value}{_VALUE_END}"
         raised = f"{_VALUE}{chr(_IDS + number)}{capital(fact.value)}{_VALUE_END}"
@@ -83,11 +83,11 @@ class _Builder:
         return f"{_SAID}{chr(_IDS + number)}{text}{_SAID_END}"
 
     def cell(self, number: int) -> str:
-        """The fact's bare value, marked."""
+        """The bare value of the fact, with markers."""
         return f"{_VALUE}{chr(_IDS + number)}{self.facts[number].value}{_VALUE_END}"
 
     def add_passage(self, title: str, marked: str) -> None:
-        """Strip the marks, note where each value and sentence stands, keep the passage."""
+        """Add a passage: strip the markers and record the span of each value and sentence."""
         index, plain, size, opened = len(self.passages), list[str](), 0, list[tuple[str, int, int]]()
         characters = iter(marked)
         for character in characters:
@@ -108,7 +108,7 @@ def generate_context(
 ) -> Context:
     """A context of `n_passages` passages with up to `n_questions` questions, of which a share is unanswerable.
 
-    `tables`: share of what is told in one passage that is a table.
+    `tables`: share of single-passage topics that become a table.
     """
     builder = _Builder(rng)
     while len(builder.passages) < n_passages:
@@ -130,7 +130,7 @@ def generate_context(
 def hide_needles(
     rng: random.Random, passages: Sequence[tuple[str, str]], n_needles: int, unanswerable: float = 0.2
 ) -> Context:
-    """The given passages with `n_needles` invented facts put between their sentences, and a question on each."""
+    """The given passages with `n_needles` invented facts inserted between sentences, and a question on each."""
     builder, places = _Builder(rng), dict[int, list[int]]()
     for _ in range(n_needles):
         near = rng.choice(builder.things) if builder.things and rng.random() < 0.4 else None
@@ -149,7 +149,7 @@ def hide_needles(
 
 
 def _needle(builder: _Builder, number: int) -> str:
-    """A sentence that names its thing in full, whatever the template."""
+    """The fact as a sentence that always names its thing in full."""
     thing = builder.facts[number].thing
     full = mention(thing, builder.rng)
     said = builder.say(number, full)
@@ -159,7 +159,7 @@ def _needle(builder: _Builder, number: int) -> str:
 
 
 def _add_told(builder: _Builder, things: Sequence[Thing], labels: Sequence[Property]) -> None:
-    """A passage that tells some of these properties of one thing or several, in one of the styles."""
+    """Add a passage that states some of these properties of one or more things, in a random style."""
     rng = builder.rng
     style = rng.choice(["prose", "prose", "prose", "prose", "bullets", "pairs", "faq", "sections"])
     title = mention(rng.choice(things), rng, "title")
@@ -173,7 +173,7 @@ def _add_told(builder: _Builder, things: Sequence[Thing], labels: Sequence[Prope
 
 
 def _tell(builder: _Builder, thing: Thing, properties: Sequence[Property], style: str, title: str) -> str:
-    """The properties of the thing as marked text; what the title does not name is named first."""
+    """The properties of the thing as text with markers; a thing that the title does not name is named first."""
     rng = builder.rng
     builder.things.append(thing)
     facts = [builder.new_fact(thing, p) for p in properties]
@@ -225,7 +225,7 @@ def _plural(thing: Thing) -> str:
 
 
 def _lay_out_table(header: list[str], rows: list[list[str]], rng: random.Random) -> list[str]:
-    """As Markdown has it, or as the service stores tables: cells between bars, or each behind its column's name."""
+    """The table in Markdown or in a form used by the service: cells separated by bars, or prefixed by column name."""
     style = rng.random()
     if style < 0.25:
         marks = "|" + " --- |" * len(header)
@@ -238,7 +238,7 @@ def _lay_out_table(header: list[str], rows: list[list[str]], rng: random.Random)
 
 
 def _add_table(builder: _Builder, first: Thing) -> None:
-    """A passage that is a table: a row a thing, a column a property."""
+    """Add a passage that is a table: one row per thing, one column per property."""
     rng = builder.rng
     usable = [p for p in first.genre.properties if p.bare]
     columns = rng.sample(usable, k=min(len(usable), rng.randint(2, 4)))
@@ -291,7 +291,7 @@ def _answerable(builder: _Builder, fact: _Fact) -> Question:
 
 
 def _unanswerable(builder: _Builder, fact: _Fact) -> Question | None:
-    """A near miss: a property of this thing that is told nowhere, or this property of a thing that does not occur."""
+    """A near miss: a property of this thing that is not stated, or this property of a thing that does not occur."""
     rng, thing = builder.rng, fact.thing
     untold = [p for p in thing.genre.properties if p.label not in thing.facts]
     if untold and rng.random() < 0.6:

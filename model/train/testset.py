@@ -1,9 +1,9 @@
-"""Builds the hand-written test: held-out passages, questions on them, and near passages beside each.
+"""Builds the hand-written test set: held-out passages, questions on them, and distractors for each.
 
 `python -m model.train.corpora --out scratch/corpora --held-out` first, then
 `python -m model.train.testset --corpora scratch/corpora --out scratch/test_handwritten.jsonl`. The questions are in
-testsets/questions.jsonl and name their passage by package, file and first characters; a question without answer is a
-near miss. The passages keep the licences of their packages and stay out of the repository.
+testsets/questions.jsonl and identify their passage by package, file and first characters; those without answer are near
+misses. The passages are under the licences of their packages and not part of the repository.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from model.train.pairs import question_content
 from model.train.passages import NegativeFinder, cut_passages
 
 _QUESTIONS = Path(__file__).parent / "testsets" / "questions.jsonl"
-_SEED = 42  # of the cuts that the questions were written on
+_SEED = 42  # must stay: the questions were written on the passages that it gives
 _OTHER_LANGUAGE = re.compile(r"project-history\.(?!en)|^(?:constitution|social-contract|debian-manifesto)")
 _ALREADY_CUT = ("debian-history", "gnucash-docs", "mutt", "zsh-doc", "nut-doc", "borgbackup-doc", "freedombox-doc-en")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write one JSON line a question: passage, question, answer or null, start, kind, distractors."""
+    """Write one JSON line per question: passage, question, answer or null, start, kind, distractors."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpora", type=Path, required=True, help="output folder of model.train.corpora")
     parser.add_argument("--out", type=Path, required=True)
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def held_out_passages(parts: Path) -> list[dict[str, str]]:
-    """All passages of the held-out packages, cut as when the questions were written."""
+    """All passages of the held-out packages, split exactly as when the questions were written."""
     rng, found = random.Random(_SEED), list[dict[str, str]]()
     for source in [*_ALREADY_CUT, *(s for s in sources.HELD_OUT if s not in _ALREADY_CUT)]:
         for line in (parts / f"{source}.jsonl").read_text().splitlines():
@@ -52,9 +52,9 @@ def held_out_passages(parts: Path) -> list[dict[str, str]]:
 
 
 def build(passages: list[dict[str, str]], questions: list[dict[str, Any]], distractors: int) -> list[dict[str, Any]]:
-    """Rows with gold passage and near passages that neither repeat it nor hold its answer.
+    """Rows with the gold passage and similar passages that neither repeat it nor contain its answer.
 
-    Raises ValueError for a question whose passage or answer is not there (another version of the package).
+    Raises ValueError for a question whose passage or answer is missing (another version of the package).
     """
     place: dict[tuple[str, str, str], list[int]] = {}
     for i, passage in enumerate(passages):

@@ -1,7 +1,7 @@
-"""Cuts SmolLM2's tokenizer to its first ids and writes it in Hugging Face form.
+"""Truncates SmolLM2's tokenizer to its first ids and writes it in Hugging Face format.
 
-Its BPE is ordered by merges, so the tokens below any id are a valid tokenizer of their own (about 9% more tokens at
-16,384). The unused special tokens get the names of our prompt (`SPECIAL_TOKENS`).
+BPE ids are in merge order, so every prefix of the vocabulary is a valid tokenizer (16,384 ids: about 9% more tokens).
+Unused special tokens are renamed to those of our prompt format (`SPECIAL_TOKENS`).
 Run: `python -m model.train.tokenizer_cut`.
 """
 
@@ -41,7 +41,7 @@ CHAT_TEMPLATE = (
 
 
 def cut_tokenizer(gguf: Path, vocab_size: int = VOCAB_SIZE) -> Tokenizer:
-    """The tokenizer of the first `vocab_size` ids, its specials renamed; raises ValueError if the file has others."""
+    """The tokenizer of the first `vocab_size` ids, special tokens renamed. Raises ValueError if the file has others."""
     tokens, merges = read_bpe(gguf)
     originals = tokens[: len(SPECIAL_TOKENS)]
     if originals[:3] != list(SPECIAL_TOKENS[:3]) or not all(name.startswith("<") for name in originals):

@@ -1,4 +1,4 @@
-"""Corpora -> one uint16 array of token ids, documents set apart by `<|endoftext|>`, in shuffled order.
+"""Tokenizes the corpora into one uint16 array, documents shuffled and separated by `<|endoftext|>`.
 
 Run: `python -m model.train.tokens --corpora DIR --tokenizer DIR --out tokens.npy`. Uses every core.
 """
@@ -25,13 +25,13 @@ def read_records(folder: Path, part: int = 0, parts: int = 1) -> Iterator[dict[s
 
 
 def read_texts(folder: Path, part: int = 0, parts: int = 1) -> Iterator[tuple[str, str]]:
-    """(title, text) of what `read_records` gives."""
+    """(title, text) of `read_records`."""
     for record in read_records(folder, part, parts):
         yield record.get("title") or "", record["text"]
 
 
 def encode_texts(texts: list[str], tokenizer: tokenizers.Tokenizer) -> np.ndarray:
-    """Token ids of all texts end to end, each followed by id 0: (tokens,) uint16."""
+    """Token ids of all texts, concatenated, each followed by id 0: (tokens,) uint16."""
     tokenizer.encode_special_tokens = True
     pieces = []
     for start in range(0, len(texts), 2000):

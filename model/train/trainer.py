@@ -1,7 +1,7 @@
-"""What all training stages share: processes, optimizer with float32 masters, checkpoints, a log a person can read.
+"""Shared by all training stages: data-parallel processes, optimizer with float32 masters, checkpoints, log.
 
-Weights are bfloat16 where they meet a matrix product and follow float32 masters. With `fake_quant` they follow what
-the shipped format will hold, so the gradient is taken at the quantized weights (straight through).
+Weights of matrix products are bfloat16 copies of float32 masters. With `fake_quant` they are copies of the masters
+quantized to the shipped format, so that gradients are taken at the quantized weights (straight-through estimator).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from model.train.muon import Muon
 
 FakeQuantize = Callable[[Sequence[str], Sequence[Tensor]], list[Tensor]]
-MOMENTS = "optimizer/"  # of a master, in a file of `save_resumable`: optimizer/exp_avg/layers.0…
+MOMENTS = "optimizer/"  # prefix in files of `save_resumable`, as in optimizer/exp_avg/layers.0…
 KEEP_FLOAT32 = ("A_log", ".D", "dt_proj.bias")
 
 
 class Cluster:
-    """This process among those that train together; alone when not started by torchrun."""
+    """The process group of data-parallel training; a single process unless started by torchrun."""
 
     def __init__(self) -> None:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -41,10 +41,10 @@ class Cluster:
             dist.init_process_group("nccl" if on_gpu else "gloo", device_id=self.device if on_gpu else None)
 
     def mean_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Average the gradients over the processes, one message a dtype."""
+        """Average the gradients over the processes, with one all-reduce per dtype."""
         if self.size == 1:
             return
-        for dtype in (torch.bfloat16, torch.float32):  # in one order everywhere: the processes wait for each other
+        for dtype in (torch.bfloat16, torch.float32):  # same order in all processes, or they would deadlock
             grads = [p.grad for p in parameters if p.dtype == dtype]
             if not grads:
                 continue
@@ -58,14 +58,14 @@ class Cluster:
         return value
 
     def of_first(self, value: float) -> float:
-        """What the first process was given."""
+        """The value of the first process, in all processes."""
         told = torch.tensor(value, dtype=torch.float64, device=self.device)
         if self.size > 1:
             dist.broadcast(told, 0)
         return told.item()
 
     def _average(self, value: Tensor) -> None:
-        dist.all_reduce(value)  # the mean is not among what gloo, for CPUs, can do
+        dist.all_reduce(value)  # gloo, for CPUs, has no mean
         value /= self.size
 
     def close(self) -> None:
@@ -74,14 +74,14 @@ class Cluster:
 
 
 class Clock:
-    """Seconds since the first tick, the same in all processes, as of every tenth: to compare clocks, the processes wait
-    for each other, and the host for all that it has given its device to do."""
+    """Seconds since the first tick, equal in all processes. Updated only every few ticks, because averaging the clocks
+    synchronizes the processes, and the host with its device."""
 
     def __init__(self, cluster: Cluster, every: int = 10) -> None:
         self.cluster, self.every, self.ticks, self.start, self.seconds = cluster, every, 0, 0.0, 0.0
 
     def tick(self) -> float:
-        """Call it once a step; gives `seconds`."""
+        """Call once per step; returns `seconds`."""
         if self.ticks == 0:
             self.start = time.monotonic()
         elif self.ticks % self.every == 0:
@@ -92,9 +92,9 @@ class Clock:
 
 
 class MasterOptimizer:
-    """AdamW on float32 masters of a model's parameters; the parameters themselves follow in their own dtype.
+    """AdamW on float32 masters of a model's parameters; the parameters are updated from them, in their own dtype.
 
-    With `muon` that moves the matrices between hidden states, and AdamW the rest.
+    With `muon`, Muon updates the matrices between hidden states and AdamW the rest.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class MasterOptimizer:
             self.optimizers.append(Muon(_merge(groups[1])))
 
     def step(self, rate: float, clip: float = 1.0, fake_quant: FakeQuantize | None = None) -> Tensor:
-        """Apply the parameters' gradients at learning rate `rate`, clear them; returns the gradients' norm."""
+        """Apply the gradients with learning rate `rate`, clear them, and return their norm before clipping."""
         grads = [master.grad for master in self.masters]
         given = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         torch._foreach_copy_(grads, given)
@@ -143,14 +143,14 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def publish(self, fake_quant: FakeQuantize | None = None) -> None:
-        """Copy the masters into the parameters, through the shipped format where `fake_quant` is given."""
+        """Copy the masters into the parameters, through `fake_quant` if given."""
         source = self.masters if fake_quant is None else fake_quant(self.names, self.masters)
         torch._foreach_copy_([p.data for p in self.parameters], source)
         for p in self.parameters:
             p.grad = None
 
     def save(self, path: Path) -> None:
-        """Masters in bfloat16 (float32 where the parameters are): enough to go on from. Never leaves half a file."""
+        """Write the masters in the dtype of the parameters, atomically; enough to start another stage from."""
         tensors = {
             name: master.to(p.dtype).contiguous()
             for name, p, master in zip(self.names, self.parameters, self.masters, strict=True)
@@ -165,7 +165,7 @@ class MasterOptimizer:
         self.publish()
 
     def save_resumable(self, path: Path, step: int) -> None:
-        """Masters in float32 with the optimizers' moments: going on from them is as if nothing had happened."""
+        """Write float32 masters and optimizer moments, to resume training exactly."""
         tensors = dict(zip(self.names, self.masters, strict=True))
         for name, master in list(tensors.items()):
             kept = self._optimizer_of(name).state[master]
@@ -175,7 +175,7 @@ class MasterOptimizer:
         path.with_suffix(".part").rename(path)
 
     def load_resumable(self, path: Path) -> int:
-        """Take up what `save_resumable` wrote; returns its step."""
+        """Load the output of `save_resumable`; returns its step."""
         masters = dict(zip(self.names, self.masters, strict=True))
         with safe_open(path, "pt") as file:
             step = int(file.metadata()["step"])
@@ -197,7 +197,7 @@ class MasterOptimizer:
 
 
 def matrices_in(name: str) -> int:
-    """Of how many matrices between hidden states a parameter consists, one below the other; 0: it is something else."""
+    """How many matrices between hidden states are stacked in a parameter; 0 for other parameters."""
     stem = name.removesuffix(".weight")
     if stem.endswith(("in_proj", "gate_up_proj")):
         return 2
@@ -214,12 +214,12 @@ def _merge(groups: list[dict]) -> list[dict]:
 
 
 def cosine(peak: float, step: int, share: float, warmup: int) -> float:
-    """The learning rate: up over `warmup` steps, then a cosine over the whole schedule to 3% of the peak."""
+    """Learning rate: linear warm-up over `warmup` steps, cosine decay over the whole schedule to 3% of the peak."""
     return peak * min(1.0, (step + 1) / warmup) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
 
 
 def load_into(model: nn.Module, path: Path) -> None:
-    """Load what `MasterOptimizer.save` or `save_resumable` wrote into a model, by name; other parameters stay."""
+    """Load the output of `MasterOptimizer.save` or `save_resumable` into a model; other parameters stay unchanged."""
     parameters = dict(model.named_parameters())
     for name, tensor in load_file(path).items():
         if not name.startswith(MOMENTS):
@@ -227,7 +227,7 @@ def load_into(model: nn.Module, path: Path) -> None:
 
 
 class Log:
-    """Prints a line and appends it as JSON to a file; only the first process speaks."""
+    """Prints each record and appends it as JSON to a file, in the first process only."""
 
     def __init__(self, path: Path, cluster: Cluster) -> None:
         self.path, self.silent, self.start = path, cluster.rank != 0, time.monotonic()
@@ -244,5 +244,5 @@ class Log:
 
 
 def worker_random(seed: int, rank: int, worker: int) -> random.Random:
-    """The generator of one data worker: the same run draws the same rows."""
+    """The random generator of one data worker, for reproducible runs."""
     return random.Random(seed * 1_000_003 + rank * 1009 + worker)

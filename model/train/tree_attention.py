@@ -1,7 +1,7 @@
-"""Attention of many short tasks over a tree of keys: those all share, a passage's, a task's own. Triton, and PyTorch.
+"""Attention of many short tasks over a tree of keys: shared prefix, passage, task. In Triton and in PyTorch.
 
-One program takes some rows of one passage's tasks (and of the heads that share keys) through the three levels in
-blocks, with the running softmax of FlashAttention (arXiv 2205.14135), so that scores are never written.
+One program processes a block of query rows (tasks of one passage, and heads that share keys) over all three levels,
+with the online softmax of FlashAttention (arXiv 2205.14135), so that scores are never written to memory.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-KEYS = 64  # in a block
+KEYS = 64  # per block
 LOG2E = 1.4426950408889634
 
 
 class Tree(NamedTuple):
-    """Keys and values of a layer (2 of them in the first dimension), K key heads of `width` numbers.
+    """Keys and values (first dimension) of a layer with K key heads of size `width`.
 
-    shared: (2, K, E, width), behind it of P passages: (2, P, K, L, width), of which `lengths` (P,) count, behind
-    those of N tasks each: own (2, P, N, K, S, width), of which `pad` (P, N) in front do not count.
+    shared (2, K, E, width); passages (2, P, K, L, width), of which the first `lengths` (P,) are valid; own (2, P, N, K,
+    S, width) for N tasks per passage, of which the first `pad` (P, N) are padding.
     """
 
     shared: Tensor
@@ -32,9 +32,9 @@ class Tree(NamedTuple):
 
 
 def tree_attention(q: Tensor, tree: Tree, places: Tensor) -> Tensor:
-    """q (P, N, t, heads, width) of tokens at `places` (t,) of their own keys -> the same shape.
+    """q (P, N, t, heads, width) of tokens at `places` (t,) among their own keys -> the same shape.
 
-    What comes out for tokens of the padding means nothing.
+    Results for padding tokens are undefined.
     """
     if q.device.type != "cuda":
         return tree_attention_ref(q, tree, places)
@@ -42,7 +42,7 @@ def tree_attention(q: Tensor, tree: Tree, places: Tensor) -> Tensor:
 
 
 def tree_attention_ref(q: Tensor, tree: Tree, places: Tensor) -> Tensor:
-    """`tree_attention`, task by task as the definition says."""
+    """Reference for `tree_attention`, task by task."""
     out, heads = torch.empty_like(q), q.shape[3] // tree.shared.shape[1]
     for p, n in torch.cartesian_prod(torch.arange(q.shape[0]), torch.arange(q.shape[1])).tolist():
         length, pad = int(tree.lengths[p]), int(tree.pad[p, n])
@@ -60,7 +60,7 @@ def tree_attention_ref(q: Tensor, tree: Tree, places: Tensor) -> Tensor:
 
 @triton.jit
 def _take(q, keys, values, seen, most, total, out, scale):
-    """One block of keys (B, width) into the running softmax: largest score, sum, weighted values of each row."""
+    """Add one block of keys (B, width) to the online softmax: maximum score, sum and weighted values per row."""
     scores = tl.where(seen, tl.dot(q, keys.T) * scale, float("-inf"))
     larger = tl.maximum(most, tl.max(scores, axis=1))
     weights = tl.exp2(scores - larger[:, None])
@@ -117,7 +117,7 @@ def _tree_kernel(
 
 
 def tree_attention_triton(q: Tensor, tree: Tree, places: Tensor) -> Tensor:
-    """`tree_attention`, on a GPU or under the interpreter; everything contiguous, but for a layer's slices."""
+    """`tree_attention` on a GPU or under the interpreter; inputs contiguous, except for the layer slices of `tree`."""
     p, n, t, heads, width = q.shape
     kv_heads, q = tree.shared.shape[1], q.contiguous()
     groups, out = heads // kv_heads, torch.empty_like(q)

@@ -1,7 +1,7 @@
-"""Tunes the Transformer on the questions: a teacher of answers to the hybrid, and the bound of what the data teaches.
+"""Fine-tunes the Transformer on the questions: the teacher of answers, and an upper bound of what the data can teach.
 
-Same rows as `model.train.distill`, cross entropy on the answers, and a part of the other tokens so that it stays a
-language model. Run: `python -m model.train.tune --help`.
+Same rows as `model.train.distill`; cross entropy on the answers and, with a small weight, on the other tokens, so that
+it stays a language model. Run: `python -m model.train.tune --help`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("gguf", "corpora", "tokenizer", "pairs", "items", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--rivals", type=Path, help="folder with what `model.train.rivals` found")
-    parser.add_argument("--weights", type=Path, help="masters of an earlier call to go on from")
+    parser.add_argument("--weights", type=Path, help="masters of an earlier run to start from")
     parser.add_argument("--seconds", type=float, default=300, help="wall clock of the stage, its start not counted")
     parser.add_argument("--qa-tokens", type=int, default=32_768, help="a step and process")
     parser.add_argument("--rate", type=float, default=3e-4)
-    parser.add_argument("--text-weight", type=float, default=0.1, help="of documents and questions, to the answers' 1")
+    parser.add_argument("--text-weight", type=float, default=0.1, help="of documents and questions; answers have 1")
     parser.add_argument("--final-items", type=int, default=120, help="questions a set, at the end")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=8)
