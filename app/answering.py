@@ -62,7 +62,7 @@ class AnswerReader(Protocol):
         ...
 
     def finish(self) -> Iterator[AnswerPart]:
-        """What is left when the generation has ended, wherever that was."""
+        """The remaining parts, after the last token."""
         ...
 
 
@@ -106,7 +106,7 @@ class AnswerWriter:
             self._document.append(token_id)
 
     def finish(self) -> Iterator[AnswerPart]:
-        """What is left when the generation has ended, wherever that was."""
+        """The remaining parts, after the last token."""
         if self._state == "quote":
             yield from self._end_quote()
         yield from self._end_document()

@@ -1,4 +1,4 @@
-"""The OpenAPI description as one plain page: no scripts, nothing loaded from elsewhere."""
+"""Renders the OpenAPI description as one static page, without scripts or external resources."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
-_PROBLEMS = ("4XX", "5XX")  # the same for every call: told once
+_PROBLEMS = ("4XX", "5XX")  # equal for all operations, so described once
 _METHODS = ("get", "post", "put", "patch", "delete")
 
 
@@ -34,7 +34,7 @@ def _operations(openapi: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _problem(openapi: Mapping[str, Any]) -> str:
-    """What each call answers that fails."""
+    """The response of failed calls."""
     calls = (call for item in openapi["paths"].values() for call in item.values())
     for media_type, content in next(calls)["responses"][_PROBLEMS[0]]["content"].items():
         return f"<p>A call that fails is answered with {escape(media_type)}: {_type(content['schema'])}.</p>"
@@ -75,7 +75,7 @@ def _meaning(described: Mapping[str, Any]) -> str:
 
 
 def _prose(text: str) -> str:
-    """As HTML; what stands between backticks is code."""
+    """The text as HTML, with backticks as code."""
     return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
 
 

@@ -1,6 +1,6 @@
-"""The audit log: one JSON line for each call that changes something, or would have. Who, what, when, and how it ended.
+"""The audit log: one JSON line for each call that changes or tries to change something: who, what, when, outcome.
 
-Lines hold ids and paths, never bodies, names of files, keys or headers. Files are rotated by size; the newest is
+Lines contain ids and paths, never bodies, file names, keys or headers. Files are rotated by size; the newest is
 `audit.jsonl`. Start at `AuditLog.write`.
 """
 
@@ -20,16 +20,16 @@ AUDITED = ("/v1/documents", "/v1/collections", "/v1/keys")
 
 
 class AuditLog:
-    """Appends to `directory`/audit.jsonl; the older files are audit.jsonl.1 (the youngest of them) and up."""
+    """Appends to `directory`/audit.jsonl; older files are audit.jsonl.1 (newest of them) and up."""
 
     def __init__(self, directory: Path, max_bytes: int, files: int) -> None:
-        """Keep `files` files of about `max_bytes` each; only their owner can read them."""
+        """Keep `files` files of about `max_bytes` each, readable only by their owner."""
         self._directory, self._max_bytes, self._files = directory, max_bytes, files
         self._lock = threading.Lock()
         directory.mkdir(mode=0o700, exist_ok=True)
 
     def write(self, **entry: Any) -> None:
-        """Append one line, on its way to the disk when this returns. A log that can't be written stops nobody."""
+        """Append one line. If it cannot be written, that is only logged."""
         entry = {"ts": datetime.now(UTC).isoformat(timespec="milliseconds"), **entry}
         line = (json.dumps(entry, default=str) + "\n").encode()
         with self._lock:

@@ -1,10 +1,9 @@
-"""API keys: how they are made, kept and checked, and what a key's role and collections allow.
+"""API keys: creation, storage and verification, and what a key's role and collections allow.
 
-A key is 256 random bits and a check of 48, which is a MAC under the database's salt: what was never a key is refused
-before anything slow is done for it. The database holds only scrypt hashes, under the same salt, so that a key is found
-by its hash; the hash of a key that was found is remembered under its SHA-256, so that a key is slow once per process.
-Keys of the first release have no check and are kept as SHA-256, which nobody can reverse for 256 random bits either;
-they stay valid until they are revoked, so that an upgrade locks nobody out.
+A key has 256 random bits and a 48-bit MAC under the database's salt, so that invalid keys are refused without slow
+hashing. The database stores only scrypt hashes under the same salt; keys are looked up by hash. Hashes of valid keys
+are cached by SHA-256, so each key is hashed with scrypt once per process. Keys of the first release have no MAC and are
+stored as SHA-256, which is safe for 256 random bits; they stay valid until revoked.
 """
 
 import base64
@@ -36,19 +35,19 @@ class Unauthorized(ValueError):
 
 
 class Forbidden(ValueError):
-    """The key is valid, but its role is too low; or the request comes from where none may come from."""
+    """The key is valid but its role is insufficient, or the request has a forbidden origin."""
 
 
 @dataclass(frozen=True)
 class Principal:
-    """Who is asking. `collections` None = all of them; what lies outside is answered as if it didn't exist."""
+    """The authenticated caller. `collections`: None for all; others do not exist for this caller."""
 
     key_id: str
     role: Role
     collections: frozenset[str] | None = None
 
     def require(self, role: Role) -> None:
-        """Raise Forbidden unless this key's role is at least `role`; what admins do concerns all collections."""
+        """Raise Forbidden unless the role is at least `role`; admins must not be bound to collections."""
         if role == "admin" and self.collections is not None:
             raise Forbidden("this call concerns the whole service; this key is bound to collections")
         if _RANK[self.role] < _RANK[role]:
@@ -69,15 +68,15 @@ LOCAL_ADMIN = Principal("local", "admin")
 
 
 class Authenticator:
-    """Turns an `Authorization` header into a Principal. With `enabled` false everyone is an admin. Thread safe."""
+    """Turns an `Authorization` header into a Principal. Unless `enabled`, every caller is an admin. Thread safe."""
 
     def __init__(self, store: DocumentStore, enabled: bool) -> None:
         self._store, self._enabled = store, enabled
         self._salt = bytes.fromhex(store.get_setting(_SALT) or self._begin())
-        self._hashes: dict[bytes, str] = {}  # of keys found before, by their SHA-256
+        self._hashes: dict[bytes, str] = {}  # SHA-256 -> scrypt hash of valid keys
 
     def authenticate(self, authorization: str | None) -> Principal:
-        """Raise Unauthorized unless the header carries a known key that is not revoked."""
+        """Raise Unauthorized unless the header has a known key that is not revoked. Blocks."""
         if not self._enabled:
             return LOCAL_ADMIN
         scheme, _, key = (authorization or "").partition(" ")
@@ -89,15 +88,15 @@ class Authenticator:
         return Principal(found.id, found.role, None if found.collections is None else frozenset(found.collections))
 
     def check_in_force(self, principal: Principal) -> None:
-        """Raise Unauthorized if the key has been revoked since: for calls that go on for long. Blocks."""
+        """Raise Unauthorized if the key has been revoked meanwhile; for long-running requests. Blocks."""
         if self._enabled and not self._store.is_in_force(principal.key_id):
             raise Unauthorized("this API key is unknown or revoked")
 
     def check_sender(self, host: str, site: str | None) -> None:
-        """Where no key is asked for: raise Forbidden unless the request names this machine and no other site sent it.
+        """Without keys: raise Forbidden unless the request is to a loopback host and not from another site.
 
-        `host` and `site` are the headers Host and Sec-Fetch-Site. A browser reaches loopback for pages of any site:
-        by forms, and under a name of theirs that they let lead there.
+        `host` and `site` are the headers Host and Sec-Fetch-Site. Otherwise pages of any site could reach the service
+        through the user's browser, by cross-site forms or DNS rebinding.
         """
         if self._enabled:
             return
@@ -113,7 +112,7 @@ class Authenticator:
             raise Forbidden("without keys no requests from pages of other sites are answered")
 
     def _begin(self) -> str:
-        """A salt for this database."""
+        """Create and store the salt of this database."""
         salt = secrets.token_hex(16)
         self._store.set_setting(_SALT, salt)
         return salt
@@ -122,7 +121,7 @@ class Authenticator:
         """Blocks."""
         digest = hashlib.sha256(key.encode()).digest()
         if not is_well_formed(key, self._salt):
-            return self._store.find_key(digest.hex())  # of the first release, or none
+            return self._store.find_key(digest.hex())  # key of the first release, or invalid
         key_hash = self._hashes.get(digest) or hash_key(key, self._salt)
         found = self._store.find_key(key_hash)
         if found is not None:
@@ -130,13 +129,13 @@ class Authenticator:
         return found
 
     def create_key(self, name: str, role: Role, collections: Iterable[str] | None = None) -> tuple[ApiKey, str]:
-        """Make a key; returns its row and the key itself, which is kept nowhere."""
+        """Create a key; returns its row and the key itself, which is not stored."""
         key = new_key(self._salt)
         bound = None if collections is None else tuple(sorted(set(collections)))
         return self._store.add_key(name, role, hash_key(key, self._salt), bound), key
 
     def ensure_admin_key(self, data_dir: Path) -> None:
-        """While no admin key is in force, make one; it is written to `<data_dir>/admin.key`, for its owner only."""
+        """If no unrevoked admin key exists, create one and write it to `<data_dir>/admin.key` (mode 600)."""
         admins = (key for key in self._store.list_keys() if key.role == "admin" and key.collections is None)
         if not self._enabled or any(key.revoked_at is None for key in admins):
             return
@@ -147,13 +146,13 @@ class Authenticator:
 
 
 def new_key(salt: bytes) -> str:
-    """`jrk_`, 256 random bits, and their check."""
+    """`jrk_`, 256 random bits, and their MAC."""
     random = secrets.token_urlsafe(32)
     return KEY_PREFIX + random + _check(random, salt)
 
 
 def is_well_formed(key: str, salt: bytes) -> bool:
-    """Whether a key of this database could look so. Takes as long for every key of the same length."""
+    """Whether the MAC of a key is valid for this database; constant time for keys of equal length."""
     random, check = key.removeprefix(KEY_PREFIX)[:-_CHECK_CHARS], key[-_CHECK_CHARS:]
     return hmac.compare_digest(check.encode(), _check(random, salt).encode())
 
@@ -164,12 +163,12 @@ def _check(random: str, salt: bytes) -> str:
 
 
 def hash_key(key: str, salt: bytes) -> str:
-    """scrypt of a key, in hex; some 50 ms and 16 MiB."""
+    """scrypt hash of a key, in hex; takes about 50 ms and 16 MiB."""
     return hashlib.scrypt(key.encode(), salt=salt, n=1 << 14, r=8, p=1, dklen=32).hex()
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner can read, replacing one that is there; it is never readable in between."""
+    """Create or replace a file with mode 600; it never exists with wider permissions."""
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)

@@ -1,7 +1,7 @@
-"""Backup and restore of a data directory: one tar file of the database and the originals.
+"""Backup and restore of a data directory: one tar file with the database and the originals.
 
-The index and the prefix states are left out: both are derived. Safe while a service writes: the database is copied as
-of one moment, and the originals that it needs at that moment are all in the backup, each verified by its hash.
+Index and prefix states are left out, because they are derived. Safe while a service is running: the database copy is
+consistent, and the backup has all originals that it refers to, each verified by its hash.
 """
 
 import fcntl
@@ -28,21 +28,21 @@ from retrieval.store import DocumentStore, StoreUnusable
 log = logging.getLogger(__name__)
 
 _DATABASE = "rag.sqlite3"
-_TRIES = 5  # to copy a database whose originals are all still there
+_TRIES = 5  # attempts to copy a database whose originals all still exist
 _FILES = "files"
-_SCRATCH = ".backup-"  # beside the backup: a directory with what is not finished
+_SCRATCH = ".backup-"  # prefix of the temporary directory beside the backup
 _UNFINISHED = "backup.tar"
 
 
 class BackupFailed(RuntimeError):
-    """The backup could not be written, or isn't one."""
+    """The backup could not be written, or is not valid."""
 
 
 def write_backup(data_dir: Path, target: Path) -> int:
-    """Write `target`, for its owner only; returns the number of originals in it. An interrupted backup leaves no file;
-    what a killed one leaves beside `target` goes with the next backup into that folder.
+    """Write `target` (mode 600); returns the number of originals in it. An interrupted backup leaves no files; those
+    of a killed process are removed by the next backup into that folder.
 
-    Raises BackupFailed, also for a database or an original that is damaged.
+    Raises BackupFailed, also if the database or an original is damaged.
     """
     database = data_dir / _DATABASE
     if not database.is_file():
@@ -76,16 +76,16 @@ def _write(data_dir: Path, target: Path, scratch: Path) -> int:
 
 
 def _is_abandoned(scratch: Path) -> bool:
-    """Whether a backup that was killed has left it; one under way holds a lock."""
+    """Whether it was left by a killed process; a running backup holds a lock."""
     try:
         with (scratch / _UNFINISHED).open("r+b") as file:
             return _lock(file)
-    except OSError:  # just begun, or another user's
+    except OSError:  # just created, or another user's
         return False
 
 
 def _lock(file: IO[bytes]) -> bool:
-    """Until the file is closed. False if another has it, or its file system knows no locks."""
+    """Lock the file until it is closed. False if it is locked, or its file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -94,9 +94,9 @@ def _lock(file: IO[bytes]) -> bool:
 
 
 def _add_consistently(tar: tarfile.TarFile, data_dir: Path, copy: Path) -> int:
-    """Copy the database to `copy` and add the originals that it needs; anew if one was deleted in between.
+    """Copy the database to `copy` and add the originals that it needs; starts over if one was deleted in between.
 
-    An original that is missing for good, as after a fault of the disk, is logged and the backup goes on without it.
+    An original that is missing permanently, as after a disk failure, is logged and left out.
     """
     added: set[str] = set()
     missing: set[str] = set()
@@ -116,7 +116,7 @@ def _add_consistently(tar: tarfile.TarFile, data_dir: Path, copy: Path) -> int:
 
 
 def _add_original(tar: tarfile.TarFile, path: Path) -> bool:
-    """Whether the original was there to be added. Raises BackupFailed when it isn't what its name says."""
+    """Add an original; False if it does not exist. Raises BackupFailed if its hash does not match its name."""
     try:
         content = path.open("rb")
     except FileNotFoundError:
@@ -134,8 +134,8 @@ def _add_original(tar: tarfile.TarFile, path: Path) -> bool:
 def restore_backup(source: Path, data_dir: Path) -> int:
     """Unpack into a data directory without a database; returns the number of originals. Every original is verified.
 
-    Interrupted, it may be done again, and no service starts there before. Raises BackupFailed when there is a database
-    already, or the file is no complete backup; DataDirInUse.
+    After an interruption it can be repeated, and until then no service starts on the directory. Raises BackupFailed if
+    there is a database already or the backup is incomplete; DataDirInUse.
     """
     with DataDir(data_dir, restoring=True) as opened:
         if opened.database.exists():
@@ -147,7 +147,7 @@ def restore_backup(source: Path, data_dir: Path) -> int:
             count = _unpack(source, database, FileStore(opened.files))
             _verify(database)
             _sync(database)
-            for log_of_another in ("-wal", "-shm"):  # SQLite would write it into this one
+            for log_of_another in ("-wal", "-shm"):  # of an earlier database; SQLite would apply it to this one
                 opened.database.with_name(_DATABASE + log_of_another).unlink(missing_ok=True)
             database.replace(opened.database)
             _sync(data_dir)
@@ -157,7 +157,7 @@ def restore_backup(source: Path, data_dir: Path) -> int:
 
 
 def _sync(*paths: Path) -> None:
-    """On the disk, folders with the names in them."""
+    """fsync files, and folders with their entries."""
     for path in paths:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -167,7 +167,7 @@ def _sync(*paths: Path) -> None:
 
 
 def _unpack(source: Path, database: Path, files: FileStore) -> int:
-    """Only the names of a backup are read; nothing in it decides where something is written."""
+    """Unpack known members only; paths in the archive never determine where files are written."""
     count = 0
     try:
         with tarfile.open(source) as tar:
@@ -181,8 +181,8 @@ def _unpack(source: Path, database: Path, files: FileStore) -> int:
                     if digest != member.name.removeprefix(f"{_FILES}/"):
                         raise BackupFailed(f"{source}: original {member.name} is damaged")
                     count += 1
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:  # the latter where it was packed since
-        reason = str(error).partition("\n")[0].rstrip(":")  # tarfile goes on with each packing that it tried
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:  # the latter if compressed later
+        reason = str(error).partition("\n")[0].rstrip(":")  # tarfile lists every compression that it tried
         raise BackupFailed(f"{source} is not a complete backup: {reason}") from error
     if not database.exists():
         raise BackupFailed(f"{source} is not a backup: it has no {_DATABASE}")
@@ -190,13 +190,13 @@ def _unpack(source: Path, database: Path, files: FileStore) -> int:
 
 
 def _verify(database: Path, files: Collection[str] = ()) -> set[str]:
-    """The originals that a copy of a database needs: of newest versions, and of `files` those of older ones.
+    """The originals that a copy of a database needs: those of newest versions, and all others in use among `files`.
 
-    Raises BackupFailed when it is damaged.
+    Raises BackupFailed if the copy is damaged.
     """
     try:
         store = DocumentStore(database)
-    except StoreUnusable as error:  # its message names the copy, which is gone by then
+    except StoreUnusable as error:  # its message names the temporary copy
         raise BackupFailed(f"the database in the backup cannot be used: {error.__cause__}") from error
     try:
         if problems := store.check():

@@ -1,9 +1,9 @@
-"""A checkpoint's own chat template, used as a form: where the system text, the documents and the turns go.
+"""Applies a checkpoint's chat template, safely: determines where system text, documents and turns go.
 
-No text of a user or a document passes through the template: it is rendered once around marks, and the result is cut at
-them. So text can't steer the template, and what the template writes is known to be its own. Documents always stand
-before the first turn, even where the template would put them before the last: otherwise a follow-up would void the
-prefix. Start at `ChatTemplate.lay_out`.
+Text of users and documents never passes through the template: it is rendered with placeholders, and the result is split
+at them. So text cannot inject template markup, and markup is known to be the template's. Documents always come before
+the first turn, even if the template would put them before the last one, which would invalidate the cached prefix at
+every follow-up. Start at `ChatTemplate.lay_out`.
 """
 
 import json
@@ -25,19 +25,19 @@ PLAIN_TEMPLATE = (
 )
 _TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _MARK = re.compile("( *)\ue000([a-z]+)([0-9]+)\ue001")
-_BROKEN = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError)  # what templates can raise
+_BROKEN = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError)  # errors that templates can raise
 
 SlotKind = Literal["system", "document", "message"]
 Place = Literal["section", "system", "message"]  # of the documents: the template's own section, or inside a message
 
 
 class UnusableTemplate(ValueError):
-    """A chat template that can't be made to show system text, documents and turns in this order."""
+    """A chat template that cannot render system text, documents and turns in this order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where text goes that is not the template's. `lead`: blanks before it, to be cut into tokens together with it."""
+    """A place for text. `lead`: spaces before it, to be tokenized together with it."""
 
     kind: SlotKind
     index: int
@@ -48,10 +48,10 @@ Piece = str | Slot
 
 
 class ChatTemplate:
-    """Thread safe. `turn_end` is what the template writes between an answer and the next question."""
+    """Thread safe. `turn_end`: the template's text between an answer and the next question."""
 
     def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
-        """`tokens`: bos_token and the like. Raises UnusableTemplate."""
+        """`tokens`: bos_token etc. Raises UnusableTemplate."""
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
@@ -62,7 +62,7 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, checkpoint: Path) -> Self:
-        """From chat_template.jinja or tokenizer_config.json; a plain form if there is neither."""
+        """Load from chat_template.jinja or tokenizer_config.json; a plain template if there is neither."""
         config = _read_json(checkpoint / "tokenizer_config.json")
         named = _read_json(checkpoint / "special_tokens_map.json") | config
         tokens = {name: _content(named[name]) for name in _TOKEN_NAMES if named.get(name) is not None}
@@ -71,8 +71,8 @@ class ChatTemplate:
     def lay_out(self, ordinals: Sequence[int], num_messages: int) -> list[Piece]:
         """The template's text and the slots of a prompt, in order.
 
-        `ordinals` are those of its documents; messages are the user's and the assistant's by turns, the first and the
-        last one the user's.
+        `ordinals`: those of its documents. Messages alternate between user and assistant; the first and the last are
+        the user's.
         """
         return self._lay_out(self._place, ordinals, num_messages)
 
@@ -130,7 +130,7 @@ class ChatTemplate:
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """As `transformers` makes it, but without `strftime_now`: a date in the prompt would void every prefix daily."""
+    """Like that of `transformers`, but without `strftime_now`: a date would invalidate all cached prefixes daily."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
     )
@@ -148,7 +148,7 @@ def _mark(kind: SlotKind, index: int) -> str:
 
 
 def _split(text: str) -> list[Piece]:
-    """The template's text cut at the marks; no empty text."""
+    """Split rendered text at the placeholders, without empty pieces."""
     pieces: list[Piece] = []
     end = 0
     for found in _MARK.finditer(text):
@@ -158,7 +158,7 @@ def _split(text: str) -> list[Piece]:
 
 
 def _find(pieces: Sequence[Piece], kind: SlotKind, index: int) -> int:
-    """Where a slot stands. Raises UnusableTemplate if the template left it out."""
+    """The index of a slot. Raises UnusableTemplate if the template left it out."""
     for place, piece in enumerate(pieces):
         if isinstance(piece, Slot) and (piece.kind, piece.index) == (kind, index):
             return place

@@ -1,6 +1,6 @@
-"""Earlier turns of a conversation, and what to search for when a question leans on them.
+"""Earlier turns of a conversation, and the search query of a follow-up question.
 
-The rule is simple and knows English function words only: docs/architecture.md says what it can't do. Start at
+The rule is simple and knows only English function words; docs/architecture.md names its limits. Start at
 `standalone_query`.
 """
 
@@ -12,7 +12,7 @@ from typing import Literal
 _FEW_WORDS = 4
 _MAX_ADDED_WORDS = 32
 _MAX_READ_CHARS = 10_000
-_STEM_CHARS = 5  # of one word's forms most begin alike so far
+_STEM_CHARS = 5  # most inflected forms of a word agree in these
 _PIECE = re.compile(r"[^\W_]+")
 _WORD = re.compile(r"[^\W_]+(?:[-.'’_][^\W_]+)*")
 _PRONOUNS = frozenset(_WORD.findall("he him his she her hers it its they them their theirs this that these those"))
@@ -34,7 +34,8 @@ class Turn:
 
 
 def alternate_turns(turns: Iterable[Turn]) -> list[Turn]:
-    """The same turns as chat templates want them: the user's first, neighbours of one role joined."""
+    """The turns in strict alternation, as chat templates need them: the first is the user's, adjacent turns of the
+    same role are joined."""
     joined: list[Turn] = []
     for turn in turns:
         if joined and joined[-1].role == turn.role:
@@ -45,7 +46,7 @@ def alternate_turns(turns: Iterable[Turn]) -> list[Turn]:
 
 
 def standalone_query(question: str, turns: Sequence[Turn]) -> str:
-    """What to search for: a follow-up gets the content words of the user's question before it.
+    """The search query for a question; a follow-up gets the content words of the previous question as well.
 
     A follow-up is a question with a pronoun or with fewer than four content words.
     """
@@ -59,13 +60,13 @@ def standalone_query(question: str, turns: Sequence[Turn]) -> str:
 
 
 def missing_words(question: str, texts: Iterable[str]) -> float:
-    """Share of the question's content words that stand in none of the texts in any form; 0 if it has none."""
+    """Share of the question's content words that occur in none of the texts, in any form; 0 if it has none."""
     wanted = {stem for word in content_words(question) for stem in _stems(word)}
     return len(wanted - {stem for text in texts for stem in _stems(text)}) / max(1, len(wanted))
 
 
 def only_repeats(question: str, text: str) -> bool:
-    """Whether the text says nothing but words of the question, which names no choices ("red or green") itself."""
+    """Whether the text only repeats words of the question, and the question offers no choice ("red or green")."""
     known, said = {*_stems(question)}, {*_stems(text)}
     return bool(said) and known.isdisjoint(_CHOICES) and said <= known | _EMPTY_WORDS
 
@@ -79,6 +80,6 @@ def _words(text: str) -> list[str]:
 
 
 def content_words(text: str) -> list[str]:
-    """Words that say what a question is about, each once, in order."""
+    """The distinct content words of a text, in order."""
     words = dict.fromkeys(word for word in _WORD.findall(text[:_MAX_READ_CHARS]))
     return [word for word in words if word.lower() not in _FUNCTION_WORDS][:_MAX_ADDED_WORDS]

@@ -1,4 +1,4 @@
-"""What routes ask for in their signatures: the service, the settings, and a key of sufficient role."""
+"""FastAPI dependencies of the routes: the service, the settings, and a principal of sufficient role."""
 
 from typing import Annotated
 
@@ -27,7 +27,7 @@ def _authenticator(request: Request) -> Authenticator:
 
 
 class _Require:
-    """Dependency that gives the Principal found by the middleware. Raises Forbidden below `role`."""
+    """Dependency that returns the Principal from the middleware. Raises Forbidden if its role is below `role`."""
 
     def __init__(self, role: Role) -> None:
         self._role = role
@@ -39,12 +39,12 @@ class _Require:
 
 
 def tell_methods(response: Response, may_post: bool) -> None:
-    """Say in the header Allow, beside a list, whether this key may also add to it: a page then offers it or not."""
+    """Set the header Allow of a list, so that the web page offers to add entries only if this key may."""
     response.headers["Allow"] = "GET, POST" if may_post else "GET"
 
 
 async def known_query(request: Request) -> None:
-    """Refuse query parameters that would otherwise be ignored: unknown ones and second ones. Raises InvalidRequest."""
+    """Refuse query parameters that would be silently ignored, unknown or repeated ones. Raises InvalidRequest."""
     names = [name for name, _ in request.query_params.multi_items()]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise InvalidRequest(f"the query parameter {repeated[:80]!r} is given twice")

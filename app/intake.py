@@ -1,6 +1,6 @@
-"""An upload request from its first byte to its reply: files to disk, fields checked, each file queued or refused.
+"""Handles an upload request: writes files to disk, validates fields, and queues or refuses each file.
 
-One bad file never fails the others. Start at `accept_upload`; what happens to one file is `RagService.submit_document`.
+One bad file never fails the others. Start at `accept_upload`; `RagService.submit_document` handles a single file.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ _FIELDS = ("collection", "metadata", "on_conflict")
 
 @dataclass
 class UploadForm:
-    """What a form held: its files are on the disk, or were refused with an error."""
+    """The content of a form; each file is on disk, or was refused with an error."""
 
     fields: dict[str, str] = field(default_factory=dict)
     files: list[ReceivedFile | tuple[str, Exception]] = field(default_factory=list)
@@ -41,14 +41,14 @@ class UploadForm:
         return [file.sha256 for file in self.files if isinstance(file, ReceivedFile)]
 
     def fingerprint(self) -> str:
-        """The same for the same request, whatever its multipart boundary."""
+        """Equal for equal requests, regardless of the multipart boundary."""
         names = [(f.filename, f.sha256) if isinstance(f, ReceivedFile) else (f[0], str(f[1])) for f in self.files]
         return hashlib.sha256(json.dumps([sorted(self.fields.items()), names]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class UploadOptions:
-    """The fields of an upload, checked; `metadata` None = not given."""
+    """The validated fields of an upload; `metadata` is None if not given."""
 
     collection: str
     metadata: dict[str, Any] | None
@@ -58,7 +58,7 @@ class UploadOptions:
 async def receive_form(
     request: Request, service: RagService, principal: Principal, limits: IngestSettings
 ) -> UploadForm:
-    """Read the whole form. Raises BadUpload, StorageFull, StorageBusy, RateLimited; then none of its files is kept."""
+    """Read the whole form. Raises BadUpload, StorageFull, StorageBusy, RateLimited, after deleting its files."""
     form = UploadForm()
     await anyio.to_thread.run_sync(service.meter.charge_bytes, principal, 0)
     try:
@@ -115,7 +115,7 @@ async def _drop(service: RagService, form: UploadForm) -> None:
 
 
 def read_options(form: UploadForm, principal: Principal, service: RagService) -> UploadOptions:
-    """Check the fields. Raises InvalidRequest, CollectionNotFound. Blocks."""
+    """Validate the fields. Raises InvalidRequest, CollectionNotFound. Blocks."""
     on_conflict = form.fields.get("on_conflict") or "skip"
     if on_conflict not in get_args(OnConflict):
         raise InvalidRequest(f"on_conflict is {on_conflict[:80]!r}, must be one of {', '.join(get_args(OnConflict))}")
@@ -147,7 +147,7 @@ async def accept_upload(
 ) -> StoredReply:
     """Store, queue and answer `POST /v1/documents`; a repeated Idempotency-Key gets the first reply again.
 
-    Raises UploadRefused when no file was accepted, and what `receive_form` and `read_options` do.
+    Raises UploadRefused if no file was accepted, and whatever `receive_form` and `read_options` raise.
     """
     form = await receive_form(request, service, principal, limits)
     try:
@@ -162,7 +162,7 @@ def _accept_form(
     reply_key = _reply_key(principal, idempotency_key)
     if reply_key is None:
         return _submit_files(form.files, read_options(form, principal, service), service, principal)
-    with service.replies_lock:  # the same request may be on its way twice
+    with service.replies_lock:  # the same request may arrive twice at once
         if earlier := service.store.find_reply(reply_key, form.fingerprint()):
             return earlier
         reply = _submit_files(form.files, read_options(form, principal, service), service, principal)
@@ -221,7 +221,7 @@ def _describe(filename: str, error: Exception) -> schemas.UploadError:
 async def accept_version(
     request: Request, service: RagService, principal: Principal, limits: IngestSettings, document_id: str
 ) -> tuple[Document, bool]:
-    """Store and queue `PUT /v1/documents/{id}`. Raises the refusal of its one file itself."""
+    """Store and queue `PUT /v1/documents/{id}`. Raises the error with which its file was refused."""
     form = await receive_form(request, service, principal, limits)
     try:
         return await anyio.to_thread.run_sync(_accept_version, form, service, principal, document_id)

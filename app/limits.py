@@ -1,7 +1,7 @@
-"""How much a key may ask for: requests and tokens a minute, uploaded bytes a day, documents in a collection.
+"""Rate limits and quotas per key: requests and tokens per minute, uploaded bytes per day, documents per collection.
 
-What a minute holds is kept in memory; what a day holds is in the database, so that no restart gives it back. A key's
-own limits stand before the deployment's. Without keys (`auth.enabled=false`) nobody is limited. Start at `Meter`.
+Counts per minute are in memory; those per day are in the database, to survive restarts. Limits of a key override those
+of the deployment. Without authentication (`auth.enabled=false`) nothing is limited. Start at `Meter`.
 """
 
 import json
@@ -18,7 +18,7 @@ _DAY_S = 86_400
 
 
 class RateLimited(ValueError):
-    """A key has used up what it may ask for now; `retry_after_s` says when there is more."""
+    """A key has exceeded one of its limits; `retry_after_s` is the time until it may try again."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         self.retry_after_s = max(1, math.ceil(retry_after_s))
@@ -26,12 +26,12 @@ class RateLimited(ValueError):
 
 
 class CollectionFull(ValueError):
-    """The collection holds as many documents as this key may put there."""
+    """The collection has reached the number of documents up to which this key may add."""
 
 
 @dataclass(frozen=True)
 class KeyLimits:
-    """0 = no limit. Tokens are those that the model computed: prompts without what came from the cache, and answers."""
+    """0 = no limit. Tokens are those computed by the model: uncached prompt tokens and output tokens."""
 
     requests_per_minute: int = 0
     tokens_per_minute: int = 0
@@ -39,13 +39,14 @@ class KeyLimits:
     documents_per_collection: int = 0
 
     def override(self, own: Mapping[str, int | None]) -> "KeyLimits":
-        """These limits, with those of `own` that are not None in their place."""
+        """These limits, overridden by the values of `own` that are not None."""
         return KeyLimits(**asdict(self) | {name: value for name, value in own.items() if value is not None})
 
 
 @dataclass
 class _Bucket:
-    """Holds up to `limit`, refilled evenly in a minute. May go below 0: what an answer costs is known afterwards."""
+    """Token bucket of capacity `limit`, refilled over a minute. May go negative: the cost of an answer is only known
+    afterwards."""
 
     level: float
     at: float
@@ -60,7 +61,7 @@ class _Bucket:
 
 @dataclass
 class _Usage:
-    """What one key has used."""
+    """The usage of one key."""
 
     limits: KeyLimits
     requests: _Bucket
@@ -71,7 +72,7 @@ class _Usage:
 
 
 class Meter:
-    """Counts what each key uses. Thread safe. `clock` gives Unix seconds."""
+    """Counts the usage of each key. Thread safe. `clock` returns Unix seconds."""
 
     def __init__(self, store: DocumentStore, defaults: KeyLimits, clock: Callable[[], float] = time.time) -> None:
         self._store, self._defaults, self._clock = store, defaults, clock
@@ -79,14 +80,14 @@ class Meter:
         self._lock = threading.Lock()
 
     def set_own_limits(self, key_id: str, own: Mapping[str, int | None]) -> None:
-        """Give a key limits of its own; None leaves the deployment's in place. Blocks."""
+        """Set a key's own limits; None: as the deployment. Blocks."""
         given = {name: value for name, value in own.items() if value is not None}
         self._store.set_setting(f"limits:{key_id}", json.dumps(given))
         with self._lock:
             self._usage.pop(key_id, None)
 
     def limits_of(self, key_id: str) -> KeyLimits:
-        """What holds for a key. Blocks."""
+        """The effective limits of a key. Blocks."""
         own = json.loads(self._store.get_setting(f"limits:{key_id}") or "{}")
         return self._defaults.override({f.name: own.get(f.name) for f in fields(KeyLimits)})
 
@@ -103,7 +104,7 @@ class Meter:
             usage.requests.level -= bool(limit)
 
     def admit_answer(self, principal: Principal) -> None:
-        """Raises RateLimited while the answers before have used more tokens than the key may. Blocks."""
+        """Raises RateLimited while earlier answers have used up the key's tokens. Blocks."""
         if principal == LOCAL_ADMIN:
             return
         usage, now = self._of(principal), self._clock()
@@ -114,14 +115,14 @@ class Meter:
                 raise RateLimited(f"this key may use {limit} tokens a minute", usage.tokens.wait_s(limit, 1))
 
     def charge_tokens(self, principal: Principal, tokens: int) -> None:
-        """Count what an answer has cost so far."""
+        """Count tokens used by an answer."""
         usage = self._usage.get(principal.key_id)
         if usage is not None and usage.limits.tokens_per_minute:
             with usage.lock:
                 usage.tokens.level -= tokens
 
     def charge_bytes(self, principal: Principal, nbytes: int) -> None:
-        """Count bytes of an upload as they arrive; 0 asks whether any may. Raises RateLimited. Blocks."""
+        """Count bytes of an upload as they arrive; 0 only checks that any are left. Raises RateLimited. Blocks."""
         if principal == LOCAL_ADMIN:
             return
         usage, now = self._of(principal), self._clock()
@@ -135,7 +136,7 @@ class Meter:
             usage.day_bytes += nbytes
 
     def save(self, principal: Principal) -> None:
-        """Put the day's bytes on the disk: to be called before an upload is acknowledged. Blocks."""
+        """Persist the day's bytes; call it before acknowledging an upload. Blocks."""
         usage = self._usage.get(principal.key_id)
         if usage is not None and usage.limits.upload_bytes_per_day:
             with usage.lock:
@@ -143,7 +144,7 @@ class Meter:
                 self._store.set_setting(f"usage:{principal.key_id}", json.dumps(value))
 
     def documents_limit(self, principal: Principal) -> int:
-        """Most documents in a collection that this key may add to; 0: any number. Blocks."""
+        """Number of documents in a collection up to which this key may add; 0: no limit. Blocks."""
         return 0 if principal == LOCAL_ADMIN else self._of(principal).limits.documents_per_collection
 
     def _of(self, principal: Principal) -> _Usage:

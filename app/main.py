@@ -53,7 +53,7 @@ VERSION = "0.1.0"
 
 @dataclass
 class _Parts:
-    """What is started and stopped with the service. `data`: what the workers write to, closed last."""
+    """What is started and stopped with the service. `data`: resources that the workers write to, closed last."""
 
     settings: Settings
     closing: ExitStack
@@ -122,7 +122,7 @@ async def _run(parts: _Parts) -> AsyncIterator[None]:
             prefetching.cancel()
             with suppress(asyncio.CancelledError):
                 await prefetching
-            limit_s = max(1, parts.settings.server.shutdown_s)  # who has nothing to do needs a moment, too
+            limit_s = max(1, parts.settings.server.shutdown_s)  # idle workers need a moment, too
             stopping = asyncio.to_thread(parts.worker.stop, limit_s)
             stopped, _ = await asyncio.gather(stopping, parts.engine_thread.close(limit_s))
             if not stopped:

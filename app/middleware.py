@@ -1,4 +1,4 @@
-"""What every request goes through before a route sees it: an id, a key, limits, and headers on the way out."""
+"""The middleware around all routes: request id, authentication, limits, response headers, access log."""
 
 import asyncio
 import logging
@@ -31,7 +31,7 @@ from app.log import request_id_var
 
 log = logging.getLogger("app.access")
 
-MAX_BODY_BYTES = 32 << 20  # of requests that are no uploads
+MAX_BODY_BYTES = 32 << 20  # of requests that are not uploads
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; form-action 'none'; "
@@ -51,7 +51,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class RequestFrame:
-    """The outermost ASGI layer of the service; plain, so that streams pass through it unbuffered."""
+    """The outermost ASGI layer of the service; pure ASGI, so that streams pass through unbuffered."""
 
     def __init__(self, app: ASGIApp, owner: FastAPI, max_in_flight: int, stall_s: float) -> None:
         self._app, self._owner, self._max_in_flight, self._stall_s = app, owner, max_in_flight, stall_s
@@ -62,7 +62,7 @@ class RequestFrame:
             await self._app(scope, receive, send)
             return
         _take_origin_form(scope)
-        scope["headers"] = [header for header in scope["headers"] if header[0] != b"range"]  # files are sent whole
+        scope["headers"] = [header for header in scope["headers"] if header[0] != b"range"]  # ranges are not supported
         headers = Headers(scope=scope)
         request_id = headers.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
@@ -86,17 +86,16 @@ class RequestFrame:
                     raise Overloaded(f"{self._max_in_flight} requests are open, which is the limit; try again shortly")
                 await anyio.to_thread.run_sync(self._admit, scope)
             await self._app(scope, receive, send)
-        except asyncio.CancelledError:  # by the server, which has waited for `shutdown_s`
+        except asyncio.CancelledError:  # by the server, `shutdown_s` after it began to stop
             if not send.has_started:
                 await _refuse(ServiceStopping(), scope, receive, send)
-        except Exception as error:  # of a route only what its table of errors does not know
+        except Exception as error:  # from routes only those that errors.py does not list
             if send.has_started:
                 raise
             await _refuse(error, scope, receive, send)
 
     def _admit(self, scope: Scope) -> None:
-        """Say who is asking, and count the request. Blocks. Raises Unauthorized, Forbidden, RateLimited and
-        EncodedBody."""
+        """Authenticate and count the request. Blocks. Raises Unauthorized, Forbidden, RateLimited and EncodedBody."""
         headers, authenticator = Headers(scope=scope), self._owner.state.authenticator
         authenticator.check_sender(headers.get("host", ""), headers.get("sec-fetch-site"))
         principal = authenticator.authenticate(headers.get("authorization"))
@@ -156,11 +155,11 @@ def _take_origin_form(scope: Scope) -> None:
 
 
 class _Sent:
-    """Adds the headers that every response has, and remembers its status."""
+    """Adds the common headers to the response, and records its status."""
 
     def __init__(self, send: Send, request_id: str) -> None:
         self._send, self._request_id = send, request_id
-        self.status = 499  # until a response starts: the client left before
+        self.status = 499  # if no response starts: the client disconnected before
         self.has_started = False
 
     async def __call__(self, message: Message) -> None:
@@ -180,8 +179,8 @@ async def _refuse(error: Exception, scope: Scope, receive: Receive, send: Send) 
 
 
 def _limit_body(receive: Receive, path: str, headers: Headers, stall_s: float) -> Receive:
-    """Refuse bodies over MAX_BODY_BYTES while they arrive, and those of which nothing more comes for `stall_s`; uploads
-    have a limit of their own per file."""
+    """Refuse bodies over MAX_BODY_BYTES while they arrive, and bodies that stall for `stall_s`; uploads have a limit
+    per file instead."""
     is_form = headers.get("content-type", "").lower().startswith("multipart/")
     is_upload = is_form and _UPLOAD_PATHS.fullmatch(path)
     received, complete = 0, False
@@ -189,7 +188,7 @@ def _limit_body(receive: Receive, path: str, headers: Headers, stall_s: float) -
     async def limited() -> Message:
         nonlocal received, complete
         try:
-            async with asyncio.timeout(None if complete else stall_s):  # behind the body only the end of the connection
+            async with asyncio.timeout(None if complete else stall_s):  # after the body only a disconnect can follow
                 message = await receive()
         except TimeoutError:
             raise BodyStalled(f"nothing more of the body has come for {stall_s} s; send the request again") from None

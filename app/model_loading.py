@@ -1,7 +1,7 @@
-"""The answering model of a deployment: loaded, with engine, prefix cache and answer format around it.
+"""Loads the answering model of a deployment and builds its engine, prefix cache and answer format.
 
-Which implementation stands behind `Engine` and `StateStore` is decided here alone, and how a GPU's memory is shared.
-Start at `build_model`.
+The only place that chooses implementations of `Engine` and `StateStore`, and divides GPU memory. Start at
+`build_model`.
 """
 
 import json
@@ -46,7 +46,7 @@ _CPU_QUESTION_TOKENS = 8192
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The answering model and everything between it and a prompt."""
+    """The answering model with tokenizer, engine, cache and answer format."""
 
     engine: Engine
     cache: PrefixCache
@@ -57,7 +57,7 @@ class LoadedModel:
 
 
 def build_model(settings: Settings, stack: ExitStack, answering: bool, nonce: str) -> LoadedModel:
-    """Load the checkpoint and put engine and prefix cache around it; `stack` closes them. `nonce` fences documents."""
+    """Load the checkpoint and build engine and prefix cache, which `stack` closes. `nonce` fences documents."""
     path = check_checkpoint(settings.model.path)
     tokenizer = Tokenizer.load(path)
     max_context_tokens = settings.model.max_context_tokens or _read_context_length(path)
@@ -76,14 +76,14 @@ def build_model(settings: Settings, stack: ExitStack, answering: bool, nonce: st
         model = load_model(path, device, choose_dtype(settings.model, device), quantize)
     except UnsupportedDevice as error:
         raise SettingsError(f"JAMBA_RAG_MODEL__QUANTIZE: {error}") from error
-    on_cpu = (quantize, device.type) == ("w8a8", "cpu")  # other numbers than a GPU's
+    on_cpu = (quantize, device.type) == ("w8a8", "cpu")  # numerically different from a GPU's
     scheme = "w8a8 on a CPU, int4 as stored" if on_cpu else quantize
     fingerprint = state_fingerprint(path, scheme, model.new_state().layout.fingerprint())
     plan_settings = _plan_settings(settings, device)
     state_max_bytes = settings.model.state_max_bytes or None
     if (free_bytes := measure_state_bytes(model, plan_settings.segment_tokens)) is not None:
         kept_bytes = gpu_cache_bytes(settings, free_bytes, model.state_layout, max_context_tokens)
-        if kept_bytes:  # an eighth is for what is just being saved, or waits to be written to the other tiers
+        if kept_bytes:  # an eighth is left for states being saved, or waiting to be written to other tiers
             stores.insert(0, DeviceStateStore(kept_bytes - kept_bytes // 8, device))
         state_max_bytes = state_max_bytes or max(0, free_bytes - kept_bytes)
     cache = PrefixCache(stores, fingerprint, plan_settings)
@@ -94,7 +94,7 @@ def build_model(settings: Settings, stack: ExitStack, answering: bool, nonce: st
         cache,
         max_context_tokens=max_context_tokens,
         max_batch=settings.model.max_batch or (8 if device.type == "cpu" else MAX_GPU_BATCH),
-        # An answer that was admitted is not turned away: it and its other beginnings find a place, and the prefetch.
+        # The queue has room for every admitted answer with all its candidate quotes, and for the prefetch.
         max_waiting=settings.answers.max_pending * take_advice(path, settings.answers).quote_beginnings + 1,
         state_max_bytes=state_max_bytes,
         draft_tokens=settings.model.draft_tokens,
@@ -108,13 +108,13 @@ def build_model(settings: Settings, stack: ExitStack, answering: bool, nonce: st
 
 
 def longest_question(settings: Settings) -> int:
-    """In tokens; 0: any that fits the context."""
+    """Maximum length of a question in tokens; 0: limited only by the context."""
     on_cpu = choose_device(settings.model).type == "cpu"
     return settings.answers.max_question_tokens or (_CPU_QUESTION_TOKENS if on_cpu else 0)
 
 
 def gpu_cache_bytes(settings: Settings, free_bytes: int, layout: StateLayout, max_context_tokens: int) -> int:
-    """Of a GPU's free memory, what prefix states may take: by default they leave room for one answer in full."""
+    """How much free GPU memory prefix states may use; by default at most half, leaving room for one full context."""
     if settings.cache.gpu_max_bytes is not None:
         return settings.cache.gpu_max_bytes
     longest = HybridState(layout, "meta")
@@ -123,7 +123,7 @@ def gpu_cache_bytes(settings: Settings, free_bytes: int, layout: StateLayout, ma
 
 
 def main_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """What the machine has, or what a container is let have of it."""
+    """Main memory of the machine, or the memory limit of the container."""
     machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, ValueError):  # no such file, or "max"
         return min(machine_bytes, int((cgroup / "memory.max").read_text()))
@@ -131,7 +131,7 @@ def main_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def _choose_format(path: Path, tokenizer: Tokenizer, nonce: str, max_context_tokens: int) -> AnswerFormat:
-    """Quotes held to the evidence token by token where the tokenizer has the marks for it, else quotes in text."""
+    """Constrained quotes if the tokenizer has the quote tokens, otherwise quotes in plain text."""
     if speaks_chat_format(tokenizer):
         return QuoteFormat(tokenizer, TokenBytes.read(path), max_context_tokens)
     log.info("%s has no tokens for quotes: it is asked through its chat template", path)
@@ -139,7 +139,7 @@ def _choose_format(path: Path, tokenizer: Tokenizer, nonce: str, max_context_tok
 
 
 def _plan_settings(settings: Settings, device: torch.device) -> PlanSettings:
-    """A GPU needs long segments to read its weights seldom enough, and every snapshot ends one."""
+    """A GPU needs long segments to amortize reading the weights, and every snapshot ends a segment."""
     segment, distance, sparse = (512, 512, 16) if device.type == "cpu" else (16_384, 2048, 2)
     cache = settings.cache
     segment = settings.model.segment_tokens or segment
@@ -159,7 +159,7 @@ def check_checkpoint(path: Path) -> Path:
 
 
 def choose_device(settings: ModelSettings) -> torch.device:
-    """Where the model runs. Raises SettingsError for a GPU that is not here."""
+    """The device of the model. Raises SettingsError if the GPU does not exist."""
     if settings.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(settings.device)
@@ -169,10 +169,10 @@ def choose_device(settings: ModelSettings) -> torch.device:
 
 
 def choose_dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device multiplies it fast: on GPUs, and on CPUs with AVX512_BF16 or AMX."""
+    """`auto` is bfloat16 where it is fast, on GPUs and on CPUs with AVX512_BF16 or AMX, else float32."""
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)
-    fast = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()  # which those with AMX have too
+    fast = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()  # implied by AMX
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -184,7 +184,7 @@ def choose_quantization(settings: ModelSettings, device: torch.device) -> Quanti
 
 
 def chosen(settings: ModelSettings) -> dict[str, str]:
-    """What `auto` stands for on this machine, by the names of the settings."""
+    """The values of `auto` settings on this machine, by name."""
     device = choose_device(settings)
     dtype = str(choose_dtype(settings, device)).removeprefix("torch.")
     return {"device": str(device), "dtype": dtype, "quantize": choose_quantization(settings, device) or "none"}
@@ -195,7 +195,7 @@ def _read_context_length(path: Path) -> int:
 
 
 def _state_stores(settings: Settings, device: torch.device | None, stack: ExitStack) -> list[StateStore]:
-    """Tiers of prefix states below the memory of a GPU, the fastest first; without a model only what outlives it."""
+    """Tiers of prefix states below GPU memory, fastest first; without a device only the persistent ones."""
     stores: list[StateStore] = []
     if device is not None:
         on_gpu, host_bytes = device.type == "cuda", settings.cache.host_max_bytes
@@ -210,7 +210,7 @@ def _state_stores(settings: Settings, device: torch.device | None, stack: ExitSt
 
 
 def _open_redis(settings: RedisSettings, url: str, data_dir: Path) -> RedisStateStore:
-    """Raises SettingsError for a url that is none; a server that cannot be used is only said in the log."""
+    """Raises SettingsError for an invalid URL; an unusable server is only logged."""
     try:
         owed = data_dir / "owed-deletes.json"
         store = RedisStateStore(url, settings.key_prefix, settings.ttl_s, timeout_s=settings.timeout_s, owed_file=owed)

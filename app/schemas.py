@@ -1,6 +1,6 @@
-"""Request and response bodies of the HTTP interface, field for field as the contract has them. No logic.
+"""Request and response bodies of the HTTP interface. No logic.
 
-Requests forbid unknown fields; the OpenAI-shaped ones ignore them, as clients send options that mean nothing here.
+Requests forbid unknown fields, except those compatible with OpenAI, whose clients send options without meaning here.
 """
 
 from typing import Annotated, Any, Literal
@@ -47,7 +47,7 @@ class Response(BaseModel):
 
 
 class Problem(Response):
-    """RFC 9457 problem+json; `errors` lists the files when an upload was refused as a whole."""
+    """RFC 9457 problem+json; `errors` lists the files if a whole upload was refused."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -129,7 +129,7 @@ class DocumentText(Response):
 
 
 class Location(Response):
-    """Offsets into the document's `/text` in code points, end exclusive. Formats without pages have none here."""
+    """Offsets into the document's `/text` in code points, end exclusive. Page fields are absent without pages."""
 
     page_start: int | None = None
     page_end: int | None = None
@@ -165,9 +165,9 @@ class CollectionCreate(Request):
 
 
 class Collection(Response):
-    """`fits_context`: whether all of it goes into one prompt, as `full_context` asks. `reads_whole`: whether `auto`
-    does that, so that every question shares one cached prefix; else it reads the best passages. `state_ready`: whether
-    that prefix was read ahead and is kept, so that the next question starts at once."""
+    """`fits_context`: whether all of it fits into one prompt, as `full_context` needs. `reads_whole`: whether `auto`
+    reads it whole, so that all questions share one cached prefix, instead of the best passages. `state_ready`: whether
+    that prefix has been prefetched and is cached, so that the next question starts at once."""
 
     name: str
     object: Literal["collection"] = "collection"
@@ -232,9 +232,9 @@ class Message(Request):
 
 
 class AnswerRequest(Request):
-    """One of `question` and `messages`; of `messages` the last one is the question and must be the user's.
+    """Either `question` or `messages`; the last message is the question and must be the user's.
 
-    Earlier messages of the user and the assistant make it a follow-up; messages of the system have no effect.
+    Earlier messages of user and assistant make it a follow-up; system messages are ignored.
     """
 
     question: Question | None = None
@@ -309,14 +309,14 @@ class ChatContentPart(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """Only the text of users' and the assistant's messages is read."""
+    """Only the text of user and assistant messages is used."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Text | list[ChatContentPart] | None = None
 
 
 class ChatCompletionRequest(BaseModel):
-    """The part of OpenAI's request that means something here; other fields are accepted and have no effect."""
+    """The supported part of OpenAI's request; other fields are accepted and ignored."""
 
     model: str = Field(max_length=128)
     messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
@@ -350,7 +350,7 @@ class Health(Response):
 
 
 class KeyLimits(Request):
-    """What a key may ask for; 0 = any, null = as the deployment has it."""
+    """Limits of a key; 0: no limit, null: as the deployment."""
 
     requests_per_minute: Size | None = None
     tokens_per_minute: Size | None = None

@@ -1,6 +1,6 @@
-"""Reads a multipart upload as it arrives: files go straight to the file store, whatever their size.
+"""Streaming multipart parser: files go straight to the file store, whatever their size.
 
-Fields are small and kept in memory; a file never is. Does not judge documents: `RagService.submit_document` does.
+Only fields, which are small, are held in memory. Documents are checked by `RagService.submit_document`.
 """
 
 import re
@@ -23,16 +23,16 @@ _EXTENDED_NAME = re.compile(rb";[ \t]*filename\*=utf-8'[^']*'([^;\s]+)", re.I)
 _AS_IT_IS = (b"binary", b"8bit", b"7bit")
 
 Result = TypeVar("Result")
-_UPLOADS = Lane("uploads", MAX_UPLOADS_AT_ONCE)  # a slow one must not take a thread that answers others
+_UPLOADS = Lane("uploads", MAX_UPLOADS_AT_ONCE)  # slow uploads must not occupy threads of other requests
 
 
 class BadUpload(ValueError):
-    """The body is not the multipart form that this call wants."""
+    """The body is not a valid multipart form for this endpoint."""
 
 
 @dataclass
 class Part:
-    """One part of the form; `filename` is None for a field. `pieces` must be read to its end before the next part."""
+    """One part of the form; `filename` is None for a field. Exhaust `pieces` before the next part."""
 
     name: str
     filename: str | None
@@ -41,7 +41,7 @@ class Part:
 
 @dataclass
 class _Event:
-    """What the parser said: a part begins (`part`), goes on (`data`) or ends (neither)."""
+    """A parser event: a part begins (`part`), continues (`data`) or ends (neither)."""
 
     part: tuple[str, str | None] | None = None
     data: bytes | None = None
@@ -49,7 +49,7 @@ class _Event:
 
 @dataclass
 class _Collector:
-    """Callbacks of the parser: turns header fragments into parts, everything into a list of events."""
+    """Parser callbacks that assemble header fragments and collect events."""
 
     events: list[_Event] = field(default_factory=list)
     _name: bytes = b""
@@ -93,10 +93,10 @@ class _Collector:
             raise BadUpload("a part of the form has no `Content-Disposition: form-data` with a name")
         filename = options.get(b"filename")
         name = options[b"name"].decode("utf-8", "replace")
-        extended = _EXTENDED_NAME.search(self._disposition)  # no standard, but of old clients, and of .NET beside "=?…"
+        extended = _EXTENDED_NAME.search(self._disposition)  # non-standard: old clients, and .NET beside "=?…"
         if extended and (filename is None or filename.startswith(b"=?")):
             filename = unquote_to_bytes(extended[1])
-        if filename is not None:  # browsers write a quotation mark in it as %22
+        if filename is not None:  # browsers encode a quotation mark as %22
             filename = filename.decode("utf-8", "replace").replace("%22", '"')
         self.events.append(_Event(part=(name, filename)))
 
@@ -105,7 +105,7 @@ class _Collector:
 
 
 async def read_parts(request: Request) -> AsyncIterator[Part]:
-    """The parts of a multipart body in their order. Raises BadUpload when it is none, is damaged, or ends early."""
+    """The parts of a multipart body, in order. Raises BadUpload if it is not multipart, malformed or incomplete."""
     events = _read_events(request)
     async for event in events:
         if event.part is not None:
@@ -138,7 +138,7 @@ async def _read_events(request: Request) -> AsyncIterator[_Event]:
 
 
 async def read_field(part: Part) -> str:
-    """Value of a field. Raises BadUpload over MAX_FIELD_BYTES or when it isn't UTF-8."""
+    """The value of a field. Raises BadUpload if it exceeds MAX_FIELD_BYTES or is not UTF-8."""
     value = bytearray()
     async for piece in part.pieces:
         value += piece
@@ -151,10 +151,10 @@ async def read_field(part: Part) -> str:
 
 
 async def read_in_thread(part: Part, consume: Callable[[Iterator[bytes]], Result], max_rest_bytes: int) -> Result:
-    """Run `consume` on the part's pieces in a worker thread; they are read from the connection as it asks for them.
+    """Run `consume` on the part's pieces in a worker thread; they are read from the connection on demand.
 
-    What `consume` leaves unread is read and dropped, so that the next part can follow. Raises BadUpload when that is
-    more than `max_rest_bytes`: then the sender isn't listened to any longer.
+    The rest that `consume` leaves unread is discarded, to reach the next part. Raises BadUpload if that exceeds
+    `max_rest_bytes`; the body is then not read further.
     """
 
     async def next_piece() -> bytes | None:

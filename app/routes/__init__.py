@@ -1,1 +1,1 @@
-"""The HTTP interface, a file a resource. Routes translate; what is done stands in app/service.py."""
+"""The HTTP interface, one file per resource. Routes only translate; the logic is in app/service.py."""

@@ -31,7 +31,7 @@ async def create_answer(
 
 
 async def collect_while_connected(request: Request, answer: RunningAnswer) -> schemas.Answer:
-    """The finished answer. When the client goes away before, the generation ends and ClientDisconnect is raised."""
+    """The finished answer. If the client disconnects first, the generation is aborted and ClientDisconnect raised."""
     work = asyncio.ensure_future(answer.collect())
     gone = asyncio.ensure_future(_wait_until_gone(request))
     try:

@@ -1,4 +1,4 @@
-"""/v1/collections: named sets of documents that are asked together."""
+"""/v1/collections: named sets of documents."""
 
 from fastapi import APIRouter, Request, Response
 
@@ -24,7 +24,7 @@ def _show(collection: Collection, service: RagService) -> schemas.Collection:
 
 @router.get("")
 def list_collections(principal: Reader, service: ServiceDep, response: Response) -> schemas.CollectionList:
-    """All collections that the key may see, oldest first. The header Allow has POST where it may make new ones."""
+    """All collections that the key may see, oldest first. The header Allow has POST if it may create new ones."""
     tell_methods(response, principal.may_write and principal.collections is None)
     visible = [collection for collection in service.store.list_collections() if principal.may_see(collection.name)]
     return schemas.CollectionList(data=[_show(collection, service) for collection in visible])
@@ -34,7 +34,7 @@ def list_collections(principal: Reader, service: ServiceDep, response: Response)
 def create_collection(
     body: schemas.CollectionCreate, request: Request, principal: Writer, service: ServiceDep
 ) -> schemas.Collection:
-    """Make an empty collection. A key bound to collections can't."""
+    """Create an empty collection. Forbidden for keys bound to collections."""
     if principal.collections is not None:
         raise Forbidden("this key is bound to collections and cannot make new ones")
     made = service.store.create_collection(body.name)
@@ -44,11 +44,11 @@ def create_collection(
 
 @router.get("/{name}")
 def get_collection(name: str, principal: Reader, service: ServiceDep) -> schemas.Collection:
-    """Counts, tokens, and whether it fits whole into the context."""
+    """One collection: counts, tokens, and whether it fits into the context as a whole."""
     return _show(service.store.get_collection(service.visible_collection(name, principal)), service)
 
 
 @router.delete("/{name}", status_code=204)
 def delete_collection(name: str, principal: Writer, service: ServiceDep) -> None:
-    """Remove a collection with all its documents; `default` stays, empty."""
+    """Delete a collection with all its documents; `default` is only emptied."""
     service.delete_collection(service.visible_collection(name, principal))

@@ -1,4 +1,4 @@
-"""/v1/documents: upload, look at, replace, retry, delete."""
+"""/v1/documents: upload, read, replace, retry, delete."""
 
 import asyncio
 import json
@@ -54,7 +54,7 @@ async def upload_documents(
     settings: SettingsDep,
     idempotency_key: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """Queue files for ingestion. A 202 means that their bytes are on the disk; one bad file never fails the others."""
+    """Queue files for ingestion. With the 202 their bytes are on disk; one bad file never fails the others."""
     reply = await intake.accept_upload(request, service, principal, settings.ingest, idempotency_key)
     request.state.written = [document["id"] for document in json.loads(reply.body)["data"]]
     return Response(reply.body, reply.status, media_type="application/json")
@@ -70,9 +70,9 @@ def list_documents(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: str | None = None,
 ) -> schemas.DocumentPage:
-    """A page of documents, oldest first; `after` is the last id of the page before, which may be deleted by now.
+    """A page of documents, oldest first; `after` is the last id of the previous page, even if deleted since.
 
-    The header Allow has POST where the key may also upload, and so delete.
+    The header Allow has POST if the key may also upload, and so delete.
     """
     tell_methods(response, principal.may_write)
     names = service.visible_collections(None if collection is None else [collection], principal)
@@ -85,7 +85,7 @@ def list_documents(
 
 @router.get("/{document_id}")
 def get_document(document_id: str, principal: Reader, service: ServiceDep) -> schemas.Document:
-    """One document, as its newest version stands."""
+    """One document, in the state of its newest version."""
     return schemas.Document.model_validate(service.visible_document(document_id, principal))
 
 
@@ -117,7 +117,7 @@ async def _progress_events(document: Document, look: Callable[[], Document]) -> 
             await asyncio.sleep(_POLL_S)
             document = await anyio.to_thread.run_sync(look)
         yield Event(f"document.{document.status}", schemas.Document.model_validate(document))
-    except (DocumentNotFound, Unauthorized) as error:  # deleted or revoked while it was watched
+    except (DocumentNotFound, Unauthorized) as error:  # document deleted or key revoked meanwhile
         yield Event("document.failed", describe_error(error))
 
 
@@ -157,7 +157,7 @@ def get_text(
     start: Annotated[int, Query(ge=0)] = 0,
     end: Annotated[int | None, Query(ge=0)] = None,
 ) -> schemas.DocumentText:
-    """The text as stored, or its characters start..end, and the pages that they lie on (in offsets of the whole)."""
+    """The stored text, or its characters start..end, with their pages, whose offsets refer to the whole text."""
     if end is not None and end < start:
         raise InvalidRequest(f"end {end} is before start {start}")
     service.visible_document(document_id, principal)
@@ -188,10 +188,10 @@ def get_page_image(
     end: Annotated[int, Query(ge=0)] = 0,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """A page of a PDF as a PNG, with the characters start..end of the document's text marked where the page has them.
+    """A page of a PDF as a PNG, with the characters start..end of the document's text highlighted.
 
-    The header Highlight-Boxes lists the marked rectangles as `left top width height`, fractions of the picture, parted
-    by commas; it is empty when the passage isn't found on the page.
+    The header Highlight-Boxes lists the highlighted rectangles as `left top width height`, in fractions of the image,
+    separated by commas; it is empty if the passage is not found on the page.
     """
     document = service.visible_document(document_id, principal)
     return page_images.respond(service, document, page, (start, end), if_none_match, settings.ingest.parse_max_bytes)
@@ -199,7 +199,7 @@ def get_page_image(
 
 @router.get("/{document_id}/chunks")
 def get_chunks(document_id: str, principal: Reader, service: ServiceDep) -> schemas.ChunkList:
-    """The pieces that search finds, in order."""
+    """The chunks that search finds, in order."""
     service.visible_document(document_id, principal)
     chunks = service.store.get_chunks(document_id)
     return schemas.ChunkList(data=[schemas.Chunk.model_validate(chunk) for chunk in chunks])
@@ -219,7 +219,7 @@ async def replace_document(
     service: ServiceDep,
     settings: SettingsDep,
 ) -> schemas.Document:
-    """Send a new version; the old one answers until the new one is ready, then it vanishes at once."""
+    """Upload a new version, which replaces the old one once it is ready."""
     document, is_new = await intake.accept_version(request, service, principal, settings.ingest, document_id)
     response.status_code = 202 if is_new else 200
     return schemas.Document.model_validate(document)
@@ -227,7 +227,7 @@ async def replace_document(
 
 @router.post("/{document_id}/retry", status_code=202)
 def retry_document(document_id: str, principal: Writer, service: ServiceDep) -> schemas.Document:
-    """Ingest a failed document again; one that did not fail stays as it is."""
+    """Ingest a failed document again; others stay unchanged."""
     service.visible_document(document_id, principal)
     document = service.store.retry_document(document_id)
     service.wake_workers()
@@ -236,5 +236,5 @@ def retry_document(document_id: str, principal: Writer, service: ServiceDep) -> 
 
 @router.delete("/{document_id}", status_code=204)
 def delete_document(document_id: str, principal: Writer, service: ServiceDep) -> None:
-    """Remove a document everywhere; with the 204 no search, answer or cached model state holds any of it."""
+    """Delete a document everywhere: after the 204, no search, answer or cached model state contains any of it."""
     service.delete_document(service.visible_document(document_id, principal))

@@ -20,7 +20,7 @@ def _show(key: ApiKey, service: RagService) -> schemas.Key:
 
 @router.get("")
 def list_keys(principal: Admin, service: ServiceDep) -> schemas.KeyList:
-    """All keys, revoked ones too, with the limits that hold for them; never the keys themselves."""
+    """All keys, including revoked ones, with their effective limits, without the secrets."""
     return schemas.KeyList(data=[_show(key, service) for key in service.store.list_keys()])
 
 
@@ -32,7 +32,7 @@ def create_key(
     service: ServiceDep,
     authenticator: AuthenticatorDep,
 ) -> schemas.NewKey:
-    """Make a key. This reply is the only place where it is ever shown."""
+    """Create a key. Only this response ever contains it."""
     if body.collections is not None:
         service.visible_collections(body.collections, principal)
     row, key = authenticator.create_key(body.name, body.role, body.collections)
@@ -43,7 +43,7 @@ def create_key(
 
 @router.delete("/{key_id}", status_code=204)
 def revoke_key(key_id: str, principal: Admin, service: ServiceDep) -> None:
-    """End a key at once, and what is being streamed or answered to it."""
+    """Revoke a key at once, and end its running answers and streams."""
     if not service.store.revoke_key(key_id):
         raise KeyNotFound(f"there is no key {key_id[:80]!r} in force")
     service.end_answers_to(key_id)

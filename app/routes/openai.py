@@ -1,6 +1,6 @@
-"""/v1/chat/completions and /v1/models in OpenAI's shapes: one model name per collection, `jamba-rag/<collection>`.
+"""OpenAI-compatible /v1/chat/completions and /v1/models: one model name per collection, `jamba-rag/<collection>`.
 
-The last user message is the question, those before it make it a follow-up. Citations stand in
+The last user message is the question; earlier messages make it a follow-up. Citations are in
 `choices[0].message.citations`, or in the last chunk.
 """
 
@@ -52,7 +52,7 @@ async def create_completion(
     service: ServiceDep,
     settings: SettingsDep,
 ) -> Response:
-    """Answer the last user message from the collection that the model's name says."""
+    """Answer the last user message from the collection in the model name."""
     asked = await anyio.to_thread.run_sync(_read_request, body, principal, service)
     answer = await service.start_answer(await anyio.to_thread.run_sync(service.read_query, asked, principal))
     if body.stream:

@@ -1,4 +1,4 @@
-"""/v1/search: the passages nearest to a query, without an answer."""
+"""/v1/search: the best passages for a query, without an answer."""
 
 from fastapi import APIRouter
 

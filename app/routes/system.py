@@ -30,7 +30,7 @@ async def healthz() -> schemas.Health:
 @router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", responses={503: {"model": schemas.Health, "description": "Not ready to answer"}})
 def readyz(service: ServiceDep, response: Response) -> schemas.Health:
-    """Whether a question would be answered now, and if not, why."""
+    """Whether questions can be answered now, with the state of each component."""
     checks = service.check_ready()
     ready = all(state.startswith("ok") for state in checks.values())
     response.status_code = 200 if ready else 503
