@@ -98,6 +98,34 @@ INLINE void multiply(const unit *x, int64_t ldx, panels of, int64_t units, int64
         multiply_tile(x, ldx, panel, of, units, out, ldout, factors, m, 1, pairs);
 }
 
+/* Whether nothing in units first..end of `count` panels is NaN or infinite: 0 times these is 0. */
+INLINE int all_finite(panels of, int64_t first, int64_t end, int64_t count, const int pairs) {
+    const uint32_t exponent = 0x7f800000;
+    vi strange = {0};
+    for (int64_t u = first; u < end; u++)
+        for (int64_t j = 0; j < count; j++) {
+            const vu bits = *(const vu_any *)(of.first + u * of.step + j * of.next);
+            strange |= (vi)((bits & exponent) == exponent);
+            if (pairs) strange |= (vi)((bits << 16 & exponent) == exponent);
+        }
+    return !max_lanes(__builtin_convertvector(-strange, vf));
+}
+
+/* The same as `multiply` for one row and of it the first `visible` alone: the other one of the last pair is not read. */
+static __attribute__((noinline, cold)) void multiply_row(const unit *x, panels of, int64_t visible, int64_t count,
+                                                         float *out, float factor, int pairs) {
+    for (int64_t j = 0; j < count; j++, out += VL) {
+        vf sum = splat(0.0f);
+        for (int64_t u = 0; u << pairs < visible; u++) {
+            vu column = *(const vu_any *)(of.first + u * of.step + j * of.next);
+            if (pairs && 2 * u + 1 == visible) column &= 0xffff;
+            const vu row = x[u] - (vu){0};
+            sum = pairs ? dot_pairs(sum, column, row) : fma_vf((vf)column, (vf)row, sum);
+        }
+        *(vf_any *)out = fma_vf(*(vf_any *)out, splat(factor), sum);
+    }
+}
+
 /* As many units of row i as a vector holds, from column c on, of `left` columns; lanes beyond are 0. */
 INLINE vi load_units(rows m, int64_t i, int64_t c, int64_t left, const int pairs) {
     if (!pairs) return (vi)load(m, i, c, left < VL ? (int)left : VL);
@@ -207,7 +235,8 @@ INLINE float weigh(const float *scores, int64_t visible, int64_t count, float sc
     return factor;
 }
 
-/* m rows from `row` on against a block of `count` keys, of which visible[r] are row r's. */
+/* m rows from `row` on against a block of `count` keys, of which visible[r] are row r's: what comes later has weight 0,
+   and where that is not enough, since a value is no number, it is not read. */
 INLINE void attend_rows(const workspace *w, panels keys, panels values, float *sums, int64_t row, int64_t count,
                         const int64_t *visible, int64_t p, const int m, const int pairs) {
     const int64_t units = (p + pairs) / (1 + pairs), columns = whole(p, VL), ld = columns + VL;
@@ -215,10 +244,18 @@ INLINE void attend_rows(const workspace *w, panels keys, panels values, float *s
     float factors[ROWS];
     sums += row * ld;
     multiply(w->q + row * units, units, keys, units, (count + VL - 1) / VL, w->scores, BLOCK, NULL, m, pairs);
-    for (int r = 0; r < m; r++)
+    int64_t fewest = count;
+    for (int r = 0; r < m; r++) {
         factors[r] = weigh(w->scores + r * BLOCK, visible[r], count, scale, sums + r * ld + columns,
                            w->weights + r * BLOCK, pairs);
-    multiply(w->weights, BLOCK, values, (count + pairs) / (1 + pairs), columns / VL, sums, ld, factors, m, pairs);
+        fewest = visible[r] < fewest ? visible[r] : fewest;
+    }
+    const int64_t end = (count + pairs) / (1 + pairs);
+    if (all_finite(values, fewest / (1 + pairs), end, columns / VL, pairs))
+        multiply(w->weights, BLOCK, values, end, columns / VL, sums, ld, factors, m, pairs);
+    else
+        for (int r = 0; r < m; r++)
+            multiply_row(w->weights + r * BLOCK, values, visible[r], columns / VL, sums + r * ld, factors[r], pairs);
 }
 
 /* The task's rows against keys begin..end. */

@@ -308,6 +308,26 @@ def test_attention_has_the_same_bits_however_a_prompt_is_cut(cuts: list[int], dt
     assert torch.equal(torch.cat(cut), cpu.attend(q, [keys], [values], [400]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strange", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", [0, 1, 130, 301])  # in both halves of a pair, and of a later block
+def test_what_a_later_token_holds_reaches_no_earlier_one(place: int, strange: float, dtype: torch.dtype) -> None:
+    for h, g, p in ((9, 3, 64), (1, 1, 33), (4, 1, 20)):
+        q, keys, values = (normal(330, heads, p, seed=heads).to(dtype) for heads in (h, g, g))
+        whole = cpu.attend(q, [keys], [values], [330])
+        for changed in ("key", "value"):
+            own = {"key": keys.clone(), "value": values.clone()}
+            own[changed][place] = strange
+            ours = cpu.attend(q, [own["key"]], [own["value"]], [330])
+            assert torch.equal(ours[:place], whole[:place]), changed
+            assert not ours[place].isfinite().any(), changed
+            cut = [
+                cpu.attend(q[a:b], [own["key"][:b]], [own["value"][:b]], [b - a])
+                for a, b in ((0, 1), (1, 131), (131, 330))
+            ]
+            assert torch.equal(torch.cat(cut).view(torch.uint8), ours.view(torch.uint8)), changed
+
+
 @pytest.mark.parametrize("size", [1e3, 1e6, 1e15])
 def test_attention_takes_scores_of_any_size(size: float) -> None:
     q, keys, values = normal(3, 4, 32), normal(2100, 2, 32, seed=1), normal(2100, 2, 32, seed=2)
