@@ -1,4 +1,4 @@
-"""What commands on documents and keys take, beside the options of all commands (cli_options.py)."""
+"""Arguments and options of commands for documents and keys; options of all commands are in cli_options.py."""
 
 from typing import Annotated
 

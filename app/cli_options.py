@@ -18,7 +18,7 @@ Key = Annotated[str | None, typer.Option("--key", help="API key for --url. (Or: 
 
 
 def _directory(name: str) -> Path:
-    if not name:  # as of a shell's variable that is not set; Path("") is the working directory
+    if not name:  # an unset shell variable; Path("") would be the working directory
         raise typer.BadParameter("must name a directory")
     return Path(name)
 
@@ -52,12 +52,12 @@ Metadata = Annotated[
 def choose_settings(
     url: str | None, key: str | None, data_dir: Path | None, known: bool = False, **groups: Any
 ) -> Settings:
-    """What the environment says, unless the command line says otherwise. Raises SettingsError, and ValueError for a
-    data directory that is yet to be made, where only a `known` one makes sense."""
+    """Settings from the environment, overridden by the command line. Raises SettingsError, and ValueError if the data
+    directory must be `known`, that is, already have a database, and has none."""
     given: dict[str, Any] = {"url": url, "key": key, "data_dir": data_dir}
     given = {name: value for name, value in given.items() if value is not None}
     if data_dir is not None and url is None:
-        given["url"] = None  # a data dir on the command line is stronger than a URL in the environment
+        given["url"] = None  # --data-dir overrides a URL in the environment
     settings = load_settings(**given, **groups)
     known = known and settings.url is None and not settings.data_dir.is_file()
     if known and not DataDir.database_in(settings.data_dir).is_file():
@@ -69,7 +69,7 @@ def choose_settings(
 
 
 class PlainGroup(TyperGroup):
-    """Commands whose wrong usage is told as a person would, not as pydantic does."""
+    """A command group that reports wrong usage in plain words, not in pydantic's."""
 
     def invoke(self, ctx: typer.Context) -> Any:
         try:

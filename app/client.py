@@ -1,6 +1,6 @@
-"""The command line's way to a service: a running one over HTTP, or a whole one in this process.
+"""Connects the command line to a service: a running one, or one started in this process.
 
-Both are spoken to in HTTP, so every command has one form. Start at `connect`.
+Both are accessed over HTTP, so that each command has a single implementation. Start at `connect`.
 """
 
 import tempfile
@@ -25,7 +25,7 @@ _START_TIMEOUT_S = 600.0
 def connect(settings: Settings, answering: bool = True) -> Iterator[Service]:
     """The service at `settings.url`, or one in this process on `settings.data_dir`.
 
-    Without `answering` the latter does not load its model. Raises CommandFailed, and what `create_app` raises.
+    Without `answering` the latter does not load its model. Raises CommandFailed, and whatever `create_app` raises.
     """
     if settings.url is None:
         with local_service(settings, answering) as http:
@@ -37,7 +37,7 @@ def connect(settings: Settings, answering: bool = True) -> Iterator[Service]:
 
 @contextmanager
 def local_service(settings: Settings, answering: bool = True) -> Iterator[httpx.Client]:
-    """A service in this process, behind a Unix socket that only this user can reach; it asks for no key."""
+    """A service in this process, on a Unix socket that only this user can access, without authentication."""
     with render.waiting("starting the service in this process"):
         app = create_app(settings.model_copy(update={"auth": AuthSettings(enabled=False)}), answering)
     with tempfile.TemporaryDirectory(prefix="jamba-rag-") as directory:

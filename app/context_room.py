@@ -1,4 +1,4 @@
-"""Whether the context that is left for a prompt can hold a question at all: looked at before the service starts."""
+"""Checks at startup that the configured context can hold at least a short question."""
 
 from app.prompting import AnswerFormat
 from app.setting_groups import MIN_EVIDENCE_TOKENS
@@ -6,7 +6,7 @@ from app.settings import Settings, SettingsError
 
 
 def check_room(prompt_format: AnswerFormat, settings: Settings) -> None:
-    """Raises SettingsError when not even a short question about a short passage could be answered."""
+    """Raises SettingsError if not even a short question about a short passage fits."""
     room, output = prompt_format.max_context_tokens, settings.answers.max_output_tokens
     needed = prompt_format.count_prompt("?") + MIN_EVIDENCE_TOKENS + output
     if room >= needed:

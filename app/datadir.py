@@ -1,4 +1,4 @@
-"""The data directory: what lies where, and the lock that keeps a second writer out."""
+"""The data directory: its layout, and the lock that keeps out a second writer."""
 
 import fcntl
 import os
@@ -14,15 +14,15 @@ class DataDirInUse(RuntimeError):
 
 
 class DataDirUnusable(RuntimeError):
-    """The data directory cannot be made or written, or its disk is full."""
+    """The data directory cannot be created or written, or its disk is full."""
 
 
 class DataDir:
-    """An open data directory; close it to let the next process in."""
+    """An open, locked data directory; closing it releases the lock."""
 
     def __init__(self, path: Path, restoring: bool = False) -> None:
-        """Create it if it isn't there. Raises DataDirInUse, naming the process that has it, and DataDirUnusable, also
-        when a backup was restored in part and this is not about to be gone on with (`restoring`)."""
+        """Create it if it does not exist. Raises DataDirInUse, naming the process that holds it, and DataDirUnusable,
+        also if a restore was interrupted, unless it is about to be repeated (`restoring`)."""
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -58,7 +58,7 @@ class DataDir:
 
     @staticmethod
     def database_in(path: Path) -> Path:
-        """Of a data directory that somebody else may have open."""
+        """The database file of a data directory, which another process may have open."""
         return path / "rag.sqlite3"
 
     @property
@@ -83,7 +83,7 @@ class DataDir:
 
     @property
     def unfinished(self) -> Path:
-        """What a backup holds, until all of it is there."""
+        """The folder that a backup is restored into, until it is complete."""
         return self.path / "restoring"
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ class DataDir:
 
 
 def find_unwritable(path: Path) -> str | None:
-    """What in a data directory this user may not write, and what to do; None if all can be written."""
+    """What in a data directory is not writable for this user, and what to do; None if everything is."""
     folders = [path / name for name in ("faiss", "words", "audit")]
     inside = (child for folder in folders for child in folder.glob("*"))
     needed = (path, *path.glob("rag.sqlite3*"), path / "files", *folders, *inside)

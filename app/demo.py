@@ -1,4 +1,4 @@
-"""What `make demo` runs: reads `samples/documents`, asks three questions, shows answers, quotes, places and timings.
+"""The script behind `make demo`: ingests `samples/documents`, asks three questions, shows answers, quotes and timings.
 
 The first two questions are about the same document, so most of the second prompt comes from the cache.
 """
@@ -23,7 +23,7 @@ QUESTIONS = (
 
 
 def run_demo(documents: Path, data_dir: Path) -> None:
-    """Raises CommandFailed when a document cannot be read."""
+    """Raises CommandFailed if a document cannot be read."""
     start = time.perf_counter()
     settings = load_settings(data_dir=data_dir, url=None)
     _say(f"Starting the service in this process, with the model in {settings.model.path.name} …")

@@ -1,4 +1,4 @@
-"""The command `doctor`: looks at everything a service needs and says what is wrong and what to do."""
+"""The command `doctor`: checks everything a service needs, and says what is wrong and how to fix it."""
 
 import json
 import os
@@ -43,7 +43,7 @@ class Finding:
 
 
 def examine(settings: Settings) -> list[Finding]:
-    """All findings, in the order in which things are needed."""
+    """All findings, in the order in which a service needs the checked parts."""
     if settings.url is not None:
         return _examine_service(settings)
     checks: dict[str, Callable[[Settings], str]] = {
@@ -64,7 +64,7 @@ def examine(settings: Settings) -> list[Finding]:
 
 
 def _run(name: str, check: Callable[[], str]) -> Finding:
-    """A fault is whatever a check raises: its message says what to do."""
+    """Run a check; an exception is a fault, whose message says what to do."""
     try:
         return Finding(name, True, check())
     except Exception as error:
@@ -92,7 +92,7 @@ def _check_device(settings: Settings) -> str:
 
 
 def _check_kernels(settings: Settings) -> str:
-    """Runs a step of a random Jamba of one layer of each kind, so that every kernel of this device is used."""
+    """Run a random Jamba with one layer of each kind, to exercise every kernel of this device."""
     from model.jamba import Jamba
 
     device = choose_device(settings.model)
@@ -144,7 +144,7 @@ def _check_checkpoint(settings: Settings) -> str:
 
 
 def _check_shards(path: Path) -> None:
-    """Every shard is there and as long as it says: what a broken download isn't."""
+    """Check that all shards exist and are complete, to detect broken downloads."""
     index = path / "model.safetensors.index.json"
     shards = {file.name for file in path.glob("*.safetensors")}
     if index.is_file() and (missing := sorted(set(json.loads(index.read_text())["weight_map"].values()) - shards)):
@@ -158,7 +158,7 @@ def _check_shards(path: Path) -> None:
 
 
 def _check_memory(settings: Settings) -> str:
-    """The weights as they are kept, beside what the device has free; a rough sum, for the worst case."""
+    """Compare the size of the weights in memory, estimated for the worst case, with the free memory of the device."""
     path, device = check_checkpoint(settings.model.path), choose_device(settings.model)
     stored = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     if device.type == "cuda":
@@ -184,7 +184,7 @@ def _available_bytes() -> int:
 
 
 def _check_parsers(settings: Settings) -> str:
-    """Runs a parser in its child process, under the limits of the settings."""
+    """Run a parser in its child process, under the configured limits."""
     limits = ParseLimits(wall_s=settings.ingest.parse_timeout_s, memory_bytes=settings.ingest.parse_max_bytes)
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "test.html"
@@ -242,7 +242,7 @@ def _check_disk(settings: Settings) -> str:
 
 
 def _check_writable(settings: Settings) -> str:
-    """The data directory and what is in it, or the place where it is to be made, can be written by this user."""
+    """Check that this user can write the data directory and its contents, or the folder it would be created in."""
     place = settings.data_dir
     while not place.exists():
         place = place.parent
@@ -254,7 +254,7 @@ def _check_writable(settings: Settings) -> str:
 
 
 def _check_port(settings: Settings) -> str:
-    """Nobody listens where the service would, unless that is the service of this data directory."""
+    """Check that the service's address is free, or in use by the service of this data directory."""
     host, port = settings.server.host, settings.server.port
     try:
         check_address(host, port)

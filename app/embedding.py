@@ -1,4 +1,4 @@
-"""Which embedder and reranker a deployment has, and how it takes another embedder. Start at `open_embedder`."""
+"""Chooses embedder and reranker of a deployment, and switches to another embedder. Start at `open_embedder`."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -19,12 +19,12 @@ from retrieval.store import DocumentStore
 
 log = logging.getLogger(__name__)
 
-_AT_START = 2000  # chunks without a vector that a start makes itself: what came since the command had ended
-_UNASKED = 500  # of them, where nobody gave the command: half a minute
+_AT_START = 2000  # missing vectors that a start computes itself: those of chunks added after `jamba-rag reembed`
+_UNASKED = 500  # the same, if the command was never run: half a minute
 
 
 def open_embedder(settings: RetrievalSettings) -> BertEmbedder:
-    """The one that was set, or the one that ships. Raises SettingsError when it cannot be used."""
+    """The configured embedder, or the shipped one. Raises SettingsError if it cannot be used."""
     path, device = settings.embedder_path, settings.embedder_device
     if device != "cpu" and (torch.device(device).index or 0) >= (gpus := torch.cuda.device_count()):
         raise SettingsError(f"JAMBA_RAG_RETRIEVAL__EMBEDDER_DEVICE={device}: PyTorch sees {gpus} GPUs here; set cpu")
@@ -37,7 +37,7 @@ def open_embedder(settings: RetrievalSettings) -> BertEmbedder:
 
 
 def open_reranker(settings: RetrievalSettings) -> Reranker | None:
-    """None if none is wanted. One that was set is loaded and tried: raises SettingsError when it cannot be used."""
+    """The reranker, or None if disabled. A configured one is loaded and tried: raises SettingsError if unusable."""
     path = settings.reranker_path
     if not settings.rerank:
         return None
@@ -53,9 +53,9 @@ def open_reranker(settings: RetrievalSettings) -> Reranker | None:
 
 @contextmanager
 def loading(embedder: BertEmbedder, reranker: Reranker | None) -> Iterator[None]:
-    """Loads both, on a core of their own beside what is done meanwhile; at the end they are there.
+    """Load both in the background, on one core, while the block runs; at its end they are loaded.
 
-    Raises SettingsError when one cannot be loaded.
+    Raises SettingsError if one cannot be loaded.
     """
     pool = solo_threads(1, "load-search")
     loads = {"embedder": pool.submit(embedder.load)}
@@ -72,10 +72,10 @@ def loading(embedder: BertEmbedder, reranker: Reranker | None) -> Iterator[None]
 
 
 def take_over(store: DocumentStore, embedder: BertEmbedder) -> BertEmbedder:
-    """Use the vectors that `jamba-rag reembed` made, if this embedder has others than those in use; returns it.
+    """Switch to the vectors that `jamba-rag reembed` made for this embedder, if any; returns the embedder to use.
 
-    Where the vectors are those of the shipped one from before it was tuned, a few are made anew at once; many stay in
-    use, with the embedder that made them, which is returned then. Raises EmbedderMismatch when there are none.
+    Vectors of the shipped embedder's untuned weights are recomputed at once if they are few; otherwise they stay in
+    use, and the untuned embedder is returned. Raises EmbedderMismatch if the vectors are of any other embedder.
     """
     missing = store.count_to_embed(embedder.name, embedder.dim)
     adopts = store.adopts(embedder.name, embedder.dim) and missing <= _AT_START
@@ -95,7 +95,7 @@ def take_over(store: DocumentStore, embedder: BertEmbedder) -> BertEmbedder:
 
 
 def has_untuned(store: DocumentStore, embedder: BertEmbedder) -> bool:
-    """Whether this is the embedder that ships, and the vectors in use are those of its published weights."""
+    """Whether this is the shipped, tuned embedder but the vectors in use are those of its published weights."""
     return (
         isinstance(embedder, MiniLMEmbedder)
         and embedder.name != MiniLMEmbedder.name
@@ -104,9 +104,9 @@ def has_untuned(store: DocumentStore, embedder: BertEmbedder) -> bool:
 
 
 def reembed_all(settings: Settings, path: Path | None, report: Callable[[int, int], None]) -> str:
-    """Make all vectors of the embedder at `path` beside those in use; returns its name. Needs no lock.
+    """Compute all vectors of the embedder at `path` beside those in use; returns its name. Needs no lock.
 
-    Raises SettingsError when there is no database or embedder, or its vectors are those in use.
+    Raises SettingsError if there is no database or embedder, or if its vectors are already in use.
     """
     data_dir = settings.data_dir
     database = DataDir.database_in(data_dir)

@@ -1,6 +1,7 @@
-"""One table: what went wrong -> problem+json. Routes raise what the rooms raise and catch nothing.
+"""Maps exceptions to problem+json responses, in one table. Routes catch nothing.
 
-An exception lives beside the code that raises it; its message becomes `detail`, so it says what, the limit, what to do.
+Most exceptions are defined beside the code that raises them. Their message becomes `detail`, so it must say what is
+wrong, the limit, and what to do.
 """
 
 import difflib
@@ -46,15 +47,15 @@ from retrieval.whole import EvidenceTooLarge
 log = logging.getLogger(__name__)
 
 PROBLEM_TYPE = "application/problem+json"
-_RETRY_AFTER_S = 2  # where nothing better is known
+_RETRY_AFTER_S = 2  # default
 
 
 class InvalidRequest(ValueError):
-    """The request is well-formed, but what it asks for makes no sense."""
+    """The request is well-formed but not valid."""
 
 
 class Overloaded(RuntimeError):
-    """As much is running and waiting as this service takes on; `retry_after_s` says when there should be room."""
+    """The service is at its limit of running and waiting work; `retry_after_s`: when there should be room."""
 
     def __init__(self, message: str, retry_after_s: int = _RETRY_AFTER_S) -> None:
         self.retry_after_s = retry_after_s
@@ -62,11 +63,11 @@ class Overloaded(RuntimeError):
 
 
 class BodyTooLarge(ValueError):
-    """A request that is no upload is longer than any such request needs to be."""
+    """The body of a request other than an upload exceeds the limit."""
 
 
 class BodyStalled(ValueError):
-    """Nothing has come of a body that was begun, for as long as the service waits for it."""
+    """The client stopped sending the body for longer than the timeout."""
 
 
 class EncodedBody(ValueError):
@@ -78,18 +79,18 @@ class DocumentDeleted(RuntimeError):
 
 
 class QuestionTooLong(ValueError):
-    """The question has so many characters that no context holds it; it isn't even tokenised."""
+    """The question has more characters than fit into any context; it is refused without tokenizing it."""
 
 
 class ServiceStopping(EngineStopped):
-    """The service stops, and has waited for this request as long as it does."""
+    """The service is stopping, and this request did not finish within the grace period."""
 
     def __init__(self) -> None:
         super().__init__("the service is stopping; send the request again when it is back")
 
 
 class KeyNotFound(ValueError):
-    """No key in force has this id."""
+    """No unrevoked key has this id."""
 
 
 class PageNotFound(ValueError):
@@ -97,11 +98,11 @@ class PageNotFound(ValueError):
 
 
 class ModelNotFound(ValueError):
-    """No collection stands behind this model name."""
+    """The model name belongs to no collection."""
 
 
 class UploadRefused(ValueError):
-    """No file of the request was accepted; `cause` is why the first was not, `errors` names them all."""
+    """No file of the request was accepted; `cause` is the error of the first one, `errors` lists all."""
 
     def __init__(self, cause: Exception, errors: Sequence[dict[str, str]]) -> None:
         super().__init__(str(cause))
@@ -182,7 +183,7 @@ def problem_body(kind: ErrorKind, detail: str, **more: Any) -> dict[str, Any]:
 
 
 def describe_error(error: Exception) -> dict[str, Any]:
-    """Problem of an exception, also for the end of an event stream. What is our fault is logged, not shown."""
+    """The problem of an exception, also for event streams. Internal errors are logged, not shown."""
     if isinstance(error, UploadRefused):
         return problem_body(kind_of(error.cause), str(error), errors=error.errors)
     kind = kind_of(error)
@@ -193,8 +194,7 @@ def describe_error(error: Exception) -> dict[str, Any]:
 
 
 def problem_response(path: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
-    """problem+json; on the OpenAI-shaped paths, and on those that are not there, as others of OpenAI's, also with the
-    member `error` that clients of OpenAI read."""
+    """problem+json; on OpenAI-compatible and unknown paths also with the member `error` that OpenAI clients read."""
     if path.startswith(_OPENAI_PATHS) or body["code"] == "not_found":
         error = {"message": body["detail"], "type": body["code"], "code": body["code"], "param": None}
         body = {**body, "error": error}
@@ -202,7 +202,7 @@ def problem_response(path: str, body: dict[str, Any], headers: dict[str, str] | 
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Answer exceptions that leave a route with problem+json; those of no kind named here: app/middleware.py."""
+    """Answer exceptions of routes with problem+json; exceptions not listed here are handled in app/middleware.py."""
     for cls in (*ERRORS, UploadRefused, OSError):
         app.add_exception_handler(cls, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
@@ -216,17 +216,17 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 
 def error_headers(error: Exception, status: int) -> dict[str, str]:
-    """What a client needs to know beside the body: how to sign in, when to come again, that this connection ends."""
+    """Headers of an error response: how to authenticate, when to retry, that the connection is closed."""
     if isinstance(error, Unauthorized):
         return {"WWW-Authenticate": "Bearer"}
     if isinstance(error, BodyStalled):
-        return {"Connection": "close"}  # what comes late would be taken for another request
+        return {"Connection": "close"}  # or late bytes of the body would be parsed as another request
     return {"Retry-After": str(getattr(error, "retry_after_s", _RETRY_AFTER_S))} if status in (429, 503) else {}
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    told: dict[str, str] = {}  # by place: of a union the first type says what the value is meant to be
+    told: dict[str, str] = {}  # by field; for a union, only the message of its first type
     for field in error.errors()[:5]:
         told.setdefault(_place(field), _describe_field(field, _fields_of(request)))
     details = "; ".join(told.values())
@@ -236,14 +236,14 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
 
 
 def _fields_of(request: Request) -> list[str]:
-    """What the body of this call may hold."""
+    """The fields of this route's body."""
     body = getattr(request.scope.get("route"), "body_field", None)
     return list(getattr(body and body.field_info.annotation, "model_fields", ()))
 
 
 def _place(field: dict[str, Any]) -> str:
     names = [str(part) for part in field["loc"] if part != "body"]
-    return ".".join(name for name in names if "[" not in name)  # brackets: which type of a union was tried
+    return ".".join(name for name in names if "[" not in name)  # brackets name the type of a union
 
 
 def _describe_field(field: dict[str, Any], known: Sequence[str] = ()) -> str:
@@ -267,7 +267,7 @@ def _describe_field(field: dict[str, Any], known: Sequence[str] = ()) -> str:
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
-    """What the framework itself refuses: unknown paths, wrong methods, bodies that it cannot read as JSON."""
+    """Errors of the framework itself: unknown paths, wrong methods, bodies that are not JSON."""
     assert isinstance(error, HTTPException)
     if error.status_code == 400 and isinstance(cause := error.__cause__, Exception):
         problem = cause if type(cause) in ERRORS else InvalidRequest(f"the body is not JSON that can be read: {cause}")
@@ -284,7 +284,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 
 def _allowed(request: Request) -> str:
-    """The methods that some route takes here: the framework names those of the first one alone. Empty below a mount."""
+    """All methods allowed on this path, of which the framework lists only the first route's. Empty below a mount."""
     routes = [route for route in request.app.routes if not isinstance(route, Mount)]
     scopes = {method: {**request.scope, "method": method} for method in METHODS}
     return ", ".join(m for m, scope in scopes.items() if any(r.matches(scope)[0] is Match.FULL for r in routes))

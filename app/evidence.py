@@ -75,7 +75,7 @@ class EvidenceFinder:
         self._settings, self._advice, self._evidence_hits = settings, advice, evidence_hits
         self._recent = RecentEvidence()
         self._whole = WholeSelections(store, prompt_format.count_tokens, prompt_format.cut_ahead)
-        self._reading: dict[object, set[str]] = {}  # who reads a collection whole now, and what went meanwhile
+        self._reading: dict[object, set[str]] = {}  # running `read_whole` calls -> documents deleted since
 
     def find(self, query: Query, widened: bool = False) -> Found:
         """Evidence for a question; with `widened` as much as fits. Raises ContextTooLong, CollectionNotFound,
@@ -128,7 +128,7 @@ class EvidenceFinder:
         finally:
             del self._reading[reader]
             if gone:
-                self._format.forget(gone)  # as it may have cut some of them after the others forgot them
+                self._format.forget(gone)  # this call may have cached their tokens after the deletion
 
     def whole_budget(self, mode: EvidenceMode = "full_context") -> int:
         """Largest evidence in tokens that a short question with default settings takes whole in this mode."""
@@ -160,7 +160,7 @@ class EvidenceFinder:
         budget = self._auto_budget if widened else self._rag_budget
         try:
             return self._pack_hits(query, hits, budget(query, whole_budget), whole_budget)
-        except BudgetTooSmall as error:  # as advised for English: words of other languages are many more tokens
+        except BudgetTooSmall as error:  # budgets are tuned for English; other languages take many more tokens
             if error.needed_tokens > whole_budget:
                 raise
             return self._pack_hits(query, hits, error.needed_tokens, whole_budget)
@@ -200,7 +200,7 @@ def describe_scores(scores: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def show_hits(hits: Iterable[Hit]) -> list[schemas.Hit]:
-    """Search results as the API has them."""
+    """Search results in the form of the API."""
     return [
         schemas.Hit(
             document_id=hit.document_id,

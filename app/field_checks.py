@@ -1,4 +1,4 @@
-"""What fields of requests may hold, beyond their type. Each returns its value or raises ValueError, which says why."""
+"""Validators of request fields and settings; each returns its value or raises ValueError with the reason."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def in_plain_words(message: str) -> str:
-    """What pydantic says of a value, as a person would: "must be a whole number"."""
+    """A pydantic message in plain words, such as "must be a whole number"."""
     said = re.sub(
         r"^(?:Input|String|List|Value) should (be|have|match)", r"must \1", message.removeprefix("Value error, ")
     )
@@ -19,7 +19,7 @@ def in_plain_words(message: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that the database and JSON can hold."""
+    """Text that can be stored in the database and in JSON."""
     if "\x00" in text:
         raise ValueError("must not contain the character NUL")
     if _SURROGATE.search(text):
@@ -28,35 +28,35 @@ def plain(text: str) -> str:
 
 
 def not_blank(text: str) -> str:
-    """Text with something in it."""
+    """Text that is not empty or blank."""
     if not text.strip():
         raise ValueError("must not be empty")
     return text
 
 
 def printable(text: str) -> str:
-    """Text that steers no terminal."""
+    """Text without control characters, which is safe on a terminal."""
     if not text.isprintable():
         raise ValueError("must not contain control characters")
     return text
 
 
 def number(value: object) -> object:
-    """A number of JSON, not text or a truth value that could be read as one."""
+    """A JSON number, not a string or boolean that could be coerced to one."""
     if isinstance(value, str | bool):
         raise ValueError("must be a number")
     return value
 
 
 def whole_number(value: object) -> object:
-    """As `number`, of those without a fraction."""
+    """Like `number`, for integers."""
     if isinstance(value, str | bool):
         raise ValueError("must be a whole number")
     return value
 
 
 def filterable(value: object) -> object:
-    """What the metadata of a document can be compared with."""
+    """A value that metadata can be compared with."""
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(one, str | int | float | None) for one in values):
         raise ValueError("must be text, a number, true, false, null, or a list of these")
@@ -64,7 +64,7 @@ def filterable(value: object) -> object:
 
 
 def from_home(path: Path) -> Path:
-    """With the home directory for `~`, which no shell puts in behind `--data-dir=` or into a file of settings."""
+    """Expand `~`, which shells leave as it is after `--data-dir=` and in .env files."""
     try:
         return path.expanduser()
     except RuntimeError:

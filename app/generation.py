@@ -63,7 +63,7 @@ class RunningAnswer:
         self._room_tokens = query.max_output_tokens  # output tokens left for all further generations together
         self._citations: list[schemas.Citation] = []
         self._truncated = False
-        self._was_counted = False  # whether this prompt was counted before, as passages read apart are
+        self._was_counted = False  # whether this prompt was counted before, when its passage was read apart
         self._epoch = 0  # epoch of the prefix cache before the documents were chosen
         self._gone: set[str] = set()  # documents deleted since then
 
@@ -175,7 +175,7 @@ class RunningAnswer:
         return min(weighed, key=lambda one: one[0])[1]
 
     def _count_question(self) -> int:
-        """Tokens of the question, without what every prompt begins and ends with. Blocks."""
+        """Tokens of the question, without the fixed parts of a prompt. Blocks."""
         count = self._service.format.count_prompt
         return count(self._query.question, self._query.turns) - count("")
 

@@ -1,4 +1,4 @@
-"""A client of a service over HTTP, for the command line and for programs. Needs nothing of the service's own parts.
+"""An HTTP client of the service, for the command line and for programs. Independent of the service's own modules.
 
 Start at `open_service`.
 """
@@ -18,7 +18,7 @@ ANSWER_TIMEOUT_S = 600.0
 
 
 class CommandFailed(RuntimeError):
-    """The work of a command failed; the message is for people. `code`: of the service's problem, if it told one."""
+    """A command failed; the message is for people. `code`: that of the service's problem, if any."""
 
     def __init__(self, message: str, code: str = "failed") -> None:
         self.code = code
@@ -26,7 +26,7 @@ class CommandFailed(RuntimeError):
 
 
 class Service:
-    """A service that a command talks to."""
+    """A connection to a service."""
 
     def __init__(self, http: httpx.Client, max_wait_s: float = 60.0) -> None:
         self._http, self._max_wait_s = http, max_wait_s
@@ -35,7 +35,7 @@ class Service:
         self._http.close()
 
     def request(self, method: str, path: str, **options: Any) -> Any:
-        """The JSON of a successful reply, None for an empty one. Raises CommandFailed with the problem's detail."""
+        """The JSON of a successful response, None if empty. Raises CommandFailed with the problem's detail."""
         response = self._ask(method, path, **options)
         _raise_for_problem(response)
         try:
@@ -44,21 +44,21 @@ class Service:
             raise CommandFailed(f"{self._http.base_url} answers, but is no Jamba RAG; check the address") from error
 
     def checks(self) -> dict[str, str]:
-        """What the service says of each of its parts, ready or not; empty where it does not tell. Raises CommandFailed
-        when it does not answer."""
+        """The state of each component by /readyz, whether ready or not; empty if the response has none. Raises
+        CommandFailed if the service does not answer."""
         try:
             return dict(self._ask("GET", "/readyz").json()["checks"])
-        except (ValueError, KeyError, TypeError):  # a proxy's page, for one
+        except (ValueError, KeyError, TypeError):  # for instance a proxy's error page
             return {}
 
     def upload(self, path: Path, fields: dict[str, str]) -> dict[str, Any]:
-        """Send one file, a piece at a time."""
+        """Upload one file, streamed from disk."""
         with path.open("rb") as file:
             files = {"file": (path.name, file, "application/octet-stream")}
             return self.request("POST", "/v1/documents", files=files, data=fields, timeout=UPLOAD_TIMEOUT_S)
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(type, data) of the events that a call answers with, `answer.progress` among them. Raises CommandFailed."""
+        """(type, data) of each event of the response, including `answer.progress`. Raises CommandFailed."""
         options = {"json": body, "headers": {"Prefer": "progress"}, "timeout": ANSWER_TIMEOUT_S}
         try:
             with closing(self._send("POST", path, stream=True, **options)) as response:
@@ -76,7 +76,7 @@ class Service:
             raise CommandFailed(f"{self._http.base_url} does not answer ({_plain(error)}): is it running?") from error
 
     def _send(self, method: str, path: str, stream: bool = False, **options: Any) -> httpx.Response:
-        """The reply; a busy service is asked again when it says so (`Retry-After`), for up to `max_wait_s` in all."""
+        """The response; retried after `Retry-After` if the service is busy, for up to `max_wait_s` in total."""
         waited_s = 0.0
         while True:
             response = self._http.send(self._http.build_request(method, path, **options), stream=stream)
@@ -91,7 +91,7 @@ class Service:
 
 
 def _pause_before_retry(response: httpx.Response) -> float | None:
-    """Seconds after which the service wants to be asked again; None: it doesn't."""
+    """Seconds to wait before a retry; None: do not retry."""
     value = response.headers.get("retry-after", "")
     return float(value) if response.status_code in (429, 503) and value.isdecimal() else None
 
@@ -119,7 +119,7 @@ def _read_events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 @contextmanager
 def open_service(url: str, key: str | None) -> Iterator[Service]:
-    """The running service at `url`. Raises CommandFailed when that is no address of one."""
+    """Connect to the service at `url`. Raises CommandFailed if that is not an HTTP URL."""
     if not url.startswith(("http://", "https://")):
         raise CommandFailed(f"{url!r} is no address of a service; write it as http://host:port")
     with httpx.Client(base_url=url, headers=sign_in(key), timeout=ANSWER_TIMEOUT_S) as http:
@@ -127,12 +127,12 @@ def open_service(url: str, key: str | None) -> Iterator[Service]:
 
 
 def sign_in(key: str | None) -> dict[str, str]:
-    """The headers that carry a key. Raises CommandFailed for what cannot be one."""
+    """The authentication headers for a key. Raises CommandFailed if it has invalid characters."""
     if key is not None and not (key.isascii() and key.isprintable()):
         raise CommandFailed("the key holds a character that keys do not have; copy it once more")
     return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 def _plain(error: httpx.HTTPError) -> str:
-    """What went wrong, without the number that the system gives it."""
+    """The error message without its errno."""
     return re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__

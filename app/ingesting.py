@@ -1,4 +1,4 @@
-"""The command `ingest`: which files, sending them, and waiting until they are searchable."""
+"""The command `ingest`: finds the files, uploads them, and waits until they are searchable."""
 
 import difflib
 import glob
@@ -14,13 +14,13 @@ from app.client import CommandFailed, Service, connect
 from app.settings import Settings
 
 _POLL_S = 0.1
-_NAMED = 5  # of what is left out
+_NAMED = 5  # skipped files that are named
 
 
 def expand_paths(patterns: Sequence[str]) -> list[Path]:
-    """The files that paths, folders and globs stand for, sorted, each once; hidden ones below a folder are left out.
+    """The files of paths, folders and globs, sorted, without duplicates; hidden files below a folder are skipped.
 
-    Raises CommandFailed for one that stands for no file.
+    Raises CommandFailed for a pattern that matches no file.
     """
     files: dict[Path, None] = {}
     for pattern in patterns:
@@ -36,7 +36,7 @@ def expand_paths(patterns: Sequence[str]) -> list[Path]:
 
 
 def _files_of(path: Path) -> list[Path]:
-    """Those below a folder, sorted; what cannot be read is named on stderr."""
+    """The files below a folder, sorted, or the file itself; unreadable ones are reported on stderr."""
     if not path.is_dir():
         return [path]
     files: list[Path] = []
@@ -55,7 +55,7 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def ingest_paths(settings: Settings, paths: Sequence[str], fields: dict[str, str]) -> dict[str, Any]:
-    """The command: as `ingest_files`, of the files that the paths stand for; a new collection is told of at once."""
+    """The command: `ingest_files` for all files of the paths; reports a new collection at once."""
     files = expand_paths(paths)
     try:
         with connect(settings, answering=False) as service:
@@ -67,8 +67,8 @@ def ingest_paths(settings: Settings, paths: Sequence[str], fields: dict[str, str
 
 
 def check_ingests(service: Service) -> None:
-    """Raises CommandFailed where a command would wait in vain: the service is set to ingest nothing."""
-    if service.checks().get("ingestion", "ok") != "ok":  # not all tell
+    """Raises CommandFailed if the service is configured to ingest nothing, so that waiting would never end."""
+    if service.checks().get("ingestion", "ok") != "ok":  # not every service reports it
         raise CommandFailed(
             "nothing would be ingested: the service runs with JAMBA_RAG_INGEST__WORKERS=0; start it without that"
         )
@@ -85,9 +85,9 @@ def ingest_files(
     fields: dict[str, str],
     on_new: Callable[[str, str | None], None] = lambda name, nearest: None,
 ) -> dict[str, Any]:
-    """Upload files, making the collection if need be, and wait for them: {"data": [Document], "errors": [...]}.
+    """Upload files, creating the collection if necessary, and wait for them: {"data": [Document], "errors": [...]}.
 
-    `on_new` is called when it was made, with its name and the nearest that there was; the result tells them, too.
+    After creating it, calls `on_new` with its name and the most similar existing name; both are also in the result.
     """
     new, nearest = _ensure_collection(service, fields["collection"])
     if new:
@@ -98,7 +98,7 @@ def ingest_files(
         for file in progress.track(files, description="sending"):
             try:
                 uploaded += service.upload(file, fields)["data"]
-            except (CommandFailed, OSError, UnicodeError) as error:  # a name can hold bytes that are no text
+            except (CommandFailed, OSError, UnicodeError) as error:  # file names may not be valid UTF-8
                 code = error.code if isinstance(error, CommandFailed) else "unreadable_file"
                 name = os.fsencode(file).decode(errors="replace")
                 errors.append({"filename": name, "code": code, "detail": str(error)})
@@ -107,7 +107,7 @@ def ingest_files(
 
 
 def _ensure_collection(service: Service, name: str) -> tuple[str | None, str | None]:
-    """Its name if it had to be made, and the name most like it."""
+    """Create the collection if it does not exist; returns its name if so, and the most similar existing name."""
     known = [collection["name"] for collection in service.request("GET", "/v1/collections")["data"]]
     if name in known:
         return None, None
@@ -116,7 +116,7 @@ def _ensure_collection(service: Service, name: str) -> tuple[str | None, str | N
 
 
 def delete_document(service: Service, document_id: str) -> str | None:
-    """Why it cannot be deleted, if it cannot."""
+    """Delete a document; returns the reason if that fails."""
     try:
         service.request("DELETE", f"/v1/documents/{quote(document_id, safe='')}")
     except CommandFailed as error:
@@ -125,7 +125,7 @@ def delete_document(service: Service, document_id: str) -> str | None:
 
 
 def wait_for(service: Service, queued: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The documents once each is ready or failed, in the same order."""
+    """Wait until every document is ready or failed; returns them in the same order."""
     done: list[dict[str, Any]] = []
     with render.progress_bar() as progress:
         task = progress.add_task("reading", total=len(queued))

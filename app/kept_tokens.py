@@ -16,12 +16,12 @@ from retrieval.types import Passage
 _MAX_TOKENS = 8_000_000  # of passages
 _MAX_PIECES = 10_000
 
-PassageKey = tuple[str, int, int, int]  # document, version, where it begins and ends
+PassageKey = tuple[str, int, int, int]  # document, version, start, end
 Value = TypeVar("Value")
 
 
 class KeptTokens:
-    """Thread safe. Ids are read-only arrays (t,) int32; `prepare` is applied to a passage's text first."""
+    """Thread safe. Ids are read-only arrays (t,) int32; `prepare` is applied to the text of passages first."""
 
     def __init__(self, tokenizer: Tokenizer, prepare: Callable[[str], str] = str) -> None:
         self._tokenizer, self._prepare = tokenizer, prepare

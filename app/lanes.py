@@ -1,4 +1,4 @@
-"""Threads of their own for what takes long, so that whatever else blocks for a moment finds one at once."""
+"""Separate thread limits for slow work, so that it does not exhaust the default thread pool."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,14 +11,14 @@ Result = TypeVar("Result")
 
 
 class Lane:
-    """At most `places` of one kind of work at once; the rest waits without a thread."""
+    """Runs at most `places` calls of one kind at once; the others wait without a thread."""
 
     def __init__(self, name: str, places: int) -> None:
         self._places = places
         self._limiter: RunVar[CapacityLimiter] = RunVar(name)  # one for each event loop
 
     async def run(self, work: Callable[..., Result], *arguments: object) -> Result:
-        """What `work` returns, or raises, in a thread."""
+        """Run `work` in a thread; returns or raises what it does."""
         try:
             limiter = self._limiter.get()
         except LookupError:

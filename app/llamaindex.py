@@ -1,12 +1,12 @@
 """Adapters for LlamaIndex: a retriever and a language model over a running service.
 
-The model answers a question from the service's documents; it finds its evidence itself. In a query engine give it
-`QUESTION_TEMPLATE`, so that it gets the question and not a second copy of the passages:
+The model answers questions from the service's documents, with evidence that the service retrieves itself. In a query
+engine use `QUESTION_TEMPLATE`, which passes only the question, without a second copy of the passages:
 
     RetrieverQueryEngine.from_args(JambaRagRetriever(url, key), llm=JambaRagLLM(url=url, key=key),
                                    text_qa_template=QUESTION_TEMPLATE)
 
-Citations stand in `raw` of each response, as `/v1/answers` gives them.
+Citations are in `raw` of each response, as returned by `/v1/answers`.
 """
 
 import asyncio
@@ -32,7 +32,8 @@ def _service(url: str, key: str | None) -> Service:
 
 
 class JambaRagRetriever(BaseRetriever):
-    """`POST /v1/search` as nodes: a chunk each, with its document and place as metadata. Raises CommandFailed."""
+    """`POST /v1/search` as a retriever: one node per chunk, with document and location as metadata. Raises
+    CommandFailed."""
 
     def __init__(
         self,
@@ -138,7 +139,7 @@ class JambaRagLLM(CustomLLM):
         return self._service.request("POST", "/v1/answers", json=self._body(asked))
 
     def _stream(self, asked: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any] | None]]:
-        """(text so far, what is new of it, the whole answer or None before the end)"""
+        """(text so far, new text, the whole answer at the end, else None)"""
         text = ""
         for kind, data in self._service.stream("/v1/answers", self._body(asked) | {"stream": True}):
             if kind == "answer.text.delta":

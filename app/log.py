@@ -1,4 +1,4 @@
-"""Log lines with the id of the request they belong to, for people (`text`) or machines (`json`)."""
+"""Logging with request ids, for people (`text`) or machines (`json`)."""
 
 import json
 import logging
@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 request_id_var: ContextVar[str] = ContextVar("request_id", default="-")
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "request_id", "taskName"}
-_FOR_TERMINALS = {"color_message"}  # of uvicorn's: the message once more, with codes of colours
+_FOR_TERMINALS = {"color_message"}  # uvicorn: the message with colour codes
 
 
 class _AddRequestId(logging.Filter):
@@ -18,7 +18,7 @@ class _AddRequestId(logging.Filter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: ts, level, logger, message, request_id, and the `extra` fields of the call."""
+    """One JSON object per line: ts, level, logger, message, request_id, and the `extra` fields of the call."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {

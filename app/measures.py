@@ -1,4 +1,4 @@
-"""What one answer cost, while it is made."""
+"""Time and token counts of one answer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from model.engine_request import StepOutput
 
 @dataclass
 class Measures:
-    """What an answer cost, summed over its generations."""
+    """Time and token counts of an answer, summed over its generations."""
 
     started: float = field(default_factory=time.perf_counter)
     retrieval_ms: float = 0.0
@@ -34,7 +34,7 @@ class Measures:
         self.pack_ms += found.pack_ms
 
     def add_start(self, prompt_tokens: int, output: StepOutput, queue_ms: float) -> None:
-        """The first output behind a prompt: what the prompt cost, and how long it waited for its turn."""
+        """Add the costs of a prompt, reported with its first output, and the time it was queued."""
         self.input_tokens += prompt_tokens
         self.cached_tokens += output.cached_tokens
         if output.cached_tokens:

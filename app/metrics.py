@@ -1,4 +1,4 @@
-"""What Prometheus sees: why is it slow, and what was refused. One registry per service, none global."""
+"""Prometheus metrics. One registry per service instead of the global one."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ _SECONDS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300
 
 @dataclass(frozen=True)
 class Gauges:
-    """What is read when somebody looks, instead of being counted as it happens.
+    """Values that are read when metrics are rendered, instead of being counted as events happen.
 
-    `documents` by status; `prefix_cache`, `draft_tokens` (by outcome) and the engine's count since the start;
+    `documents` by status; `prefix_cache`, `draft_tokens` (by outcome) and the engine's counts since the start;
     `state_stores` by tier, as `StateStore.stats`.
     """
 
@@ -37,7 +37,7 @@ class _Watch:
         self._read = read
 
     def describe(self) -> list[Metric]:
-        return []  # else it would be read when it is registered
+        return []  # or registering it would collect it
 
     def collect(self) -> Iterator[Metric]:
         gauges = self._read()
@@ -149,7 +149,7 @@ class Metrics:
         ProcessCollector(registry=registry)
 
     def watch(self, read: Callable[[], Gauges]) -> None:
-        """Show what `read` gives whenever the metrics are rendered. Call once."""
+        """Call `read` for gauges whenever the metrics are rendered. Call once."""
         self.registry.register(_Watch(read))
 
     def observe_ingest(self, stage: str, seconds: float) -> None:

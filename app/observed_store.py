@@ -1,4 +1,4 @@
-"""A DocumentStore that tells what ingestion does with it: how long each stage took, and that a version was replaced."""
+"""A DocumentStore with callbacks for ingestion: duration of each stage, outcomes, replaced versions."""
 
 import threading
 import time
@@ -12,19 +12,19 @@ from retrieval.types import Chunk, Document, IndexChange, ParsedDocument, Stage
 
 
 class ObservedStore(DocumentStore):
-    """Calls `on_replaced(document id, originals let go)` when a new version has taken the place of an old one,
-    `on_stage(stage, seconds)` when a version leaves a stage (`queued` among them), and `on_ingested(outcome)` when one
-    is ready or has failed."""
+    """Calls `on_replaced(document id, unused originals)` when a new version has replaced an old one, `on_stage(stage,
+    seconds)` when a version leaves a stage (including `queued`), and `on_ingested(outcome)` when one is ready or has
+    failed."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.on_replaced: Callable[[str, Sequence[str]], None] = lambda document_id, originals: None
         self.on_stage: Callable[[str, float], None] = lambda stage, seconds: None
         self.on_ingested: Callable[[str], None] = lambda outcome: None
-        self._working = threading.local()  # `stage`: in which the document of this thread is, and since when
+        self._working = threading.local()  # `stage`: (stage of this thread's document, start)
 
     def lease_next(self, worker_id: str, lease_s: float, max_bytes: int | None = None) -> Document | None:
-        self._working.stage = None  # of a document that was given up
+        self._working.stage = None  # of a previous, abandoned document
         document = super().lease_next(worker_id, lease_s, max_bytes)
         if document is not None and document.attempts == document.version == 1:
             self.on_stage("queued", max(0.0, time.time() - document.created_at))
@@ -84,7 +84,7 @@ class ObservedStore(DocumentStore):
         return document
 
     def _enter(self, stage: str | None) -> None:
-        """`stage` begins, or with None none does; the one before it, if any, has ended."""
+        """Begin `stage` (None: none), and end the previous one, if any."""
         before, now = getattr(self._working, "stage", None), time.perf_counter()
         if before and before[0] == stage:
             return

@@ -1,4 +1,4 @@
-"""Pictures of PDF pages over HTTP: which bytes and which words, an ETag, and a bound on how many are drawn at once."""
+"""Images of PDF pages over HTTP, with ETags, and a limit on how many are rendered at once."""
 
 import hashlib
 import threading
@@ -12,10 +12,10 @@ from app.service import RagService
 from ingest.page_image import PageImage, render_page
 from retrieval.types import Document
 
-_DRAWING = 1  # changes with how pages are drawn, so that no cache keeps old pictures
+_DRAWING = 1  # part of the ETag; increment when rendering changes
 _AT_ONCE = 2
 _WAIT_S = 10.0
-_MOST_WAITING = 8  # each of them has a thread, of which other calls need some
+_MOST_WAITING = 8  # each occupies a thread
 _slots = threading.BoundedSemaphore(_AT_ONCE)
 _places = threading.BoundedSemaphore(_AT_ONCE + _MOST_WAITING)
 
@@ -28,9 +28,9 @@ def respond(
     if_none_match: str | None,
     memory_bytes: int,
 ) -> Response:
-    """The picture of page `number` with the characters `span` of the text marked, or a 304. Blocks.
+    """The image of page `number` with the characters `span` of the text highlighted, or a 304. Blocks.
 
-    The version that answers now is shown, as in `/text`. Raises PageNotFound, DocumentNotReady, ParseError, Overloaded,
+    Shows the current ready version, as `/text` does. Raises PageNotFound, DocumentNotReady, ParseError, Overloaded,
     OriginalMissing.
     """
     content = service.store.get_content(document.id)
@@ -54,13 +54,13 @@ def respond(
 
 
 def is_known(etag: str, if_none_match: str | None) -> bool:
-    """Whether the client has what this ETag names, by its header If-None-Match."""
+    """Whether the header If-None-Match matches this ETag."""
     return if_none_match is not None and (if_none_match.strip() == "*" or etag in if_none_match)
 
 
 @contextmanager
 def _slot() -> Iterator[None]:
-    """A place among those who draw. Raises Overloaded when too many wait for one, or for too long."""
+    """A rendering slot. Raises Overloaded if too many requests wait for one, or this one has waited too long."""
     busy = Overloaded(f"{_AT_ONCE} pages are being drawn, which is the limit; try again shortly")
     if not _places.acquire(blocking=False):
         raise busy

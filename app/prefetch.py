@@ -51,11 +51,11 @@ class Prefetch:
         self._read: dict[str, _Reading] = {}  # by collection: what was read last
         self._stream: TokenStream | None = None  # being read right now
         self._passages: tuple[Hashable, ...] = ()
-        self._reads: frozenset[str] = frozenset()  # documents of it
+        self._reads: frozenset[str] = frozenset()  # documents being read
         self._gone: set[str] = set()  # documents deleted since the last prompt was started
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Future[None] | None = None
-        self._handled: int | None = None  # generation of the store up to which all was read
+        self._handled: int | None = None  # generation of the store that has been prefetched completely
 
     def is_ready(self, collection: str) -> bool:
         """Whether the state after the whole collection was computed and is still cached. Blocks."""
@@ -88,7 +88,7 @@ class Prefetch:
             await self._stream.aclose()
 
     def forget(self, document_ids: Collection[str]) -> None:
-        """These documents were deleted: end a prefetch that reads one, keep no tokens of them. From any thread."""
+        """These documents were deleted: end a prefetch that reads one, and drop their tokens. From any thread."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._end, frozenset(document_ids))
 
@@ -96,7 +96,7 @@ class Prefetch:
         self._read = {name: read for name, read in self._read.items() if not document_ids & read.request.tags}
         self._gone |= document_ids
         if self._stream is not None and document_ids & self._reads:
-            self._ending = asyncio.ensure_future(self._stream.aclose())  # kept, or it might be collected before it ran
+            self._ending = asyncio.ensure_future(self._stream.aclose())  # or it may be garbage-collected
 
     def _is_idle(self) -> bool:
         return self._service.answers_pending == 0
@@ -113,7 +113,7 @@ class Prefetch:
             try:
                 reading = await anyio.to_thread.run_sync(self._prepare, collection.name)
             finally:
-                if self._gone:  # it may have cut some of them after the others forgot them
+                if self._gone:  # this loop may have cached their tokens after the deletion
                     service.format.forget(self._gone)
             if reading is None:
                 continue

@@ -1,4 +1,4 @@
-"""How far the model is with an answer that nothing can be shown of yet. Start at `ReadingProgress.begin`."""
+"""Progress of an answer before its first text. Start at `ReadingProgress.begin`."""
 
 import bisect
 import time
@@ -9,18 +9,18 @@ _FEW_MARKS = 6
 
 
 class ReadingProgress:
-    """Of one answer. `note` may be called from the engine's thread, everything else belongs to the event loop.
+    """Progress of one answer. `note` may be called from the engine's thread, everything else from the event loop.
 
-    `clock` gives seconds that never go back.
+    `clock` returns monotonic seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._total = 0
-        self._marks: list[tuple[int, float]] = []  # (tokens read by then, when), both growing
+        self._marks: list[tuple[int, float]] = []  # (tokens read, time), both increasing
 
     def begin(self, total_tokens: int) -> None:
-        """The model is about to read so many tokens, in one prompt or several."""
+        """The model is about to read this many tokens, in one prompt or several."""
         self._total, self._marks = total_tokens, []
 
     def note(self, read_tokens: int) -> None:
@@ -29,7 +29,7 @@ class ReadingProgress:
             marks.append((read_tokens, self._clock()))
 
     def show(self) -> dict[str, Any] | None:
-        """The data of `answer.progress`; None before there is anything to read."""
+        """The data of `answer.progress`; None before `begin`."""
         if not self._total:
             return None
         marks = list(self._marks)
@@ -39,9 +39,8 @@ class ReadingProgress:
         return {"stage": stage, "done": done, "total": self._total, "unit": "tokens", "seconds_left": left_s}
 
     def _seconds_left(self, marks: list[tuple[int, float]]) -> float | None:
-        """As if the time of a token went on growing as it grew from the first half of what was read to the second, at
-        most as its place in the prompt: attention looks at all tokens before it. By few marks, as if it did not grow.
-        """
+        """Extrapolates the time per token, which grows because of attention: linearly, from the growth between the two
+        halves of what was read, at most in proportion to the position. With few marks, assumes a constant pace."""
         (first, first_s), (last, last_s) = marks[0], marks[-1]
         if first == last:
             return None

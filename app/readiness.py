@@ -1,4 +1,4 @@
-"""What /readyz looks at: whether a question would be answered now."""
+"""The checks of /readyz: whether questions can be answered now."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,8 @@ from retrieval.words import WordIndex
 def make_checks(
     store: DocumentStore, files: FileStore, index: FaissIndex, words: WordIndex, engine: EngineThread, workers: int
 ) -> dict[str, Callable[[], str]]:
-    """Beginning with "ok" where answers are given, even if something is still on its way."""
+    """Component -> check. A result that begins with "ok" means that questions are answered, perhaps not yet from
+    everything."""
 
     def check_database() -> str:
         store.generation()

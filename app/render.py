@@ -1,4 +1,4 @@
-"""How the command line shows things to people; what programs read is JSON, printed as it comes."""
+"""Output of the command line for people, and as JSON for programs."""
 
 import io
 import json
@@ -18,15 +18,15 @@ from app.support import unsupported_spans
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
-_NARROW = 100  # columns of a terminal in which a document's name needs the room of its counts
-_PIPE_WIDTH = 10_000  # of tables that no terminal shows
-_WHOLE = ("id", "status", "pages", "chunks", "bytes", "field")  # columns that are copied, or short: never broken
+_NARROW = 100  # terminal width below which counts are left out in favour of file names
+_PIPE_WIDTH = 10_000  # width of tables that do not go to a terminal
+_WHOLE = ("id", "status", "pages", "chunks", "bytes", "field")  # columns that are never wrapped
 _NEAREST = 3  # passages shown where there is no answer
 _CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069]")
 
 
 def accept_any_text() -> None:
-    """From now on stdout and stderr write what their encoding lacks as an escape, `\\u2248` for instance."""
+    """Make stdout and stderr write characters that their encoding lacks as escapes, such as `\\u2248`."""
     sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()  # None: they were closed
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -34,12 +34,12 @@ def accept_any_text() -> None:
 
 
 def tame(text: str) -> str:
-    """The text without what could steer a terminal: documents are data."""
+    """The text with control characters replaced, because documents are untrusted."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def escape(text: str) -> str:
-    """The text as it is shown between markup."""
+    """The text, safe to embed in rich markup."""
     return markup.escape(tame(text))
 
 
@@ -54,7 +54,7 @@ def on_terminal() -> bool:
 
 @contextmanager
 def progress(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr; call what it gives with (done, in all)."""
+    """A progress bar on stderr; call the yielded function with (done, total)."""
     with progress_bar() as bar:
         task = bar.add_task(unit, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -62,7 +62,7 @@ def progress(unit: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def reading_bar() -> Iterator[Callable[[Mapping[str, Any] | None], None]]:
-    """A bar on stderr for the data of `answer.progress`; None takes it away, so that something else can be printed."""
+    """A progress bar on stderr for the data of `answer.progress`; None removes it, before other output."""
     with progress_bar() as bar:
         bar.stop()
         task = bar.add_task("", total=None)
@@ -79,7 +79,7 @@ def reading_bar() -> Iterator[Callable[[Mapping[str, Any] | None], None]]:
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Say on stderr what is waited for; on a terminal only."""
+    """Show on stderr what is being waited for, on a terminal only."""
     if not on_terminal():
         yield
         return
@@ -88,13 +88,13 @@ def waiting(what: str) -> Iterator[None]:
 
 
 def progress_bar() -> Progress:
-    """A bar on stderr that shows only on a terminal."""
+    """A progress bar on stderr, shown only on a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=err, disable=not on_terminal(), transient=True)
 
 
 def show_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """As wide as the terminal; in a pipe a row a line, nothing cut off and no blanks at its end."""
+    """Print a table as wide as the terminal; in a pipe one line per row, not truncated, without trailing spaces."""
     columns = (Column(header, no_wrap=header in _WHOLE, overflow="fold") for header in headers)
     table = Table(*columns, box=None, header_style="bold", pad_edge=False)
     for row in rows:
@@ -115,7 +115,7 @@ def _show_cell(cell: object) -> str:
 
 
 def show_answer(answer: Mapping[str, Any], with_text: bool = True) -> None:
-    """Text, numbered quotes with file and page, and what it cost."""
+    """Print text, numbered quotes with file and page, and timings."""
     if with_text:
         out.print(escape(answer["text"]), style="bold" if answer["citations"] else "yellow")
     for number, citation in enumerate(answer["citations"], 1):
@@ -148,7 +148,7 @@ def place_of(found: Mapping[str, Any]) -> str:
 
 
 def _excerpt(hit: Mapping[str, Any], chars: int) -> str:
-    """The beginning of a hit in one line, without the heading that its place names, whole words where there are any."""
+    """The beginning of a hit on one line, without its heading, cut between words if possible."""
     text = " ".join(_without_heading(hit["text"], hit["location"]["heading_path"]).split())
     if len(text) <= chars:
         return text
@@ -157,7 +157,7 @@ def _excerpt(hit: Mapping[str, Any], chars: int) -> str:
 
 
 def _without_heading(text: str, path: Sequence[str]) -> str:
-    """The text behind its first line if that is the innermost heading, or all of it."""
+    """The text without its first line if that is the innermost heading."""
     heading = r"\s+".join(map(re.escape, path[-1].split())) if path else ""
     return (re.sub(rf"\A[#*\s]*{heading}[#* \t]*\n[*\s]*", "", text) if heading else "") or text
 
@@ -183,15 +183,15 @@ def show_hits(hits: Sequence[Mapping[str, Any]]) -> None:
 
 
 def show_collections(collections: Sequence[Mapping[str, Any]]) -> None:
-    """A row each."""
+    """Print one row per collection."""
     columns = ("name", "documents", "pending", "failed", "tokens")
     rows = ([one[name] for name in columns] + ["ready" if one["state_ready"] else "-"] for one in collections)
     show_table((*columns, "state"), rows)
 
 
 def show_documents(documents: Sequence[Mapping[str, Any]]) -> None:
-    """A row each. On a terminal what went wrong stands below the table; what all have in common is left out, and so are
-    counts where it is narrow."""
+    """Print one row per document. On a terminal, errors follow below the table, a common collection is left out, and
+    counts are if it is narrow."""
     if not documents:
         out.print("no documents", style="yellow")
         return
@@ -209,7 +209,7 @@ def show_documents(documents: Sequence[Mapping[str, Any]]) -> None:
 
 
 def show_document(document: Mapping[str, Any]) -> None:
-    """Everything known about it, a line each."""
+    """Print all fields of a document, one per line."""
     times = {name: _show_time(document[name]) for name in ("created_at", "updated_at")}
     show_table(("field", "value"), {**document, **times}.items())
 

@@ -13,10 +13,10 @@ from itertools import islice
 from app.conversation import content_words
 from retrieval.types import Passage
 
-_CELL = " | "  # between the values of a row, as all parsers write tables
+_CELL = " | "  # separates the cells of a row in the output of all parsers
 OTHER_ROWS_NATS = 6.0  # penalty for a passage with rows of a table if the question names other rows
-_MOST_PLACES = 2_000  # of one quote that are weighed
-_MOST_NAMED = 3  # rows: of more than so many the question may mean any
+_MOST_PLACES = 2_000  # occurrences of a quote that are scored
+_MOST_NAMED = 3  # if more rows match, the question names none in particular
 _LINE = re.compile(r"[^\n]+")
 _RULE = re.compile(r"[\s|:+-]*-[\s|:+-]*")
 _PIECE = re.compile(r"[^\W_]+")
@@ -40,7 +40,7 @@ class AskedLines:
         self._rows = [row for passage in passages for row in _rows_of(passage)] if self._wanted else []
         said = [self._wanted.intersection(_keys(row.text)) for row in self._rows]
         counts = Counter(stem for stems in said for stem in stems)
-        # the more rows have a word, the less it says; what all of them have says nothing
+        # inverse document frequency; words in all lines have no weight
         self._rarity = {stem: 1 / count for stem, count in counts.items() if count < len(said)}
         self._weights = [self._weigh(stems) for stems in said]
         self._best = max(self._weights, default=0.0)
@@ -92,7 +92,8 @@ def _cut(passage: Passage, start: int, end: int) -> Passage:
 
 
 def choose_place(question: str, places: Iterable[Place]) -> Place | None:
-    """Of several places of one quote, the one whose line has most of the question's words; the first among equals."""
+    """The occurrence of a quote whose line shares most words with the question, weighted by rarity; the first of
+    equals."""
     wanted = _keys(" ".join(content_words(question)))
     known = list(islice(places, _MOST_PLACES if wanted else 1))
     if len(known) < 2:
@@ -110,13 +111,13 @@ def _line_of(place: Place) -> str:
 
 
 def places_of(pattern: re.Pattern[str], passages: Iterable[Passage]) -> Iterable[Place]:
-    """Every place where the pattern is found."""
+    """All matches of the pattern."""
     for passage in passages:
         for found in pattern.finditer(passage.text):
             yield Place(passage, *found.span())
 
 
 def _keys(text: str) -> set[str]:
-    """Words shortened to their beginnings, which most inflections share; numbers unchanged."""
+    """Words truncated to a common stem; pieces with digits unchanged."""
     pieces = (piece.lower() for piece in _PIECE.findall(text))
     return {piece if any(map(str.isdigit, piece)) else piece[:_STEM_CHARS] for piece in pieces}

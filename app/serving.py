@@ -1,7 +1,7 @@
-"""The HTTP server, which lets go of clients that do not read, and of those that never ask.
+"""The HTTP server, which disconnects clients that stop reading or never send a request.
 
-What a client has not read yet waits in the kernel and, beyond that, in some 64 KB here: an answer goes on as it is
-read. A client that reads slowly gets all of it; one that takes nothing would hold its place for ever.
+Unread output is buffered in the kernel and, beyond that, in about 64 KB here; then the answer waits for the client. A
+slow reader gets everything; one that reads nothing would hold its slot forever.
 """
 
 import asyncio
@@ -15,15 +15,15 @@ from typing import Any
 
 import uvicorn
 
-_SWITCH_S = 1e-3  # until a thread that computes in Python lets another have the lock; by default 5 ms
-_BYTES_ACKED, _BYTES_RECEIVED = 120, 128  # where struct tcp_info has the counts, in linux/tcp.h
+_SWITCH_S = 1e-3  # thread switch interval of the interpreter; by default 5 ms
+_BYTES_ACKED, _BYTES_RECEIVED = 120, 128  # offsets in struct tcp_info, linux/tcp.h
 _INFO_BYTES = 136
 
 
 def check_address(host: str, port: int) -> None:
-    """Raises OSError where the service could not listen, which is better known before a model is loaded.
+    """Raises OSError if the service cannot listen there, so that this is known before the model is loaded.
 
-    That is where another listens at one of the addresses of `host`, or none of them can be had.
+    That is, if one of the addresses of `host` is in use, or none can be bound.
     """
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -41,7 +41,7 @@ def _try_to_bind(family: socket.AddressFamily, address: tuple) -> OSError | None
     try:
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:  # as the server's own: 0.0.0.0 and :: can both be listened on
+            if family == socket.AF_INET6:  # like the server's socket, so that both 0.0.0.0 and :: can be bound
                 probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             probe.bind(address)
     except OSError as error:
@@ -50,15 +50,14 @@ def _try_to_bind(family: socket.AddressFamily, address: tuple) -> OSError | None
 
 
 class SteadyServer(uvicorn.Server):
-    """Ends a connection whose client has for `stall_s` taken nothing though there was something, or brought no request,
-    within twice as long.
+    """Closes connections whose client has not read pending output, or not sent a request, for `stall_s` to twice that.
 
-    How much a client has taken only Linux's kernel tells.
+    Only Linux reports how much a client has read.
     """
 
     def __init__(self, config: uvicorn.Config, stall_s: float) -> None:
-        config.ws = "none"  # a request for a WebSocket is answered as the request that it is
-        config.http = "h11"  # whose state `_waits_for` reads
+        config.ws = "none"  # a WebSocket upgrade is treated as an ordinary request
+        config.http = "h11"  # `_waits_for` reads its state
         super().__init__(config)
         self._stall_s = stall_s
         self._watching: asyncio.Task[None] | None = None
@@ -70,7 +69,7 @@ class SteadyServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
-        if self.force_exit and not self.lifespan.shutdown_event.is_set():  # what is open is not waited for, but closed
+        if self.force_exit and not self.lifespan.shutdown_event.is_set():  # end what is still open
             for task in self.server_state.tasks:
                 task.cancel()
             await self.lifespan.shutdown()
@@ -89,19 +88,19 @@ class SteadyServer(uvicorn.Server):
 
 
 def _waits_for(connection: Any) -> object:
-    """What the client has yet to do, with how far it has come; None while it waits for us."""
+    """What the client has to do next, with its progress; None while it waits for the service."""
     if (taken := _taken(connection.transport)) is not None:
         return taken
     request = connection.cycle
     if request is not None and not request.response_complete:
         return None
-    # the body of one that was refused early may still come: its client reads the answer when it has sent all
+    # a request refused early may still be sending its body; the client reads the response only afterwards
     sends = repr(connection.conn.their_state) == "SEND_BODY"
     return "a request behind", request, _tcp_count(connection.transport, _BYTES_RECEIVED) if sends else None
 
 
 def _taken(transport: asyncio.Transport) -> int | None:
-    """The bytes that the other side has taken so far, if it has not taken all; None as well of what is no TCP."""
+    """Bytes acknowledged by the client if output is pending; None if none is, or the connection is not TCP."""
     one = transport.get_extra_info("socket")
     if sys.platform != "linux" or one is None or one.family == socket.AF_UNIX or one.fileno() < 0:
         return None
@@ -110,7 +109,7 @@ def _taken(transport: asyncio.Transport) -> int | None:
 
 
 def _tcp_count(transport: asyncio.Transport, place: int) -> int | None:
-    """A count of struct tcp_info; None of what is no TCP connection on Linux."""
+    """A counter of struct tcp_info; None unless this is a TCP connection on Linux."""
     one = transport.get_extra_info("socket")
     if sys.platform != "linux" or one is None or one.family == socket.AF_UNIX or one.fileno() < 0:
         return None

@@ -1,7 +1,4 @@
-"""The settings of a deployment by group: what each is called, what it may be, and what it does.
-
-settings.py reads them.
-"""
+"""The settings of a deployment, by group, with types, limits and descriptions. settings.py reads them."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
 from app.field_checks import from_home
 
 Folder = Annotated[Path, AfterValidator(from_home)]
-MIN_EVIDENCE_TOKENS = 64  # less holds no passage
+MIN_EVIDENCE_TOKENS = 64  # a passage does not fit into less
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parent.parent / "model" / "checkpoints" / "jamba-small"
 
 

@@ -1,7 +1,7 @@
 """Every setting of a deployment, and the only reader of the environment.
 
-Names are `JAMBA_RAG_<FIELD>`, nested with `__` (`JAMBA_RAG_MODEL__PATH`), from the environment or `.env`. What the
-weights are stands in `model.JambaConfig`; what one request wants stands in its body. Start at `load_settings`.
+Names are `JAMBA_RAG_<FIELD>`, nested with `__` (`JAMBA_RAG_MODEL__PATH`), from the environment or `.env`. Not here:
+properties of the weights (`model.JambaConfig`) and of single requests (their bodies). Start at `load_settings`.
 """
 
 import difflib
@@ -42,11 +42,11 @@ LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 
 class SettingsError(ValueError):
-    """A setting that doesn't exist, has a wrong value or contradicts another."""
+    """A setting is unknown, has an invalid value or contradicts another."""
 
 
 class Settings(BaseSettings):
-    """How this deployment runs. Frozen; made by `load_settings`."""
+    """The settings of a deployment. Frozen; created by `load_settings`."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -115,9 +115,9 @@ def _show_default(default: Any) -> str:
 
 
 def load_settings(env_file: Path | None = Path(".env"), **overrides: Any) -> Settings:
-    """Read the environment and `env_file`; `overrides` (field names, groups as dicts) win.
+    """Read the environment and `env_file`; `overrides` (field names, groups as dicts) take precedence.
 
-    Raises `SettingsError` for a name that doesn't exist, naming the nearest that does, and for a bad value.
+    Raises `SettingsError` for an unknown name, suggesting the nearest known one, and for an invalid value.
     """
     _check_names(os.environ, "the environment")
     if env_file and env_file.is_file():
@@ -133,7 +133,7 @@ def load_settings(env_file: Path | None = Path(".env"), **overrides: Any) -> Set
 
 
 def _names_in(env_file: Path) -> list[str]:
-    """Raises SettingsError for a file that is no UTF-8, and for a line that names a setting and sets none."""
+    """The names set in the file. Raises SettingsError if it is not UTF-8, or a line with a setting cannot be parsed."""
     try:
         bindings = list(parse_stream(StringIO(env_file.read_text(encoding="utf-8"))))
     except UnicodeDecodeError:
@@ -173,7 +173,7 @@ def _check_together(settings: Settings) -> None:
 
 
 def check_home() -> None:
-    """Raises SettingsError where this user has no home directory: libraries that cut text into chunks want one."""
+    """Raises SettingsError if this user has no home directory, which libraries used for chunking need."""
     try:
         Path.home()
     except RuntimeError:
@@ -197,12 +197,12 @@ def public_settings(settings: Settings) -> dict[str, Any]:
 
 
 def hide_password(url: str) -> str:
-    """`url` with `***` for what stands before its `@` and for its options; only `***` where that cannot be told."""
+    """`url` with credentials and query replaced by `***`; only `***` if it cannot be parsed reliably."""
     try:
         parts = urlsplit(url)
     except ValueError:
         return "***"
     user, at, host = parts.netloc.rpartition("@")
     if "@" in parts.path + parts.query + parts.fragment and not url.startswith("unix:///"):
-        return "***"  # a password that holds what ends it early: / ? or #
+        return "***"  # an unescaped / ? or # in the password
     return f"{parts.scheme}://{'***' if user else ''}{at}{host}{parts.path}{'?***' if parts.query else ''}"

@@ -1,4 +1,4 @@
-"""Server-Sent Events: typed events with ids, and comments that keep an idle connection open."""
+"""Server-Sent Events: typed events with ids, and comments as keep-alives."""
 
 import asyncio
 import json
@@ -32,9 +32,9 @@ class Event:
 
 
 class EventStream(StreamingResponse):
-    """Sends lines as they come, with a comment whenever there was none for `keepalive_s`; when the client leaves, the
-    lines are closed. When the service stops before they end, the last one is `last_line` of the problem, or, where
-    that is empty, the connection just breaks."""
+    """Sends lines as they come, and a comment after `keepalive_s` without one; closes the generator if the client
+    disconnects. If the service stops first, sends `last_line` of the problem, or just breaks the connection if that is
+    empty."""
 
     def __init__(
         self, lines: AsyncGenerator[str, None], keepalive_s: float, last_line: Callable[[Mapping[str, Any]], str]
@@ -49,7 +49,7 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
-        except asyncio.CancelledError:  # by the server: a client that leaves cancels nothing out here
+        except asyncio.CancelledError:  # by the server, not by a disconnecting client
             last = self._last_line(describe_error(ServiceStopping())) if self._has_started else ""
             if last:
                 await send({"type": "http.response.body", "body": last.encode(), "more_body": False})
@@ -59,7 +59,7 @@ class EventStream(StreamingResponse):
 def event_response(
     events: AsyncGenerator[Event, None], keepalive_s: float, error_type: str | None = None
 ) -> EventStream:
-    """A response that sends the events as they come; one of `error_type` tells that the service stopped before."""
+    """A response that streams the events; if the service stops before they end, an event of `error_type` says so."""
     writer = EventWriter()
 
     def last_line(problem: Mapping[str, Any]) -> str:
@@ -78,7 +78,7 @@ class EventWriter:
         self._number += 1
         self.has_ended = event.type.endswith((".completed", ".error"))
         data = event.data.model_dump(mode="json") if isinstance(event.data, BaseModel) else event.data
-        line = json.dumps(data)  # ASCII: many clients take U+2028 and U+0085 for ends of lines
+        line = json.dumps(data)  # ASCII: many clients treat U+2028 and U+0085 as line ends
         return f"id: {self._number}\nevent: {event.type}\ndata: {line}\n\n"
 
 
@@ -95,14 +95,14 @@ async def format_events(
 
 
 async def send_with_keepalive(lines: AsyncGenerator[str, None], keepalive_s: float) -> AsyncIterator[str]:
-    """`lines`, with a comment whenever there was none for `keepalive_s`; `lines` is closed in every case."""
+    """`lines`, with a comment after each `keepalive_s` without one; always closes `lines`."""
     async with aclosing(with_pauses(lines, keepalive_s)) as items:
         async for line in items:
             yield KEEPALIVE if line is None else line
 
 
 async def with_pauses(source: AsyncGenerator[Item, None], pause_s: float) -> AsyncGenerator[Item | None, None]:
-    """The items of `source`, and None whenever there was none for `pause_s`; `source` is closed in every case."""
+    """The items of `source`, and None after each `pause_s` without one; always closes `source`."""
     waiting: asyncio.Future[Item] | None = None
     try:
         while True:
@@ -119,7 +119,7 @@ async def with_pauses(source: AsyncGenerator[Item, None], pause_s: float) -> Asy
                 waiting = None
             yield item
     finally:
-        with anyio.CancelScope(shield=True):  # the client may be gone: what runs for it is stopped all the same
+        with anyio.CancelScope(shield=True):  # also stop the source if the client is gone
             if waiting is not None:
                 waiting.cancel()
                 await asyncio.wait({waiting})

@@ -1,6 +1,6 @@
-"""Finds the sentences of an answer that contain no quote, so that readers can be told that nobody checked them.
+"""Finds the sentences of an answer that contain no quote, which are shown as unchecked.
 
-Knows nothing about documents: quotes were located by quotes.py. The page has the same rule, in web/support.js.
+Quotes are located by quotes.py. web/support.js implements the same rule.
 """
 
 import re

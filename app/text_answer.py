@@ -1,8 +1,8 @@
-"""Reads answers of models that quote in plain text: "words of a document" [d3]. No constraint keeps them to it.
+"""Reads answers of models that quote in plain text: "words of a document" [d3], without constrained decoding.
 
-A quote is shown once it was found in the evidence, never before; one that isn't there is left out and counted. What
-the model says around its quotes is kept. Until the first quote is found nothing is shown at all, so that an answer
-without any can be given up for a search in more documents. Start at `TextAnswerReader.push`.
+A quote is shown only once it has been found in the evidence; others are replaced by "[…]" and counted. Text around
+quotes is kept. Nothing is shown before the first located quote, so that an answer without any can be discarded for one
+from more evidence. Start at `TextAnswerReader.push`.
 """
 
 import math
@@ -27,16 +27,17 @@ _PERHAPS_ID = re.compile(r"\s{0,3}(?:\[[dD0-9,;\s]{0,40})?")
 _PERHAPS_CITATION = re.compile(r"[.,;:]?" + _PERHAPS_ID.pattern)
 _CLOSING = {"“": "”", "„": "“", "«": "»"}
 _PUNCTUATION = ".,;:!?"
-_MAX_QUOTE_CHARS = 2000  # an opening mark without its end is a mark like any other
+_MAX_QUOTE_CHARS = 2000  # an opening mark without a closing one within this length is plain text
 
 
 class TextAnswerReader:
     """An `app.answering.AnswerReader`.
 
-    A quote that no id follows is only text; one inside a quotation belongs to it as far as the evidence goes on so.
+    A quotation without a document id after it is plain text. Quotation marks inside a quote are part of it if the
+    evidence contains them there.
     """
 
-    none_margin = math.inf  # no token stands for a refusal, so there is nothing to weigh: it counts as it is
+    none_margin = math.inf  # a refusal in text has no probability to compare, so it always counts
 
     def __init__(
         self,
@@ -49,8 +50,8 @@ class TextAnswerReader:
         self._passages, self._stop_ids, self._question = passages, frozenset(stop_ids), question
         self._decoder, self._stops = StreamDecoder(tokenizer), StopMatcher(tuple(stop_texts))
         self._stopped = False
-        self._pending = ""  # not decided yet; from its first quotation mark on, or what may become the marker
-        self._draft = ""  # decided
+        self._pending = ""  # undecided text: from an open quotation mark on, or a possible beginning of the marker
+        self._draft = ""  # decided text
         self._after_citation = False
         self.quoted: list[Quoted] = []
         self.rejected = 0
@@ -58,21 +59,21 @@ class TextAnswerReader:
 
     @property
     def text(self) -> str:
-        """The answer as far as it was shown."""
+        """The answer shown so far."""
         return self._draft if self.quoted else ""
 
     @property
     def unchecked_text(self) -> str:
-        """What was said without one quote that is in the evidence."""
+        """The answer if none of its quotes is in the evidence."""
         return "" if self.quoted or self.said_none else self._draft
 
     def push(self, token_id: int) -> Iterator[AnswerPart]:
-        """What this token adds that is certain to stay."""
+        """The parts that this token makes final."""
         if token_id not in self._stop_ids:
             yield from self._add(self._decoder.push(token_id))
 
     def finish(self) -> Iterator[AnswerPart]:
-        """What is left when the generation has ended, wherever that was."""
+        """The remaining parts, after the last token."""
         yield from self._add(self._decoder.finish())
         if not self._stopped:
             self._pending += self._stops.finish()
@@ -85,7 +86,7 @@ class TextAnswerReader:
             yield from self._read(final=False)
 
     def _read(self, final: bool) -> Iterator[AnswerPart]:
-        """Decide as much of the pending text as can be."""
+        """Process as much of the pending text as can be decided."""
         before = None
         while self._pending and self._pending != before and not self.said_none:
             before = self._pending
@@ -98,7 +99,7 @@ class TextAnswerReader:
                 yield from self._read_quote(final)
 
     def _skip_more_ids(self, final: bool) -> bool:
-        """Drop further ids behind a quote; False while another may be coming."""
+        """Drop further ids after a quote; False while another may follow."""
         while found := _MORE_IDS.match(self._pending):
             self._pending = self._pending[found.end() :]
         if not final and _PERHAPS_ID.fullmatch(self._pending):
@@ -107,14 +108,14 @@ class TextAnswerReader:
         return True
 
     def _read_plain(self, end: int, final: bool) -> Iterator[AnswerPart]:
-        """Take the text before a quotation mark at `end`, or as much as is certain of text without one (-1)."""
+        """Show the text before a quotation mark at `end`, or without one (-1) as much as is final."""
         if end < 0:
             end = len(self._pending) if final else _certain_end(self._pending)
         text, self._pending = self._pending[:end], self._pending[end:]
         yield from self._show(text.rstrip() if final and not self._pending else text)
 
     def _read_quote(self, final: bool) -> Iterator[AnswerPart]:
-        """Decide about the quotation that the pending text begins with, if it can be decided."""
+        """Process the quotation at the beginning of the pending text, if it is complete."""
         for found in _MARKS.finditer(self._pending, 1):
             at, rest = found.start(), self._pending[found.end() :]
             if citation := _CITATION.match(rest):
@@ -133,10 +134,10 @@ class TextAnswerReader:
             yield from self._give_up(1)
 
     def _cite(self, end: int, ordinal: int | None, after: str) -> Iterator[AnswerPart]:
-        """Show the quotation pending[: end + 1] with the place it is from, or leave it out."""
+        """Show the quotation pending[: end + 1] with its location, or omit it if not located."""
         quote = self._pending[1:end].strip()
         found = locate_quote(quote, self._passages, ordinal, self._question)
-        if found is None and quote[-1:] in _PUNCTUATION:  # often put inside the marks without being in the document
+        if found is None and quote[-1:] in _PUNCTUATION:  # punctuation is often put inside the marks
             quote, after = quote[:-1].rstrip(), quote[-1:] + after
             found = locate_quote(quote, self._passages, ordinal, self._question)
         if found is None:
@@ -153,7 +154,7 @@ class TextAnswerReader:
         yield self.quoted[-1]
 
     def _end_inside_quote(self) -> Iterator[AnswerPart]:
-        """An answer cut off inside a quotation keeps it if it is one as far as it goes."""
+        """If the answer is cut off inside a quotation, keep it if the evidence contains the part so far."""
         quote = self._pending[1:].strip()
         if self._stands_in_evidence(quote) and not _MARKS.search(quote):
             yield from self._cite(len(self._pending), None, "")
@@ -162,7 +163,7 @@ class TextAnswerReader:
             yield from self._give_up(len(self._pending))
 
     def _give_up(self, length: int) -> Iterator[AnswerPart]:
-        """Take the first characters for text like any other."""
+        """Treat the first characters as plain text."""
         text, self._pending = self._pending[:length], self._pending[length:]
         yield from self._show(text)
 
@@ -174,7 +175,7 @@ class TextAnswerReader:
         return bool(text.strip()) and any(text in passage.text for passage in self._passages)
 
     def _show(self, text: str) -> Iterator[AnswerPart]:
-        """Take text outside quotes. The marker before any quote is a refusal, later on it is about a part."""
+        """Show text outside quotes. The marker before any quote refuses the whole answer, later only a part."""
         if _MARKER.search(text) and not self.quoted:
             self.said_none, self._pending = True, ""
             return
@@ -186,21 +187,21 @@ class TextAnswerReader:
 
 
 def _opens(text: str, at: int) -> bool:
-    """Whether the quotation mark at this place begins a quotation, by what stands before it."""
+    """Whether the quotation mark at this position opens a quotation, judging by the character before it."""
     if text[at] in "„«":
         return True
     return text[at] not in "”»" and (at == 0 or text[at - 1].isspace() or text[at - 1] in "([{-–—/*_:")
 
 
 def _find_opening(text: str, before: str) -> int:
-    """Where the first quotation begins in `text`, which follows `before`; -1 if none does."""
+    """Position of the first quotation in `text`, which follows `before`; -1 if there is none."""
     whole = before[-1:] + text
     shift = len(whole) - len(text)
     return next((m.start() - shift for m in _MARKS.finditer(whole, shift) if _opens(whole, m.start())), -1)
 
 
 def _certain_end(text: str) -> int:
-    """Length of the text without white space at its end and without what may be the beginning of the marker."""
+    """Length of the text without trailing white space and a possible beginning of the marker."""
     for at in range(max(0, len(text) - len(NOT_FOUND_MARKER) - 2), len(text)):
         if NOT_FOUND_MARKER.startswith(text[at:].replace("\\", "").replace(" ", "_")):
             return len(text[:at].rstrip())

@@ -1,8 +1,8 @@
-"""The prompt and answers of checkpoints without the quote tokens: their own chat template, and quotes in plain text.
+"""The prompt format of checkpoints without the quote tokens: their own chat template, and quotes in plain text.
 
-Documents are fenced with a nonce that is drawn once for a database and kept, so that no document can close its own
-fence and equal documents are equal tokens. Where texts go says chat_template.py, what an answer means text_answer.py.
-Start at `TextFormat.build_prompt`.
+Documents are fenced with a secret nonce, so that no document can close its own fence. The nonce is fixed per database,
+so that equal documents have equal tokens. chat_template.py lays out the prompt, text_answer.py reads the answer. Start
+at `TextFormat.build_prompt`.
 """
 
 import json
@@ -34,11 +34,11 @@ _REMINDER = f'Quote verbatim as "..." [id]; write exactly {NOT_FOUND_MARKER} if 
 _NO_DOCUMENTS = "(no documents)"
 _GAP = "\n[...]\n"
 _NAMED_DOCUMENTS = 5
-_MANY_DOCUMENTS = 1000  # templates that number the documents spend more tokens on later ones
+_MANY_DOCUMENTS = 1000  # upper bound: templates that number documents use more tokens for later ones
 
 
 class TextFormat(AnswerFormat):
-    """Thread safe. Tokens of passages are kept for the next question about the same documents."""
+    """Thread safe. Tokens of passages are cached for further questions about the same documents."""
 
     decision_ids = ()
 
@@ -50,7 +50,7 @@ class TextFormat(AnswerFormat):
         max_context_tokens: int,
         end_ids: Sequence[int] = (),
     ) -> None:
-        """`end_ids`: tokens that end an answer besides the one that the template ends it with."""
+        """`end_ids`: tokens that end an answer, besides the template's own."""
         self._tokenizer, self._template, self._nonce = tokenizer, template, nonce
         self.max_context_tokens = max_context_tokens
         ends = tokenizer.encode_template(template.turn_end.strip())[:1]
@@ -67,7 +67,7 @@ class TextFormat(AnswerFormat):
         return cls(tokenizer, template, nonce, max_context_tokens, _read_end_ids(checkpoint, tokenizer))
 
     def count_tokens(self, passages: Sequence[Passage]) -> int:
-        """At most so many tokens of a prompt are about one document, its mention before the question included."""
+        """An upper bound of the tokens of one document in a prompt, including its mention before the question."""
         mention = len(self._cut(f" d{passages[0].ordinal},"))
         return self._head_tokens + 2 * mention + sum(map(len, self._document(passages, " ")))
 
@@ -91,7 +91,7 @@ class TextFormat(AnswerFormat):
                 boundaries.append(len(row))
             elif documents:
                 passages = documents[piece.index]
-                starts.setdefault(passages[0].document_id, boundaries[-1])  # the template may have named it since
+                starts.setdefault(passages[0].document_id, boundaries[-1])  # the template may name it before
                 row.add(*self._document(passages, piece.lead))
                 boundaries.append(len(row))
             else:
@@ -99,7 +99,7 @@ class TextFormat(AnswerFormat):
         return Prompt(row.joined(), tuple(boundaries), starts)
 
     def constrain(self, evidence: Evidence, limits: QuoteLimits) -> None:
-        """Nothing: the model writes freely, and its quotes are checked."""
+        """No constraint: the model writes freely, and its quotes are checked afterwards."""
 
     def read_answer(self, evidence: Evidence, question: str = "") -> TextAnswerReader:
         return TextAnswerReader(self._tokenizer, evidence.passages, self.stop_ids, self.stop_texts, question)
@@ -115,15 +115,15 @@ class TextFormat(AnswerFormat):
         return [*pieces, self._cut(f"\n</doc {self._nonce}>")]
 
     def _cut(self, text: str) -> np.ndarray:
-        """Tokens of the form's own text, or of a title."""
+        """Tokens of the format's own text, or of a title."""
         return self._kept.of(self._tokenizer.encode, text)
 
     def _without_nonce(self, text: str) -> str:
-        """Who gets to know the nonce still can't write the fence."""
+        """Remove the nonce, so that even a leaked nonce cannot be used to forge a fence."""
         return text.replace(self._nonce, "…")
 
     def _count_head(self) -> int:
-        """Tokens that the template itself puts before a document when there are many."""
+        """Tokens of the template's own text before a document, for large document numbers."""
         pieces = self._template.lay_out([0] * (_MANY_DOCUMENTS + 1), 1)
         last = max(i for i, piece in enumerate(pieces) if isinstance(piece, Slot) and piece.kind == "document")
         head = pieces[last - 1]
@@ -131,7 +131,7 @@ class TextFormat(AnswerFormat):
 
 
 def _name_best(documents: Sequence[Sequence[Passage]], evidence: Evidence) -> str:
-    """The line that says which documents search found best."""
+    """The line that names the most relevant documents."""
     if not documents:
         return "Most relevant documents: none.\n\n"
     ordinals = {passages[0].document_id: passages[0].ordinal for passages in documents}

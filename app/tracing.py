@@ -1,7 +1,7 @@
-"""OpenTelemetry traces: a span for each request, below it one for each stage of an answer.
+"""OpenTelemetry traces: one span per request, with a child span for each stage of an answer.
 
-Off unless an endpoint is set; then it needs the extra `otel`. Nothing of this is global: two services in one process
-have two tracers. Spans hold ids, numbers and routes, never questions or documents. Start at `Tracing.request`.
+Off unless an endpoint is set, which needs the extra `otel`. Tracers are per service, not global. Spans contain ids,
+numbers and routes, never questions or documents. Start at `Tracing.request`.
 """
 
 import time
@@ -14,15 +14,15 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from app.settings import SettingsError
 
-_TIMEOUT_S = 2  # of one export, and so how long a stop may wait for a collector that hangs
+_TIMEOUT_S = 2  # of one export, which bounds how long a hanging collector delays shutdown
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
 class Tracing:
-    """Makes spans and sends them in the background; what can't be sent is dropped and logged."""
+    """Creates spans and exports them in the background; export failures are logged and the spans dropped."""
 
     def __init__(self, endpoint: str | None) -> None:
-        """`endpoint`: base URL of an OTLP collector that speaks HTTP; None: no spans. Raises SettingsError."""
+        """`endpoint`: base URL of an OTLP/HTTP collector; None: no spans. Raises SettingsError."""
         self._tracer: Tracer = NoOpTracerProvider().get_tracer("jamba-rag")
         self.close: Callable[[], None] = lambda: None
         if endpoint is not None:
@@ -30,13 +30,13 @@ class Tracing:
 
     @contextmanager
     def request(self, method: str, headers: Mapping[str, str]) -> Iterator[Span]:
-        """The span of a request, current within; it goes on the caller's trace if there is one."""
+        """The span of a request, current within the block; continues the caller's trace, if any."""
         parent = _PROPAGATOR.extract(headers)
         with self._tracer.start_as_current_span(method, context=parent, kind=SpanKind.SERVER) as span:
             yield span
 
     def stage(self, name: str, start_s: float, end_s: float, **attributes: str | int | float) -> None:
-        """A stage of the current request that lay between these values of `time.perf_counter()`."""
+        """Record a stage of the current request, between these values of `time.perf_counter()`."""
         now_s, now_ns = time.perf_counter(), time.time_ns()
         start_ns, end_ns = (now_ns - int((now_s - at) * 1e9) for at in (start_s, end_s))
         span = self._tracer.start_span(name, start_time=start_ns, attributes=attributes)

@@ -1,11 +1,11 @@
-"""What stands in the model's place where no question will be asked."""
+"""Replaces the engine in commands that ask no questions."""
 
 from model.engine_request import EngineRequest, StepOutput
 from model.engine_thread import EngineStopped
 
 
 class UnloadedEngine:
-    """An `Engine` for work without questions."""
+    """An `Engine` that refuses all requests."""
 
     def add(self, request: EngineRequest) -> str:
         raise EngineStopped("this command runs without the model")
