@@ -48,14 +48,6 @@ class DeviceStateStore(MemoryStateStore):
         self.device = torch.device(device)
         self.tier = "gpu" if self.device.type == "cuda" else "host"
 
-    def make_room(self, nbytes: int) -> bool:
-        """Evict values until that many more bytes fit; False, with nothing evicted, if they never will."""
-        with self._lock:
-            if nbytes > self._max_bytes:
-                return False
-            self._shrink(self._max_bytes - nbytes)
-            return True
-
 
 class PinnedStateStore(MemoryStateStore):
     """Up to `max_bytes` of StateTensors in page-locked main memory: the host tier below a DeviceStateStore on a GPU.

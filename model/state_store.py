@@ -96,6 +96,14 @@ class MemoryStateStore:
                 self._add(item)
             self._shrink(self._max_bytes)
 
+    def make_room(self, nbytes: int) -> bool:
+        """Evict values until that many more bytes fit; False, with nothing evicted, if they never will."""
+        with self._lock:
+            if nbytes > self._max_bytes:
+                return False
+            self._shrink(self._max_bytes - nbytes)
+            return True
+
     def delete(self, keys: Collection[str] = (), tags: Collection[str] = ()) -> None:
         with self._lock:
             tagged = [key for tag in tags for key in self._keys_of_tag.get(tag, ())]

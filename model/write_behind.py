@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -20,7 +20,7 @@ import torch
 
 from model.device_store import StateTensors
 from model.state_codec import encode_value
-from model.state_store import StateItem, StateStore
+from model.state_store import MemoryStateStore, StateItem, StateStore
 
 _MAX_JOBS = 1 << 14  # that wait, of each kind: values that are still in another store have no size here
 _TOGETHER = 8  # jobs taken at a time
@@ -29,7 +29,9 @@ _log = logging.getLogger(__name__)
 
 
 class _Job(NamedTuple):
-    """`held`: bytes of the value kept with the job; 0 if it will be read from `source`, if still there."""
+    """`held`: bytes of the value kept with the job; 0 if it will be read from `source`, if still there. `room`: of the
+    first of a prefix's values, bytes of all; a full store that took them bit by bit would evict each bit at once, as
+    nothing of use stands behind it yet."""
 
     item: StateItem
     stores: Sequence[StateStore]
@@ -37,6 +39,7 @@ class _Job(NamedTuple):
     source: StateStore | None = None
     promotes: bool = False
     made: torch.cuda.Event | None = None  # when a GPU has computed the value
+    room: int = 0
 
 
 class WriteBehind:
@@ -70,15 +73,15 @@ class WriteBehind:
     def put_many(self, items: Sequence[StateItem], source: StateStore | None = None) -> None:
         """Queue new states. `source`: a store that keeps tensors and has just been given them too."""
         made = _event(items)
-        self._add([_Job(item, self._stores, len(item.value), source, made=made) for item in items])
+        self._add(_with_room([_Job(item, self._stores, len(item.value), source, made=made) for item in items], items))
 
     def promote(self, items: Sequence[StateItem], levels: int, source: StateStore | None = None) -> None:
         """Copy states found in a slower store into the first `levels` stores, except those that they have by then.
 
         Items that `source`, a store that keeps tensors, has are read from it later and need no memory here. Of others
         (no GPU store) at most `max_pending_bytes` wait: of a longer prefix each question promotes the next part, and
-        reads the rest from the slower store until then. More must not wait, to leave room for new states, which exist
-        nowhere else yet.
+        reads the rest from the slower store until then; a full store gives up a part again, since it is of no use by
+        itself. More must not wait, to leave room for new states, which exist nowhere else yet.
         """
         stores = self._stores[:levels]
         there = source.contains_many([item.key for item in items], peek=True) if source else [False] * len(items)
@@ -88,7 +91,7 @@ class WriteBehind:
                 jobs.append(_Job(item._replace(value=b""), stores, 0, source, True, made))
             else:
                 jobs.append(_Job(item, stores, len(item.value), promotes=True, made=made))
-        self._add(jobs)
+        self._add(_with_room(jobs, items))
 
     def forget(self, tags: Collection[str]) -> None:
         """Drop waiting values with one of these tags; returns when none of them can reach a store any more."""
@@ -189,6 +192,8 @@ class WriteBehind:
         for store in self._stores:
             wanted = [item for item, stores in items.values() if store in stores]
             if wanted:
+                if isinstance(store, MemoryStateStore):
+                    store.make_room(_room_for(jobs, {item.key: len(item.value) for item in wanted}))
                 failed |= self._put(store, wanted, encoded)
                 before, started = started, time.perf_counter()
                 self._on_saved(store.tier, started - before)
@@ -228,6 +233,20 @@ class WriteBehind:
     def _copies(self) -> torch.cuda.Stream:
         self._stream = self._stream or torch.cuda.Stream()
         return self._stream
+
+
+def _with_room(jobs: Sequence[_Job], items: Sequence[StateItem]) -> list[_Job]:
+    """The jobs of one prefix, whose first knows how much they are."""
+    return [job._replace(room=0 if i else sum(len(item.value) for item in items)) for i, job in enumerate(jobs)]
+
+
+def _room_for(jobs: Sequence[_Job], sizes: Mapping[str, int]) -> int:
+    """Bytes of the prefixes that begin with one of these jobs that are wanted, and of others before; 0: none."""
+    room = 0
+    for job in reversed(jobs):
+        if job.item.key in sizes:
+            room += job.room or (room and sizes[job.item.key])
+    return room
 
 
 def _event(items: Sequence[StateItem]) -> torch.cuda.Event | None:

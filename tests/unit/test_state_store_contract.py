@@ -189,6 +189,30 @@ def test_what_is_too_much_is_taken_from_where_it_is_kept():
     behind.close()
 
 
+def prefix(name: str, blocks: int) -> list[StateItem]:
+    items = [state(f"{name}{i}", 10)._replace(after=f"{name}{i - 1}" if i else "") for i in range(blocks)]
+    return [*items, state(name, 10)._replace(after=items[-1].key, saves_tokens=100 * blocks)]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("promoted", [False, True])
+def test_a_full_store_takes_a_prefix_of_any_length(promoted: bool, kept: bool):
+    """Though it comes bit by bit, and of use at the end alone."""
+    store, source = MemoryStateStore(400), MemoryStateStore(10_000)
+    behind = WriteBehind([store], "layout")
+    for name in "abcd":
+        items = prefix(name, 25)
+        source.put_many(items if kept else [])
+        if promoted:
+            behind.promote(items, 1, source)
+        else:
+            behind.put_many(items, source)
+        assert behind.flush(timeout_s=10)
+        assert all(store.contains_many([item.key for item in items])), name
+    assert counts(behind) == (0, 0) and store.stats()["bytes"] <= 400
+    behind.close()
+
+
 def test_nothing_is_brought_up_twice_or_while_closing():
     gate, source = Gate(), MemoryStateStore(1000)
     source.put_many([state("a", 1), state("b", 2)])
