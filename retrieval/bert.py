@@ -1,11 +1,10 @@
-"""BERT's encoder, for embedder and reranker: PyTorch's own layers, filled from a checkpoint. Start at `load_bert`.
+"""A BERT encoder for embedder and reranker: PyTorch's own layers, filled from a checkpoint. Start at `load_bert`.
 
-On a CPU a forward pass is one operation to Python. As a hundred it takes the interpreter's lock a hundred times anew,
-and beside a thread that computes in Python each can wait for 5 ms: a question's vector took 267 instead of 7 ms beside
-two such threads, and takes 40 now.
+On a CPU the forward pass is traced into a single operation. As about a hundred operations it would acquire the GIL a
+hundred times, and each time could wait 5 ms for a thread that computes in Python: beside two such threads, embedding a
+question took 267 ms instead of 7, and takes 40 now.
 
-Not its pooler, heads or training; and not that of `transformers`, whose import takes 3 s of CPU that the first question
-after a start waited for.
+Without pooler, heads and training. Does not use `transformers`, whose import takes 3 s of CPU time.
 Source: Devlin, Chang, Lee, Toutanova 2019; for the stored names transformers, models/bert/modeling_bert.py.
 """
 
@@ -23,12 +22,12 @@ from torch import Tensor, nn
 
 _ROWS = ("vocab_size", "max_position_embeddings")
 _NEEDED = (*_ROWS, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-_PAPER = {"type_vocab_size": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-12}  # what BERT's first files lack
+_PAPER = {"type_vocab_size": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-12}  # defaults for early config files
 _TANH = partial(F.gelu, approximate="tanh")
 _ACTIVATIONS = {"gelu": F.gelu, "gelu_new": _TANH, "gelu_pytorch_tanh": _TANH, "relu": F.relu, "silu": F.silu}
-_TRACING = threading.Lock()  # PyTorch has one table of what is traced, for all threads
-_UNUSED = ("pooler.", "embeddings.position_ids")  # of the stored weights: a head for another task, and 0, 1, 2 …
-_NAMES = {  # parts of stored names and what they are called here, in the order of replacing
+_TRACING = threading.Lock()  # tracing is not thread safe
+_UNUSED = ("pooler.", "embeddings.position_ids")  # stored tensors that are ignored: a head, and 0, 1, 2 …
+_NAMES = {  # replacements in stored names, in order
     "embeddings.word_embeddings": "words",
     "embeddings.position_embeddings": "places",
     "embeddings.token_type_embeddings": "kinds",
@@ -44,11 +43,11 @@ _NAMES = {  # parts of stored names and what they are called here, in the order 
 
 
 class UnsupportedBert(RuntimeError):
-    """The config.json is of no BERT that can be computed here."""
+    """The config.json is not that of a supported BERT."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json with the paper's value for what BERT's first files lack. Raises UnsupportedBert."""
+    """config.json, with the paper's values for fields missing in early files. Raises UnsupportedBert."""
     config = _PAPER | json.loads(path.read_bytes())
     if missing := [name for name in _NEEDED if name not in config]:
         raise UnsupportedBert(f"{path} lacks {', '.join(missing)}: not the config.json of a BERT")
@@ -62,14 +61,14 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 class _Layers(nn.Module):
-    """Built on the meta device, without weights: `load_state_dict` with `assign` fills it."""
+    """Built on the meta device, without weights; `load_state_dict` with `assign` fills it."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         d, eps, activate = config["hidden_size"], config["layer_norm_eps"], _ACTIVATIONS[config["hidden_act"]]
         rows = [config[name] for name in (*_ROWS, "type_vocab_size")]
-        with torch.device("meta"):  # no random weights first: that takes time and other threads' random numbers
-            # and those of an embedding would, on this device, import torch._dynamo, which takes a second
+        with torch.device("meta"):  # random initialization would take time and advance the global generator
+            # and initializing an embedding on this device would import torch._dynamo, which takes a second
             self.words, self.places, self.kinds = (nn.Embedding.from_pretrained(torch.empty(n, d)) for n in rows)
             self.norm = nn.LayerNorm(d, eps)
             heads, inner = config["num_attention_heads"], config["intermediate_size"]
@@ -77,9 +76,10 @@ class _Layers(nn.Module):
             self.encoder = nn.TransformerEncoder(layer, config["num_hidden_layers"], enable_nested_tensor=False)
 
     def forward(self, ids: Tensor, kinds: Tensor, padding: Tensor | None = None) -> Tensor:
-        """Tokens come first inside: with batch_first PyTorch takes its fused layer, which uses 1.2 times the CPU.
+        """The sequence dimension comes first: with batch_first PyTorch uses its fused layer, which takes 1.2 times the
+        CPU time.
 
-        Nothing may be a number of Python's here: it would stay what it was when this became one operation.
+        No shape may become a Python number here: tracing would freeze it.
         """
         ids, kinds = ids.t(), kinds.t()
         places = torch.arange(ids.shape[0], device=ids.device)[:, None]
@@ -98,16 +98,16 @@ class Bert:
             self._whole, self._padded = _trace(layers), _trace(layers, padded=True)
 
     def __call__(self, ids: Tensor, mask: Tensor, kinds: Tensor | None = None) -> Tensor:
-        """ids (b, t), mask (b, t) 1 = a token and 0 = padding, kinds (b, t), None = all 0 -> (b, t, d)."""
+        """ids (b, t), mask (b, t) with 0 for padding, kinds (token types; b, t; None: all 0) -> (b, t, d)."""
         kinds = torch.zeros_like(ids) if kinds is None else kinds
         return self._whole(ids, kinds) if mask.all() else self._padded(ids, kinds, mask == 0)
 
 
 def _trace(layers: _Layers, padded: bool = False) -> Callable[..., Tensor]:
-    """As one operation, with the same bits for rows of any number and length; ready, which takes three calls."""
-    ids = torch.zeros(2, 2, dtype=torch.long)  # with one row of one head PyTorch would take a way of its own
+    """Trace the layers into one operation, with the same bits for any batch size and length; warmed up."""
+    ids = torch.zeros(2, 2, dtype=torch.long)  # a single row with one head would take a special path
     inputs = (ids, ids, ids == 1) if padded else (ids, ids)
-    # `torch.jit` is deprecated; what shall replace it compiles C++ at every start or is a hundred operations again
+    # `torch.jit` is deprecated, but its successors compile C++ at every start or remain a hundred operations
     with _TRACING, torch.inference_mode():
         traced = torch.jit.trace(layers, inputs, check_trace=False)
         for _ in range(3):
@@ -116,15 +116,15 @@ def _trace(layers: _Layers, padded: bool = False) -> Callable[..., Tensor]:
 
 
 def load_bert(model_dir: Path, updates: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> Bert:
-    """The BERT of config.json and model.safetensors. Raises UnsupportedBert.
+    """Load the BERT of config.json and model.safetensors. Raises UnsupportedBert.
 
-    `updates` holds NAME.A (rank, in) and NAME.B (out, rank) for stored weights NAME, to which B·A is added.
+    `updates`: LoRA updates NAME.A (rank, in) and NAME.B (out, rank), whose product B·A is added to the weight NAME.
     """
     layers = _Layers(read_config(model_dir / "config.json"))
     weights = {k: v for k, v in load_file(model_dir / "model.safetensors").items() if not k.startswith(_UNUSED)}
     for name in [key.removesuffix(".A") for key in updates if key.endswith(".A")]:
         weights[name] = weights[name] + updates[f"{name}.B"].float() @ updates[f"{name}.A"].float()
-    for name in [key for key in weights if ".query." in key]:  # PyTorch has query, key and value in one
+    for name in [key for key in weights if ".query." in key]:  # PyTorch concatenates query, key and value
         parts = [name.replace("query", part) for part in ("query", "key", "value")]
         weights[name] = torch.cat([weights.pop(part) for part in parts if part in weights])
     for stored, ours in _NAMES.items():

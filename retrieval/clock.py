@@ -1,4 +1,4 @@
-"""The time of a store: the machine's, which may be set forward, but never back while the process lives."""
+"""The clock of a store: wall-clock time that never goes back within a process."""
 
 import threading
 import time
@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 
 class ForwardClock:
-    """Unix seconds that follow `wall` and, when that is set back, go on at the pace of `steady`. Thread safe.
+    """Unix seconds that follow `wall` and, if that is set back, continue at the pace of `steady`. Thread safe.
 
-    What is written down with it is meant by the machine's clock, so another process may read it.
+    Stored times stay comparable with those of other processes.
     """
 
     def __init__(self, wall: Callable[[], float] = time.time, steady: Callable[[], float] = time.monotonic) -> None:

@@ -1,6 +1,6 @@
-"""One SQLite file: a connection per thread, transactions, and errors that name what to do.
+"""An SQLite file: one connection per thread, transactions, and errors that say what to do.
 
-Knows nothing of documents: the schema is in migrations.py, the statements are in store*.py.
+The schema is in migrations.py, the statements are in store*.py.
 """
 
 import sqlite3
@@ -12,33 +12,33 @@ from pathlib import Path
 
 from .migrations import migrate
 
-_BUSY_TIMEOUT_S = 30.0  # how long a writer waits for its turn
+_BUSY_TIMEOUT_S = 30.0  # how long a writer waits for the write lock
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _UNWRITABLE = {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM}
 
 
 class StorageFull(RuntimeError):
-    """The disk has no room for a write; nothing of it was kept."""
+    """The disk is full; the transaction was rolled back."""
 
 
 class StorageUnwritable(RuntimeError):
-    """The disk takes no writes: read-only by now, gone or broken; nothing of the write was kept."""
+    """The disk cannot be written: read-only, missing or faulty; the transaction was rolled back."""
 
     retry_after_s = 30
 
 
 class StorageBusy(RuntimeError):
-    """Another process has kept the database to itself for too long; nothing of the write was kept."""
+    """Another process has locked the database for too long; the transaction was rolled back."""
 
     retry_after_s = 5
 
 
 class StoreUnusable(RuntimeError):
-    """The database file cannot be opened: damaged, not a database, written by a newer version, or kept by another."""
+    """The database file cannot be opened: damaged, not a database, written by a newer version, or locked."""
 
 
 class _Connection(sqlite3.Connection):
-    """Closes itself when its thread has gone; plain connections can be neither weakly referenced nor closed so."""
+    """Closes itself when its thread ends; plain connections cannot be weakly referenced."""
 
     def __del__(self) -> None:
         self.close()
@@ -69,7 +69,7 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
-        """Give a connection that sees one state of the database throughout; may be nested, also inside `write`."""
+        """A connection within a read transaction, which sees one snapshot; may be nested, also inside `write`."""
         connection = self._connection()
         if connection.in_transaction:
             yield connection
@@ -83,10 +83,10 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
-        """Give a connection whose changes are all on disk when the block ends, or none if it raises.
+        """A connection within a write transaction, which is durable when the block ends, or rolled back if it raises.
 
-        Raises StorageFull when the disk is, StorageUnwritable when it takes no writes, StorageBusy when another process
-        writes for too long. Not inside `read`: a snapshot cannot be written to.
+        Raises StorageFull, StorageUnwritable, and StorageBusy if another process holds the write lock for too long. Not
+        inside `read`, whose snapshot cannot be written.
         """
         connection = self._connection()
         if connection.in_transaction:
@@ -111,7 +111,7 @@ class Database:
                 connection.execute("ROLLBACK")
 
     def close(self) -> None:
-        """Close the connections of all threads; none of them may be in use. May be repeated."""
+        """Close the connections of all threads; none may be in use. Calling it twice is harmless."""
         with self._lock:
             for connection in list(self._open):
                 connection.close()
@@ -131,13 +131,13 @@ class Database:
                 self._open.add(connection)
             self._local.connection = connection
             connection.row_factory = sqlite3.Row
-            # FULL: a commit is on the disk before it is reported, so that an accepted upload survives a power cut.
-            # 8 MiB of pages: each thread has its own, and the system's cache beneath is as fast.
+            # FULL: commits are durable, so that an accepted upload survives a power failure.
+            # A page cache of 8 MiB is enough: there is one per thread, and the system's cache is as fast.
             for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "cache_size=-8192"):
                 connection.execute(f"PRAGMA {pragma}").fetchall()
         return connection
 
 
 def _kind(error: sqlite3.Error) -> int:
-    """SQLite's code for it; what stands above the last byte says more of the same."""
+    """SQLite's primary error code: the lowest byte of the extended code."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF

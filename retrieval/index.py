@@ -1,7 +1,7 @@
-"""The vector index: derived from the store, never the other way round.
+"""The vector index, which is derived from the store.
 
-`VectorIndex.catch_up` is all that a writer has to call; a searcher calls it too, so that no search sees less than the
-store holds, whichever process wrote. Start at `open_index`.
+Writers only have to call `VectorIndex.catch_up`; searchers call it too, so that they see all changes of the store,
+whichever process made them. Start at `open_index`.
 """
 
 import hashlib
@@ -23,21 +23,21 @@ _LOG = logging.getLogger(__name__)
 _MANIFEST = "index.json"
 _LAYOUT = 2
 _FLAT_MAX = 200_000
-_EXACT_ROWS = 4096  # so few allowed rows are compared one by one,
-_BLOCK_ROWS = 1024  # as many at once as caches hold
+_EXACT_ROWS = 4096  # up to this many allowed rows are scored exhaustively,
+_BLOCK_ROWS = 1024  # in blocks that fit the CPU cache
 _KEPT_SELECTIONS = 16
-_AT_ONCE = 50_000  # vectors that whoever asks waits for, about a second; more are a thread's,
-_BREATH_S = 0.002  # which lets others come in between
-_GROWTH = 2.0  # an inverted file is trained anew when it has grown so much,
-_DRIFT = 1.5  # or its lists have become so much less equal
+_AT_ONCE = 50_000  # vectors added synchronously, which takes about a second; a thread adds the rest,
+_BREATH_S = 0.002  # with pauses for other users of the index
+_GROWTH = 2.0  # an inverted file is retrained after growing by this factor,
+_DRIFT = 1.5  # or when the imbalance of its lists has
 
 
 class IndexDamaged(ValueError):
-    """The files of a saved index are missing, damaged or foreign; rebuild it from the store."""
+    """The files of a saved index are missing, damaged or those of another index; rebuild it from the store."""
 
 
 class VectorSource(Protocol):
-    """What an index needs of the store; see DocumentStore."""
+    """The part of DocumentStore that an index needs."""
 
     def generation(self) -> int: ...
     def knows_generation(self, generation: int) -> bool: ...
@@ -53,21 +53,21 @@ class VectorIndex(Protocol):
 
     @property
     def generation(self) -> int:
-        """The store's generation that it holds; 0 = nothing."""
+        """The store's generation that the index is at; 0: empty."""
 
     def catch_up(self, source: VectorSource) -> bool:
-        """Take over what the store changed since; returns whether there was anything. Cheap if not."""
+        """Apply the changes of the store since then; returns whether there were any. Cheap if not."""
 
     def search(
         self, vector: np.ndarray, limit: int, allowed: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """(rows int64, scores float32) of at most `limit` chunks, best first; vector (dim,) float32.
 
-        `allowed`: sorted chunk rows (int64), applied inside the search; None = all. May be kept: don't change it.
+        `allowed`: sorted chunk rows (int64), filtered during the search; None: all. Do not modify it: it is cached.
         """
 
     def save(self, directory: Path) -> None:
-        """Write it so that a crash at any moment leaves the old files or the new ones."""
+        """Write the index atomically: after a crash the files are either the old or the new ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,29 +84,29 @@ class _Manifest:
 
 
 class FaissIndex:
-    """Exact search up to `flat_max` vectors (`IndexFlatIP`), then an inverted file; 1.5 KB a chunk at dim 384.
+    """Exact search up to `flat_max` vectors (`IndexFlatIP`), then an inverted file; 1.5 KB per chunk at dim 384.
 
-    The inverted file is trained in the background while searches go on, when there are too many vectors for exact
-    search and when they have drifted since; it takes over only if it finds 98% of what exact search does. Searches
-    within at most 4,096 given rows are exact, within more as good as those without.
+    The inverted file is trained in the background when there are too many vectors for exact search, and retrained after
+    growth or drift; it is used only if its recall is at least 98% of exact search. Filtered searches are exact up to
+    4,096 allowed rows, and otherwise about as good as unfiltered ones.
     """
 
     def __init__(self, dim: int, embedder_name: str, flat_max: int = _FLAT_MAX) -> None:
         self._dim = dim
         self._flat_max = flat_max
-        self._trained = 0  # vectors that the inverted file was trained for; 0 = flat
-        self._balance = 1.0  # of its lists at that time
-        self._refused = 0  # vectors at which no inverted file was good enough
+        self._trained = 0  # number of vectors when the inverted file was trained; 0: flat
+        self._balance = 1.0  # imbalance of its lists at that time
+        self._refused = 0  # number of vectors for which no inverted file was good enough
         self._trainer: threading.Thread | None = None
-        self._directory: Path | None = None  # where it keeps itself after much work
+        self._directory: Path | None = None  # where it is saved after expensive work
         self._filler: threading.Thread | None = None
         self._closing = threading.Event()
         self._embedder_name = embedder_name
         self._generation = 0
         self._index = _empty_index(dim)
-        self._lists: np.ndarray | None = None  # of rows in the inverted file, and selections made with it
+        self._lists: np.ndarray | None = None  # row -> list of the inverted file, for filtered searches
         self._prepared: dict[int, tuple[np.ndarray, Within]] = {}
-        self._lock = threading.Lock()  # around each use of self._index: FAISS may not be read while written
+        self._lock = threading.Lock()  # around each use of self._index: FAISS does not allow reads during writes
         self._writer = threading.Lock()  # one catch-up at a time
         self._saver = threading.Lock()  # one save at a time
 
@@ -137,28 +137,28 @@ class FaissIndex:
 
     @property
     def is_exact(self) -> bool:
-        """Whether all vectors are compared with a question, as opposed to those of some lists."""
+        """Whether searches are exhaustive instead of probing some lists."""
         return self._trained == 0
 
     @property
     def is_filling(self) -> bool:
-        """Whether there are vectors still to come, from a thread, that it should hold already."""
+        """Whether a thread is still adding vectors that the index lacks."""
         return self._filler is not None
 
     def settle(self) -> None:
-        """Wait until the index is neither filled nor trained."""
+        """Wait until the index is neither being filled nor trained."""
         for name in ("_filler", "_trainer"):
             if (thread := getattr(self, name)) is not None:
                 thread.join()
 
     def close(self) -> None:
-        """End the filling; what is missing comes from the store at the next start. A training comes to nothing."""
+        """Stop filling; the next start adds the rest from the store. The result of a running training is discarded."""
         self._closing.set()
         if (filler := self._filler) is not None:
             filler.join()
 
     def _rebuild(self, source: VectorSource, upto: int) -> None:
-        """Begin anew; beyond 50,000 vectors searches find those that are in already."""
+        """Rebuild from scratch; beyond 50,000 vectors in the background, while searches find those already added."""
         fresh, batches = _empty_index(self._dim), source.vectors(0, upto)
         for rows, vectors in batches:
             fresh.add_with_ids(self._checked(vectors), rows)
@@ -175,12 +175,12 @@ class FaissIndex:
             self._filler.start()
 
     def _fill(self, source: VectorSource, fresh: faiss.Index, batches: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Add the rest of what the store held, batch by batch; changes since then come in between by `catch_up`."""
+        """Add the remaining vectors batch by batch; later changes are added meanwhile by `catch_up`."""
         trains = False
         try:
             while not self._closing.wait(_BREATH_S):
                 with self._writer:
-                    if self._index is not fresh:  # begun anew meanwhile
+                    if self._index is not fresh:  # rebuilt meanwhile
                         return
                     rows, vectors = next(batches, (None, None))
                     if rows is None:
@@ -191,7 +191,7 @@ class FaissIndex:
                     vectors = self._checked(vectors)
                     with self._lock:
                         fresh.add_with_ids(vectors, rows)
-            if not self.is_filling and not trains:  # which keeps it too
+            if not self.is_filling and not trains:  # training saves it, too
                 self._keep()
         except Exception:
             if not self._closing.is_set():
@@ -206,7 +206,7 @@ class FaissIndex:
                 _LOG.exception("cannot save the vector index; it is made anew at the next start")
 
     def _consider_training(self, source: VectorSource) -> bool:
-        """Start a thread that trains, if it is time for it, and say whether; the caller holds `_writer`."""
+        """Start a training thread if due; returns whether it did. The caller holds `_writer`."""
         count = self._index.ntotal
         if count <= self._flat_max or count < _GROWTH * self._refused or self._filler:
             return False
@@ -220,11 +220,11 @@ class FaissIndex:
         return True
 
     def _train(self, source: VectorSource) -> None:
-        """Build an inverted file beside the index in use, then bring it up to date and let it take over."""
+        """Build an inverted file beside the index in use, then update it and switch to it."""
         upto, count = self._generation, self._index.ntotal
         try:
             built = build_ivf(source.vectors(0, upto), source.vectors(0, upto), count, self._dim)
-            if self._closing.is_set():  # the directory may be another process' by now
+            if self._closing.is_set():  # the directory may belong to another process by now
                 return
             with self._writer:
                 if built is None:
@@ -253,7 +253,7 @@ class FaissIndex:
     def _advance(self, source: VectorSource, after: int, upto: int) -> None:
         changes = self._changes(source, after, upto)
         with self._lock:
-            self._generation = 0  # should the rest fail, the next call rebuilds
+            self._generation = 0  # if the rest fails, the next call rebuilds
             self._forget_prepared()
             _change(self._index, *changes)
             self._generation = upto
@@ -293,18 +293,18 @@ class FaissIndex:
             self._lists = list_numbers(index)
         known = self._prepared.pop(id(allowed), None)
         within = known[1] if known else Within(index, allowed, self._lists)
-        self._prepared[id(allowed)] = (allowed, within)  # which keeps the id from being another's
+        self._prepared[id(allowed)] = (allowed, within)  # the reference keeps the id from being reused
         while len(self._prepared) > _KEPT_SELECTIONS:
             del self._prepared[next(iter(self._prepared))]
         return within
 
     def save(self, directory: Path) -> None:
-        """Write it so that a crash at any moment leaves the old files or the new ones; not while it is being filled."""
+        """As `VectorIndex.save`; does nothing while the index is being filled."""
         if self.is_filling:
             return
         directory.mkdir(parents=True, exist_ok=True)
         with self._saver:
-            with self._writer:  # searches go on
+            with self._writer:  # searches are not blocked
                 generation, count = self._generation, self._index.ntotal
                 trained, balance = self._trained, self._balance
                 content = faiss.serialize_index(self._index)
@@ -321,7 +321,7 @@ class FaissIndex:
 
     @classmethod
     def load(cls, directory: Path, dim: int, embedder_name: str) -> "FaissIndex":
-        """Raises IndexDamaged when what is there is not a complete index of this kind."""
+        """Raises IndexDamaged if there is no complete index of this dimension and embedder."""
         try:
             manifest = _Manifest(**json.loads((directory / _MANIFEST).read_bytes()))
             if (manifest.layout, manifest.dim, manifest.embedder) != (_LAYOUT, dim, embedder_name):
@@ -339,9 +339,9 @@ class FaissIndex:
 
 
 def open_index(source: VectorSource, directory: Path | str, dim: int, embedder_name: str) -> FaissIndex:
-    """Return the saved index if it is sound, brought up to date, else a new one, which a thread fills if there is much.
+    """The saved index, updated, or a new one if that is damaged; a large one is filled in the background.
 
-    What is on disk is replaced when it was not up to date.
+    The saved files are replaced if they were not up to date.
     """
     directory = Path(directory)
     try:
@@ -362,14 +362,14 @@ def _empty_index(dim: int) -> faiss.IndexIDMap2:
 
 def _change(index: faiss.Index, removed: np.ndarray, added: list[tuple[np.ndarray, np.ndarray]]) -> None:
     if len(removed):
-        has_map = isinstance(index, faiss.IndexIVFFlat)  # which takes an array only; without one that would be slow
+        has_map = isinstance(index, faiss.IndexIVFFlat)  # fast, but needs an array
         index.remove_ids(faiss.IDSelectorArray(removed) if has_map else faiss.IDSelectorBatch(removed))
     for rows, vectors in added:
         index.add_with_ids(vectors, rows)
 
 
 def _score_rows(index: faiss.IndexIVFFlat, query: np.ndarray, rows: np.ndarray) -> np.ndarray | None:
-    """(len(rows),) inner products; None when one of the rows is gone."""
+    """(len(rows),) inner products; None if one of the rows has been removed."""
     scores = np.empty(len(rows), dtype=np.float32)
     try:
         for start in range(0, len(rows), _BLOCK_ROWS):
@@ -386,7 +386,7 @@ def _rank(rows: np.ndarray, scores: np.ndarray, limit: int) -> tuple[np.ndarray,
 
 
 def _write_durably(path: Path, content: bytes | memoryview) -> None:
-    """Replace `path` with `content` so that a crash leaves the old or the new, both whole."""
+    """Replace `path` atomically and durably."""
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("wb") as file:
         file.write(content)

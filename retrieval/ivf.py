@@ -1,6 +1,6 @@
-"""An inverted file over many vectors: trained on a sample, tuned until it finds what an exact search does.
+"""Builds an inverted file (IVF) index: trains it on a sample and tunes `nprobe` for recall.
 
-Not an index by itself: index.py decides when one is built, and keeps it up to date. Start at `build_ivf`.
+index.py decides when one is built, and keeps it up to date. Start at `build_ivf`.
 """
 
 import math
@@ -10,25 +10,25 @@ from dataclasses import dataclass
 import faiss
 import numpy as np
 
-# Of the ten nearest that exact search finds, for made questions; real ones get .97: docs/retrieval.md
+# Recall@10 for synthetic queries; real ones have 0.97: docs/retrieval.md
 LEAST_RECALL = 0.98
 _LISTS_PER_ROOT = 2.0
 _TRAINING_PER_LIST = 50
 _TRAINING_ROUNDS = 8
 _QUERIES = 256
 _NEAREST = 10
-_MOST_PROBED = 0.5  # of the lists: beyond that it is no faster than exact search
-_MORE_PROBED = 15  # times as many lists, within given rows, beside what their share asks for,
-_MOST_READ = 8  # and of times as many rows, than without
-_BLENDED = 3  # stored vectors that a made question lies between,
-_NOISE = 1.0  # and the length of what is added to it: real questions lie apart from all passages
+_MOST_PROBED = 0.5  # share of the lists; with more, exact search is as fast
+_MORE_PROBED = 15  # filtered searches probe up to this many times `nprobe` beyond what their share needs,
+_MOST_READ = 8  # and score up to this many times as many rows as unfiltered ones
+_BLENDED = 3  # stored vectors that a synthetic query is a mixture of,
+_NOISE = 1.0  # and the length of the noise added to it, because real queries lie apart from all passages
 
 Batches = Iterator[tuple[np.ndarray, np.ndarray]]  # rows (n,) int64, vectors (n, dim) float32
 
 
 @dataclass(frozen=True, slots=True)
 class BuiltIndex:
-    """`recall` was measured with `index.nprobe`; `trained` vectors were there at that time."""
+    """`recall` was measured with `index.nprobe`; `trained`: number of vectors at that time."""
 
     index: faiss.IndexIVFFlat
     recall: float
@@ -36,10 +36,10 @@ class BuiltIndex:
 
 
 def build_ivf(first: Batches, again: Batches, count: int, dim: int) -> BuiltIndex | None:
-    """Train on a sample of `first`, fill from `again` (the same vectors), and probe as many lists as it takes.
+    """Train on a sample of `first`, fill from `again` (the same vectors), and choose `nprobe` for the target recall.
 
-    None when that would be more than half of the lists: these vectors have no clusters. Memory is that of the index and
-    the sample, a fifth of it at most.
+    None if that needs more than half of the lists, because the vectors do not form clusters. Needs memory for the index
+    and for the sample, which is at most a fifth of it.
     """
     rng = np.random.default_rng(count)
     lists = max(1, min(int(_LISTS_PER_ROOT * math.sqrt(count)), count // _TRAINING_PER_LIST))
@@ -47,7 +47,7 @@ def build_ivf(first: Batches, again: Batches, count: int, dim: int) -> BuiltInde
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, lists, faiss.METRIC_INNER_PRODUCT)
     index.cp.niter, index.cp.seed = _TRAINING_ROUNDS, 42
     index.train(sample)
-    index.set_direct_map_type(faiss.DirectMap.Hashtable)  # removes and reads single rows without a scan
+    index.set_direct_map_type(faiss.DirectMap.Hashtable)  # to remove and read single rows without a scan
     exact = _Nearest(_make_queries(sample, rng))
     for rows, vectors in again:
         index.add_with_ids(vectors, rows)
@@ -63,7 +63,7 @@ def build_ivf(first: Batches, again: Batches, count: int, dim: int) -> BuiltInde
 
 
 def imbalance(index: faiss.IndexIVFFlat) -> float:
-    """How much longer a probe takes than with lists of equal length; 1 = equal."""
+    """Relative cost of a probe compared with lists of equal length; 1: equal."""
     return index.invlists.imbalance_factor()
 
 
@@ -84,10 +84,10 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 
 class Within:
-    """Rows that searches of one inverted file may see, prepared for many of them."""
+    """A row filter for searches of one inverted file, prepared for reuse."""
 
     def __init__(self, index: faiss.IndexIVFFlat, allowed: np.ndarray, lists: np.ndarray) -> None:
-        """`allowed`: sorted rows (int64); `lists`: `list_numbers` of the index as it is."""
+        """`allowed`: sorted rows (int64); `lists`: `list_numbers` of the current index."""
         self.selector = select(allowed)
         inside = lists[allowed[: np.searchsorted(allowed, len(lists))]]
         self._counts = np.bincount(inside[inside >= 0], minlength=index.nlist)
@@ -96,9 +96,8 @@ class Within:
     def search(self, index: faiss.IndexIVFFlat, query: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """(scores, rows), padded with row -1; query (1, dim).
 
-        Of the lists that hold any of the rows so many that a filter that thins all lists alike leaves as many rows to
-        compare as there are without one, and some more, at most as many again: the rows may lie together, far from the
-        question. Then up to eight times as many rows are compared.
+        Probes only lists that contain allowed rows: enough that about as many rows are scored as without a filter, and
+        some more, because the allowed rows may be clustered far from the query; scores up to eight times as many rows.
         """
         scores, rows = np.empty(limit, dtype=np.float32), np.full(limit, -1, dtype=np.int64)
         near, order = index.quantizer.search(query, index.nlist)
@@ -117,14 +116,14 @@ class Within:
 
 
 def select(rows: np.ndarray) -> faiss.IDSelectorBitmap:
-    """Of sorted rows."""
+    """A bitmap selector of sorted rows."""
     bits = np.zeros(int(rows[-1]) + 1, dtype=bool)
     bits[rows] = True
     return faiss.IDSelectorBitmap(np.packbits(bits, bitorder="little"))
 
 
 def list_numbers(index: faiss.IndexIVFFlat) -> np.ndarray:
-    """Row -> the list that it is in (int32), -1 where there is no such row."""
+    """Row -> number of its list (int32), -1 for rows that do not exist."""
     sizes = [index.invlists.list_size(number) for number in range(index.nlist)]
     filled = [number for number, size in enumerate(sizes) if size]
     rows = [faiss.rev_swig_ptr(index.invlists.get_ids(number), sizes[number]) for number in filled]
@@ -135,7 +134,7 @@ def list_numbers(index: faiss.IndexIVFFlat) -> np.ndarray:
 
 
 class _Nearest:
-    """The exact ten nearest rows of each query, over batches as they come."""
+    """The exact ten nearest rows of each query, accumulated over batches."""
 
     def __init__(self, queries: np.ndarray) -> None:
         self.queries = queries

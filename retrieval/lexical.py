@@ -1,7 +1,7 @@
-"""What lexical search indexes and asks for: plain text in, folded text and terms out.
+"""Normalises text for the lexical index, and turns queries into terms.
 
-A word is a run of letters and digits, which would make one of a run of Chinese or Japanese; so such characters are set
-apart when indexed, and asked for as pairs. Stemming and ranking are words.py's.
+A word is a run of letters and digits. Chinese and Japanese have no spaces, so their characters are indexed separately
+and searched as pairs. Stemming and ranking are in words.py.
 """
 
 import itertools
@@ -17,7 +17,7 @@ _WORD = re.compile(r"[^\W_]+")
 _MARKS = re.compile("[\u0300-\u036f]")
 _CODE = re.compile(r"[^\W\d_].*\d|\d.*[^\W\d_]")
 _IDENTIFIER = re.compile(r"[\d_.:@#=\\]")
-# Words in nearly every English passage: they cost most of a query's time and say nothing.
+# Words in nearly every English passage, which take most of a query's time and do not help ranking.
 _STOP_WORDS = frozenset(
     _WORD.findall(
         "a about an and are as at be been but by can could did do does for from had has have how i if in into is it "
@@ -28,7 +28,7 @@ _STOP_WORDS = frozenset(
 
 
 def index_text(text: str) -> str:
-    """Return what is indexed of `text`: ligatures, full width and accents folded, CJK set apart."""
+    """The text to index: ligatures, full-width characters and accents folded, CJK characters separated."""
     if text.isascii():
         return text
     bare = _MARKS.sub("", unicodedata.normalize("NFKD", text))
@@ -36,10 +36,11 @@ def index_text(text: str) -> str:
 
 
 def query_terms(text: str) -> list[str]:
-    """Return the phrases that any text asks for, without words that say nothing unless there are no others.
+    """The terms of a query, each a word or a phrase of words separated by spaces; without stop words, unless there are
+    no others.
 
-    A phrase is words with blanks between. Words of a piece held together by dots, dashes or underscores
-    (`max_model_len`, `ERR-4012`, `3.2.1`) are asked for as a phrase, hyphenated words singly too.
+    Words joined by dots, dashes or underscores (`max_model_len`, `ERR-4012`, `3.2.1`) become a phrase; hyphenated words
+    are also searched individually.
     """
     terms: dict[str, None] = {}
     for unspaced, piece in _PIECE.findall(unicodedata.normalize("NFKC", text[:_MAX_QUERY_CHARS])):
@@ -51,7 +52,7 @@ def query_terms(text: str) -> list[str]:
 
 
 def query_identifiers(text: str) -> list[str]:
-    """Return those of its terms that are codes of letters and digits, such as `ERR-4012`: no other words mean them."""
+    """The terms of a query that are codes of letters and digits, such as `ERR-4012`, which have no synonyms."""
     pieces = (piece for _, piece in _PIECE.findall(unicodedata.normalize("NFKC", text[:_MAX_QUERY_CHARS])))
     codes = (" ".join(_WORD.findall(piece.lower())) for piece in pieces if _CODE.search(piece))
     return list(dict.fromkeys(codes))[:MAX_QUERY_TERMS]

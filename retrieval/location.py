@@ -1,4 +1,4 @@
-"""Where a span of a document's text stands: its pages and the headings it is under."""
+"""Locates a span of a document's text: its pages and headings."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -7,9 +7,9 @@ from .types import Heading, Location, Page
 
 
 def locate(pages: Sequence[Page], headings: Sequence[Heading], char_start: int, char_end: int) -> Location:
-    """Return the location of text[char_start:char_end]; `pages` and `headings` in the order of the text.
+    """The location of text[char_start:char_end]; `pages` and `headings` are in text order.
 
-    The headings are those in force at `char_start`. Text between two pages belongs to the earlier one.
+    The headings are those above `char_start`. Text between two pages belongs to the earlier one.
     """
     page_start = page_end = None
     if pages:
@@ -21,7 +21,7 @@ def locate(pages: Sequence[Page], headings: Sequence[Heading], char_start: int, 
 
 
 def heading_path(headings: Sequence[Heading], position: int) -> tuple[str, ...]:
-    """Return the titles above `position`, outermost first."""
+    """The titles of the headings above `position`, outermost first."""
     path: list[Heading] = []
     for heading in headings:
         if heading.char_start > position:

@@ -1,8 +1,8 @@
-"""The schema, as numbered steps from an empty file; `PRAGMA user_version` counts the steps taken.
+"""The schema, as numbered migrations from an empty file; `PRAGMA user_version` counts those applied.
 
-A published step is never edited: a change of the schema is a new step at the end.
-Content (texts, chunks, vectors) belongs to the version of a document that answers now; `versions` also holds
-the one that is still on its way. Row ids of chunks are never reused: FAISS knows chunks by them.
+A published migration is never edited; append a new one instead.
+Content (texts, chunks, vectors) belongs to the current version of a document; `versions` also has a newer one that is
+being ingested. Row ids of chunks are never reused, because the indexes refer to chunks by them.
 """
 
 import sqlite3
@@ -46,7 +46,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX chunks_by_generation ON chunks(generation)",
         """CREATE TABLE vectors (
             chunk_row INTEGER PRIMARY KEY REFERENCES chunks(row) ON DELETE CASCADE, vector BLOB NOT NULL)""",
-        # Holds the inverted index alone: text and context stand in chunks, and are given again when a row is removed.
+        # Contentless: text and context are in chunks, and must be passed again to remove a row.
         """CREATE VIRTUAL TABLE chunk_words USING fts5(
             text, context, content='', tokenize="porter unicode61 remove_diacritics 2")""",
         "INSERT INTO chunk_words(chunk_words, rank) VALUES ('rank', 'bm25(1.0, 0.5)')",
@@ -61,29 +61,29 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             key TEXT PRIMARY KEY, fingerprint TEXT NOT NULL, status INTEGER NOT NULL, body TEXT NOT NULL,
             created_at REAL NOT NULL) WITHOUT ROWID""",
     ),
-    # A word in the title or the headings says as much as one in the text: docs/retrieval.md.
+    # Words in title and headings have the same weight as those in the text: docs/retrieval.md.
     ("INSERT INTO chunk_words(chunk_words, rank) VALUES ('rank', 'bm25(1.0, 1.0)')",),
-    # Words are found in an index beside the database now, made from chunks: words.py.
+    # Replaced by an index beside the database, built from chunks: words.py.
     ("DROP TABLE chunk_words",),
-    # Another embedder's vectors while they are made: store_embedder.py.
+    # Vectors of another embedder while they are being computed: store_embedder.py.
     (NEXT_VECTORS,),
-    # Where in the list a document stood that is gone: a client may go on from there. store_documents.py
+    # List positions of deleted documents, so that clients can continue paging from there: store_documents.py.
     (
         """CREATE TABLE deleted_documents (
             id_digest BLOB PRIMARY KEY, row INTEGER NOT NULL, collection TEXT NOT NULL, deleted_at REAL NOT NULL)
             WITHOUT ROWID""",
         "CREATE INDEX deleted_documents_by_time ON deleted_documents(deleted_at)",
     ),
-    # Documents whose content went, until all that was made of it elsewhere has gone too: store_content.py
+    # Documents with removed content, until everything derived from it elsewhere is removed as well: store_content.py.
     ("CREATE TABLE to_forget (document_id TEXT PRIMARY KEY) WITHOUT ROWID",),
 )
-_APPLICATION_ID = 0x4A524147  # "JRAG", in the file's header: another program's database is not ours to change
+_APPLICATION_ID = 0x4A524147  # "JRAG" in the file header, to recognise databases of other programs
 
 
 def migrate(connection: sqlite3.Connection) -> None:
-    """Bring the database to the newest schema, each step in its own transaction; safe to interrupt and repeat.
+    """Migrate the database to the newest schema, each step in its own transaction; safe to interrupt and repeat.
 
-    Raises ValueError when the file is another program's or a newer version of this one wrote it.
+    Raises ValueError if the file belongs to another program or was written by a newer version of this one.
     """
     while (done := _steps_done(connection)) < len(MIGRATIONS):
         connection.execute("BEGIN IMMEDIATE")

@@ -1,6 +1,6 @@
-"""A property that is computed at its first use, by one thread while others wait, and then kept.
+"""A thread-safe cached property: computed once, on first use, while other threads wait.
 
-Unlike `functools.cached_property`, which from Python 3.12 on lets several threads compute it at once.
+From Python 3.12 on, `functools.cached_property` lets several threads compute it at once.
 """
 
 import threading
@@ -11,13 +11,13 @@ Value = TypeVar("Value")
 
 
 class once(Generic[Value]):
-    """What raises is not kept: the next use computes again."""
+    """If the computation raises, nothing is cached, and the next access computes again."""
 
     def __init__(self, compute: Callable[[Any], Value]) -> None:
         self._compute, self._name = compute, compute.__name__
 
     def __get__(self, instance: Any, owner: type) -> Value:
-        """Asked only until the value stands in the instance under the same name."""
+        """Called only until the instance dictionary has the value under the same name."""
         kept = instance.__dict__
         with kept.setdefault(f"lock of {self._name}", threading.Lock()):
             if self._name not in kept:

@@ -1,7 +1,6 @@
-"""What reading a document gives. Apart from the other types, since each parser's process imports it anew.
+"""The result of parsing a document. A module of its own, because every parser process imports it.
 
-Offsets are positions in the text, counted in characters (code points), end exclusive. Pages count from 1 and are empty
-where the format has none.
+Offsets are in characters (code points) of the text, end exclusive. Pages count from 1; formats without pages have none.
 """
 
 from typing import NamedTuple
@@ -23,7 +22,7 @@ class Heading(NamedTuple):
 
 
 class ParsedDocument(NamedTuple):
-    """`unread`: what of the original is not in the text and why, in words for its owner; None = nothing."""
+    """`unread`: what could not be read of the original, and why, as a message for its owner; None: nothing."""
 
     text: str
     pages: tuple[Page, ...] = ()

@@ -50,7 +50,7 @@ class Reranker(Protocol):
         """Weight of the search score (scaled so that the best hit has 1), which is added to the reranker's."""
 
     def load(self) -> None:
-        """All that a question needs, now and not at the first one."""
+        """Load everything that a question needs."""
 
     def score(self, query: str, passages: Sequence[str]) -> np.ndarray:
         """(len(passages),) float32, higher is better; comparable for one query only."""
@@ -66,7 +66,7 @@ class MiniLMReranker:
     prior = 10.0
 
     def __init__(self, adapter: Path = ADAPTER, dtype: torch.dtype | None = None) -> None:
-        """`dtype` None = bfloat16 where the CPU multiplies it fast, else float32."""
+        """`dtype` None: bfloat16 where it is fast, else float32."""
         self._dir, self._adapter = wheel_model_dir(), adapter
         self._dtype = dtype or (torch.bfloat16 if multiplies_bf16(_CPU) else torch.float32)
 
@@ -86,7 +86,7 @@ class MiniLMReranker:
         return scores
 
     def load(self) -> None:
-        self._model, self._tokenizers  # noqa: B018 - are made here
+        self._model, self._tokenizers  # noqa: B018 - computed on access
 
     def _score(self, rows: Sequence[Sequence[int]], question_tokens: int) -> np.ndarray:
         """Scores of rows of token ids, longest first, that all begin with the question."""
@@ -115,7 +115,7 @@ class MiniLMReranker:
 
     @once
     def _tokenizers(self) -> list[Tokenizer]:
-        """For questions and for passages: a tokenizer keeps its limit as state."""
+        """One tokenizer for questions and one for passages, because the truncation limit is state of a tokenizer."""
         tokenizers = [Tokenizer.from_file(str(self._dir / "tokenizer.json")) for _ in _MAX_TOKENS]
         for tokenizer, limit in zip(tokenizers, _MAX_TOKENS, strict=True):
             tokenizer.no_padding()
@@ -136,15 +136,15 @@ class CrossEncoderReranker:
             raise RerankerUnavailable(f"{self._dir} holds no config.json; set it to the directory of a cross-encoder")
         config = json.loads((self._dir / "config.json").read_text(encoding="utf-8"))
         kinds = config.get("architectures") if isinstance(config, dict) else ["no object in config.json"]
-        if kinds and not str(kinds[0]).endswith("ForSequenceClassification"):  # its head would be drawn at random
+        if kinds and not str(kinds[0]).endswith("ForSequenceClassification"):  # its head would be randomly initialized
             raise RerankerUnavailable(f"{self._dir} holds {kinds[0]}; a cross-encoder is …ForSequenceClassification")
         self._device = device
         self._max_tokens = max_tokens
         self._batch = batch
-        self._lock = threading.Lock()  # tokenizers keep truncation as state
+        self._lock = threading.Lock()  # truncation is state of the tokenizer
 
     def load(self) -> None:
-        self._model  # noqa: B018 - is made here
+        self._model  # noqa: B018 - computed on access
 
     def score(self, query: str, passages: Sequence[str]) -> np.ndarray:
         if not passages:

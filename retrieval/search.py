@@ -21,8 +21,8 @@ from .words import WordIndex
 
 _RRF_OFFSET = 60  # Source: Cormack, Clarke, Buettcher 2009
 _KEPT_SELECTIONS = 16
-_RARE_CHUNKS = 10  # for a code in at most so many chunks the lexical weight counts in full: embeddings miss codes
-_COMMIT_EVERY_S = 2.0  # while documents are being ingested, for the word index
+_RARE_CHUNKS = 10  # full lexical weight for a code in at most this many chunks, because embeddings miss codes
+_COMMIT_EVERY_S = 2.0  # of the word index during ingestion
 
 Scores = Mapping[int, float]
 
@@ -114,7 +114,7 @@ class Retriever:
         score = self._fuse(query, selection, dense, lexical) if params.mode == "hybrid" else dense or lexical
         ranked = sorted(score, key=lambda row: (-score[row], row))[: 2 * wanted]
         found = self._store.load_hits(ranked)
-        # a row may have been deleted since; and if all were visible, one of a new collection may have been added
+        # meanwhile a row may have been deleted or, without a filter, one of a new collection added
         seen = [row for row in ranked if row in found and found[row].collection in collections]
         hits = [_scored(found[row], row, score, dense, lexical, params) for row in seen[:wanted]]
         return (rerank(reranker, query, hits) if reranker else hits)[: params.max_num_results]
@@ -124,7 +124,7 @@ class Retriever:
         expected = self._words.expected_score(query_terms(query), selection.collection_rows)
         named = self._words.has_rare(query_identifiers(query), _RARE_CHUNKS, selection.collection_rows)
         trust = 1.0 if named else self._weights.trust(best, expected)
-        return fuse_scores(dense, lexical, self._weights, self._words.share * trust)  # not all may have words yet
+        return fuse_scores(dense, lexical, self._weights, self._words.share * trust)  # the word index may be filling
 
     def _search_lexical(self, query: str, selection: Selection, limit: int) -> Scores:
         self._words.catch_up(self._store)
@@ -159,7 +159,7 @@ class Retriever:
 
 
 def fuse_scores(dense: Scores, lexical: Scores, weights: FusionWeights, trust: float = 1.0) -> dict[int, float]:
-    """Row -> score in 0..1 for every row of either half; a half adds nothing to rows that it did not find.
+    """Row -> fused score in 0..1 for every row of either half; rows that a half did not find get 0 from it.
 
     `trust`: share of the lexical weight that counts, see FusionWeights; a dense weight of 0 stays 0.
     """

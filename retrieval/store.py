@@ -1,9 +1,9 @@
-"""DocumentStore: the truth about documents, on SQLite. All SQL of the project stands in this module's family.
+"""DocumentStore: the source of truth about documents, in SQLite. All SQL of the project is in the store*.py modules.
 
-This page is the contract; the statements are in store_documents.py (collections, documents, versions), store_jobs.py
-(leases), store_content.py (what becomes searchable), store_search.py (reading it), store_access.py (keys, settings).
-What the indexes need of it is store_feed.py.
-Files and FAISS are not its business: it names chunks by row id and says what changed since a generation.
+This module is the interface; the statements are in store_documents.py (collections, documents, versions), store_jobs.py
+(leases), store_content.py (searchable content), store_search.py (reading it), store_access.py (keys, settings). The
+interface for indexes is in store_feed.py: chunks are identified by row id, changes by generation. Files and the indexes
+themselves are elsewhere.
 """
 
 import sqlite3
@@ -62,12 +62,12 @@ __all__ = [
 class DocumentStore(IndexFeed):
     """Thread safe; several processes may open one file. Every write is one transaction and safe to repeat.
 
-    Methods that name a document or collection raise DocumentNotFound or CollectionNotFound when there is none.
-    `clock` gives Unix seconds and never goes back. The collection `default` always exists.
+    Methods that take a document or collection raise DocumentNotFound or CollectionNotFound if it does not exist.
+    `clock` returns Unix seconds and never goes back. The collection `default` always exists.
     """
 
     def __init__(self, path: Path | str, max_attempts: int = 3, clock: Callable[[], float] | None = None) -> None:
-        """Open or create. Raises StoreUnusable. `max_attempts` bounds how often one version is ingested."""
+        """Open or create. Raises StoreUnusable. `max_attempts`: maximum attempts to ingest a version."""
         self._db = Database(path)
         self._max_attempts = max_attempts
         self._clock = clock or ForwardClock()
@@ -76,11 +76,11 @@ class DocumentStore(IndexFeed):
         self._db.close()
 
     def snapshot(self) -> AbstractContextManager[sqlite3.Connection]:
-        """Within it, all reads of this thread see one state. No writes inside."""
+        """Within it, all reads of this thread see one snapshot. No writes inside."""
         return self._db.read()
 
     def check(self) -> list[str]:
-        """Say what is wrong with the database file; empty if nothing is. Reads all of it."""
+        """What is wrong with the database file; empty if nothing is. Reads all of it."""
         with self._db.read() as c:
             return content.check(c)
 
@@ -92,7 +92,7 @@ class DocumentStore(IndexFeed):
             return documents.create_collection(c, name, self._clock())
 
     def list_collections(self) -> list[Collection]:
-        """All, oldest first: their canonical order."""
+        """All, oldest first, which is their canonical order."""
         with self._db.read() as c:
             return documents.list_collections(c)
 
@@ -101,7 +101,7 @@ class DocumentStore(IndexFeed):
             return documents.get_collection(c, name)
 
     def delete_collection(self, name: str) -> IndexChange:
-        """Remove it with all its documents; `default` stays, empty."""
+        """Delete it with all its documents; `default` is only emptied."""
         with self._db.write() as c:
             return documents.delete_collection(c, name, self._clock())
 
@@ -117,9 +117,9 @@ class DocumentStore(IndexFeed):
         metadata: Mapping[str, object] | None = None,
         on_conflict: OnConflict = "skip",
     ) -> tuple[Document, bool]:
-        """Queue an upload for ingestion; returns it and whether there is now something to ingest.
+        """Queue an upload for ingestion; returns the document and whether there is something to ingest.
 
-        If the collection has a document whose newest version is these same bytes: `skip` returns that one with
+        If the newest version of a document in the collection has the same bytes: `skip` returns that document with
         `duplicate_of` set, `replace` queues a new version of it with this name and metadata, `error` raises
         DuplicateDocument.
         """
@@ -136,10 +136,11 @@ class DocumentStore(IndexFeed):
         sha256: str,
         metadata: Mapping[str, object] | None = None,
     ) -> tuple[Document, bool]:
-        """Queue new bytes for a document; the old version answers until the new one is ready. Returns as
-        `create_document`. Same bytes, name and metadata as its newest version = nothing to do, unless that failed.
-        `metadata` None keeps the old one. A version on its way is superseded. Raises DuplicateDocument if another has
-        these bytes.
+        """Queue a new version of a document, which replaces the old one when it is ready. Returns as `create_document`.
+
+        With the same bytes, name and metadata as the newest version, there is nothing to do unless that failed.
+        `metadata` None keeps the old one. A version still being ingested is superseded. Raises DuplicateDocument if
+        another document has these bytes.
         """
         with self._db.write() as c:
             old = documents.get_document(c, document_id)
@@ -160,22 +161,22 @@ class DocumentStore(IndexFeed):
         limit: int = 100,
         after: str | None = None,
     ) -> list[Document]:
-        """Newest versions, oldest document first, at most `limit`, those after the document id `after`.
+        """Newest versions, oldest document first: at most `limit`, after the document id `after`.
 
-        That one may be gone, for a day. Raises CollectionNotFound, DocumentNotFound.
+        `after` may have been deleted within the last day. Raises CollectionNotFound, DocumentNotFound.
         """
         with self._db.read() as c:
             return documents.list_documents(c, collections, status, limit, after)
 
     def collection_of(self, document_id: str) -> str:
-        """Where a document is, or was before it was deleted in the last day. Raises DocumentNotFound."""
+        """The collection of a document, also of one deleted within the last day. Raises DocumentNotFound."""
         with self._db.read() as c:
             return documents.find_place(c, document_id)[1]
 
     def ready_documents(
         self, collections: Sequence[str], document_ids: Sequence[str] | None = None, filters: Filters | None = None
     ) -> list[Document]:
-        """The versions that answer now, in canonical order (age of the collection, ordinal).
+        """The current ready versions, in canonical order (age of the collection, ordinal).
 
         `filters` as in SearchParams; a list in the metadata matches by any of its members. Raises CollectionNotFound;
         unknown document ids match nothing.
@@ -184,25 +185,25 @@ class DocumentStore(IndexFeed):
             return documents.ready_documents(c, collections, document_ids, filters)
 
     def hide_document(self, document_id: str) -> IndexChange:
-        """First half of a deletion: content and search rows are gone at once, status is `deleting`.
+        """First half of a deletion: removes content and search rows, and sets the status `deleting`.
 
-        For callers with more to clean up before `delete_document`; after a crash they find it by that status.
+        For callers with more to clean up before `delete_document`; after a crash they find the document by its status.
         """
         with self._db.write() as c:
             return documents.hide_document(c, document_id, self._clock())
 
     def delete_document(self, document_id: str) -> IndexChange:
-        """Remove it from everything, `to_forget` too; afterwards no read finds any of it."""
+        """Delete it completely, including its entry in `to_forget`."""
         with self._db.write() as c:
             return documents.delete_document(c, document_id, self._clock())
 
     def to_forget(self) -> list[str]:
-        """Ids of documents whose content was replaced or deleted and that nobody has called `forgotten` yet."""
+        """Ids of documents whose content was replaced or deleted, and for which `forgotten` has not been called yet."""
         with self._db.read() as c:
             return content.to_forget(c)
 
     def forgotten(self, document_ids: Sequence[str]) -> None:
-        """All that was made of what these documents held has gone, wherever it was kept."""
+        """Record that everything derived from the old content of these documents has been removed."""
         with self._db.write() as c:
             content.forgotten(c, document_ids)
 
@@ -214,26 +215,26 @@ class DocumentStore(IndexFeed):
     # Ingestion jobs
 
     def lease_next(self, worker_id: str, lease_s: float, max_bytes: int | None = None) -> Document | None:
-        """Give the oldest version waiting to be ingested to this worker, or None; counts an attempt.
+        """Lease the oldest waiting version to this worker, counting an attempt; None if there is none.
 
-        Only one whose file has at most `max_bytes`; None: any. A version whose lease ran out waits again; after
-        3 x `max_attempts` it is failed, code `too_many_attempts`.
+        `max_bytes`: maximum file size; None: any. A version whose lease has expired is waiting again; after 3 x
+        `max_attempts` it fails with code `too_many_attempts`.
         """
         with self._db.write() as c:
             return jobs.lease_next(c, worker_id, lease_s, max_bytes, self._max_attempts, self._clock())
 
     def end_leases(self) -> None:
-        """Free at once what was leased or paused: for a process that has the data dir to itself, at its start."""
+        """End all leases and pauses, at the start of a process that holds the lock of the data directory."""
         with self._db.write() as c:
             jobs.end_leases(c)
 
     def renew_lease(self, document_id: str, worker_id: str, lease_s: float, *, version: int) -> None:
-        """Raises LeaseLost when the version was superseded, deleted, or leased by another: stop working on it."""
+        """Raises LeaseLost if the version was superseded, deleted, or leased to another worker: stop working on it."""
         with self._db.write() as c:
             jobs.renew_lease(c, document_id, version, worker_id, lease_s, self._clock())
 
     def release_lease(self, document_id: str, worker_id: str, *, version: int) -> None:
-        """Put the version back into the queue without counting the attempt: an orderly stop."""
+        """Return the version to the queue without counting the attempt, for an orderly stop."""
         with self._db.write() as c:
             jobs.release_lease(c, document_id, version, worker_id, self._clock())
 
@@ -248,7 +249,7 @@ class DocumentStore(IndexFeed):
         version: int,
         worker_id: str | None = None,
     ) -> None:
-        """Say how far ingestion is; `worker_id` None: without a lease. Raises LeaseLost, as all of this section."""
+        """Record progress; `worker_id` None: without a lease. Raises LeaseLost, like the other methods here."""
         with self._db.write() as c:
             jobs.set_progress(c, document_id, version, worker_id, stage, (done, total, unit), self._clock())
 
@@ -265,7 +266,7 @@ class DocumentStore(IndexFeed):
     ) -> Document:
         """Record an error: back to the queue after a pause if `retryable` and attempts are left, else `failed`.
 
-        An older version that is ready goes on answering."""
+        An older ready version stays in use."""
         error = documents.DocumentError(code, message, retryable, page)
         with self._db.write() as c:
             return jobs.fail_document(c, document_id, version, worker_id, error, self._max_attempts, self._clock())
@@ -273,13 +274,13 @@ class DocumentStore(IndexFeed):
     def postpone_document(
         self, document_id: str, code: str, message: str, pause_s: float, *, version: int, worker_id: str
     ) -> None:
-        """Record what keeps the service from ingesting: back to the queue for a while, without counting the attempt."""
+        """Record an error of the service itself: back to the queue after a pause, without counting the attempt."""
         error = documents.DocumentError(code, message, True, None)
         with self._db.write() as c:
             jobs.postpone_document(c, document_id, version, worker_id, error, pause_s, self._clock())
 
     def retry_document(self, document_id: str) -> Document:
-        """Queue a failed version again, with fresh attempts and, as it comes late, a new ordinal; others unchanged."""
+        """Queue a failed version again, with its attempts reset and a new ordinal; other documents stay unchanged."""
         with self._db.write() as c:
             return jobs.retry_document(c, document_id, self._clock())
 
@@ -296,10 +297,10 @@ class DocumentStore(IndexFeed):
         version: int,
         worker_id: str | None = None,
     ) -> IndexChange:
-        """Make `version` ready with this content and drop what answered before, in one transaction.
+        """Make `version` ready with this content and drop the previous version, in one transaction.
 
-        vectors (len(chunks), dim) float32 of unit length. The first call fixes embedder and dim for this database;
-        another raises EmbedderMismatch. Raises LeaseLost; ValueError when a chunk is not its span of the text.
+        vectors (len(chunks), dim) float32, unit length. The first call fixes embedder and dim of the database; others
+        raise EmbedderMismatch. Raises LeaseLost; ValueError if a chunk is not its span of the text.
         """
         content.check_chunks(parsed, chunks, vectors)
         with self._db.write() as c:
@@ -307,7 +308,7 @@ class DocumentStore(IndexFeed):
             return content.replace_content(c, row, parsed, chunks, vectors, embedder_name, self._clock())
 
     def get_content(self, document_id: str) -> ParsedDocument:
-        """Text, pages, headings and title as parsed. Raises DocumentNotReady when no version is ready."""
+        """Text, pages, headings and title as parsed. Raises DocumentNotReady if no version is ready."""
         with self._db.read() as c:
             return searching.get_content(c, document_id)
 
@@ -320,12 +321,12 @@ class DocumentStore(IndexFeed):
             return searching.get_chunks(c, document_id)
 
     def chunk_spans(self, document_id: str) -> list[tuple[int, int]]:
-        """Where the chunks stand in the text, in order. Raises DocumentNotReady."""
+        """The (start, end) of each chunk in the text, in order. Raises DocumentNotReady."""
         with self._db.read() as c:
             return searching.chunk_spans(c, document_id)
 
     def chunk_at(self, document_id: str, char_start: int, char_end: int) -> Chunk | None:
-        """The chunk that shares most characters with the span, the first such; None if none does."""
+        """The chunk that shares most characters with the span, the first of equals; None if none overlaps it."""
         with self._db.read() as c:
             return searching.chunk_at(c, document_id, char_start, char_end)
 
@@ -334,12 +335,12 @@ class DocumentStore(IndexFeed):
     def select_chunks(
         self, collections: Sequence[str], document_ids: Sequence[str] | None = None, filters: Filters | None = None
     ) -> Selection:
-        """What a search may see; arguments as `ready_documents`."""
+        """The scope of a search; arguments as `ready_documents`."""
         with self._db.read() as c:
             return searching.select_chunks(c, collections, document_ids, filters)
 
     def load_hits(self, chunk_rows: Sequence[int]) -> dict[int, Hit]:
-        """Row -> hit without scores, of those rows that still exist."""
+        """Row -> hit without scores, for the rows that still exist."""
         with self._db.read() as c:
             return searching.load_hits(c, chunk_rows)
 
@@ -355,35 +356,35 @@ class DocumentStore(IndexFeed):
             return access.find_key(c, key_hash)
 
     def is_in_force(self, key_id: str) -> bool:
-        """Whether there is such a key, and it is not revoked."""
+        """Whether the key exists and is not revoked."""
         with self._db.read() as c:
             return access.is_in_force(c, key_id)
 
     def list_keys(self) -> list[ApiKey]:
-        """All, revoked ones too, oldest first."""
+        """All, including revoked ones, oldest first."""
         with self._db.read() as c:
             return access.list_keys(c)
 
     def revoke_key(self, key_id: str) -> bool:
-        """Whether there was such a key in force."""
+        """Returns whether there was such a key, not yet revoked."""
         with self._db.write() as c:
             return access.revoke_key(c, key_id, self._clock())
 
     def find_reply(self, key: str, fingerprint: str) -> StoredReply | None:
-        """The reply to an earlier request with this Idempotency-Key (made unique to the caller).
+        """The reply to an earlier request with this Idempotency-Key (made unique per caller).
 
-        Raises IdempotencyConflict when that request was another one, i.e. had another fingerprint.
+        Raises IdempotencyConflict if that request had another fingerprint.
         """
         with self._db.read() as c:
             return access.find_reply(c, key, fingerprint, self._clock())
 
     def save_reply(self, key: str, fingerprint: str, reply: StoredReply) -> None:
-        """Keep it for a day; the first one kept stays."""
+        """Store it for a day; an existing one is not overwritten."""
         with self._db.write() as c:
             access.save_reply(c, key, fingerprint, reply, self._clock())
 
     def get_setting(self, name: str) -> str | None:
-        """A value this database remembers, such as the fence nonce."""
+        """A stored value of this database, such as the fence nonce."""
         with self._db.read() as c:
             return access.get_setting(c, name)
 

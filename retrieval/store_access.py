@@ -1,4 +1,4 @@
-"""Statements over API keys, replies kept for repeated requests, and settings of the database itself."""
+"""SQL for API keys, replies stored for repeated requests, and settings of the database itself."""
 
 import json
 import sqlite3

@@ -1,8 +1,8 @@
-"""Statements that change or enumerate searchable content: text, chunks, vectors, and generations.
+"""SQL that changes or enumerates searchable content: text, chunks, vectors, and generations.
 
-A generation is one change of the searchable chunks. Chunks carry the one that added them, `removed_chunks` the one
-that removed them; so whoever knows a generation can be told what came after. Numbers follow the clock, so that a
-database restored from a backup never gives a number that its lost future gave before.
+Each change of the searchable chunks is a generation. Chunks record the generation that added them, `removed_chunks` the
+one that removed them, so that all changes since a given generation can be listed. Numbers follow the clock, so that a
+database restored from a backup never reuses a number.
 """
 
 import json
@@ -42,7 +42,7 @@ def replace_content(
     embedder_name: str,
     now: float,
 ) -> IndexChange:
-    """Make the newest version the one that answers, with this content; drop the other one."""
+    """Make the newest version current, with this content; drop the previous one."""
     if len(chunks):
         remember_embedder(c, embedder_name, vectors.shape[1])
     removed = _remove_rows(c, [document_row])
@@ -97,7 +97,7 @@ def _insert_chunk(c: sqlite3.Connection, document_row: int, generation: int, chu
 
 
 def remove_content(c: sqlite3.Connection, document_rows: Sequence[int], now: float) -> IndexChange:
-    """Take the documents out of every search and reading."""
+    """Remove the content of these documents."""
     removed = _remove_rows(c, document_rows)
     return IndexChange(_next_generation(c, removed, now), (), tuple(removed))
 
@@ -179,7 +179,7 @@ def read_texts(c: sqlite3.Connection, position: Position, upto: int, batch: int)
 
 
 def count_chunks(c: sqlite3.Connection) -> int:
-    (count,) = c.execute("SELECT count(*) FROM chunks").fetchone()  # of vectors it would read them all
+    (count,) = c.execute("SELECT count(*) FROM chunks").fetchone()  # counting vectors would read all of them
     return count
 
 

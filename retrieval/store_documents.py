@@ -1,6 +1,6 @@
-"""Statements over collections, documents and their versions; each function runs inside a transaction of its caller.
+"""SQL for collections, documents and their versions; each function runs inside a transaction of its caller.
 
-A document has at most two versions: the one that answers (`current_version`) and a newer one on its way.
+A document has at most two versions: the current one (`current_version`) and a newer one being ingested.
 """
 
 import json
@@ -34,7 +34,7 @@ class DocumentNotReady(ValueError):
 
 
 class DuplicateDocument(ValueError):
-    """The collection has a document of the same bytes; `document_id` names it."""
+    """The collection already has the document `document_id` with the same bytes."""
 
     def __init__(self, document_id: str, filename: str, collection: str) -> None:
         super().__init__(f"the same bytes are document {document_id} ({filename!r}) in collection {collection!r}")
@@ -100,7 +100,7 @@ def collection_rows(c: sqlite3.Connection, names: Sequence[str]) -> list[int]:
     return [known[name] for name in names]
 
 
-_PLACES_KEPT_S = 86_400.0  # a client that lists documents may go on for so long from one that is gone
+_PLACES_KEPT_S = 86_400.0  # how long clients can continue a listing from a deleted document
 
 _DOCUMENT = """
     SELECT d.row AS document_row, d.id, k.name AS collection, d.deleting, d.created_at, v.*
@@ -136,7 +136,7 @@ def get_document(c: sqlite3.Connection, document_id: str) -> Document:
 
 
 def get_current(c: sqlite3.Connection, document_id: str) -> tuple[int, Document]:
-    """(document row, version that answers). Raises DocumentNotFound, DocumentNotReady."""
+    """(document row, current version). Raises DocumentNotFound, DocumentNotReady."""
     row = c.execute(f"{_CURRENT} WHERE d.id = ?", (document_id,)).fetchone()
     if row is None:
         newest = get_document(c, document_id)
@@ -175,7 +175,7 @@ def replace_document(c: sqlite3.Connection, old: Document, upload: Upload, now: 
 
 
 def _find_twin(c: sqlite3.Connection, collection_row: int, sha256: str) -> Document | None:
-    """The document whose newest version has these bytes: an older version may vanish, so it does not count."""
+    """The document whose newest version has these bytes; older versions do not count, as they are about to vanish."""
     twin = f"{_NEWEST} WHERE v.sha256 = ? AND d.collection_row = ? AND NOT d.deleting ORDER BY d.row LIMIT 1"
     row = c.execute(twin, (sha256, collection_row)).fetchone()
     return None if row is None else document_from_row(row)
@@ -204,7 +204,7 @@ def _insert_version(c: sqlite3.Connection, document_id: str, version: int, uploa
 
 
 def take_ordinal(c: sqlite3.Connection, document_id: str) -> int:
-    """The next d-number of the document's collection, never given again."""
+    """The next ordinal (d-number) of the document's collection; never reused."""
     (following,) = c.execute(
         """UPDATE collections SET next_ordinal = next_ordinal + 1
         WHERE row = (SELECT collection_row FROM documents WHERE id = ?) RETURNING next_ordinal""",
@@ -231,7 +231,7 @@ def list_documents(
 
 
 def find_place(c: sqlite3.Connection, document_id: str) -> tuple[int, str]:
-    """(row, collection) of a document, also of one deleted in the last day. Raises DocumentNotFound."""
+    """(row, collection) of a document, also of one deleted within the last day. Raises DocumentNotFound."""
     place = c.execute(
         """SELECT d.row, k.name FROM documents d JOIN collections k ON k.row = d.collection_row WHERE d.id = ?
         UNION ALL SELECT row, collection FROM deleted_documents WHERE id_digest = ?""",
@@ -272,7 +272,7 @@ def ready_documents(
 def ready_rows(
     c: sqlite3.Connection, collections: Sequence[str], document_ids: Sequence[str] | None, filters: Filters | None
 ) -> list[sqlite3.Row]:
-    """Rows of the versions that answer now, in canonical order."""
+    """Rows of the current ready versions, in canonical order."""
     where, values = ["d.collection_row IN (SELECT value FROM json_each(?))"], []
     values.append(json.dumps(collection_rows(c, collections)))
     if document_ids is not None:
@@ -283,9 +283,9 @@ def ready_rows(
 
 
 def matches_filters(metadata: Mapping[str, object], filters: Filters) -> bool:
-    """Whether every key has the wanted value, or one of those; a list in `metadata` has each of its members.
+    """Whether every key has the wanted value or one of the wanted values; a list in `metadata` has all its members.
 
-    Values are compared with their types: true is not 1, though 1 is 1.0. A missing key matches nothing.
+    Booleans and numbers differ (true is not 1), but 1 equals 1.0. A missing key matches nothing.
     """
     for key, wanted in filters.items():
         if key not in metadata:

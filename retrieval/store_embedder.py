@@ -1,7 +1,7 @@
-"""Statements about whose vectors these are, and those that make another embedder's beside them.
+"""SQL for the embedder of the stored vectors, and for computing vectors of another embedder beside them.
 
-`next_vectors` grows in the order of chunk rows, which is the order in which chunks came; so what is behind its last row
-is what lacks a vector, whatever is added or removed meanwhile. `adopt_embedder` puts it in the place of `vectors`.
+`next_vectors` is filled in the order of chunk rows, in which chunks are added; so the chunks after its last row are
+those without a vector, whatever is added or removed meanwhile. `adopt_embedder` replaces `vectors` with it.
 """
 
 import json
@@ -44,7 +44,7 @@ def is_next(c: sqlite3.Connection, name: str, dim: int) -> bool:
 
 
 def begin_embedding(c: sqlite3.Connection, name: str, dim: int) -> int:
-    """Go on making vectors of this embedder, or begin; returns how many chunks lack one."""
+    """Begin or resume computing vectors of this embedder; returns how many chunks lack one."""
     if _get(c, _NEXT) != (name, dim):
         c.execute("DELETE FROM next_vectors")
         _set(c, _NEXT, (name, dim))
@@ -52,14 +52,14 @@ def begin_embedding(c: sqlite3.Connection, name: str, dim: int) -> int:
 
 
 def count_to_embed(c: sqlite3.Connection, name: str, dim: int) -> int:
-    """Chunks without a vector of this embedder, which is not the one in use."""
+    """Number of chunks without a vector of this embedder, which must not be the one in use."""
     last = last_row(c) if _get(c, _NEXT) == (name, dim) else 0
     (count,) = c.execute("SELECT count(*) FROM chunks WHERE row > ?", (last,)).fetchone()
     return count
 
 
 def add_vectors(c: sqlite3.Connection, name: str, dim: int, rows: Sequence[int], vectors: np.ndarray) -> None:
-    """Raises EmbedderMismatch when another embedder's are being made by now. Rows that are gone are left out."""
+    """Raises EmbedderMismatch if vectors of another embedder are being computed now. Deleted rows are skipped."""
     if _get(c, _NEXT) != (name, dim):
         raise EmbedderMismatch(f"another `jamba-rag reembed` has begun, for {_get(c, _NEXT)}; end one of them")
     c.executemany(
@@ -69,7 +69,7 @@ def add_vectors(c: sqlite3.Connection, name: str, dim: int, rows: Sequence[int],
 
 
 def adopt_embedder(c: sqlite3.Connection, name: str, dim: int) -> bool:
-    """Put this embedder's vectors in the place of those in use; False if it is not the next one or chunks lack any."""
+    """Switch to the vectors of this embedder; False if it is not the next one, or chunks lack vectors."""
     if _get(c, _NEXT) != (name, dim):
         return False
     if c.execute("SELECT 1 FROM chunks WHERE row NOT IN (SELECT chunk_row FROM next_vectors) LIMIT 1").fetchone():
@@ -83,7 +83,7 @@ def adopt_embedder(c: sqlite3.Connection, name: str, dim: int) -> bool:
 
 
 def last_row(c: sqlite3.Connection) -> int:
-    """Of the chunks that have a vector of the next embedder, the last; 0 = none has."""
+    """The last chunk row with a vector of the next embedder; 0: none."""
     (last,) = c.execute("SELECT coalesce(max(chunk_row), 0) FROM next_vectors").fetchone()
     return last
 

@@ -1,4 +1,4 @@
-"""What the indexes need of the store: which chunks came and went since a generation. Part of DocumentStore."""
+"""The store's interface for indexes: chunks added and removed since a generation. Part of DocumentStore."""
 
 from collections.abc import Iterator, Sequence
 
@@ -17,12 +17,12 @@ class IndexFeed:
     _db: Database
 
     def generation(self) -> int:
-        """Grows with every change of the searchable chunks; 0 before the first. Unique to this database's history."""
+        """Increases with every change of the searchable chunks; 0 before the first. Unique within the database."""
         with self._db.read() as c:
             return content.generation(c)
 
     def knows_generation(self, generation: int) -> bool:
-        """Whether changes since then can be told; False for another history or one too long ago."""
+        """Whether changes since then can be listed; False for another history, or too old a generation."""
         with self._db.read() as c:
             return content.knows_generation(c, generation)
 
@@ -32,7 +32,7 @@ class IndexFeed:
             return content.removed_chunks(c, after, upto)
 
     def vectors(self, after: int, upto: int, batch: int = 8192) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Rows (n,) int64 and vectors (n, dim) float32 added by generations after < g <= upto and still there."""
+        """Rows (n,) int64 and vectors (n, dim) float32 added by generations after < g <= upto that still exist."""
         position = (after + 1, 0)
         while True:
             with self._db.read() as c:
@@ -42,7 +42,7 @@ class IndexFeed:
             yield rows, vectors
 
     def chunk_texts(self, after: Position, upto: int, batch: int = 1024) -> Iterator[tuple[Position, list[ChunkText]]]:
-        """Batches of chunks behind `after` and still there, up to generation `upto`, each with where it ends."""
+        """Batches of existing chunks after position `after`, up to generation `upto`, each with its end position."""
         while True:
             with self._db.read() as c:
                 after, found = content.read_texts(c, after, upto, batch)
@@ -54,47 +54,47 @@ class IndexFeed:
         with self._db.read() as c:
             return content.count_chunks(c)
 
-    # Whose vectors they are
+    # Embedder of the vectors
 
     def require_embedder(self, name: str, dim: int) -> None:
-        """Raises EmbedderMismatch if the vectors stored are another embedder's."""
+        """Raises EmbedderMismatch if the stored vectors are those of another embedder."""
         with self._db.read() as c:
             embedder.require_embedder(c, name, dim)
 
     def begin_embedding(self, name: str, dim: int) -> int:
-        """Go on making vectors of another embedder beside those in use, or begin; returns how many chunks lack one."""
+        """Begin or resume computing vectors of another embedder; returns how many chunks lack one."""
         with self._db.write() as c:
             return embedder.begin_embedding(c, name, dim)
 
     def count_to_embed(self, name: str, dim: int) -> int:
-        """Chunks that have no vector of this embedder, which is not the one in use."""
+        """Number of chunks without a vector of this embedder, which must not be the one in use."""
         with self._db.read() as c:
             return embedder.count_to_embed(c, name, dim)
 
     def chunks_to_embed(self, number: int) -> list[tuple[int, str | None, Chunk]]:
-        """(row, title of its document, chunk) of the next `number` that lack a vector of that embedder."""
+        """(row, title of its document, chunk) of the next `number` chunks without a vector of that embedder."""
         with self._db.read() as c:
             return searching.chunks_behind(c, embedder.last_row(c), number)
 
     def add_vectors(self, name: str, dim: int, rows: Sequence[int], vectors: np.ndarray) -> None:
-        """Keep them, in the order that `chunks_to_embed` gave; (len(rows), dim) float32 of unit length.
+        """Store them, in the order of `chunks_to_embed`; (len(rows), dim) float32, unit length.
 
-        Raises EmbedderMismatch when vectors of yet another embedder are being made by now.
+        Raises EmbedderMismatch if vectors of yet another embedder are being computed now.
         """
         with self._db.write() as c:
             embedder.add_vectors(c, name, dim, rows, vectors)
 
     def uses(self, name: str, dim: int) -> bool:
-        """Whether it is this embedder's vectors that are in use."""
+        """Whether the vectors of this embedder are in use."""
         with self._db.read() as c:
             return embedder.is_in_use(c, name, dim)
 
     def adopts(self, name: str, dim: int) -> bool:
-        """Whether it is this embedder's vectors that are being made beside those in use."""
+        """Whether vectors of this embedder are being computed beside those in use."""
         with self._db.read() as c:
             return embedder.is_next(c, name, dim)
 
     def adopt_embedder(self, name: str, dim: int) -> bool:
-        """Use that embedder's vectors from now on, if no chunk lacks one; whether it did. Make indexes anew then."""
+        """Switch to that embedder if no chunk lacks a vector; returns whether it did. Rebuild indexes then."""
         with self._db.write() as c:
             return embedder.adopt_embedder(c, name, dim)

@@ -1,6 +1,6 @@
-"""Statements over leases: who is ingesting which version, and what happens when that stops.
+"""SQL for leases: which worker is ingesting which version, and what happens when it stops.
 
-A version is free when it is queued and its pause is over, or when its lease ran out in the middle of a stage.
+A version can be leased if it is queued and its pause is over, or if its lease has expired during a stage.
 """
 
 import json
@@ -10,12 +10,12 @@ from dataclasses import asdict
 from .store_documents import get_document, take_ordinal
 from .types import Document, DocumentError
 
-_INTERRUPTIONS = 3  # tolerated per attempt: that a service is killed is rarely the fault of a document
+_INTERRUPTIONS = 3  # tolerated per attempt, because a killed service is rarely the fault of the document
 _PAUSE_S = 2.0  # before the second attempt; doubles with each further one
 
 
 class LeaseLost(RuntimeError):
-    """The version was superseded or deleted, or belongs to another worker now: drop the work."""
+    """The version was superseded, deleted, or leased to another worker: stop working on it."""
 
 
 def lease_next(
@@ -43,9 +43,9 @@ def lease_next(
 
 
 def require_version(c: sqlite3.Connection, document_id: str, version: int, worker_id: str | None) -> int:
-    """The document's row, if `version` is its newest and the worker's own. Raises LeaseLost.
+    """The document's row, if `version` is its newest and leased to the worker. Raises LeaseLost.
 
-    worker_id None: a caller without a lease, who may not touch what a worker holds.
+    worker_id None: a caller without a lease, for versions that no worker holds.
     """
     row = c.execute(
         """SELECT d.row, d.newest_version, d.deleting, v.lease_owner, v.status FROM documents d

@@ -1,4 +1,4 @@
-"""Statements that read content: whole documents, chunks by place, what a search may see, and hits."""
+"""SQL that reads content: whole documents, chunks by position, the scope of a search, and hits."""
 
 import json
 import sqlite3
@@ -13,9 +13,9 @@ from .types import Chunk, Filters, Heading, Hit, Page, ParsedDocument
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Selection:
-    """What a search may see. All None = everything; `chunk_rows` is sorted int64, of all that is meant.
+    """The scope of a search. All None: everything. `chunk_rows`: sorted int64, all chunks in scope.
 
-    `document_rows` None: all of the collections.
+    `document_rows` None: all documents of the collections.
     """
 
     collection_rows: tuple[int, ...] | None = None
@@ -55,7 +55,7 @@ def chunk_spans(c: sqlite3.Connection, document_id: str) -> list[tuple[int, int]
 
 
 def chunks_behind(c: sqlite3.Connection, row: int, number: int) -> list[tuple[int, str | None, Chunk]]:
-    """(row, title of its document, chunk) of the next ones."""
+    """(row, title of its document, chunk) of the next `number` chunks after `row`."""
     rows = c.execute(
         """SELECT c.*, d.id AS document_id, v.title FROM chunks c JOIN documents d ON d.row = c.document_row
         JOIN versions v ON v.document_row = d.row AND v.version = d.current_version

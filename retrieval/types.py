@@ -1,7 +1,7 @@
-"""What retrieval stores and returns: frozen values, no behaviour beyond small derived ones.
+"""The value types of retrieval, frozen and almost without behaviour.
 
-Offsets are positions in a document's stored text, counted in characters (code points), end exclusive. Times are Unix
-seconds. Pages count from 1 and are None or empty where the format has none.
+Offsets are in characters (code points) of a document's stored text, end exclusive. Times are Unix seconds. Pages count
+from 1, and are None or empty for formats without pages.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ Filters = Mapping[str, FilterValue | Sequence[FilterValue]]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`done` of `total` `unit`s ("pages", "chunks", "bytes"); total 0 = not known yet."""
+    """`done` of `total` `unit`s ("pages", "chunks", "bytes"); total 0: not known yet."""
 
     stage: str
     done: int = 0
@@ -42,10 +42,10 @@ class DocumentError:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One upload as the API shows it: its newest version, which may still be on its way while an older one answers.
+    """A document, in the state of its newest version, which may be in ingestion while an older one is in use.
 
     `ordinal` is the d-number in its collection, never reused; a new version gets a new one. `pages` is None until
-    parsed and where the format has none. `duplicate_of` is set only on the reply to an upload that was there already.
+    parsed, and for formats without pages. `duplicate_of` is set only in the reply to an upload of existing bytes.
     """
 
     id: str
@@ -72,7 +72,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Collection:
-    """`documents`, `chunks` and `tokens` count what answers now; `pending` and `failed` count newest versions."""
+    """`documents`, `chunks` and `tokens` count ready versions in use; `pending` and `failed` count newest versions."""
 
     name: str
     documents: int
@@ -85,7 +85,7 @@ class Collection:
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where a span stands; field for field the API's `location`."""
+    """The location of a span, with the fields of the API's `location`."""
 
     char_start: int
     char_end: int
@@ -116,9 +116,9 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class SearchParams:
-    """What one search wants. `filters`: metadata key -> value, or a list of which one must match.
+    """Parameters of one search. `filters`: metadata key -> value, or a list of which one must match.
 
-    `rerank` False leaves out the reranker, where there is one.
+    `rerank`: whether to use the reranker, if there is one.
     """
 
     max_num_results: int = 10
@@ -132,7 +132,7 @@ class SearchParams:
 class Hit:
     """A found chunk. `scores` holds dense (cosine), lexical (BM25, higher is better), fused and rerank, if computed.
 
-    `score` is the one it was ranked by; `document_version` that of the text searched.
+    `score` is the one it was ranked by; `document_version` is the version of the text searched.
     """
 
     chunk: Chunk
@@ -157,7 +157,7 @@ class Hit:
 class Passage:
     """One contiguous span: `text` is exactly the document's stored text[char_start:char_end].
 
-    `pages` and `headings` are the whole document's, so that a quote is located without asking the store again:
+    `pages` and `headings` are those of the whole document, so that quotes can be located without the store:
     `locate(passage.pages, passage.headings, start, end)`.
     """
 
@@ -177,10 +177,10 @@ class Passage:
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """What the model reads: passages grouped by document, in canonical order (collection, ordinal, char_start), or a
-    beginning of earlier evidence and then what it lacked, each in that order.
+    beginning of earlier evidence followed by what it lacked, each in that order.
 
-    `relevance` names document ids best first, empty where nothing was searched for. `tokens` is what the caller's
-    counter gives for each document's passages, summed.
+    `relevance`: document ids, best first; empty without a search. `tokens`: sum of the caller's token counts of each
+    document's passages.
     """
 
     passages: tuple[Passage, ...]
@@ -189,7 +189,7 @@ class Evidence:
     relevance: tuple[str, ...] = ()
 
 
-# In the order in which chunks came: generation, last row taken of it
+# Position in the order in which chunks were added: generation, last row read of it
 Position = tuple[int, int]
 # Row, rows of its collection and document, text, name of the file with title and headings
 ChunkText = tuple[int, int, int, str, str]
@@ -197,8 +197,8 @@ ChunkText = tuple[int, int, int, str, str]
 
 @dataclass(frozen=True, slots=True)
 class IndexChange:
-    """What a write did to the searchable chunks (row ids), as of `generation`; the originals (SHA-256) and documents
-    (ids) let go."""
+    """Searchable chunks (row ids) that a write added and removed, as of `generation`; and the originals (SHA-256) and
+    documents (ids) that it released."""
 
     generation: int
     added: tuple[int, ...] = ()
@@ -209,7 +209,7 @@ class IndexChange:
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """`collections` None = all of them. The key itself is never stored, only its hash."""
+    """`collections` None: all. Only the hash of the key is stored."""
 
     id: str
     name: str
@@ -221,7 +221,7 @@ class ApiKey:
 
 @dataclass(frozen=True, slots=True)
 class StoredReply:
-    """What an earlier request with the same Idempotency-Key was answered."""
+    """The reply to an earlier request with the same Idempotency-Key."""
 
     status: int
     body: str

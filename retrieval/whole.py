@@ -47,7 +47,7 @@ class WholeSelections:
     ) -> Evidence:
         """Every ready document of the selection, in canonical order, `relevance` empty.
 
-        Raises EvidenceTooLarge when they take more than the budget; CollectionNotFound.
+        Raises EvidenceTooLarge if they exceed the budget; CollectionNotFound.
         """
         key = json.dumps((list(collections), document_ids, filters), default=list, sort_keys=True)
         with self._store.snapshot():

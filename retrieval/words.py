@@ -1,9 +1,8 @@
-"""The word index: BM25 over the words of chunks, on tantivy; derived from the store, never the other way round.
+"""The word index: BM25 over the words of chunks, using tantivy; derived from the store.
 
-A commit holds changed chunks together with the store's generation that they are of, so whatever a crash leaves is one
-generation, and `WordIndex.catch_up` goes on from there. Where an index is made anew over many chunks, a thread fills it
-while searches find what is there already; a commit then also says how far the thread is. What a word is: lexical.py.
-Start at `open_words`.
+Each commit includes the store's generation, so that after a crash `WordIndex.catch_up` continues from a consistent
+state. An index over many chunks is rebuilt in the background while searches find the chunks already added; its commits
+also record the position of the rebuild. Tokenization is in lexical.py. Start at `open_words`.
 """
 
 import json
@@ -28,20 +27,20 @@ from .lexical import index_text
 from .types import ChunkText, Position
 
 _LOG = logging.getLogger(__name__)
-_ANALYZER = "words-1"  # part of the schema: with another number, indexes made before are rebuilt
-_HEAP_BYTES = 64_000_000  # so much of new chunks is in memory before it becomes a segment
-_MARKER = 0  # row of the one entry that says the generation; rows of chunks begin at 1
+_ANALYZER = "words-1"  # part of the schema; increment to rebuild existing indexes
+_HEAP_BYTES = 64_000_000  # memory for new chunks before they are written as a segment
+_MARKER = 0  # row of the entry that stores the generation; rows of chunks begin at 1
 _LEAST_IDF = 1e-6
-_RETRY_S = 30.0  # after an index could not be written, as on a full disk
-_AT_ONCE = 10_000  # chunks that whoever asks waits for, about a second; more are a thread's
-_PIECE = 500  # chunks that the thread adds while others wait,
-_BREATH_S = 0.002  # and how long it then lets them: locks are not fair
+_RETRY_S = 30.0  # after the index could not be written, as on a full disk
+_AT_ONCE = 10_000  # chunks added synchronously, which takes about a second; a thread adds more
+_PIECE = 500  # chunks that the thread adds while it holds the lock,
+_BREATH_S = 0.002  # and the pause in which it releases the lock: locks are not fair
 _TELL_S = 10.0
-_COMMIT_CHUNKS = 20_000  # after which searches find what the thread added
+_COMMIT_CHUNKS = 20_000  # chunks between commits of the thread, after which searches find them
 
 
 class WordSource(Protocol):
-    """What the index needs of the store; see DocumentStore."""
+    """The part of DocumentStore that the index needs."""
 
     def generation(self) -> int: ...
     def knows_generation(self, generation: int) -> bool: ...
@@ -54,10 +53,10 @@ class WordSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """What a commit says of itself: it has taken over all changes up to `generation`.
+    """The metadata of a commit: it has all changes up to `generation`.
 
-    But where `missing_upto` is not 0, of the chunks that came up to that generation only those up to
-    (filled_generation, filled_row) in the store's order are in.
+    Except during a rebuild (`missing_upto` not 0): of the chunks added up to that generation, it has only those up to
+    (filled_generation, filled_row) in the store's order.
     """
 
     generation: int = 0
@@ -70,7 +69,7 @@ class WordIndex:
     """Finds chunk rows by their words. Thread safe; one process at a time may write to a directory."""
 
     def __init__(self, directory: Path | None = None) -> None:
-        """Open or create; None = in memory. Raises IndexDamaged when what is there cannot be opened."""
+        """Open or create; None: in memory. Raises IndexDamaged if an existing index cannot be opened."""
         self._analyzer = _make_analyzer()
         self._schema = _make_schema()
         try:
@@ -84,39 +83,39 @@ class WordIndex:
         self._lock = threading.Lock()  # one writer at a time
         self._writer: tantivy.IndexWriter | None = None
         self._caught_up_at = self._failed_at = -math.inf
-        self._committed = self._held = self._read_held()  # the latter with what the writer was given since
+        self._committed = self._held = self._read_held()  # the latter includes uncommitted changes
         self._missing = 0
-        self._uncommitted = 0  # chunks that the thread added
+        self._uncommitted = 0  # chunks added by the thread
         self._filler: threading.Thread | None = None
         self._closing = threading.Event()
 
     @property
     def count(self) -> int:
-        """Chunks that it holds."""
+        """Number of committed chunks."""
         return self._index.searcher().num_docs - (self._committed.generation != 0)
 
     @property
     def generation(self) -> int:
-        """The store's generation that it holds, but for what is `missing`; 0 = nothing."""
+        """The store's generation that the index is at, except for `missing` chunks; 0: empty."""
         return self._committed.generation
 
     @property
     def missing(self) -> int:
-        """About how many chunks are still to come from the thread that fills it; 0 when it has all."""
+        """About how many chunks the background thread still has to add; 0: none."""
         return max(1, self._missing) if self._committed.missing_upto else 0
 
     @property
     def share(self) -> float:
-        """Of the chunks that it should hold, how many it does: 0 to 1."""
+        """Share of the store's chunks that are in the index, 0 to 1."""
         missing = self.missing
         return self.count / (self.count + missing) if missing else 1.0
 
     def catch_up(self, source: WordSource, min_interval_s: float = 0.0) -> bool:
-        """Take over what the store changed since; returns whether there was anything. Cheap if not.
+        """Apply the changes of the store; returns whether there were any. Cheap if not.
 
-        Does nothing within `min_interval_s` of the last time: a commit takes tens of milliseconds. More than 10,000
-        chunks at once are left to a thread. When the index cannot be written, that is logged, searches go on with what
-        it holds, and it is tried again 30 s later.
+        Does nothing within `min_interval_s` of the last time, because a commit takes tens of milliseconds. More than
+        10,000 chunks are left to a thread. If the index cannot be written, that is logged, searches use what it has,
+        and the write is retried after 30 s.
         """
         if source.generation() == self.generation and (self._filler is not None or not self.missing):
             return False
@@ -139,14 +138,14 @@ class WordIndex:
             return True
 
     def settle(self) -> None:
-        """Wait until no thread fills the index."""
+        """Wait until no thread is filling the index."""
         if (filler := self._filler) is not None:
             filler.join()
 
     def close(self, source: WordSource) -> None:
-        """Take over what is left of the store's changes, and let others write to the directory.
+        """Apply the remaining changes of the store, and release the write lock of the directory.
 
-        What is missing stays so, and the next to open the directory goes on with it.
+        A running rebuild is interrupted; the next process to open the directory continues it.
         """
         self._closing.set()
         self.settle()
@@ -179,12 +178,12 @@ class WordIndex:
 
     @contextmanager
     def _writing(self) -> Iterator[tantivy.IndexWriter]:
-        """A writer that is dropped, and what it was given since the last commit with it, unless all goes well."""
+        """A writer; if the block raises, it is dropped together with its uncommitted changes."""
         writer, self._writer = self._writer, None
         try:
             if writer is None:
                 writer = self._index.writer(_HEAP_BYTES, num_threads=1)
-                writer.garbage_collect_files()  # else one that a crash left may stand where a commit wants to write
+                writer.garbage_collect_files()  # a file left by a crash could be in the way of a commit
             yield writer
             self._writer = writer
         finally:
@@ -200,14 +199,14 @@ class WordIndex:
         self._uncommitted = 0
 
     def _consider_filling(self, source: WordSource) -> None:
-        """Start a thread that adds what is missing, unless there is one; the caller holds `_lock`."""
+        """Start a thread that adds missing chunks, unless one is running; the caller holds `_lock`."""
         self._missing = max(0, source.count_chunks() - self.count)
         if self._filler is None and not self._closing.is_set():
             self._filler = threading.Thread(target=self._fill, args=(source,), name="words-filling", daemon=True)
             self._filler.start()
 
     def _fill(self, source: WordSource) -> None:
-        """Add what is missing, a piece at a time, so that changes and searches come in between."""
+        """Add missing chunks in pieces, so that updates and searches are not blocked for long."""
         _LOG.warning("word index: about %d chunks to come, the others are found", self._missing)
         began = told = time.monotonic()
         while not self._closing.wait(_BREATH_S):
@@ -227,7 +226,7 @@ class WordIndex:
             _LOG.info("word index: complete after %.0f s", time.monotonic() - began)
 
     def _fill_piece(self, source: WordSource) -> bool:
-        """Whether there was something to add; the caller holds `_lock`."""
+        """Add one piece; returns whether anything was missing. The caller holds `_lock`."""
         held = self._held
         if not held.missing_upto:
             return False
@@ -251,10 +250,10 @@ class WordIndex:
         collection_rows: Sequence[int] | None = None,
         document_rows: Sequence[int] | None = None,
     ) -> list[tuple[int, float]]:
-        """Best (chunk row, BM25 score, higher is better) of the chunks that have any of `lexical.query_terms`.
+        """The best (chunk row, BM25 score) of the chunks that have any of `lexical.query_terms`.
 
-        `collection_rows`: only in these collections, and words are as rare as they are there: whoever may see no others
-        learns nothing of their words. `document_rows`: only in these documents. None = all. k1 1.2, b 0.75; lengths are
+        `collection_rows`: search only these collections, and use their document frequencies, so that scores reveal
+        nothing about others. `document_rows`: search only these documents. None: all. k1 1.2, b 0.75; lengths are
         rounded to a byte.
         """
         searcher, among = self._index.searcher(), self._within("collection", collection_rows)
@@ -270,13 +269,13 @@ class WordIndex:
         return sorted(found, key=lambda hit: (-hit[1], hit[0]))
 
     def expected_score(self, terms: Sequence[str], collection_rows: Sequence[int] | None = None) -> float:
-        """BM25 of an average chunk that has each of `lexical.query_terms` once: the sum of their idf; 0 without."""
+        """BM25 score of an average-length chunk with each of `lexical.query_terms` once: the sum of their IDFs."""
         searcher, among = self._index.searcher(), self._within("collection", collection_rows)
         chunks = self._count(searcher, among)
         return sum(_idf(self._holding(searcher, tokens, among), chunks) for tokens in self._analyze(terms))
 
     def has_rare(self, terms: Sequence[str], most: int, collection_rows: Sequence[int] | None = None) -> bool:
-        """Whether one of the terms stands in some chunks, but in no more than `most`."""
+        """Whether one of the terms occurs in at least one and at most `most` chunks."""
         searcher, among = self._index.searcher(), self._within("collection", collection_rows)
         return any(0 < self._holding(searcher, tokens, among) <= most for tokens in self._analyze(terms))
 
@@ -286,7 +285,7 @@ class WordIndex:
     def _term_query(
         self, searcher: tantivy.Searcher, tokens: list[str], among: tantivy.Query | None, chunks: int
     ) -> tantivy.Query:
-        """Tantivy weighs a term by its `_own_idf`, a phrase by the sum of its words'; this weighs it by `_idf`."""
+        """The query weighted by `_idf`; tantivy would use `_own_idf` of a term, or the sum of those of a phrase."""
         own = sum(_own_idf(searcher.doc_freq("text", token), searcher.num_docs) for token in tokens)
         weight = _idf(self._holding(searcher, tokens, among), chunks)
         return tantivy.Query.boost_query(self._having(tokens), weight / own)
@@ -302,7 +301,7 @@ class WordIndex:
         return tantivy.Query.const_score_query(tantivy.Query.term_set_query(self._schema, field, list(rows)), 0.0)
 
     def _holding(self, searcher: tantivy.Searcher, tokens: list[str], among: tantivy.Query | None) -> int:
-        """How many chunks have the term."""
+        """Document frequency of the term."""
         if len(tokens) == 1 and among is None:
             return searcher.doc_freq("text", tokens[0])
         return self._count(searcher, _all_of(self._having(tokens), among))
@@ -320,7 +319,7 @@ class WordIndex:
 
 
 def open_words(source: WordSource, directory: Path) -> WordIndex:
-    """Return the index there if it is sound, brought up to date, else a new one; a thread fills in what is many."""
+    """The saved index, updated, or a new one if that is damaged; many missing chunks are added in the background."""
     try:
         if directory.exists():
             check_files(directory)
@@ -334,9 +333,9 @@ def open_words(source: WordSource, directory: Path) -> WordIndex:
 
 
 def check_files(directory: Path) -> None:
-    """Raise IndexDamaged unless the files of all segments are what was written; those of no segment do not count.
+    """Raise IndexDamaged unless the checksums of all segment files are right; other files are ignored.
 
-    Source: tantivy, src/directory/footer.rs: content, JSON with its CRC-32, length of that, a fixed number.
+    Source: tantivy, src/directory/footer.rs: content, JSON with its CRC-32, length of the JSON, a magic number.
     """
     try:
         for segment in json.loads((directory / "meta.json").read_bytes())["segments"]:
@@ -362,7 +361,7 @@ def _add_chunks(writer: tantivy.IndexWriter, chunks: Sequence[ChunkText]) -> Non
 
 
 def _all_of(query: tantivy.Query, *others: tantivy.Query | None) -> tantivy.Query:
-    """What matches the query, with its score, and those of the others that are there."""
+    """Matches of the query, with its score, that also match the other queries that are not None."""
     parts = [other for other in others if other is not None]
     return tantivy.Query.boolean_query([(tantivy.Occur.Must, one) for one in (*parts, query)]) if parts else query
 
@@ -379,7 +378,7 @@ def _make_schema() -> tantivy.Schema:
 
 
 def _make_analyzer() -> tantivy.TextAnalyzer:
-    """Runs of letters and digits, as Python's `[^\\W_]+`; English stems, of which other words have few."""
+    """Runs of letters and digits, like Python's `[^\\W_]+`, with English stemming, which affects few other words."""
     builder = tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.regex(r"[\p{L}\p{N}]+"))
     for step in (tantivy.Filter.lowercase(), tantivy.Filter.ascii_fold(), tantivy.Filter.stemmer("english")):
         builder = builder.filter(step)
@@ -387,10 +386,10 @@ def _make_analyzer() -> tantivy.TextAnalyzer:
 
 
 def _idf(holding: int, chunks: int) -> float:
-    """Of Robertson and Spärck Jones; next to nothing for what half of all chunks hold. Measured: docs/log.md."""
+    """IDF of Robertson and Spärck Jones; almost 0 for terms in at least half of all chunks. Measured: docs/log.md."""
     return max(_LEAST_IDF, math.log((max(0, chunks - holding) + 0.5) / (holding + 0.5)))
 
 
 def _own_idf(holding: int, chunks: int) -> float:
-    """Source: tantivy, src/query/bm25.rs."""
+    """Tantivy's IDF. Source: tantivy, src/query/bm25.rs."""
     return math.log1p((max(0, chunks - holding) + 0.5) / (holding + 0.5))
