@@ -1,4 +1,4 @@
-"""From an upload to searchable chunks: store the bytes, recognise, parse, chunk, embed, index.
+"""From an upload to searchable chunks: store the bytes, detect the type, parse, chunk, embed, index.
 
-Knows nothing of HTTP or models. Start at `pipeline.ingest_document`; `jobs.IngestWorker` runs it on leased documents.
+Independent of HTTP and of models. Start at `pipeline.ingest_document`; `jobs.IngestWorker` runs it on leased documents.
 """

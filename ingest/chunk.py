@@ -1,7 +1,7 @@
-"""ParsedDocument -> chunks: whole sections, paragraphs and sentences while they fit, with exact offsets.
+"""ParsedDocument -> chunks: whole sections, paragraphs and sentences if they fit, with exact offsets.
 
-Chunks do not overlap, and together they hold every character but white space. Sizes give way to structure: a chunk may
-be short where a section ends, but none is longer than the target.
+Chunks do not overlap, and together cover every character except white space. Structure takes precedence over size: a
+chunk may be short at the end of a section, but none exceeds the target.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ _UNBROKEN_RUN = re.compile(r"[^\s,.;。？！]{400}(?=[^\s,.;。？！])")
 
 @dataclass(frozen=True, slots=True)
 class ChunkLimits:
-    """`target_tokens`: no chunk has more, as `count_tokens` counts. A new section starts a new chunk unless the one
-    being filled has fewer than `min_tokens` and the section is not an outer one. `chars_per_token` bounds what a
-    tokenizer would call one unknown word.
+    """`target_tokens`: maximum tokens of a chunk, by `count_tokens`. A section starts a new chunk unless the current
+    one has fewer than `min_tokens` and the section is not an outer one. `chars_per_token`: bounds the length of text
+    that a tokenizer may count as one unknown word.
     """
 
     target_tokens: int = 256
@@ -42,16 +42,16 @@ class _Piece:
     start: int
     end: int
     tokens: int
-    level: int  # of the heading it begins with, 0 if none
+    level: int  # of the heading that it begins with; 0: none
 
 
 def chunk_document(
     parsed: ParsedDocument, document_id: str, limits: ChunkLimits, count_tokens: CountTokens
 ) -> list[Chunk]:
-    """Cut the text; chunk.text == parsed.text[chunk.char_start:chunk.char_end] for every chunk.
+    """Split the text; chunk.text == parsed.text[chunk.char_start:chunk.char_end] for every chunk.
 
-    Ids depend on document, place and text alone, so doing it again gives the same ones. `count_tokens` is called for
-    each paragraph, each sentence of a long paragraph and each chunk: linear in the text.
+    Ids depend only on document, position and text, so they are reproducible. `count_tokens` is called for each
+    paragraph, each sentence of a long paragraph and each chunk: linear in the text.
     """
     section_starts = [heading.char_start for heading in parsed.headings]
     page_starts = [page.char_start for page in parsed.pages]
@@ -86,12 +86,12 @@ def _chunk_id(document_id: str, start: int, text: str) -> str:
 
 
 def _page_at(pages: Sequence[Page], page_starts: list[int], position: int) -> int | None:
-    """The page that holds this character. A page without text is never the last to start before one."""
+    """The page of this character: the last one to start at or before it, which is never one without text."""
     return pages[max(0, bisect_right(page_starts, position) - 1)].page if pages else None
 
 
 def _heading_paths(headings: Sequence[Heading]) -> list[tuple[str, ...]]:
-    """For each heading the titles from the outermost one down to it."""
+    """For each heading, the titles from the outermost down to it."""
     open_sections: list[Heading] = []
     paths = []
     for heading in headings:
@@ -113,9 +113,9 @@ def _opening(group: Sequence[_Piece]) -> Iterator[_Piece]:
 
 
 def _cut_pieces(text: str, headings: Sequence[Heading], splitter: "_Splitter") -> Iterator[_Piece]:
-    """Paragraphs in order; one that is too long comes in several pieces, cut between sentences where possible.
+    """Paragraphs in order; long ones are split into pieces, between sentences if possible.
 
-    What follows a heading is cut to fit into one chunk with it.
+    The piece after a heading is small enough to share a chunk with it.
     """
     levels = {heading.char_start: heading.level for heading in reversed(headings)}
     room = splitter.target_tokens
@@ -131,7 +131,7 @@ def _cut_pieces(text: str, headings: Sequence[Heading], splitter: "_Splitter") -
 
 
 def _paragraphs(text: str, section_starts: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Spans between empty lines and before headings, without white space around them."""
+    """Spans separated by empty lines and headings, without surrounding white space."""
     cuts = sorted({0, len(text), *section_starts, *(match.end() for match in _EMPTY_LINE.finditer(text))})
     for start, end in pairwise(cuts):
         piece = text[start:end]
@@ -141,7 +141,7 @@ def _paragraphs(text: str, section_starts: Iterable[int]) -> Iterator[tuple[int,
 
 
 def _group(pieces: Iterable[_Piece], limits: ChunkLimits, gap_tokens: int) -> Iterator[list[_Piece]]:
-    """Fill chunks with pieces; a section starts a new one unless the current one is tiny and of no inner section."""
+    """Fill chunks; a section starts a new one unless the current one is tiny and not of an inner section."""
     group: list[_Piece] = []
     filled = 0
     min_tokens = min(limits.min_tokens, limits.target_tokens // 2)
@@ -157,7 +157,7 @@ def _group(pieces: Iterable[_Piece], limits: ChunkLimits, gap_tokens: int) -> It
 
 
 class _Splitter:
-    """Cuts one paragraph into spans of at most so many tokens."""
+    """Splits a paragraph into spans of at most a given number of tokens."""
 
     def __init__(self, limits: ChunkLimits, count_tokens: CountTokens) -> None:
         self.target_tokens = limits.target_tokens
@@ -166,7 +166,7 @@ class _Splitter:
         self._count_tokens = count_tokens
 
     def split(self, text: str, start: int, end: int, max_tokens: int) -> Iterator[tuple[int, int, int]]:
-        """Spans (start, end, tokens) of text[start:end] in order, without white space around them."""
+        """Spans (start, end, tokens) of text[start:end], in order, without surrounding white space."""
         if end - start <= max_tokens * self._chars_per_token:
             tokens = self._size(text[start:end])
             if tokens <= max_tokens:
@@ -175,14 +175,14 @@ class _Splitter:
         for region_start, region_end in _regions(text, start, end):
             position = region_start
             for piece in self._split_sentences(text[region_start:region_end], max_tokens):
-                position = text.index(piece, position)  # only white space stands between
+                position = text.index(piece, position)  # pieces are separated only by white space
                 yield position, position + len(piece), self._size(piece)
                 position += len(piece)
 
     def _split_sentences(self, paragraph: str, max_tokens: int) -> list[str]:
-        """LlamaIndex fills pieces with sentences, else clauses, words, characters; without overlap they tile the text
-        up to white space at their edges."""
-        from llama_index.core.node_parser import SentenceSplitter  # takes a second, and most documents never need it
+        """LlamaIndex fills pieces with sentences, or if necessary clauses, words, characters; without overlap they
+        cover the text except for white space at their ends."""
+        from llama_index.core.node_parser import SentenceSplitter  # import takes a second, and is rarely needed
 
         splitter = SentenceSplitter(
             chunk_size=max_tokens,
@@ -197,7 +197,7 @@ class _Splitter:
 
 
 def _regions(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Cut where 400 characters come without a break (encoded data): trying each of them as a cut would take ages."""
+    """Split after runs of 400 characters without a break (encoded data), which would take the splitter too long."""
     for match in _UNBROKEN_RUN.finditer(text, start, end):
         yield start, match.end()
         start = match.end()
@@ -205,7 +205,7 @@ def _regions(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def _split_at_sentences(text: str) -> list[str]:
-    """Sentences with the white space after them; a single one is split into its lines."""
+    """Sentences with their trailing white space; a single sentence is split into lines."""
     cuts = [match.end() for match in _SENTENCE_GAP.finditer(text) if not _ends_abbreviation(text, match.start())]
     if not cuts:
         return text.splitlines(keepends=True)

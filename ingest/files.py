@@ -1,6 +1,6 @@
-"""Originals on disk, one file per content: `files/<sha256>`.
+"""Content-addressed storage of originals: `files/<sha256>`.
 
-No name given by a user ever becomes a path: files are addressed by digest; `clean_filename` makes a name fit to show.
+Names given by users never become paths; `clean_filename` sanitizes them for display.
 """
 
 import errno
@@ -28,18 +28,18 @@ _RESERVE_BYTES = 64 << 20
 
 
 class FileTooLarge(ValueError):
-    """The upload is longer than the limit; nothing of it was kept."""
+    """The upload exceeds the limit; nothing of it was stored."""
 
 
 class OriginalMissing(RuntimeError):
-    """The bytes were there once; somebody or something removed them behind the service's back."""
+    """An original was removed from the disk by something other than the service."""
 
 
 class FileStore:
     """Files named by their SHA-256 in one directory; equal bytes are one file.
 
-    A file is under its final name only when it is complete and synced, so what `save_stream` returned survives a
-    power cut. Temporary files that a crash left behind are removed when the store opens: a data dir has one writer.
+    A file gets its final name only when it is complete and synced, so files returned by `save_stream` survive a power
+    failure. Temporary files left by a crash are removed when the store opens: a data directory has one writer.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -53,8 +53,8 @@ class FileStore:
     def save_stream(self, pieces: Iterable[bytes], max_bytes: int, hold: bool = False) -> tuple[str, int]:
         """Store the bytes of `pieces` durably and return (sha256, number of bytes).
 
-        With `hold`, `delete` does nothing to them before `release`. Memory is one piece. Raises FileTooLarge as soon
-        as the limit is passed, StorageFull when the disk is, StorageUnwritable when it takes no writes.
+        With `hold`, `delete` has no effect on them until `release`. Holds one piece in memory. Raises FileTooLarge as
+        soon as the limit is exceeded; StorageFull, StorageUnwritable.
         """
         with self._disk_errors():
             handle, name = tempfile.mkstemp(prefix=_TEMP_PREFIX, dir=self.directory)
@@ -101,9 +101,9 @@ class FileStore:
             self.require_room()
 
     def require_room(self) -> None:
-        """Raise StorageFull when so little is left that the database may soon be unable even to delete a document.
+        """Raise StorageFull if so little space is left that the database might soon be unable to delete documents.
 
-        What is kept free is 64 MiB, or an eighth of a smaller disk.
+        64 MiB are reserved, or an eighth of a smaller disk.
         """
         disk = shutil.disk_usage(self.directory)
         reserve = min(_RESERVE_BYTES, disk.total // 8)
@@ -114,13 +114,13 @@ class FileStore:
             )
 
     def path(self, sha256: str) -> Path:
-        """The place of these bytes, whether they are there or not. Raises ValueError unless it is a SHA-256 in hex."""
+        """The path of these bytes, whether they exist or not. Raises ValueError unless it is a SHA-256 in hex."""
         if not _DIGEST.fullmatch(sha256):
             raise ValueError(f"{sha256[:80]!r} is not a SHA-256 in lower-case hex")
         return self.directory / sha256
 
     def find(self, sha256: str) -> Path:
-        """The place of these bytes. Raises OriginalMissing when they are not there."""
+        """The path of these bytes. Raises OriginalMissing if they do not exist."""
         path = self.path(sha256)
         if not path.is_file():
             raise OriginalMissing("the original is no longer on the disk of the service; upload it again")
@@ -131,7 +131,7 @@ class FileStore:
         return self.path(sha256).open("rb")
 
     def delete(self, sha256: str) -> None:
-        """Remove the original unless somebody holds it; fine when it is gone already."""
+        """Delete the original, if it exists and is not held."""
         with self._lock:
             if sha256 not in self._held:
                 self.path(sha256).unlink(missing_ok=True)
@@ -165,9 +165,9 @@ def _copy(pieces: Iterable[bytes], file: BinaryIO, max_bytes: int) -> tuple[str,
 
 
 def clean_filename(name: str) -> str:
-    """The name as it is shown and stored: last path component, printable, at most 255 characters, suffix kept.
+    """The name for display and storage: last path component, printable, at most 255 characters, suffix preserved.
 
-    Never used as a path. A name of which nothing remains becomes "unnamed".
+    Never used as a path. An empty result becomes "unnamed".
     """
     name = unicodedata.normalize("NFC", name.encode("utf-8", "replace").decode("utf-8"))
     name = re.split(r"[/\\]", name)[-1]

@@ -1,6 +1,6 @@
-"""The child that draws a page of a PDF through PDFium, marks a passage like a highlighter, and writes a PNG.
+"""The child process that renders a page of a PDF with PDFium, highlights a passage, and writes a PNG.
 
-Started by page_image.py; PDFium isn't thread-safe, and what it reads came from outside.
+Started by page_image.py, because PDFium is not thread safe and its input is untrusted.
 """
 
 import base64
@@ -20,7 +20,7 @@ from ingest.parse import ParseError
 from ingest.parse.child import ParseLimits, answer_parent
 from ingest.parse.pdf_text import char_ranges
 
-_WIDTH = 1240  # pixels: A4 at 150 dots an inch
+_WIDTH = 1240  # pixels: A4 at 150 dpi
 _MAX_HEIGHT = 2600
 _MAX_BOXES = 64
 _MARK = (255, 226, 110)
@@ -30,7 +30,7 @@ Rows = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 def main(path: str, number: str, key: str, before: str, raw_limits: str) -> None:
-    """Draw page `number` and mark the occurrence of `key` (page_image.letters) that `before` others precede."""
+    """Render page `number` and highlight occurrence `before` (from 0) of `key` (by page_image.letters)."""
     limits = ParseLimits(*json.loads(raw_limits))
     answer_parent(limits, lambda: _draw(path, int(number), key, int(before)))
 
@@ -55,14 +55,14 @@ def _draw(path: str, number: int, key: str, before: int) -> dict[str, Any]:
 
 
 def _find_areas(page: pdfium.PdfPage, bitmap: pdfium.PdfBitmap, key: str, before: int) -> list[Rows]:
-    """Where the passage stands in the picture, a rectangle a line; empty when the page doesn't hold it."""
+    """The passage's rectangles in the image, one per line; empty if it is not on the page."""
     text_page = page.get_textpage()
     convert = bitmap.get_posconv(page)
     areas = []
     for left, bottom, right, top in _find_rects(text_page, key, before) if key else ():
         (x0, y0), (x1, y1) = convert.to_bitmap(left, top), convert.to_bitmap(right, bottom)
         x0, x1 = sorted((x0, x1))
-        y0, y1 = sorted((y0, y1))  # turned pages turn the corners too
+        y0, y1 = sorted((y0, y1))  # rotated pages swap corners
         area = (max(0, x0 - 2), max(0, y0 - 2), min(bitmap.width, x1 + 2), min(bitmap.height, y1 + 2))
         if area[0] < area[2] and area[1] < area[3]:
             areas.append(area)
@@ -73,7 +73,7 @@ def _find_rects(text_page: pdfium.PdfTextPage, key: str, before: int) -> list[tu
     """Left, bottom, right, top in points of the passage's lines, at most _MAX_BOXES."""
     ranges, whole = char_ranges(text_page), [range(text_page.count_chars())]
     found = _find_chars(text_page, ranges, key, before)
-    if not found and ranges != whole:  # stored when columns were read as rows
+    if not found and ranges != whole:  # the text may have been stored by a version that read columns as rows
         found = _find_chars(text_page, whole, key, before)
     rects: list[tuple[float, float, float, float]] = []
     for chars in found:
@@ -83,7 +83,7 @@ def _find_rects(text_page: pdfium.PdfTextPage, key: str, before: int) -> list[tu
 
 
 def _join_neighbours(areas: list[Rows]) -> list[Rows]:
-    """Join rectangles that share a line, so that none is tinted twice; PDFium gives one per run of a font."""
+    """Join rectangles on the same line, so that none is tinted twice; PDFium returns one per font run."""
     joined: list[Rows] = []
     for left, top, right, bottom in areas:
         if joined:
@@ -92,14 +92,14 @@ def _join_neighbours(areas: list[Rows]) -> list[Rows]:
             if 2 * shared > min(bottom - top, b0 - t0) and left - r0 < bottom - top and left >= l0:
                 joined[-1] = (l0, min(top, t0), max(right, r0), max(bottom, b0))
                 continue
-            if shared > 0:  # lines set tight
+            if shared > 0:  # tight line spacing
                 top = min(max(top, b0), bottom) if left < r0 and l0 < right else top
         joined.append((left, top, right, bottom))
     return joined
 
 
 def _find_chars(text_page: pdfium.PdfTextPage, ranges: Sequence[range], key: str, before: int) -> list[range]:
-    """PDFium's character indices of the wanted occurrence, or of the last one there is: what of `ranges` it covers."""
+    """PDFium character indices, within `ranges`, of the wanted occurrence or otherwise the last one."""
     folded, owners = [], []
     for index in chain.from_iterable(ranges):
         code = pdfium_c.FPDFText_GetUnicode(text_page, index)

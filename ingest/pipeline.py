@@ -118,7 +118,7 @@ def _chunk(job: Job, parsed: ParsedDocument, embedder: IngestEmbedder, limits: C
 
 
 def token_counter(embedder: IngestEmbedder) -> Callable[[str], int]:
-    """A function that counts a text's tokens without the special ones."""
+    """A function that counts the tokens of a text, without special tokens."""
     special = embedder.count_tokens([""])[0]
     return lambda text: embedder.count_tokens([text])[0] - special
 

@@ -1,4 +1,4 @@
-"""Vectors of another embedder for all that is stored, made beside those in use. Start at `reembed`."""
+"""Computes the vectors of another embedder for all stored chunks, beside those in use. Start at `reembed`."""
 
 from collections.abc import Callable
 
@@ -9,10 +9,10 @@ _BATCH = 256
 
 
 def reembed(store: DocumentStore, embedder: Embedder, report: Callable[[int, int], None] | None = None) -> int:
-    """Make what is missing of this embedder's vectors; returns how many. Safe to interrupt and to repeat.
+    """Compute the missing vectors of this embedder; returns how many. Safe to interrupt and to repeat.
 
-    A service may use the store meanwhile, with its own embedder: what it ingests is made too, until nothing is missing.
-    `report` is called with (done, in all). The vectors are used once `DocumentStore.adopt_embedder` was called.
+    A service may use the store meanwhile with its own embedder: chunks that it adds are included, until none is
+    missing. `report` is called with (done, total). The vectors are used after `DocumentStore.adopt_embedder`.
     """
     done, total = 0, store.begin_embedding(embedder.name, embedder.dim)
     while chunks := store.chunks_to_embed(_BATCH):

@@ -1,7 +1,7 @@
-"""Recognises what an upload is from its first bytes.
+"""Detects the media type of an upload from its first bytes.
 
-The content decides; the name only breaks ties between formats whose bytes look alike (Markdown, CSV, source code are
-all text). Not a validator: a damaged PDF is still a PDF here, and its parser says what is wrong.
+The content decides; the name only distinguishes formats that look alike (Markdown, CSV and source code are all text).
+Not a validator: a damaged PDF is detected as a PDF, and its parser reports the damage.
 """
 
 import re
@@ -55,7 +55,7 @@ SUPPORTED = (
 
 _IMAGE_ADVICE = "save or print it as PDF and upload that: scanned pages are read where the service has OCR"
 
-# Formats that are often sent and that no parser here reads: the bytes they start with, and what to do instead.
+# Common unsupported formats: their first bytes, and what to do instead.
 _FOREIGN = (
     (b"\x89PNG", "a PNG image", _IMAGE_ADVICE),
     (b"\xff\xd8\xff", "a JPEG image", _IMAGE_ADVICE),
@@ -90,7 +90,7 @@ _HTML_TAG = re.compile(r"<(?:p|div|h[1-6]|table|ul|ol|span|a|br|article|section)
 
 
 class UnsupportedMediaType(ValueError):
-    """No parser reads this content; the message says what it seems to be and what is supported."""
+    """No parser supports this content; the message says what it seems to be and what is supported."""
 
 
 class EmptyFile(ValueError):
@@ -129,8 +129,8 @@ def sniff_media_type(head: bytes, filename: str) -> str:
 
 
 def _sniff_zip(head: bytes, suffix: str) -> str:
-    """Tell documents by the member names in the zip's local headers, which stand in the clear; OpenDocument and EPUB
-    say what they are in a first member that is not compressed."""
+    """Detect documents by the member names in the local headers of the zip; OpenDocument and EPUB declare their type in
+    an uncompressed first member."""
     declared = _ZIP_MIMETYPE.match(head)
     if declared:
         kind = declared[1].decode("ascii")
@@ -139,7 +139,7 @@ def _sniff_zip(head: bytes, suffix: str) -> str:
         raise _unsupported("an OpenDocument file other than a text", "save it as XLSX, PPTX or PDF")
     names = _ZIP_MEMBER.findall(head)
     if suffix not in _ZIP_BY_SUFFIX and not (names and names[0].startswith(_OFFICE_FIRST)):
-        return ZIP  # the names further in may be those of a document that is a member
+        return ZIP  # later names may be those of an embedded document
     for name in names:
         if name.startswith(b"xl/workbook.bin"):
             raise _unsupported("a binary Excel workbook", "save it as XLSX")
@@ -172,13 +172,13 @@ def _sniff_text(text: str, suffix: str) -> str:
 
 
 def _is_notebook(text: str) -> bool:
-    """An object with cells, or, where they come too late to be seen, with both numbers of the format."""
+    """Whether it is an object with cells or, if they come too late to be seen, with both format numbers."""
     formats = {found[1] for found in _NBFORMAT.finditer(text)}
     return len(formats) == 2 or bool(_CELLS.search(text) and (formats or _CELL.search(text)))
 
 
 def _is_mail(text: str, suffix: str) -> bool:
-    """Begins with headers, among them a sender and what a mail program adds; one of the two will do for an .eml."""
+    """Whether it begins with headers that include a sender and a mail program's trace; for .eml either is enough."""
     headers = _MAIL_HEADERS.match(text)
     if headers is None:
         return False

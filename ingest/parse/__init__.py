@@ -1,6 +1,6 @@
-"""Bytes -> ParsedDocument, a file a format. `parse_in_child` (cage.py) is how a service calls it: with limits.
+"""Bytes -> ParsedDocument, one module per format. Services call `parse_in_child` (cage.py), which applies limits.
 
-A parser imports its library inside its own module, so that a child process loads only the one it needs.
+Each parser imports its library in its own module, so that a child process loads only the one it needs.
 """
 
 from collections.abc import Callable
@@ -8,9 +8,9 @@ from pathlib import Path
 
 from retrieval.parsed import ParsedDocument
 
-Report = Callable[[int, int], None]  # (pages done, pages in all)
-MAX_OUTPUT_BYTES = 256 * 1024**2  # text of one document, the marks of pages and headings counted
-Source = Path | bytes  # where a parser reads from: most read a file piece by piece
+Report = Callable[[int, int], None]  # (pages done, total pages)
+MAX_OUTPUT_BYTES = 256 * 1024**2  # text of one document, including the records of pages and headings
+Source = Path | bytes  # input of a parser; most read files incrementally
 
 
 class ParseError(ValueError):
@@ -41,7 +41,7 @@ def parse_file(path: Path, media_type: str, *, max_pages: int = 20_000, report: 
 
 
 def parse_bytes(data: bytes, media_type: str, *, max_pages: int = 20_000, depth: int = 0) -> ParsedDocument:
-    """`parse_file` of what is in memory; `depth` counts the archives and messages around it."""
+    """`parse_file` for data in memory; `depth`: number of enclosing archives and messages."""
     return _parse(data, media_type, max_pages, lambda done, total: None, depth)
 
 
@@ -56,7 +56,7 @@ def _parse(source: Source, media_type: str, max_pages: int, report: Report, dept
 
 
 def _parse_many(data: bytes, media_type: str, max_pages: int, depth: int) -> ParsedDocument | None:
-    """Formats that hold other documents; None for the others."""
+    """Parse formats that contain other documents; None for others."""
     match media_type:
         case "message/rfc822":
             from ingest.parse.mail import parse_mail
@@ -74,7 +74,7 @@ def _parse_many(data: bytes, media_type: str, max_pages: int, depth: int) -> Par
 
 
 def _parse_package(source: Source, media_type: str, max_pages: int, report: Report) -> ParsedDocument | None:
-    """Formats that are read from the file piece by piece; None for the others."""
+    """Parse formats that are read incrementally from the file; None for others."""
     match media_type:
         case "application/pdf":
             from ingest.parse.pdf import parse_pdf
@@ -104,7 +104,7 @@ def _parse_package(source: Source, media_type: str, max_pages: int, report: Repo
 
 
 def _parse_text(data: bytes, media_type: str) -> ParsedDocument:
-    """Formats that are text themselves; an unknown one is read as plain text."""
+    """Parse text formats; unknown ones as plain text."""
     match media_type:
         case "text/html":
             from ingest.parse.html import parse_html

@@ -1,6 +1,6 @@
-"""Documents that are zip archives of XML (XLSX, PPTX, ODT, EPUB): opened with limits, parsed without entities.
+"""Documents that are zip archives of XML (DOCX, XLSX, PPTX, ODT, EPUB): opened with limits, parsed without entities.
 
-Start at `open_package`. Nothing is ever unpacked to disk, so no name in an archive becomes a path.
+Start at `open_package`. Nothing is unpacked to disk, so names in an archive never become paths.
 """
 
 import io
@@ -16,7 +16,7 @@ from lxml import etree
 from ingest.parse import ParseError, Source
 
 _MAX_UNPACKED_BYTES = 512 * 1024 * 1024
-_MAX_RATIO = 200  # text compresses about tenfold; what shrinks more is made to
+_MAX_RATIO = 200  # text compresses about tenfold; much higher ratios are deliberate
 _RATIO_FREE_BYTES = 64 * 1024 * 1024
 _MAX_MEMBERS = 20_000
 _RELATIONSHIP = "{http://schemas.openxmlformats.org/package/2006/relationships}Relationship"
@@ -24,12 +24,12 @@ _XML_SAFETY = {"resolve_entities": False, "no_network": True, "load_dtd": False,
 
 
 def open_source(source: Source) -> str | io.BytesIO:
-    """What libraries open: a path as text, or the bytes as a file."""
+    """The source in a form that libraries can open: a path string, or a file object of the bytes."""
     return io.BytesIO(source) if isinstance(source, bytes) else str(source)
 
 
 def check_archive(source: Source) -> None:
-    """Add up what the archive says it unpacks to; zipfile never reads more of a member than that.
+    """Check the declared sizes of all members; zipfile never reads more of a member than declared.
 
     Raises ParseError zip_bomb; BadZipFile.
     """
@@ -47,7 +47,7 @@ def check_archive(source: Source) -> None:
 
 
 def is_bomb(packed: int, unpacked: int) -> bool:
-    """Whether so many bytes are too many, or too many for what they were packed into."""
+    """Whether the unpacked size exceeds the absolute limit or the limit of the compression ratio."""
     return unpacked > _MAX_UNPACKED_BYTES or (unpacked > _RATIO_FREE_BYTES and unpacked > _MAX_RATIO * packed)
 
 
@@ -70,7 +70,7 @@ class Package:
         return etree.fromstring(self.read(name), etree.XMLParser(**_XML_SAFETY, remove_comments=True, remove_pis=True))
 
     def elements(self, name: str, tag: str) -> Iterator[etree._Element]:
-        """Each complete element of this tag, one in memory at a time: for members of many rows."""
+        """Each complete element with this tag, with only one in memory at a time, for members with many rows."""
         with self._archive.open(name) as member:
             for _, element in etree.iterparse(member, tag=tag, **_XML_SAFETY):
                 yield element
@@ -79,7 +79,7 @@ class Package:
                     del element.getparent()[0]
 
     def find_all(self, name: str, pattern: re.Pattern[bytes]) -> Iterator[re.Match[bytes]]:
-        """Where `pattern`, which matches up to 1 KiB, stands in the bytes of a member, however long that is."""
+        """All matches of `pattern`, of up to 1 KiB each, in a member of any size."""
         with self._archive.open(name) as member:
             rest = b""
             while piece := member.read(1 << 20):
@@ -90,7 +90,7 @@ class Package:
                 rest = rest[max(done, len(rest) - 1024) :]
 
     def relations(self, name: str) -> dict[str, tuple[str, str]]:
-        """Id -> (last word of the type, name of the member) of what an Office part refers to."""
+        """The relationships of an Office part: id -> (last segment of the type, name of the member)."""
         folder, base = posixpath.split(name)
         rels = posixpath.join(folder, "_rels", f"{base}.rels")
         if rels not in self:
@@ -103,21 +103,21 @@ class Package:
 
 
 def resolve(base: str, target: str) -> str:
-    """Name of the member that the link `target` in member `base` leads to."""
+    """The name of the member that the link `target` in member `base` refers to."""
     target = unquote(target.partition("#")[0])
     return posixpath.normpath(posixpath.join("/", posixpath.dirname(base), target)).lstrip("/")
 
 
 @contextmanager
 def open_package(source: Source, kind: str, what: str) -> Iterator[Package]:
-    """Open, check, and turn whatever goes wrong within the block into ParseError broken_<kind> or zip_bomb."""
+    """Open and check; all errors within the block become ParseError broken_<kind> or zip_bomb."""
     try:
         check_archive(source)
         with zipfile.ZipFile(open_source(source)) as archive:
             yield Package(archive)
     except (ParseError, MemoryError):
         raise
-    except Exception as error:  # zipfile, zlib and lxml stumble over damage in many ways
+    except Exception as error:  # damaged files cause many kinds of errors in zipfile, zlib and lxml
         damaged = isinstance(error, zipfile.BadZipFile)
         reason = "it is no complete zip archive" if damaged else f"{type(error).__name__}: {str(error)[:200]}"
         raise ParseError(

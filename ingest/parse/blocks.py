@@ -1,4 +1,4 @@
-"""Collects paragraphs, lines, headings and pages into one text with exact offsets; shared by most parsers."""
+"""Builds one text with exact offsets from paragraphs, lines, headings and pages; shared by most parsers."""
 
 import re
 
@@ -10,22 +10,22 @@ _SPACE = re.compile(r"\s+")
 
 
 class BlockWriter:
-    """Text goes in piecewise; blocks are separated by an empty line, lines within a block by a line feed.
+    """Text is added in pieces; blocks are separated by an empty line, lines within a block by a line feed.
 
-    Raises ParseError output_too_large as soon as it is: a few cells that all rows repeat make any amount of text.
+    Raises ParseError output_too_large as soon as the limit is exceeded: repeated cells can expand to any length.
     """
 
     def __init__(self) -> None:
         self._text: list[str] = []
         self._length = 0
         self._pending: list[str] = []  # the line being written
-        self._gap = ""  # what stands before the next line,
+        self._gap = ""  # written before the next line,
         self._mark = ""  # and at its beginning
         self._headings: list[Heading] = []
         self._pages: list[Page] = []
 
     def add(self, text: str, *, keep_space: bool = False) -> None:
-        """Append to the current line. Runs of white space become one blank unless they are kept."""
+        """Append to the current line. Runs of white space are collapsed to one space unless `keep_space`."""
         self._pending.append(text if keep_space else _SPACE.sub(" ", text))
 
     def take(self) -> str:
@@ -47,7 +47,7 @@ class BlockWriter:
             self._gap = "\n\n"
 
     def end_page(self, label: str | None = None) -> None:
-        """Everything since the page before is one page, numbered from 1; one without text has an empty range."""
+        """End the current page; pages are numbered from 1, and have an empty range if there is no text."""
         self.end_block()
         start = self._pages[-1].char_end if self._pages else 0
         if self._pages and start and self._length > start:
@@ -65,7 +65,7 @@ class BlockWriter:
             self._gap = "\n\n"
 
     def add_line(self, line: str) -> None:
-        """Write one line; an empty one is not written."""
+        """Write one line, unless it is empty."""
         line = normalize_text(line)
         if line:
             line, self._mark = self._mark + line, ""
@@ -76,7 +76,7 @@ class BlockWriter:
                 raise output_too_large()
 
     def add_document(self, parsed: ParsedDocument, depth: int) -> None:
-        """Write the text of a parsed document as it is; its headings open sections `depth` levels further in."""
+        """Append the text of a parsed document verbatim; its headings become `depth` levels deeper."""
         self.end_block()
         start = self._length + len(self._gap)
         self._text += (self._gap, parsed.text)
@@ -99,7 +99,7 @@ class BlockWriter:
 
 
 def table_row_text(header: list[str], cells: list[str]) -> str:
-    """One row as a line that can be read alone: "Country: France | Per day: 60 EUR"; without header, the cells."""
+    """One row as a self-contained line: "Country: France | Per day: 60 EUR"; without a header only the cells."""
     cells = [" ".join(cell.split()) for cell in cells]
     if header:
         cells = [f"{name}: {cell}" if name and cell else cell for name, cell in zip(header, cells, strict=True)]

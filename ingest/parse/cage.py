@@ -1,9 +1,9 @@
-"""Runs a parser in a child process that can be stopped, starved and killed without harm to the service.
+"""Runs a parser in a sandboxed child process, so that crashes, hangs and memory exhaustion do not harm the service.
 
-This is the parent's half, child.py the child's: apart, since each child imports its half anew, and the start of a child
-is most of what a small document costs. The child gets an empty environment, a session of its own, hard limits and no
-network (seccomp.py); it answers in JSON lines on its standard output: any number of progress lines, then one result.
-Other work on files from outside stands on `run_in_child` too. Start at `parse_in_child`.
+This is the parent's half, child.py the child's; they are separate, because every child imports its half, and starting
+the child dominates the cost of small documents. The child has a minimal environment, its own session, hard limits and
+no network (seccomp.py). It writes JSON lines to stdout: any number of progress lines, then one result. Other work on
+untrusted files also uses `run_in_child`. Start at `parse_in_child`.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from retrieval.parsed import ParsedDocument
 
 _LOG = logging.getLogger(__name__)
 _ROOT = Path(__file__).resolve().parents[2]
-# The child starts without `site`, whose .pth files take a third of its start; so it is told where packages are.
+# The child starts without `site`, whose .pth files take a third of the startup time, so it needs the package paths.
 _PATHS = json.dumps([str(_ROOT), *site.getsitepackages()])
 _START = (
     "import sys, json, importlib; sys.path[:0] = json.loads(sys.argv[1]);"
@@ -38,13 +38,13 @@ _START = (
 _MAX_STDERR_BYTES = 16 * 1024
 _READ_BYTES = 256 * 1024
 _CHECK_EVERY_S = 0.05
-_END_S = 5.0  # for a child that has closed its output to end
-_FULL = 0.75  # of the memory limit: what was seen lags behind, and the allocation that failed is not in it
+_END_S = 5.0  # timeout for a child to exit after closing its output
+_FULL = 0.75  # share of the memory limit that counts as full: samples lag, and lack the failed allocation
 
 
 @dataclass(slots=True)
 class _Seen:
-    """What the parent has noticed of a child beside its answer: stderr, and the most address space it had."""
+    """What the parent observes of a child besides stdout: stderr, and the peak address space."""
 
     errors: bytearray = field(default_factory=bytearray)
     peak_bytes: int = 0
@@ -57,17 +57,17 @@ def parse_in_child(
     report: Report | None = None,
     check: Callable[[], None] | None = None,
 ) -> ParsedDocument:
-    """Parse in a child process, calling `report` with (pages done, pages in all) on the way.
+    """Parse in a child process, calling `report` with (pages done, total pages).
 
-    `check` is called several times a second; what it raises ends the child and comes out here. Raises ParseError, also
-    for every way in which the child can fail.
+    `check` is called several times a second; if it raises, the child is killed and the exception propagates. Raises
+    ParseError, for all failures of the child as well.
     """
     arguments = [str(path.resolve()), media_type]
     return from_json(run_in_child("ingest.parse.child", arguments, limits or ParseLimits(), report, check))
 
 
 def find_way_out(limits: ParseLimits | None = None) -> str | None:
-    """None when a child of this service has no network, tried by one; else why it has. Raises ParseError."""
+    """None if child processes have no network, which one tries; otherwise why they have. Raises ParseError."""
     return run_in_child("ingest.parse.way_out", [], limits or ParseLimits())
 
 
@@ -78,9 +78,9 @@ def run_in_child(
     report: Report | None = None,
     check: Callable[[], None] | None = None,
 ) -> Any:
-    """What `module`'s `main(*arguments, limits as JSON)` gives to `answer_parent` in a child process.
+    """Run `main(*arguments, limits as JSON)` of `module` in a child process; returns its result by `answer_parent`.
 
-    `report` and `check` as in `parse_in_child`. Raises ParseError, also for every way in which the child can fail.
+    `report` and `check` as in `parse_in_child`. Raises ParseError, for all failures of the child as well.
     """
     child = subprocess.Popen(
         [sys.executable, "-IS", "-c", _START, _PATHS, module, *arguments, json.dumps(limits)],
@@ -115,14 +115,14 @@ def run_in_child(
 
 @cache
 def _warn_of_network(reason: str) -> None:
-    """Once for each reason: it is the same for every document."""
+    """Log each reason only once, as it is the same for every document."""
     _LOG.warning("parsers are not kept off the network here: %s", reason)
 
 
 def _read_lines(
     child: subprocess.Popen[bytes], limits: ParseLimits, seen: _Seen, check: Callable[[], None]
 ) -> Iterator[bytes]:
-    """Lines of the child's stdout as they come, what else it does into `seen`; raises ParseError at the limits."""
+    """Lines of the child's stdout as they arrive; records other observations in `seen`. Raises ParseError at limits."""
     assert child.stdout is not None and child.stderr is not None
     deadline, received, rest = time.monotonic() + limits.wall_s, 0, bytearray()
     with selectors.DefaultSelector() as selector:
@@ -139,7 +139,7 @@ def _read_lines(
                     retryable=True,
                 )
             for key, _ in ready:
-                data = os.read(key.fd, _READ_BYTES)  # what is there, without waiting for more
+                data = os.read(key.fd, _READ_BYTES)  # available data, without blocking
                 if not data:
                     selector.unregister(key.fileobj)
                 elif key.fileobj is child.stderr:
@@ -156,7 +156,7 @@ def _read_lines(
 
 
 def _kill_group(child: subprocess.Popen[bytes]) -> None:
-    """Kill the child and whatever it started, and collect it."""
+    """Kill the child and its descendants, and reap it."""
     with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: EPERM when only the dead leader is left
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
@@ -166,7 +166,7 @@ def _kill_group(child: subprocess.Popen[bytes]) -> None:
 
 
 def _address_space(pid: int) -> int:
-    """The most that a living process had so far, in bytes; 0 where the system doesn't say."""
+    """Peak address space of a running process in bytes; 0 if unknown."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmPeak:"):
@@ -175,7 +175,7 @@ def _address_space(pid: int) -> int:
 
 
 def _explain_death(status: int, seen: _Seen, limits: ParseLimits) -> ParseError:
-    """Why a child that gave no result ended, in words."""
+    """The error for a child that ended without a result."""
     if status in (-signal.SIGXCPU, -signal.SIGALRM):
         return ParseError(
             "parse_timeout",
@@ -189,7 +189,7 @@ def _explain_death(status: int, seen: _Seen, limits: ParseLimits) -> ParseError:
     last = seen.errors.decode("utf-8", "replace").strip().rpartition("\n")[2][:200]
     if "MemoryError" in last or "bad_alloc" in last or "emory" in last:
         return memory_exceeded(limits)
-    if status < 0 and seen.peak_bytes > _FULL * limits.memory_bytes:  # a library that aborts when it gets no more
+    if status < 0 and seen.peak_bytes > _FULL * limits.memory_bytes:  # a library that aborts if an allocation fails
         return memory_exceeded(limits)
     how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
     reason = f"{how}: {last}" if last else how

@@ -1,4 +1,4 @@
-"""A parser in a process of its own: the child's half of cage.py. It imports little, since each document pays for it."""
+"""The child's half of cage.py. It imports little, because every document pays for it."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from ingest.parse.wire import to_json
 
 
 class ParseLimits(NamedTuple):
-    """What one document may cost."""
+    """Resource limits for one document."""
 
     wall_s: float = 300.0
     cpu_s: int = 240
@@ -38,7 +38,7 @@ def network_refused() -> ParseError:
 
 
 def _set_limits(limits: ParseLimits) -> None:
-    """Limit this process for good. The alarm ends it even when the parent is gone and nobody counts wall time."""
+    """Limit this process irrevocably. The alarm ends it even if the parent, which enforces wall time, is gone."""
     for what, value in (
         (resource.RLIMIT_CPU, limits.cpu_s),
         (resource.RLIMIT_AS, limits.memory_bytes),
@@ -51,7 +51,7 @@ def _set_limits(limits: ParseLimits) -> None:
 
 
 def main(path: str, media_type: str, raw_limits: str) -> None:
-    """The child that parses."""
+    """Entry point of the parsing child."""
     limits = ParseLimits(*json.loads(raw_limits))
     answer_parent(
         limits,
@@ -60,9 +60,9 @@ def main(path: str, media_type: str, raw_limits: str) -> None:
 
 
 def answer_parent(limits: ParseLimits, work: Callable[[], Any]) -> NoReturn:
-    """Do the child's work within the limits, write its result or error to standard output, and end the process.
+    """Do the child's work within the limits, write its result or error to stdout, and exit.
 
-    Without a network, where that can be had; else the parent hears why not, and the work is done all the same.
+    Blocks network access if possible; otherwise reports to the parent why not, and continues.
     """
     _set_limits(limits)
     if (exposed := block_network()) is not None:
@@ -82,7 +82,7 @@ def answer_parent(limits: ParseLimits, work: Callable[[], Any]) -> NoReturn:
         line = json.dumps({"error": _error_json(output_too_large(limits.output_bytes))}).encode() + b"\n"
     sys.stdout.buffer.write(line)
     sys.stdout.buffer.flush()
-    os._exit(0)  # no time spent on tearing down; nothing is left to flush
+    os._exit(0)  # skip the interpreter's shutdown; everything is flushed
 
 
 def _send_progress(done: int, total: int) -> None:

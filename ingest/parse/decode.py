@@ -1,4 +1,4 @@
-"""Bytes of unknown encoding -> text, and the one normalization that stored text gets."""
+"""Decodes bytes of unknown encoding, and normalizes text for storage."""
 
 import codecs
 import re
@@ -20,12 +20,12 @@ _NEAR_CHAOS = 0.08
 
 
 class UndecodableText(ValueError):
-    """These bytes are no text in any encoding that is tried."""
+    """The bytes are not text in any of the supported encodings."""
 
 
 def decode_text(data: bytes, *, declared: str | None = None, truncated: bool = False) -> str:
-    """Decode text: byte order mark, UTF-8, `declared` (from a meta tag), UTF-16 without mark, then the likeliest of
-    the legacy encodings. `truncated`: the data may end within a character. Raises UndecodableText.
+    """Decode text: by byte order mark, as UTF-8, as `declared` (in a meta tag), as UTF-16 without BOM, or in the
+    likeliest legacy encoding. `truncated`: the data may end within a character. Raises UndecodableText.
     """
     for bom, encoding in _BOMS:
         if data.startswith(bom):
@@ -45,8 +45,8 @@ def decode_text(data: bytes, *, declared: str | None = None, truncated: bool = F
 
 
 def normalize_text(text: str, *, keep_soft_hyphens: bool = False) -> str:
-    """The form in which text is stored and to which all offsets refer: NFC, line feeds only, no NUL, no surrogate, and
-    within lines no marks that only say where a word may or may not be divided: they would make others of its words."""
+    """The form in which text is stored and to which all offsets refer: NFC, line feeds only, no NUL, no surrogates, and
+    no invisible characters within lines that only control where words may be broken, as they would split words."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\x00", "")
     text = text.encode("utf-8", "replace").decode("utf-8")
     if not keep_soft_hyphens:
@@ -62,7 +62,7 @@ def _decode_whole(data: bytes, encoding: str, truncated: bool) -> str:
 
 
 def _utf16_without_bom(sample: bytes) -> str:
-    """UTF-16 of mostly Western text has a NUL in every second byte, on one side only."""
+    """Detect the byte order of UTF-16: Western text has NULs in every second byte. Raises UndecodableText."""
     pairs = len(sample) // 2
     even, odd = sample[0 : 2 * pairs : 2].count(0), sample[1 : 2 * pairs : 2].count(0)
     if pairs and odd > 0.4 * pairs and even < 0.02 * pairs:
@@ -81,13 +81,14 @@ def _check_control(text: str) -> str:
 
 
 def _guess_legacy(data: bytes) -> str:
-    """Ask charset-normalizer about a sample; what it cannot tell is Windows-1252 or, with bytes not in it, Latin-1.
+    """Guess by charset-normalizer on a sample; by default Windows-1252, or Latin-1 if there are bytes it lacks.
 
-    It names the first of equals by the alphabet, so a common encoding that fits about as well is taken.
+    Of equally good encodings charset-normalizer returns the alphabetically first, so a common one of similar quality is
+    preferred.
     """
     from charset_normalizer import from_bytes
 
-    first = next((i for i, byte in enumerate(data) if byte > 127), 0)  # plain ASCII before it tells nothing
+    first = next((i for i, byte in enumerate(data) if byte > 127), 0)  # ASCII before it is no evidence
     sample = data[max(0, first - 1024) :][: 16 * 1024]
     matches = [m for m in from_bytes(sample) if not m.encoding.startswith(("ascii", "utf_"))]
     if not matches:

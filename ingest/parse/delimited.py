@@ -1,4 +1,4 @@
-"""CSV and TSV: a line a row, each cell with its column's name. Encoding and delimiter are found, not asked for."""
+"""CSV and TSV: one line per row, each cell with its column name. Encoding and delimiter are detected."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ _MAX_CELL_CHARS = 10_000_000
 
 
 def parse_delimited(data: bytes, media_type: str) -> ParsedDocument:
-    """Read the rows; what has no columns is kept as plain text. Raises ParseError undecodable_text."""
+    """Read the rows; text without columns stays plain text. Raises ParseError undecodable_text."""
     text = read_text(data)
     text, delimiter = _take_declaration(text)
     delimiter = delimiter or ("\t" if media_type == TSV and "\t" in text[:_SAMPLE_CHARS] else _guess_delimiter(text))
@@ -34,7 +34,7 @@ def parse_delimited(data: bytes, media_type: str) -> ParsedDocument:
 
 
 def _take_declaration(text: str) -> tuple[str, str | None]:
-    """Excel's first line "sep=;" names the delimiter and is no row."""
+    """Remove Excel's first line "sep=;", which declares the delimiter; returns the rest and the delimiter, if any."""
     first, _, rest = text.partition("\n")
     if len(first) == 5 and first[:4].lower() == "sep=":
         return rest, first[4]
@@ -42,7 +42,7 @@ def _take_declaration(text: str) -> tuple[str, str | None]:
 
 
 def _guess_delimiter(text: str) -> str | None:
-    """The one that cuts most rows of a sample into the same number of cells, two or more; then the most cells."""
+    """The delimiter that gives most rows of a sample the same number of cells, at least two; of equals, most cells."""
     sample = text[:_SAMPLE_CHARS]
     if len(text) > len(sample):
         sample = sample[: sample.rfind("\n") + 1] or sample

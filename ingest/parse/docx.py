@@ -1,7 +1,7 @@
-"""DOCX: headings, paragraphs, lists and tables in order. Word stores no page breaks, so there are no pages.
+"""DOCX: headings, paragraphs, lists and tables in order. Word does not store page layout, so there are no pages.
 
-Reads the parts of the zip directly (ECMA-376, WordprocessingML), with all tracked changes accepted: text lies within
-insertions, form fields and content controls, too. A text box and a footnote follow the paragraph they hang on.
+Reads the parts of the zip directly (ECMA-376, WordprocessingML), with all tracked changes accepted, and including text
+in form fields and content controls. Text boxes and footnotes follow the paragraph they are anchored to.
 """
 
 from collections.abc import Iterator
@@ -24,9 +24,9 @@ _DC_TITLE = "{http://purl.org/dc/elements/1.1/}title"
 
 
 class _Parts(NamedTuple):
-    """What the body refers to."""
+    """Parts that the body refers to."""
 
-    styles: dict[str, str]  # id -> name, in English and small letters whatever language the id is of
+    styles: dict[str, str]  # id -> name, which is English and lower case even if ids are localized
     notes: dict[tuple[str, str], str]  # (kind, id) -> text of a footnote or an endnote
 
 
@@ -41,7 +41,7 @@ def parse_docx(source: Source) -> ParsedDocument:
         body = package.xml(root["officeDocument"]).find("./{*}body")
         if body is None:
             raise ValueError("it has no body")
-        for double in list(body.iter("{*}Fallback")):  # of a shape for older programs
+        for double in list(body.iter("{*}Fallback")):  # duplicates of shapes, for older programs
             double.getparent().remove(double)
         notes = {
             (kind, _get(note, "id") or ""): " ".join(_texts(note)).strip()
@@ -100,7 +100,7 @@ def _heading_level(style: str) -> int:
 
 
 def _write_table(writer: BlockWriter, table: etree._Element) -> None:
-    """A line a row. The first row names the columns when none of its cells is empty and there are more rows."""
+    """One line per row. The first row is the header if none of its cells is empty and there are more rows."""
     writer.end_block()
     rows = list(_table_cells(table))
     header = rows[0] if len(rows) > 1 and all(rows[0]) and len(rows[0]) > 1 else []
@@ -111,7 +111,7 @@ def _write_table(writer: BlockWriter, table: etree._Element) -> None:
 
 
 def _table_cells(table: etree._Element) -> Iterator[list[str]]:
-    """The texts of each row's cells; a cell merged over columns counts once, one merged over rows in each of them."""
+    """The cell texts of each row; a cell merged over columns counts once, one merged over rows is in each of them."""
     above: dict[int, str] = {}
     for row in _children(table, _ROW):
         cells, column = [], 0
@@ -128,7 +128,7 @@ def _table_cells(table: etree._Element) -> Iterator[list[str]]:
 
 
 def _children(parent: etree._Element, *names: str) -> Iterator[etree._Element]:
-    """Elements of these names right below it, but for what only wraps them."""
+    """Child elements with these names, looking through wrapper elements."""
     for child in parent:
         if _name(child) in names:
             yield child
@@ -141,7 +141,7 @@ def _texts(parent: etree._Element) -> Iterator[str]:
 
 
 def _text(paragraph: etree._Element) -> str:
-    """What a paragraph says, without its text boxes."""
+    """The text of a paragraph, without its text boxes."""
     pieces: list[str] = []
     walker = etree.iterwalk(paragraph, events=("start",))
     for _, element in walker:
@@ -156,11 +156,11 @@ def _text(paragraph: etree._Element) -> str:
 
 
 def _name(element: etree._Element) -> str:
-    """Without the namespace: transitional and strict files differ in theirs."""
+    """The local name; namespaces differ between transitional and strict files."""
     return etree.QName(element).localname if isinstance(element.tag, str) else ""
 
 
 def _get(element: etree._Element | None, name: str) -> str | None:
-    """An attribute, of any namespace."""
+    """The attribute with this local name."""
     attributes = {} if element is None else element.attrib
     return next((value for key, value in attributes.items() if etree.QName(key).localname == name), None)

@@ -1,4 +1,4 @@
-"""EPUB: the chapters in reading order, each read as HTML; a chapter without a heading gets its name in the contents."""
+"""EPUB: the chapters in reading order, parsed as HTML; a chapter without heading gets its title from the contents."""
 
 from lxml import etree
 
@@ -56,7 +56,7 @@ def _package_document(package: Package) -> str:
 
 
 def _reading_order(root: etree._Element, items: dict[str, etree._Element], opf: str) -> list[str]:
-    """Members of the spine, each once, without the book's own table of contents."""
+    """Members of the spine, without duplicates and without the book's own table of contents."""
     chapters: dict[str, None] = {}
     for reference in root.iterfind("./{*}spine/{*}itemref"):
         item = items.get(reference.get("idref", ""))
@@ -84,7 +84,7 @@ def _read_chapter(package: Package, member: str, name: str | None) -> ParsedDocu
 
 
 def _contents(package: Package, items: dict[str, etree._Element], opf: str) -> dict[str, str]:
-    """Member -> name of the first entry that leads to it, from EPUB 3's nav or EPUB 2's NCX."""
+    """Member -> title of the first entry that links to it, from EPUB 3's nav or EPUB 2's NCX."""
     names: dict[str, str] = {}
     for item in items.values():
         member = resolve(opf, item.get("href", ""))

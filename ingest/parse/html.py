@@ -1,7 +1,7 @@
-"""HTML: the main text with its headings, lists and tables; no scripts, styles, navigation or hidden parts.
+"""HTML: the main text with headings, lists and tables, without scripts, styles, navigation and hidden parts.
 
-Works on the event stream of the tree, never recursively. libxml2 reads 2,048 elements within each other; what stands
-behind a place nested more deeply is not read, which is said.
+Iterative, on the events of a tree walk. libxml2 stops at 2,048 nested elements; if that happens, the rest of the page
+is reported as unread.
 """
 
 import re
@@ -19,12 +19,12 @@ _META_CHARSET = re.compile(rb"<meta[^>]{0,200}charset\s*=\s*[\"']?\s*([\w.:-]{2,
 _XML_DECLARATION = re.compile(r"\s*<\?xml[^>]*\?>")
 _DROPPED = frozenset(
     {"head", "script", "style", "noscript", "template", "nav", "aside", "form", "button", "select", "textarea", "svg"}
-    | {"math", "canvas", "video", "audio", "iframe", "object", "embed", "rt", "rp"}  # the last: how a word is read
+    | {"math", "canvas", "video", "audio", "iframe", "object", "embed", "rt", "rp"}  # rt, rp: pronunciation
 )
 _TOO_DEEP = "the page nests more than 2,048 elements within each other"
 _OUTSIDE_MAIN = frozenset({"header", "footer"})
 _DROPPED_ROLES = frozenset({"navigation", "banner", "contentinfo", "search", "complementary"})
-_DROPPED_CLASSES = frozenset(  # navigation and links to places, as DocBook, Sphinx, Bootstrap and MediaWiki call them
+_DROPPED_CLASSES = frozenset(  # navigation and permalinks of DocBook, Sphinx, Bootstrap and MediaWiki
     {"navheader", "navfooter", "sphinxsidebar", "navbar", "breadcrumb", "breadcrumbs", "headerlink", "mw-editsection"}
 )
 _CONTENTS = frozenset({"toc", "contents", "table-of-contents"})
@@ -60,7 +60,7 @@ def parse_html(data: bytes) -> ParsedDocument:
 
 
 def _main_part(tree: lxml.html.HtmlElement) -> lxml.html.HtmlElement:
-    """<main>, or the only <article>, if it holds text; else the body."""
+    """<main>, or the only <article>, if it has text; else the body."""
     candidates = tree.xpath("//main | //*[@role='main']") or tree.xpath("//article")
     if len(candidates) == 1 and candidates[0].text_content().strip():
         return candidates[0]
@@ -80,7 +80,7 @@ def _is_dropped(element: lxml.html.HtmlElement, drop_outside: bool) -> bool:
 
 
 def _repeats_headings(element: lxml.html.HtmlElement) -> bool:
-    """A table of contents whose links all lead to this page: it says nothing that does not stand there."""
+    """Whether it is a table of contents with links only within this page, which repeats its headings."""
     if _CONTENTS.isdisjoint(f"{element.get('class', '')} {element.get('id', '')}".lower().split()):
         return False
     links = [link for link in element.iter("a") if link.get("href")]
@@ -90,7 +90,7 @@ def _repeats_headings(element: lxml.html.HtmlElement) -> bool:
 
 
 def _events(root: lxml.html.HtmlElement, drop_outside: bool) -> Iterator[tuple[str, lxml.html.HtmlElement]]:
-    """("start" | "end" | "tail", element) in document order, without what is dropped, but with the text after it."""
+    """("start" | "end" | "tail", element) in document order, without dropped elements but with their tail text."""
     walker = etree.iterwalk(root, events=("start", "end"))
     for event, element in walker:
         if not isinstance(element.tag, str):
@@ -105,9 +105,9 @@ def _events(root: lxml.html.HtmlElement, drop_outside: bool) -> Iterator[tuple[s
 
 
 def _write_text(root: lxml.html.HtmlElement, writer: BlockWriter, drop_outside: bool) -> None:
-    """Turn the tree into blocks. A table row is one line, each cell named by the header of its column."""
+    """Write the tree as blocks. A table row is one line, with each cell prefixed by the header of its column."""
     table = _TableReader(writer)
-    counters: list[int | None] = []  # of the open lists; None for one without numbers
+    counters: list[int | None] = []  # of the open lists; None: unnumbered
     preformatted = 0
     for event, element in _events(root, drop_outside):
         tag = element.tag
@@ -133,7 +133,7 @@ def _write_text(root: lxml.html.HtmlElement, writer: BlockWriter, drop_outside: 
 
 
 def _write_edge(writer: BlockWriter, event: str, tag: str) -> None:
-    """End lines and blocks where an element other than a list or table begins or ends."""
+    """End lines and blocks at the start or end of elements other than lists and tables."""
     if tag == "br":
         if event == "start":
             writer.end_line()
@@ -149,14 +149,14 @@ def _write_edge(writer: BlockWriter, event: str, tag: str) -> None:
 
 
 class _TableReader:
-    """Collects the cells of a row and writes it as one line. A table within a cell becomes part of that cell; where
-    columns have names, a cell merged over rows is in each of them."""
+    """Collects the cells of a row and writes it as one line. A nested table becomes part of its cell; in tables with a
+    header, a cell merged over rows is in each of them."""
 
     def __init__(self, writer: BlockWriter) -> None:
         self._writer = writer
         self._header: list[str] = []
         self._cells: list[tuple[lxml.html.HtmlElement, str]] = []
-        self._above: dict[int, tuple[str, int, int]] = {}  # column -> a cell, of so many rows from here, its columns
+        self._above: dict[int, tuple[str, int, int]] = {}  # column -> (cell, rows it still spans, columns)
         self._row: lxml.html.HtmlElement | None = None
         self._cell: lxml.html.HtmlElement | None = None
 
@@ -192,12 +192,12 @@ class _TableReader:
         self._writer.add_line(table_row_text(self._header if is_named else [], cells))
         if is_header and len(cells) >= len(self._header):
             self._header = cells
-        if not self._header:  # a layout, such as the links around a page
+        if not self._header:  # a layout table
             self._above = {}
         self._row = self._cell = None
 
     def _merge(self) -> list[str]:
-        """The row's cells with those that reach into it from above, each once however many columns it has."""
+        """The cells of the row, including those that span from rows above, each once regardless of its columns."""
         own, texts, column, above = iter(self._cells), [], 0, {}
         while column in self._above or (cell := next(own, None)) is not None:
             if column in self._above:

@@ -1,6 +1,6 @@
-"""JSON and JSON lines: "server.port: 8080", a record a line; values exactly as they are written.
+"""JSON and JSON Lines as lines like "server.port: 8080", one line per record, values exactly as written.
 
-The keys of the outermost object that hold more than one value are sections. What is not valid JSON stays plain text.
+Keys of the outermost object with more than one value become sections. Invalid JSON stays plain text.
 """
 
 import json
@@ -12,12 +12,12 @@ from ingest.parse.text import read_text
 from retrieval.parsed import ParsedDocument
 
 MEDIA_TYPE = "application/json"
-_RECORD_CHARS = 400  # a longer one gets a line a value
+_RECORD_CHARS = 400  # longer records get one line per value
 _DECODER = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
 
 
 def parse_json(data: bytes) -> ParsedDocument:
-    """Read one value, or one a line. Raises ParseError undecodable_text."""
+    """Read one value, or one per line. Raises ParseError undecodable_text."""
     text = read_text(data)
     try:
         value = _read_values(text)
@@ -29,7 +29,7 @@ def parse_json(data: bytes) -> ParsedDocument:
 
 
 def _read_values(text: str) -> Any:
-    """The value of the text, else the list of those of its lines; a broken line stays a string."""
+    """The value of the whole text, or a list of the values of its lines; an invalid line becomes a string."""
     try:
         return _DECODER.decode(text)
     except ValueError:
@@ -62,7 +62,7 @@ def _write(writer: BlockWriter, value: Any) -> None:
 
 
 def _write_value(writer: BlockWriter, path: str, value: Any) -> None:
-    """Lists of objects give a block a record, whose paths begin at the record; anything else a line a value."""
+    """Write lists of objects as one block per record, with relative paths; anything else as one line per value."""
     if isinstance(value, list) and not _is_flat_list(value):
         for item in value:
             writer.end_block()
@@ -85,7 +85,7 @@ def _write_record(writer: BlockWriter, record: dict[str, Any]) -> None:
 
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, str]]:
-    """(path, text) of each value that is no container; a list of them is one text."""
+    """(path, text) of each scalar; a list of scalars is one text."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _leaves(f"{path}.{key}" if path else key, inner)

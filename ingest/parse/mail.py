@@ -1,6 +1,6 @@
-"""E-mail (.eml, .mbox): subject as heading, who and when, the text, then the attachments by name, with their text.
+"""E-mail (.eml, .mbox): subject as heading, sender, recipients and date, the text, then the attachments.
 
-Attachments that are documents are parsed as if they had been uploaded; pictures are only named.
+Attached documents are parsed like uploads; images are only named.
 """
 
 import email
@@ -19,7 +19,7 @@ from ingest.sniff import EML, MBOX
 from retrieval.parsed import ParsedDocument
 
 _HEADERS = ("From", "To", "Cc", "Date")
-_MAX_DEPTH = 8  # of messages within messages
+_MAX_DEPTH = 8  # of nested messages
 _MAX_PARTS = 1_000
 _MAX_MESSAGES = 20_000
 _MBOX_START = re.compile(rb"(?:\A|(?<=\n\n)|(?<=\n\r\n))From [^\n]*\n")
@@ -34,7 +34,7 @@ def parse_mail(data: bytes, max_pages: int = 20_000, depth: int = 0) -> ParsedDo
 def parse_mailbox(data: bytes, max_pages: int = 20_000, depth: int = 0) -> ParsedDocument:
     """Read all messages of a mailbox in the mbox format. Raises ParseError broken_eml, zip_bomb, too_many_pages.
 
-    Source: RFC 4155, appendix A; a quoted ">From " is undone (mboxrd).
+    Source: RFC 4155, appendix A; a quoted ">From " is unquoted (mboxrd).
     """
     starts = [match.span() for match in _MBOX_START.finditer(data)] or [(0, 0)]
     if len(starts) > _MAX_MESSAGES:
@@ -78,16 +78,16 @@ def _write_message(writer: BlockWriter, message: EmailMessage, depth: int, membe
 
 
 def _header(message: EmailMessage, name: str) -> str:
-    """The decoded value; as it stands where it cannot be decoded."""
+    """The decoded value of a header, or the raw value if it cannot be decoded."""
     try:
         value = str(message.get(name, ""))
-    except Exception:  # headers are parsed when they are read, with whatever errors
+    except Exception:  # headers are parsed on access, with all kinds of errors
         value = next((str(raw) for key, raw in message.raw_items() if key.lower() == name.lower()), "")
     return " ".join(value.split())
 
 
 def _attachments(message: EmailMessage, body: EmailMessage | None) -> Iterator[EmailMessage]:
-    """The parts other than the body and its other versions, not going into attached messages."""
+    """The parts other than the body and its alternatives, without descending into attached messages."""
     if message is body:
         return
     if not message.is_multipart() or message.get_content_type() == "message/rfc822":
@@ -108,7 +108,7 @@ def _write_attachment(writer: BlockWriter, part: EmailMessage, depth: int, membe
         _write_message(writer, inner, depth, members)
         return
     if not name and part.get_content_maintype() != "text":
-        return  # pictures in the text, signatures
+        return  # inline images, signatures
     writer.end_block()
     writer.add(f"Attachment: {name or 'text'}")
     writer.end_heading(depth)

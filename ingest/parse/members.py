@@ -1,8 +1,8 @@
-"""Documents inside a document: files in an archive, attachments of a message. Each is recognised by its content and
-parsed in a process of its own, so that one that crashes or hangs costs only itself.
+"""Embedded documents: files in an archive, attachments of a message. Each is detected by its content and parsed in its
+own process, so that a crash or hang affects only that one.
 
-Nothing is ever unpacked to disk and no link is followed, so no name in an archive becomes a path. What cannot be read
-is counted and named in `ParsedDocument.unread`. Start at `Members.write`; how archives are opened is in unpack.py.
+Nothing is unpacked to disk and no link is followed, so names in an archive never become paths. Unreadable files are
+counted and named in `ParsedDocument.unread`. Start at `Members.write`; unpack.py opens archives.
 """
 
 import json
@@ -17,13 +17,13 @@ from ingest.parse.wire import from_json, to_json
 from ingest.sniff import PACKED_TYPES, SNIFF_BYTES, EmptyFile, UnsupportedMediaType, sniff_media_type
 from retrieval.parsed import ParsedDocument
 
-MAX_DEPTH = 4  # of archives and messages within each other
+MAX_DEPTH = 4  # of nested archives and messages
 _MEMBER_S = 60
 _NAMED = 5  # unread members that are named; the others are counted
 
 
 class Members:
-    """Writes the documents inside one file; `budget` is for all of them, however deep they are."""
+    """Writes the documents embedded in one file; `budget` applies to all of them, at any depth."""
 
     def __init__(self, budget: Budget, max_pages: int, depth: int) -> None:
         self._budget = budget
@@ -33,8 +33,8 @@ class Members:
         self._unread: list[str] = []
 
     def write(self, writer: BlockWriter, name: str, data: bytes, level: int, *, is_titled: bool = False) -> None:
-        """One document under its name, if any, as a heading of this level, unless it has one; only noted when it cannot
-        be read. An archive becomes its documents."""
+        """Write a document, with its name, if any, as a heading of this level, unless it has one of its own; record it
+        as unread if it cannot be read. For an archive, write its documents."""
         try:
             media_type = sniff_media_type(data[:SNIFF_BYTES], name)
             if media_type in PACKED_TYPES:
@@ -56,7 +56,7 @@ class Members:
             self._unread.append(f"in {name}: {parsed.unread}" if name else parsed.unread)
 
     def write_archive(self, writer: BlockWriter, name: str, data: bytes, media_type: str, level: int) -> None:
-        """All documents of an archive, named with their folders."""
+        """Write all documents of an archive, named by their paths."""
         if self._depth >= MAX_DEPTH:
             self.skip(name, f"more than {MAX_DEPTH} archives within each other; unpack it and upload the files")
             return
@@ -75,7 +75,7 @@ class Members:
         self._unread.append(f"{name} ({reason})" if name else reason)
 
     def unread(self) -> str | None:
-        """What was not read, in words."""
+        """A message about what was not read, if anything."""
         if not self._unread:
             return None
         named = "; ".join(self._unread[:_NAMED])
@@ -90,7 +90,7 @@ class Members:
 
 
 def parse_archive(data: bytes, media_type: str, max_pages: int, depth: int = 0) -> ParsedDocument:
-    """One text of all documents, each a section under its path. Raises ParseError empty_archive, broken_archive,
+    """One text of all documents, each in a section named by its path. Raises ParseError empty_archive, broken_archive,
     zip_bomb."""
     members, writer = Members(Budget(len(data)), max_pages, depth), BlockWriter()
     members.write_archive(writer, "", data, media_type, 1)
@@ -102,11 +102,11 @@ def parse_archive(data: bytes, media_type: str, max_pages: int, depth: int = 0) 
 
 
 def _parse_apart(data: bytes, media_type: str, max_pages: int, depth: int) -> ParsedDocument:
-    """Parse in a fork, which inherits every limit of this process. Raises ParseError."""
+    """Parse in a forked process, which inherits all limits of this one. Raises ParseError."""
     reading, writing = os.pipe()
     try:
         pid = os.fork()
-    except OSError as error:  # what a fork may write to is counted as memory
+    except OSError as error:  # a fork counts all writable memory
         os.close(reading)
         os.close(writing)
         raise ParseError("memory_limit", "there is too little memory to read it apart; upload it by itself") from error

@@ -1,6 +1,6 @@
-"""Jupyter notebooks: the cells in order, what is written in them verbatim, and what was printed; no pictures.
+"""Jupyter notebooks: the cells in order, their source verbatim and their text output, without images.
 
-Headings are those of the Markdown cells. What turns out to be no notebook is read as JSON.
+Headings are those of the Markdown cells. A file that is not a notebook is parsed as JSON.
 """
 
 import json
@@ -20,8 +20,8 @@ _EMBEDDED = re.compile(
     r"!\[([^\]\n]*)\]\((?:data|attachment):[^)\s]*\)|\bdata:[\w.+-]+/[\w.+-]+;base64,[A-Za-z0-9+/=]*"
 )
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_PICTURES = ("png", "jpeg", "svg")  # as format 3 has them
-_STAND_IN = re.compile(r"<[\w.]+(?: object)?(?: at 0x[0-9a-f]+)?>")  # for what only a browser shows
+_PICTURES = ("png", "jpeg", "svg")  # keys in format 3
+_STAND_IN = re.compile(r"<[\w.]+(?: object)?(?: at 0x[0-9a-f]+)?>")  # repr of objects that only a browser displays
 
 
 def parse_notebook(data: bytes) -> ParsedDocument:
@@ -47,7 +47,7 @@ def parse_notebook(data: bytes) -> ParsedDocument:
 
 
 def _cells_of(value: Any) -> list[dict[str, Any]] | None:
-    """None: it is no notebook."""
+    """The cells; None if it is not a notebook."""
     if not isinstance(value, dict):
         return None
     if isinstance(value.get("worksheets"), list):
@@ -61,7 +61,7 @@ def _dicts(value: Any) -> list[dict[str, Any]]:
 
 
 def _join(value: Any) -> str:
-    """Text is one string or a list of lines."""
+    """Join text that is either one string or a list of lines."""
     parts = value if isinstance(value, list) else [value]
     return "".join(part for part in parts if isinstance(part, str))
 
@@ -79,7 +79,7 @@ def _write(writer: BlockWriter, text: str, has_headings: bool = False) -> None:
 
 
 def _output_text(output: dict[str, Any]) -> str:
-    """What a reader of the output reads: of several forms of it the plainest that is text."""
+    """The text of an output; of several representations the plainest text."""
     match output.get("output_type"):
         case "stream":
             return _printed(_join(output.get("text")))
@@ -95,6 +95,6 @@ def _output_text(output: dict[str, Any]) -> str:
 
 
 def _printed(text: str) -> str:
-    """As a terminal shows it at the end: without colours, and of a line that was written anew the last state."""
+    """The final state on a terminal: without colours, and with overwritten lines replaced."""
     lines = (line.rstrip("\r").rpartition("\r")[2] for line in _COLOUR.sub("", text).split("\n"))
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""Text of scanned pages, where Tesseract (Apache-2.0, a program of its own) is installed on the service.
+"""OCR of scanned pages with Tesseract (Apache-2.0, a separate program), if it is installed.
 
-It gets the picture through a pipe and gives the text through another; nothing is written to disk.
+Image and text are passed through pipes; nothing is written to disk.
 """
 
 import os
@@ -21,13 +21,13 @@ _TORN = re.compile(r"(?<=[\w,;])\n\n(?=[a-zà-öø-ÿ])")  # within a sentence
 
 @cache
 def find_program() -> str | None:
-    """Where Tesseract is; None without it."""
+    """The path of Tesseract; None if not installed."""
     return shutil.which("tesseract", path=f"{os.defpath}:/usr/local/bin")
 
 
 def read_page(page: pdfium.PdfPage, program: str) -> str:
-    """The text that stands on the page's picture, in reading order. Raises ParseError ocr_failed."""
-    width, height = page.get_size()  # points, 72 an inch
+    """The text of a rendered page, in reading order. Raises ParseError ocr_failed."""
+    width, height = page.get_size()  # points, 1/72 inch
     scale = min(_DOTS_PER_INCH / 72, (_MAX_PIXELS / max(1.0, width * height)) ** 0.5)
     bitmap = page.render(scale=scale, grayscale=True)
     rows = bitmap.to_numpy()
@@ -49,5 +49,5 @@ def read_page(page: pdfium.PdfPage, program: str) -> str:
 
 
 def join_lines(text: str) -> str:
-    """With the lines of a sentence together: where they stand far apart, Tesseract makes paragraphs of them."""
+    """Join lines of one sentence, which Tesseract separates into paragraphs if the line spacing is wide."""
     return _TORN.sub("\n", text)

@@ -1,6 +1,6 @@
-"""ODT: headings, paragraphs, lists and tables in order. LibreOffice stores no page breaks, so there are no pages.
+"""ODT: headings, paragraphs, lists and tables in order. Page layout is not stored, so there are no pages.
 
-A text box and a footnote follow the paragraph they hang on.
+Text boxes and footnotes follow the paragraph they are anchored to.
 """
 
 import re
@@ -26,7 +26,7 @@ _SKIPPED = frozenset(
     | {f"{_TEXT}sequence-decls", f"{_TEXT}variable-decls", f"{_OFFICE}forms"}
 )
 _SPACE = re.compile(r"\s+")
-_MAX_REPEAT = 1_000  # of blanks and cells that the file only counts
+_MAX_REPEAT = 1_000  # for spaces and cells that are stored with a repeat count
 
 
 def parse_odt(source: Source) -> ParsedDocument:
@@ -90,12 +90,12 @@ def _write_note(writer: BlockWriter, note: etree._Element) -> None:
 
 
 def _outer_list(paragraph: etree._Element) -> etree._Element | None:
-    """The outermost list around it: its items are the lines of one block."""
+    """The outermost list around a paragraph, whose items become the lines of one block."""
     return next(iter(reversed([*paragraph.iterancestors(f"{_TEXT}list")])), None)
 
 
 def _text(paragraph: etree._Element) -> str:
-    """What a paragraph says, without its text boxes and notes."""
+    """The text of a paragraph, without its text boxes and notes."""
     pieces: list[str] = []
     walker = etree.iterwalk(paragraph, events=("start", "end"))
     for event, element in walker:
@@ -110,15 +110,15 @@ def _text(paragraph: etree._Element) -> str:
 
 
 def _blank(element: etree._Element) -> str:
-    """What stands for white space: runs of it in the XML itself mean one blank."""
+    """The white space that an element stands for; in the XML itself, runs of white space mean one space."""
     if element.tag == f"{_TEXT}s":
         return " " * _count(element.get(f"{_TEXT}c", "1"))
     return {f"{_TEXT}tab": "\t", f"{_TEXT}line-break": "\n"}.get(element.tag, "")
 
 
 def _rows(table: etree._Element) -> Iterator[dict[int, str]]:
-    """A cell merged over rows is in each of them."""
-    above: dict[int, tuple[str, int]] = {}  # column -> text of a cell, and of so many rows from here
+    """Rows as column -> text; a cell merged over rows is in each of them."""
+    above: dict[int, tuple[str, int]] = {}  # column -> (text, rows it still spans)
     for row in table.iter(f"{_TABLE}table-row"):
         cells, column, reaching = {}, 0, {}
         for cell in row.iterchildren(f"{_TABLE}table-cell", _COVERED):

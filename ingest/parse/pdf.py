@@ -1,7 +1,7 @@
-"""PDF through PDFium: text per page, page labels, outline as headings; scanned pages by OCR where there is one.
+"""PDF with PDFium: text per page, page labels, outline as headings; scanned pages by OCR if available.
 
-PDFium is not thread-safe, one more reason why parsers run in a process of their own (child.py). Lines of a page come
-from pdf_text.py; how they become paragraphs is in pdf_layout.py.
+PDFium is not thread safe, another reason for running parsers in child processes (child.py). pdf_text.py reads the lines
+of a page, pdf_layout.py turns them into paragraphs.
 """
 
 import re
@@ -25,10 +25,10 @@ _REPORT_EVERY = 16
 
 
 def parse_pdf(source: Source, *, max_pages: int, report: Report) -> ParsedDocument:
-    """Read all pages; `pages` holds their exact ranges in the text, empty for a page without text.
+    """Read all pages; `pages` has their exact ranges in the text, empty for a page without text.
 
-    Ligatures are spelled out and words that were divided at a line's end are joined, so that quotes and searches match.
-    Scanned pages that are not read are named in `unread`.
+    Ligatures are decomposed and hyphenated words joined, so that quotes and searches match. Scanned pages that were not
+    read are named in `unread`.
     Raises ParseError encrypted_pdf, broken_pdf, empty_document, too_many_pages, no_text.
     """
     document = _open(source)
@@ -51,7 +51,7 @@ def parse_pdf(source: Source, *, max_pages: int, report: Report) -> ParsedDocume
             f"none of the {total} pages ({_span(total)}) holds text: this is probably a scan; {_RUN_OCR}",
             page=1,
         )
-    # The soft hyphens of a PDF are drawn: many fonts have their hyphen under that name.
+    # Soft hyphens in a PDF are visible: many fonts map their hyphen to that code.
     texts = [normalize_text(text, keep_soft_hyphens=True).strip() for text in join_hyphenated(texts)]
     pages, start = [], 0
     for number, text in enumerate(texts):
@@ -64,14 +64,14 @@ def parse_pdf(source: Source, *, max_pages: int, report: Report) -> ParsedDocume
 
 
 class _Scans:
-    """Reads pages that are pictures without text, as long as there is time for it, and remembers those it did not."""
+    """Reads pages that are images without text by OCR, within the time limit, and records those it did not read."""
 
     def __init__(self) -> None:
         self._unread: list[int] = []
         self._deadline = time.monotonic() + _OCR_S
 
     def read(self, page: pdfium.PdfPage, number: int) -> str:
-        """The text of the page, if it is a scan and OCR is there; else empty."""
+        """The text of the page if it is a scan and OCR is available, else empty."""
         try:
             if next(page.get_objects(filter=[pdfium_c.FPDF_PAGEOBJ_IMAGE], max_depth=3), None) is None:
                 return ""  # blank, or a drawing
@@ -109,7 +109,7 @@ def _open(source: Source) -> pdfium.PdfDocument:
     try:
         return pdfium.PdfDocument(source)
     except pdfium.PdfiumError as error:
-        if _can_load(source):  # pypdfium2 refuses a document without pages, with the error of the load before it
+        if _can_load(source):  # pypdfium2 rejects documents without pages, with an unrelated earlier error
             raise ParseError("empty_document", "the PDF has no pages; export it again from its source") from error
         if error.err_code in (pdfium_c.FPDF_ERR_PASSWORD, pdfium_c.FPDF_ERR_SECURITY):
             raise ParseError(
@@ -122,7 +122,7 @@ def _open(source: Source) -> pdfium.PdfDocument:
 
 
 def _reason(error: pdfium.PdfiumError) -> str:
-    """What PDFium says, without what pypdfium2 tried."""
+    """PDFium's message, without pypdfium2's."""
     return re.sub(r"^.*\(PDFium: (.+)\)$", r"\1", str(error).removesuffix("."))
 
 
@@ -144,7 +144,7 @@ def _load_page(document: pdfium.PdfDocument, number: int) -> pdfium.PdfPage:
 
 
 def _page_text(page: pdfium.PdfPage, number: int, page_names: set[str | None]) -> str:
-    """The page's text; a first or last line that only says the page's number is left out."""
+    """The page's text, without a first or last line that is only the page number."""
     try:
         text_page = page.get_textpage()
     except pdfium.PdfiumError as error:
@@ -158,7 +158,7 @@ def _page_text(page: pdfium.PdfPage, number: int, page_names: set[str | None]) -
 
 
 def _read_outline(document: pdfium.PdfDocument, text: str, pages: list[Page]) -> tuple[Heading, ...]:
-    """Bookmarks as headings, each where its title stands on its page, else at the page's start."""
+    """Bookmarks as headings, located at their title on the page, or else at the start of the page."""
     headings = []
     position = 0  # of the entry before, so that a title that occurs twice on a page is found in order
     for bookmark in islice(document.get_toc(), _MAX_OUTLINE):
@@ -178,7 +178,7 @@ def _read_outline(document: pdfium.PdfDocument, text: str, pages: list[Page]) ->
 
 
 def _find_title(text: str, title: str, start: int, end: int) -> int | None:
-    """First place of the title in text[start:end], white space and case aside."""
+    """First occurrence of the title in text[start:end], ignoring white space and case."""
     pattern = re.compile(r"\s+".join(re.escape(word) for word in title.split()), re.IGNORECASE)
     match = pattern.search(text, start, end)
     return match.start() if match else None

@@ -1,8 +1,8 @@
-"""Columns of a page whose lines stand in the file row by row: read one after the other, from geometry.
+"""Restores the reading order of two-column pages whose lines are stored row by row, by geometry.
 
-Most programs write column by column, and PDFium keeps their order. Where the lines of two columns were written in turn,
-it gives rows of two cells. Such rows are a table, unless both sides are running text that goes on from line to line:
-only then they are columns. When in doubt rows stay rows.
+Most programs write column by column, and PDFium preserves the order. If the lines of two columns alternate, it returns
+rows of two cells. These are a table unless both sides are running text that continues from line to line. When in doubt,
+rows stay rows.
 """
 
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from statistics import median
 from ingest.parse.pdf_layout import CELL_GAP, Line, is_wrapped
 
 _MIN_ROWS = 4
-_MIN_CHARS = 20  # of a line of running text, as the median has
+_MIN_CHARS = 20  # median line length of running text
 _MIN_WRAPPED = 0.6  # share of lines that end where the next word did not fit
-_MIN_RUNNING = 0.5  # and of those that begin with a letter that is no capital
-_MAX_DROP = 2.0  # to the next line, in heights of a line
-_MIN_GUTTER = 0.5  # between all lines of both columns, in heights too
+_MIN_RUNNING = 0.5  # share of lines that begin with a lower-case letter
+_MAX_DROP = 2.0  # distance to the next line, in line heights
+_MIN_GUTTER = 0.5  # width of the gutter, in line heights
 
 
 def in_reading_order(lines: Sequence[Line]) -> list[Line]:
-    """The same lines, the left column before the right one where rows are columns of running text."""
+    """The lines, with the left column before the right one where rows are columns of running text."""
     ordered: list[Line] = []
     start = 0
     while start < len(lines):
@@ -39,7 +39,7 @@ def in_reading_order(lines: Sequence[Line]) -> list[Line]:
 
 
 def _find_block(lines: Sequence[Line], start: int) -> tuple[int, float]:
-    """(end, middle of the gutter) of the lines from `start` on that keep clear of one gutter; (start, 0) if none do."""
+    """(end, middle of the gutter) of the lines from `start` on that share a gutter; (start, 0) if there are none."""
     if len(lines[start].cells) != 2:
         return start, 0.0
     low, high, end = lines[start].cells[0].right, lines[start].cells[1].left, start + 1
@@ -57,7 +57,7 @@ def _find_block(lines: Sequence[Line], start: int) -> tuple[int, float]:
 
 
 def _side(line: Line, gutter: float, is_left: bool) -> Line | None:
-    """What of the line stands on one side of the gutter."""
+    """The part of the line on one side of the gutter."""
     cells = [cell for cell in line.cells or (line,) if (cell.left < gutter) == is_left]
     if len(cells) < 2:
         return cells[0] if cells else None
@@ -68,7 +68,7 @@ def _side(line: Line, gutter: float, is_left: bool) -> Line | None:
 
 
 def _are_columns(left: Sequence[Line | None], right: Sequence[Line | None]) -> bool:
-    """Whether both sides are running text, and no row ends in both of them, as those of a table do."""
+    """Whether both sides are running text, and no row ends on both sides as in a table."""
     wrapped = [_wrapped(left), _wrapped(right)]
     rows = [(a, b) for a, b in zip(*wrapped, strict=True) if a is not None and b is not None]
     is_table = any(not a and not b for a, b in rows)
@@ -78,7 +78,7 @@ def _are_columns(left: Sequence[Line | None], right: Sequence[Line | None]) -> b
 
 
 def _wrapped(side: Sequence[Line | None]) -> list[bool | None]:
-    """For each line but the last whether it is wrapped; None where it or the next one is missing."""
+    """For each line except the last, whether it is wrapped; None if it or the next one is missing."""
     edge = max((line.right for line in side if line), default=0.0)
     return [is_wrapped(above, line, edge) if above and line else None for above, line in pairwise(side)]
 

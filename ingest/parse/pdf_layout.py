@@ -1,7 +1,7 @@
-"""Lines of a PDF page -> paragraphs, from geometry; nothing here knows PDFium.
+"""Lines of a PDF page -> paragraphs, by geometry, independent of PDFium.
 
-A PDF has no paragraphs, only lines at places. Wrapped lines are joined by a blank, rows and list items stay lines,
-paragraphs are set apart by an empty line. When in doubt a line stays a line; text is never dropped or reordered.
+A PDF has only positioned lines, no paragraphs. Wrapped lines are joined by a space, rows and list items stay lines,
+paragraphs are separated by an empty line. When in doubt, a line stays a line; text is never dropped or reordered.
 """
 
 import re
@@ -11,11 +11,11 @@ from itertools import pairwise
 from statistics import median
 
 CELL_GAP = " | "
-HYPHEN_MARK = "\ufffe"  # where a word was divided at a line's end; PDFium's own mark for it
+HYPHEN_MARK = "\ufffe"  # PDFium's marker for a word hyphenated at the end of a line
 _ITEM = re.compile(r"(?:[•◦▪‣·–—*-]|\(?\d{1,3}[.)]|\(?[a-z][.)])\s")
 _SENTENCE_END = (".", "!", "?", ":", "…", ".”", '."', ".)")
-_MIN_WRAPPED_CHARS = 36  # shorter lines are taken for labels, addresses, verse
-_STRIP_POINTS = 18.0  # lines whose left ends are nearer than about this are of one column
+_MIN_WRAPPED_CHARS = 36  # shorter lines are treated as labels, addresses, verse
+_STRIP_POINTS = 18.0  # lines whose left edges differ by less than about this belong to one column
 _MARKS = re.compile(r"[\ufffe\x02]|\xad(?=\s|$)")
 _DIVIDED = re.compile(rf"(\w+){HYPHEN_MARK}\s*(\w+)")
 _WORDS = re.compile(r"\w+(?:-\w+)*")
@@ -23,9 +23,9 @@ _WORDS = re.compile(r"\w+(?:-\w+)*")
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Text and box in points, origin at the page's lower left; a box of zeros = not known.
+    """Text and box in points, origin at the lower left of the page; a box of zeros is unknown.
 
-    `first`, `units`: where it stands in PDFium's text. `cells`: side by side, none if there is but one.
+    `first`, `units`: position and length in PDFium's text. `cells`: cells of a row, empty if there is only one.
     """
 
     text: str
@@ -47,7 +47,7 @@ class Line:
 
 
 def join_lines(lines: Sequence[Line]) -> str:
-    """The page's text. A word divided at the end of a line carries HYPHEN_MARK, for `join_hyphenated`."""
+    """The page's text. Words hyphenated at the end of a line have a HYPHEN_MARK, for `join_hyphenated`."""
     if not lines:
         return ""
     pitches = [above.bottom - line.bottom for above, line in pairwise(lines)]
@@ -69,7 +69,7 @@ def _mark(text: str) -> str:
 
 
 def _right_edges(lines: Sequence[Line]) -> list[float]:
-    """For each line where the longest one ends that starts about where it does."""
+    """For each line, the right edge of the longest line with about the same left edge."""
     by_strip: dict[int, float] = {}
     for line in lines:
         strip = int(line.left // _STRIP_POINTS)
@@ -79,7 +79,7 @@ def _right_edges(lines: Sequence[Line]) -> list[float]:
 
 
 def _gap(above: Line, line: Line, pitch: float, right_edge: float) -> str:
-    """What stands between two lines: a blank (wrapped), a line feed (row, item), an empty line (paragraph)."""
+    """The separator of two lines: a space (wrapped), a line feed (row, item), an empty line (paragraph)."""
     if not above.height or not line.height:
         return "\n"
     drop = above.bottom - line.bottom
@@ -100,7 +100,7 @@ def _gap(above: Line, line: Line, pitch: float, right_edge: float) -> str:
 
 
 def is_wrapped(above: Line, line: Line, right_edge: float) -> bool:
-    """Whether the first word of `line`, and a blank, did not fit behind `above`, or was divided."""
+    """Whether the first word of `line`, with a space, did not fit after `above`, or was hyphenated."""
     if _MARKS.search(above.text[-1:]):
         return True
     word_width = (line.right - line.left) * (len(line.text.split(maxsplit=1)[0]) + 1) / len(line.text)
@@ -113,8 +113,8 @@ def _runs_on(above: Line, line: Line) -> bool:
 
 
 def join_hyphenated(texts: Sequence[str]) -> list[str]:
-    """Resolve HYPHEN_MARK in the pages' texts: "exam|ple" -> "example", but "well|known" -> "well-known" when the
-    document writes that elsewhere, or when a part is no word (digits, capitals).
+    """Resolve HYPHEN_MARK in the texts of pages: "exam|ple" -> "example", but "well|known" -> "well-known" if the
+    document has that elsewhere, or if a part is not an ordinary word (digits, capitals).
     """
     known = {word.casefold() for text in texts if HYPHEN_MARK in text for word in _WORDS.findall(text)}
 

@@ -1,6 +1,6 @@
-"""Lines of a PDF page with their places, as PDFium reads them; how they become paragraphs is in pdf_layout.py.
+"""Lines of a PDF page with their positions, from PDFium; pdf_layout.py turns them into paragraphs.
 
-PDFium is asked through its plain functions with buffers that are used again: a page has a hundred questions.
+Uses PDFium's raw functions with reused buffers, because each page takes about a hundred calls.
 """
 
 import ctypes
@@ -15,19 +15,19 @@ from ingest.parse.pdf_columns import in_reading_order
 from ingest.parse.pdf_layout import CELL_GAP, Line
 
 _LIGATURES = {0xFB00: "ff", 0xFB01: "fi", 0xFB02: "fl", 0xFB03: "ffi", 0xFB04: "ffl", 0xFB05: "st", 0xFB06: "st"}
-_CELL_GAP_HEIGHTS = 1.0  # a gap this wide, in heights of a line, parts the cells of a row
-_LINES = re.compile(r"[^\ufffe\x02]*[\ufffe\x02]|[^\ufffe\x02]+$")  # PDFium ends none at a hyphen
+_CELL_GAP_HEIGHTS = 1.0  # width of a gap that separates cells of a row, in line heights
+_LINES = re.compile(r"[^\ufffe\x02]*[\ufffe\x02]|[^\ufffe\x02]+$")  # PDFium has no line feed after a hyphen
 _BLANKS = re.compile(r"\s+")
 
 
 def read_lines(text_page: pdfium.PdfTextPage) -> list[Line]:
-    """The page's lines in reading order; the cells of a table row are set apart by " | "."""
+    """The page's lines in reading order; cells of a table row are separated by " | "."""
     text = text_page.get_text_range()
     return in_reading_order(_read_lines(_Places(text_page, _units(text)), text))
 
 
 def char_ranges(text_page: pdfium.PdfTextPage) -> list[range]:
-    """PDFium's indices of the characters, as `read_lines` reads them; one range where PDFium reads in that order."""
+    """PDFium's character indices in the order of `read_lines`; one range if that is PDFium's own order."""
     text = text_page.get_text_range()
     places = _Places(text_page, _units(text))
     lines = in_reading_order(_read_lines(places, text))
@@ -48,11 +48,11 @@ def _read_lines(places: "_Places", text: str) -> list[Line]:
 
 
 class _Places:
-    """Where characters stand, by their index in the page's text."""
+    """Positions of characters, by their index in the page's text."""
 
     def __init__(self, text_page: pdfium.PdfTextPage, units: int) -> None:
         self._page = text_page.raw
-        self._same = self._char_index(units - 1) == units - 1  # no character before the last is left out of the text
+        self._same = self._char_index(units - 1) == units - 1  # the text omits no characters
         self._box = pdfium_c.FS_RECTF()
         self._edges = [ctypes.c_double() for _ in range(4)]
 
@@ -60,7 +60,7 @@ class _Places:
         return pdfium_c.FPDFText_GetCharIndexFromTextIndex(self._page, index)
 
     def box(self, index: int) -> tuple[float, float, float, float] | None:
-        """Left, bottom, right, top in points; the height is the font's. None when PDFium has none."""
+        """Left, bottom, right, top in points; the height is that of the font. None if PDFium has no box."""
         char = index if self._same else self._char_index(index)
         box = self._box
         if not pdfium_c.FPDFText_GetLooseCharBox(self._page, char, box):
@@ -68,12 +68,12 @@ class _Places:
         return box.left, box.bottom, box.right, box.top
 
     def chars(self, first: int, units: int) -> range:
-        """PDFium's indices of the characters of a piece of the text."""
+        """PDFium's character indices of a piece of the text."""
         start, end = first, first + units - 1
         return range(start, end + 1) if self._same else range(self._char_index(start), self._char_index(end) + 1)
 
     def has_gap(self, first: int, units: int, width: float) -> bool:
-        """Whether two runs of the line stand so far apart; one call tells for most lines that there is one run."""
+        """Whether two runs of the line are that far apart; for most lines one call shows that there is one run."""
         chars = self.chars(first, units)
         count = pdfium_c.FPDFText_CountRects(self._page, chars.start, len(chars))
         if count < 2:
@@ -81,7 +81,7 @@ class _Places:
         return any(after[0] - before[1] > width for before, after in pairwise(map(self._run, range(count))))
 
     def _run(self, number: int) -> tuple[float, float]:
-        """Left and right of one run of those counted last."""
+        """Left and right edge of one of the runs counted last."""
         left, top, right, bottom = self._edges
         pdfium_c.FPDFText_GetRect(self._page, number, left, top, right, bottom)
         return left.value, right.value
@@ -107,7 +107,7 @@ def _place(places: _Places, text: str, first: int) -> Line:
 
 
 def _split_cells(places: _Places, text: str, first: int, width: float) -> tuple[Line, ...]:
-    """Cut the line at each blank that is much wider than a blank."""
+    """Split the line at each space that is wider than `width`."""
     cells, start = [], 0
     for blank in _BLANKS.finditer(text):
         before = places.box(first + _units(text[: blank.start()]) - 1)

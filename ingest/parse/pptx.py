@@ -1,4 +1,4 @@
-"""PPTX: each slide a page, its title a heading, then its texts, tables and speaker notes in the slide's order.
+"""PPTX: each slide is a page, with its title as heading, then its texts, tables and speaker notes in order.
 
 Reads the parts of the zip directly (ECMA-376, PresentationML). Charts, diagrams and pictures are left out.
 """
@@ -20,7 +20,7 @@ _FURNITURE = frozenset({"sldNum", "dt", "ftr", "hdr", "sldImg"})
 
 
 def parse_pptx(source: Source, *, max_pages: int, report: Report) -> ParsedDocument:
-    """Read all slides, hidden ones too. Raises ParseError broken_pptx, zip_bomb, too_many_pages."""
+    """Read all slides, including hidden ones. Raises ParseError broken_pptx, zip_bomb, too_many_pages."""
     with open_package(source, "pptx", "PowerPoint presentation") as package:
         slides = _slides(package)
         if len(slides) > max_pages:
@@ -37,7 +37,7 @@ def parse_pptx(source: Source, *, max_pages: int, report: Report) -> ParsedDocum
 
 
 def _slides(package: Package) -> list[str]:
-    """Members in the order of the presentation, each once."""
+    """Members in the order of the presentation, without duplicates."""
     relations = package.relations(_PRESENTATION)
     slides: dict[str, None] = {}
     for item in _all(package.xml(_PRESENTATION), "sldId"):
@@ -49,12 +49,12 @@ def _slides(package: Package) -> list[str]:
 
 
 def _all(root: etree._Element, *names: str) -> list[etree._Element]:
-    """Elements of these names in any namespace, in order: transitional and strict files differ in theirs."""
+    """Elements with these local names, in order; namespaces differ between transitional and strict files."""
     return list(root.iter(*(f"{{*}}{name}" for name in names)))
 
 
 def _write_slide(writer: BlockWriter, slide: etree._Element) -> None:
-    for double in _all(slide, "Fallback"):  # of a shape for older programs
+    for double in _all(slide, "Fallback"):  # duplicates of shapes, for older programs
         double.getparent().remove(double)
     shapes = _all(slide, "sp", "graphicFrame")
     title = next((shape for shape in shapes if _placeholder(shape) in _TITLES and _paragraphs(shape)), None)
@@ -86,13 +86,13 @@ def _write_notes(writer: BlockWriter, package: Package, slide: str) -> None:
 
 
 def _placeholder(shape: etree._Element) -> str | None:
-    """What the layout meant the shape for; "body" is what a placeholder without type is."""
+    """The placeholder type of a shape, by default "body"; None if it is not a placeholder."""
     found = shape.find("./{*}nvSpPr/{*}nvPr/{*}ph")
     return None if found is None else found.get("type", "body")
 
 
 def _paragraphs(shape: etree._Element) -> list[tuple[int, str]]:
-    """(list level, text) of the paragraphs that hold any."""
+    """(list level, text) of the paragraphs that have text."""
     found = []
     for paragraph in _all(shape, "p"):
         text = _text(paragraph)
@@ -104,7 +104,7 @@ def _paragraphs(shape: etree._Element) -> list[tuple[int, str]]:
 
 
 def _rows(table: etree._Element) -> Iterator[dict[int, str]]:
-    """A cell merged over rows is in each of them."""
+    """Rows as column -> text; a cell merged over rows is in each of them."""
     above: dict[int, str] = {}
     for row in _all(table, "tr"):
         texts = {

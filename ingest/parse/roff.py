@@ -1,6 +1,6 @@
 """Man pages (roff with man or mdoc macros): paragraphs, definitions, examples and tables under their sections.
 
-Not a formatter: what means text is read, of unknown macros their arguments, of requests that set something nothing.
+Not a formatter: reads only text, including the arguments of unknown macros, and ignores formatting requests.
 """
 
 import re
@@ -11,7 +11,7 @@ from ingest.parse.text import read_text
 from retrieval.parsed import ParsedDocument
 
 MEDIA_TYPE = "text/troff"
-_MAX_STRING = 1000  # which may hold others, again and again
+_MAX_STRING = 1000  # strings may contain others, recursively
 _NAME = r"(?:\(..|\[[^\]\n]*\]|.)"
 _ESCAPE = re.compile(
     rf"\\(?:[fFgkmMnVY][+-]?{_NAME}|s[+-]?(?:\(..|\[[^\]\n]*\]|'[^'\n]*'|[1-3]?\d)|[ABDHLNRSXZbhlovwx]'[^'\n]*'|"
@@ -59,12 +59,12 @@ class _Reader:
     def __init__(self) -> None:
         self.writer, self.title = BlockWriter(), ""
         self._strings, self._name, self._is_mdoc = {"R": "®", "Tm": "™", "lq": "“", "rq": "”"}, "", False
-        self._defines, self._held, self._depth = False, True, 0  # depth: of conditional blocks that do not apply
-        self._literal, self._is_tag, self._level = False, False, 0  # what the next line is
-        self._table, self._between = "", "\t"  # "format" until its rows begin, then "rows"; what parts their cells
+        self._defines, self._held, self._depth = False, True, 0  # depth: nesting in a false conditional
+        self._literal, self._is_tag, self._level = False, False, 0  # state for the next line
+        self._table, self._between = "", "\t"  # "format" until its rows begin, then "rows"; cell separator
 
     def read(self, line: str) -> str:
-        """Returns what is to be read next: the line behind a condition."""
+        """Process a line; returns what must be read next, if it is a conditional."""
         name, rest = found.groups() if (found := _LINE.match(line)) else ("", line)
         if self._defines:
             self._defines = name != "."
@@ -114,7 +114,7 @@ class _Reader:
         return ""
 
     def _decide(self, name: str, rest: str) -> str:
-        """What stands behind a condition, if that is true for who writes to a terminal."""
+        """The rest of a conditional line, if the condition is true for terminal output."""
         if name == "el":
             applies = not self._held
         elif (found := _CONDITION.match(rest)) is None:
@@ -156,7 +156,7 @@ class _Reader:
         return (self._strings if escape["string"] else _CHARS).get(name, "")
 
     def _read_mdoc(self, words: list[str]) -> str:
-        """A line of macros that call each other, as it is shown."""
+        """The text of a line of mdoc macros, which can call each other."""
         behind, said, sticks = "", "", True
         while len(words) > 1 and words[-1] in _PUNCTUATION and words[-2] not in _AROUND:
             behind = words.pop() + behind

@@ -13,7 +13,7 @@ _TARGET = re.compile(r"\s*<[^<>]*>$")
 def parse_rst(data: bytes) -> ParsedDocument:
     """Find the sections; the title is the first one. Raises ParseError undecodable_text.
 
-    The level of a title style is the order in which styles first occur.
+    Levels are assigned to title styles in order of first occurrence.
     Source: reStructuredText Markup Specification, "Sections".
     """
     text = read_text(data)

@@ -1,6 +1,6 @@
-"""RTF: headings, paragraphs and table rows in order; no pictures, headers, footnotes or fields' instructions.
+"""RTF: headings, paragraphs and table rows in order, without pictures, headers, footnotes and field instructions.
 
-A reader of the control words that carry text (Rich Text Format Specification 1.9.1); unknown ones are passed over.
+Interprets the control words that affect text (Rich Text Format Specification 1.9.1) and skips all others.
 """
 
 import codecs
@@ -29,11 +29,11 @@ _MAX_DEPTH = 10_000
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """What ends with its closing brace."""
+    """State that ends with the group's closing brace."""
 
     skipped: bool = False
     hidden: bool = False
-    fallback_bytes: int = 1  # after each \\u, for readers without Unicode
+    fallback_bytes: int = 1  # to skip after each \\u
 
 
 def parse_rtf(data: bytes) -> ParsedDocument:
@@ -53,12 +53,12 @@ class _Reader:
         self._group = _Group()
         self._outer: list[_Group] = []
         self._encoding = "cp1252"
-        self._bytes = bytearray()  # characters of the code page, maybe half of one
-        self._units: list[int] = []  # UTF-16, maybe half of a pair
+        self._bytes = bytearray()  # pending bytes in the code page, possibly an incomplete character
+        self._units: list[int] = []  # pending UTF-16 units, possibly half of a surrogate pair
         self._to_skip = 0
         self._level: int | None = None  # outline level of the paragraph
         self._cells: list[str] = []
-        self._rows: list[Row] = []  # of the table that has not ended
+        self._rows: list[Row] = []  # of the current table
 
     def read(self, match: re.Match[bytes]) -> None:
         word, number, byte, symbol, brace, text = match.groups()

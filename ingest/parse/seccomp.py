@@ -1,10 +1,9 @@
-"""Takes the network from this process and all that it starts, for good, by a seccomp filter (Linux, 64 bit).
+"""Permanently blocks network access of this process and its descendants with a seccomp filter (Linux, 64 bit).
 
-A namespace without a network would need rights that a service in a container hasn't; a filter may be set by anybody who
-has given up gaining rights. The kernel runs it before each system call: a program of the classic Berkeley packet filter
-over the call's number and architecture. It has two ends. A call that leads out, or into a process that still has the
-network, fails with ENETDOWN. A call by the numbers of another architecture (32-bit x86 or ARM, x32), where the same
-numbers mean other calls, ends the process. Start at `block_network`.
+A network namespace would need privileges that a service in a container lacks; a filter only needs no_new_privs. The
+kernel runs it, a classic BPF program over number and architecture, before each system call. Calls that could reach the
+network, or another process that has network access, fail with ENETDOWN. Calls by the numbers of another architecture
+(32-bit x86 or ARM, x32), where the same numbers mean other calls, kill the process. Start at `block_network`.
 """
 
 import ctypes
@@ -13,9 +12,8 @@ import os
 import struct
 import sys
 
-# By machine: the architecture as the kernel names it, the number of seccomp() itself, and the numbers of the calls that
-# are refused. Sockets of every kind go, since nothing that parses needs one; the last four calls would reach into a
-# process that has some.
+# By machine: the kernel's architecture constant, the number of seccomp() itself, and the numbers of refused calls.
+# Sockets of all kinds are refused, since no parser needs one; the last four calls could access a process that has some.
 _CALLS = {
     "x86_64": (
         0xC000003E,
@@ -23,7 +21,7 @@ _CALLS = {
         {
             "socket": 41,
             "socketpair": 53,
-            "io_uring_setup": 425,  # its rings make and use sockets without a system call for each
+            "io_uring_setup": 425,  # can create and use sockets without system calls
             "ptrace": 101,
             "process_vm_readv": 310,
             "process_vm_writev": 311,
@@ -44,12 +42,12 @@ _CALLS = {
         },
     ),
 }
-REFUSED = errno.ENETDOWN  # no other call of a process without sockets gives it
+REFUSED = errno.ENETDOWN  # not otherwise returned to a process without sockets
 
 _LOAD, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06  # BPF_LD|W|ABS, JMP|JEQ|K, JMP|JGE|K, RET|K
 _NUMBER_AT, _ARCHITECTURE_AT = 0, 4  # in struct seccomp_data
 _ALLOW, _FAIL, _KILL = 0x7FFF0000, 0x00050000 | REFUSED, 0x80000000
-_X32 = 0x40000000  # x86-64's second set of numbers; no call of ours has this bit
+_X32 = 0x40000000  # bit of the x32 call numbers on x86-64; not set in those of other architectures
 _PR_SET_NO_NEW_PRIVS, _SET_MODE_FILTER, _ALL_THREADS = 38, 1, 1
 
 
@@ -58,7 +56,7 @@ class _Program(ctypes.Structure):
 
 
 def block_network() -> str | None:
-    """Do it; None when done, else why it cannot be done here. What is open stays open."""
+    """Install the filter; returns None, or the reason why it cannot be installed. Open sockets stay open."""
     if not sys.platform.startswith("linux"):
         return f"there is no seccomp on {sys.platform}"
     machine = os.uname().machine
@@ -80,7 +78,7 @@ def block_network() -> str | None:
 
 
 def _assemble(architecture: int, refused: list[int]) -> bytes:
-    """The filter; an instruction is (what, jump if true, jump if false, value), a jump counts what it leaps over."""
+    """The BPF program; an instruction is (code, jump if true, jump if false, value), with relative jumps."""
     program = [
         (_LOAD, 0, 0, _ARCHITECTURE_AT),
         (_IF_EQUAL, 1, 0, architecture),

@@ -1,6 +1,6 @@
-"""Source code, kept verbatim; classes, functions and types are its sections, in whatever language.
+"""Source code in any language, verbatim; classes, functions and types become sections.
 
-Not a parser of any language: a line that looks like a definition is one.
+A heuristic, not a parser: a line that looks like a definition is treated as one.
 """
 
 import re
@@ -32,14 +32,14 @@ _TAB = 4
 
 
 def parse_source(data: bytes) -> ParsedDocument:
-    """Find definitions; what stands deeper is a section within the one above. Raises ParseError undecodable_text."""
+    """Find definitions; deeper indentation means a nested section. Raises ParseError undecodable_text."""
     text = read_text(data)
     return ParsedDocument(text=text, headings=tuple(_find_definitions(text)), media_type="text/x-source")
 
 
 def _find_definitions(text: str) -> list[Heading]:
     headings: list[Heading] = []
-    outer: list[int] = []  # indents of the definitions around this line
+    outer: list[int] = []  # indents of the enclosing definitions
     start = 0
     for line in text.split("\n"):
         if len(line) <= _MAX_LINE and (found := _match(line)):

@@ -1,6 +1,6 @@
-"""Rows of cells -> lines that can be read alone: "Country: France | Per day: 60 EUR".
+"""Rows of cells -> self-contained lines: "Country: France | Per day: 60 EUR".
 
-Shared by the formats whose tables have no marked header.
+Shared by formats whose tables do not mark a header.
 """
 
 import re
@@ -10,7 +10,7 @@ from itertools import chain, islice
 
 from ingest.parse.blocks import BlockWriter, table_row_text
 
-Row = Mapping[int, str]  # column -> text; columns without text are left out
+Row = Mapping[int, str]  # column -> text, without empty cells
 _BLOCK_CHARS = 400  # so that a chunk ends between rows, not within one
 _LOOK_AHEAD = 12
 _VALUE = re.compile(r"[-+(]?[$€£¥]?\s?\d[\d\s.,:/'’-]*(?:[eE][-+]?\d+)?\s?[%€$£¥)]?|TRUE|FALSE|#\S+", re.I)
@@ -19,11 +19,11 @@ _YEAR = re.compile(r"(?:19|20)\d\d")
 
 
 def write_rows(writer: BlockWriter, rows: Iterable[Row]) -> None:
-    """Write a line a row, empty rows left out, each cell named by its column's header if the table has one.
+    """Write one line per non-empty row, with each cell prefixed by its column header if the table has one.
 
-    The header is the first row with as many cells as most of the next rows, if only distinct words and years are in
-    them; what stands above it (a title, a date) is written as it is. A table of words whose header is missing cannot
-    be told from one that has it.
+    The header is the first row with as many cells as most of the following rows, if its cells are distinct words and
+    years; rows above it (a title, a date) are written unchanged. For a table of words, a missing header cannot be
+    detected.
     """
     rows = (row for row in rows if row)
     first = list(islice(rows, _LOOK_AHEAD))

@@ -1,4 +1,4 @@
-"""Plain text, and what is read as such: reStructuredText, XML, source code. No headings, no pages."""
+"""Plain text, and formats treated as such. No headings, no pages."""
 
 from ingest.parse import ParseError
 from ingest.parse.decode import UndecodableText, decode_text, normalize_text
@@ -6,7 +6,7 @@ from retrieval.parsed import ParsedDocument
 
 
 def parse_text(data: bytes, media_type: str = "text/plain") -> ParsedDocument:
-    """Keep the text as it is. Raises ParseError undecodable_text."""
+    """Decode and normalize the text, otherwise unchanged. Raises ParseError undecodable_text."""
     return ParsedDocument(text=read_text(data), media_type=media_type)
 
 

@@ -1,6 +1,6 @@
-"""Archives opened with limits: ZIP, TAR (plain, gzip, bzip2, xz), and single files packed by those three.
+"""Unpacks archives with limits: ZIP, TAR (plain, gzip, bzip2, xz), and single files compressed by those three.
 
-Members come one at a time, in memory. Names are for showing only.
+Members are read into memory one at a time. Names are only for display.
 """
 
 import bz2
@@ -36,7 +36,7 @@ _NO_DOCUMENTS = ("__MACOSX/", ".git/", "node_modules/")
 
 
 class Budget:
-    """What all members of one upload may come to. Raises ParseError zip_bomb, before anything too big is read."""
+    """Limits for all members of one upload together. Raises ParseError zip_bomb before anything too large is read."""
 
     def __init__(self, packed_bytes: int) -> None:
         self._packed = max(1, packed_bytes)
@@ -44,7 +44,7 @@ class Budget:
         self._files = 0
 
     def take_file(self, size: int) -> None:
-        """A member that says it has `size` bytes."""
+        """Count a member with a declared size of `size` bytes."""
         self._files += 1
         if self._files > MAX_FILES:
             raise ParseError("zip_bomb", f"the archive holds more than {MAX_FILES} files; upload it in parts")
@@ -63,8 +63,8 @@ class Budget:
 
 
 def read_members(data: bytes, media_type: str, name: str, budget: Budget) -> Iterator[tuple[str, bytes | str]]:
-    """(shown name, content, or why it is not read) of each file. A single packed file of which no name is known has
-    none. Raises ParseError zip_bomb, broken_archive."""
+    """(display name, content or the reason why it is not read) of each file. The name of a single compressed file may
+    be empty, if unknown. Raises ParseError zip_bomb, broken_archive."""
     try:
         members = _zip_members(data, budget) if media_type == ZIP else _tar_members(data, media_type, name, budget)
         for path, content in members:
@@ -85,7 +85,7 @@ def _printable(name: str) -> str:
 
 
 def _zip_members(data: bytes, budget: Budget) -> Iterator[tuple[str, bytes | str]]:
-    """zipfile never reads more of a member than its directory says, so a directory that lies low hides nothing."""
+    """zipfile never reads more of a member than its directory declares, so the limits hold even if that is wrong."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for info in archive.infolist():
             if info.filename.endswith("/"):  # zipfile's is_dir() fails on a member without a name
@@ -116,7 +116,7 @@ def _tar_members(data: bytes, media_type: str, name: str, budget: Budget) -> Ite
             for info in archive:
                 if info.isdir():
                     continue
-                budget.take_file(0)  # bytes are counted as they come
+                budget.take_file(0)  # bytes are counted as they are read
                 if info.issym() or info.islnk():
                     yield info.name, "a link, which is not followed"
                 elif not info.isreg() or info.issparse():
@@ -155,7 +155,7 @@ def _too_big(name: str, size: int) -> ParseError:
 
 
 class _Counted:
-    """A stream that takes what it gives from the budget, so that skipping a huge member ends too."""
+    """A stream that charges the budget for all bytes read, so that skipping a huge member also ends."""
 
     def __init__(self, stream: BinaryIO, budget: Budget) -> None:
         self._stream = stream

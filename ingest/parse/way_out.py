@@ -1,4 +1,4 @@
-"""A child that looks whether it can open a socket, as a parser that a document has taken over would."""
+"""A child process that tests whether it can open a socket, as a compromised parser would."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""A parsed document as JSON and back: what passes between the processes that parse."""
+"""Parsed documents to JSON and back, for passing them between processes."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from retrieval.parsed import Heading, Page, ParsedDocument
 
 
 def to_json(parsed: ParsedDocument) -> dict[str, Any]:
-    return parsed._asdict()  # of which pages and headings become lists
+    return parsed._asdict()  # in JSON, pages and headings become lists
 
 
 def from_json(data: dict[str, Any]) -> ParsedDocument:

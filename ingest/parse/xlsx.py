@@ -1,7 +1,7 @@
-"""XLSX: each sheet a section, each row a line with its columns' names, cells as they are shown (dates, percentages).
+"""XLSX: each sheet is a section, each row a line with column names, cells as displayed (dates, percentages).
 
-Reads the parts of the zip directly (ECMA-376, SpreadsheetML), rows as a stream. Formulas give the value they had when
-the workbook was saved; a cell merged over rows is in each of them. Charts, comments and pictures are left out.
+Reads the parts of the zip directly (ECMA-376, SpreadsheetML), streaming the rows. Formulas have their stored values; a
+cell merged over rows is in each of them. Charts, comments and pictures are left out.
 """
 
 import re
@@ -32,7 +32,7 @@ _REFERENCE = re.compile(r"([A-Za-z]{1,3})\d*$")
 
 
 def parse_xlsx(source: Source) -> ParsedDocument:
-    """Read all sheets, hidden ones too. Raises ParseError broken_xlsx, zip_bomb, too_many_cells."""
+    """Read all sheets, including hidden ones. Raises ParseError broken_xlsx, zip_bomb, too_many_cells."""
     with open_package(source, "xlsx", "Excel workbook") as package:
         return _Workbook(package).read()
 
@@ -80,12 +80,12 @@ class _Workbook:
                 yield self._string(item)
 
     def _string(self, item: etree._Element) -> str:
-        """The runs of a rich text, without the reading aids (rPh) of Japanese ones."""
+        """The runs of a rich text, without phonetic hints (rPh)."""
         texts = (text for text in item.iter(f"{self._main}t") if text.getparent().tag != f"{self._main}rPh")
         return "".join(text.text or "" for text in texts)[:_MAX_CELL_CHARS]
 
     def _read_formats(self) -> list[str]:
-        """What numbers of each cell style mean: "date", "time", "datetime", "percent" or ""."""
+        """The kind of number format of each cell style: "date", "time", "datetime", "percent" or ""."""
         part = self._part("styles")
         if part not in self._package:
             return []
@@ -96,7 +96,7 @@ class _Workbook:
 
     def _read_rows(self, member: str) -> Iterator[Row]:
         merged = self._read_merged(member)
-        above: dict[int, tuple[str, int]] = {}  # column -> text of a cell, the last row that it reaches into
+        above: dict[int, tuple[str, int]] = {}  # column -> (text, last row of the merged cell)
         number = 0
         for row in self._package.elements(member, f"{self._main}row"):
             number = int(row.get("r", number + 1))
@@ -117,7 +117,7 @@ class _Workbook:
             yield dict(sorted(cells.items())) if above else cells
 
     def _read_merged(self, member: str) -> dict[tuple[int, int], int]:
-        """(row, column) of cells merged over rows -> the last of these; they stand behind all rows."""
+        """(row, column) of cells merged over rows -> the last row; stored after all rows."""
         found = (match.groups() for match in self._package.find_all(member, _MERGED))
         return {
             (int(first), _column(name.decode()) or 0): int(last)
@@ -137,12 +137,12 @@ class _Workbook:
             case "n":
                 style = int(cell.get("s", "0"))
                 return _number_text(value, self._formats[style] if style < len(self._formats) else "", self._epoch)
-            case _:  # str, e, d: as they stand
+            case _:  # str, e, d: unchanged
                 return value[:_MAX_CELL_CHARS]
 
 
 def _column(reference: str | None) -> int | None:
-    """ "AB12" -> 28; None without a reference: the cell after the one before."""
+    """ "AB12" -> 28; None without a reference, which means the next column."""
     match = _REFERENCE.match(reference or "")
     if match is None:
         return None
@@ -170,7 +170,7 @@ def _meaning(format_id: str, custom: dict[str | None, str]) -> str:
 
 
 def _number_text(value: str, meaning: str, epoch: datetime) -> str:
-    """A number as Excel shows it, to 15 digits; dates as 2024-05-21, as ISO 8601 has them."""
+    """A number as Excel displays it, with up to 15 digits; dates in ISO 8601, such as 2024-05-21."""
     if not meaning and value.isdecimal():
         return value
     try:
