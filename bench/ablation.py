@@ -1,8 +1,8 @@
-"""What mixtures of attention and Mamba find again, against length: scores what `model.train.ablation` trained.
+"""Recall of mixtures of attention and Mamba by context length: scores the models of `model.train.ablation`.
 
-*needle*: one fact in a document that says nothing else; *questions*: every sentence is a fact. People of the test are
-none of the training's. An answer is right when every token of it is the likeliest one behind the right ones before it,
-which is what greedy decoding gives. Run: `python -m bench.ablation DIR --picture ablation.png`.
+*needle*: one fact in a document of filler; *questions*: every sentence is a fact. The people in the test do not occur
+in training. An answer is right if each of its tokens is the likeliest after the previous right ones, which is
+equivalent to greedy decoding. Run: `python -m bench.ablation DIR --picture ablation.png`.
 """
 
 from __future__ import annotations

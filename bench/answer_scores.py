@@ -1,18 +1,17 @@
 """Scores of answers from given passages: right words, right citations, right refusals, by set, mode and evidence size.
 
-*Citation recall* and *precision* are those of ALCE: a statement is recalled when all that it cites, taken together,
-supports it; a citation is precise when its statement is recalled and it has a part in that. Both are averaged over
-answers. What differs is how support is decided. ALCE asks a model whether the cited passage entails the statement, for
-short answers the question with the answer behind it. Here a quote stands in its passage word for word, which would
-always entail it; what can be wrong is the place. So a citation supports when its quote shares words with the gold
-answer where that stands in the gold passage: at any place there with the gold words, or anywhere in the passage if the
-words as such are not there.
+*Citation recall* and *precision* are those of ALCE: a statement is recalled if its citations together support it; a
+citation is precise if its statement is recalled and it contributes to that. Both are averaged over answers. The
+difference is how support is decided. ALCE asks a model whether the cited passage entails the statement (for short
+answers, the question followed by the answer). Here quotes are verbatim, so their passage always entails them; only the
+place can be wrong. So a citation supports the answer if its quote overlaps the gold answer in the gold passage: any
+occurrence of the gold words there, or the whole passage if it does not have these exact words.
 
-- A question has one gold answer, so an answer is one statement, and all its quotes are citations for it. Recall is 1
-  when one of them supports; precision is the share of those that do. With one quote an answer both are the same.
-- A refusal states nothing and counts in neither, as ALCE leaves out an output without a sentence. *Refusal accuracy*
-  is about it: right refusals and right non-refusals, of all questions.
-- An answer to a question that nothing answers has 0 in both, as has an answer without a citation.
+- A question has one gold answer, so an answer is one statement, and all its quotes are citations of it. Recall is 1 if
+  one of them supports it; precision is the share of those that do. With one quote per answer they are equal.
+- A refusal makes no statement and counts in neither, just as ALCE skips outputs without a sentence. *Refusal accuracy*
+  covers it: correct refusals and non-refusals, of all questions.
+- Answers to unanswerable questions, and answers without citations, have 0 in both.
 - Other words of the gold passage do not support; "cited right" counts them, of all questions with an answer.
 
 Source: Gao et al., 2305.14627; princeton-nlp/ALCE eval.py::compute_autoais, with its statements of QAMPARI.

@@ -1,13 +1,13 @@
-"""How well a checkpoint answers from given passages, through the service's own prompt, constraint and engine.
+"""How well a checkpoint answers from given passages, with the service's own prompt, constraint and engine.
 
-Questions come as JSON lines: {set, passages: [[title, text], ...], question, answer or null, gold or null}; `gold` is
-the number of the passage that holds the answer. Every question is answered once without the way out of `<|none|>`, and
-the margin log P(none) − log P(quote) of its first step is kept: so one run gives the scores at every threshold.
+Questions are JSON lines: {set, passages: [[title, text], ...], question, answer or null, gold or null}; `gold` is the
+index of the passage with the answer. Every question is answered once with `<|none|>` disallowed, and the margin
+log P(none) − log P(quote) of the first step is recorded, so that one run gives the scores at every threshold.
 
-Modes: `rag` reads all passages in one prompt, `rag-apart` each alone and answers from the one with the least margin, as
-`read_apart` does; `full_context` has them all as one document of one text, each under its title.
+Modes: `rag` reads all passages in one prompt; `rag-apart` reads each alone and answers from the one with the lowest
+margin, as `read_apart` does; `full_context` has all passages in one document, each under its title.
 `--missing-words`, `--ask-back` and `--verdict` are the service's settings of these names.
-What the scores are: bench/answer_scores.py. Run: `python -m bench.answers QUESTIONS.jsonl --threshold 0`, or with
+The scores are defined in bench/answer_scores.py. Run: `python -m bench.answers QUESTIONS.jsonl --threshold 0`, or with
 `--modes rag-apart rag full_context --picture answers.png`.
 """
 

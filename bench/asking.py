@@ -1,4 +1,4 @@
-"""Asks a checkpoint about one long text, through the service's own prompt, constraint and engine."""
+"""Asks a checkpoint questions about one long text, with the service's own prompt, constraint and engine."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The Jamba paper's claims against Mixtral, by one engine: KV at 256K, the longest context that fits, and throughput.
+"""The Jamba paper's comparison with Mixtral, on the same engine: KV cache at 256K, longest context, throughput.
 
-Both shapes have random int8 weights (bench/shapes.py). Prompts are random tokens, each another; every answer has
-exactly `--out` tokens, and `tok_per_s` counts the tokens of answers over the whole time, prefills included. The longest
-context is arithmetic (`StateBudget.max_tokens` of what is free), then tried: a state of that length, and a last piece
-computed at its end. Source: arXiv 2403.19887, tables 1 and 2, figures 2 and 3.
+Both shapes have random int8 weights (bench/shapes.py). Prompts are random tokens, all different; every answer has
+exactly `--out` tokens, and `tok_per_s` is output tokens over the total time, including prefill. The longest context is
+computed (`StateBudget.max_tokens` of the free memory) and then verified with a state of that length, by computing a
+last segment at its end. Source: arXiv 2403.19887, tables 1 and 2, figures 2 and 3.
     python -m bench.compare_paper [--shapes jamba-52b,mixtral-8x7b] [--out 512] [--picture build/compare-paper.png]
 """
 

@@ -1,8 +1,8 @@
-"""Prefill and decode on the CPU, side by side with `transformers`' Jamba on the same random checkpoint.
+"""Prefill and decode on the CPU, compared with `transformers`' Jamba on the same random checkpoint.
 
-Both load one checkpoint from disk and must agree on its logits before anything is timed; then they take turns.
-`transformers` runs as installed here: its PyTorch path, without mamba-ssm. Attention is timed alone as well, beside
-PyTorch's. Shapes: `bench` (4 layers, d 256) and `shipped` (that of the checkpoint that ships: 30 layers, d 576).
+Both load the same checkpoint from disk, and must agree on its logits before anything is timed; runs alternate.
+`transformers` uses its PyTorch path, without mamba-ssm. Attention is also timed alone, compared with PyTorch's. Shapes:
+`bench` (4 layers, d 256) and `shipped` (that of the shipped checkpoint: 30 layers, d 576).
     python -m bench.cpu_prefill [--shape bench] [--tokens 2048] [--threads 2] [--repeats 7]
 """
 

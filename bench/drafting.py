@@ -1,10 +1,10 @@
-"""What guessing tokens from the prompt gains when answers are decoded, and what it costs where no guess is right.
+"""Speculative decoding by prompt lookup: its gain on answers, and its cost when no draft is accepted.
 
-The questions about the sample documents are asked with the evidence, prompt and constraint that the service uses, in
-turn without and with guesses (`draft_tokens` of the engine), the state of the prompt in memory. Times run from the
-first token to the last, on the clock and (`cpu`) of the processor, which other programs disturb less; the tokens must
-be the same. `free text` has no constraint and is drawn at temperature 1, so it follows no document.
-Run: `python -m bench.drafting [--rounds 7] [--threads 2] [--picture drafting.png]`; `--rows FILE` draws an earlier run
+The questions about the sample documents are asked with the service's evidence, prompt and constraint, alternately
+without and with drafts (`draft_tokens` of the engine), and with the prompt's state in memory. Times are from the first
+token to the last, in wall-clock and in CPU time (`cpu`), which is less affected by other programs; the tokens must be
+equal. `free text` is unconstrained and sampled at temperature 1, so it follows no document.
+Run: `python -m bench.drafting [--rounds 7] [--threads 2] [--picture drafting.png]`; `--rows FILE` plots an earlier run
 instead of measuring.
 """
 

@@ -1,7 +1,7 @@
-"""Chunks a second that an embedder turns into vectors, on each device in turn, and how far apart the vectors are.
+"""Throughput of an embedder in chunks per second on each device, and how much the vectors differ between devices.
 
-Chunks are of 256 tokens, as the service cuts them. On a CPU `--threads` cores work (default 2, what the goals are set
-for). `--embedder`: a directory as sentence-transformers has them; default: the one that ships. Copies are in times.
+Chunks have 256 tokens, as in the service. On a CPU `--threads` cores are used (default 2, for which the goals are set).
+`--embedder`: a sentence-transformers directory; default: the shipped one. Times include copies to and from the device.
     python -m bench.embedding --devices cpu cuda [--chunks 4096]
 """
 

@@ -1,13 +1,12 @@
-"""How long the first token takes behind a long context: cold, from host memory, and from Redis after a restart.
+"""Time to first token after a long context: cold, from host memory, and from Redis after a restart.
 
-Model, prefix cache and engine are those of the service with its default settings (`app.model_loading.build_model`);
-retrieval and HTTP are left out. In each round every context is new: the sample documents, their paragraphs shuffled and
-their numbers changed. It is asked three questions: cold; again, when its state lies in this process; and once more
-after everything was closed and built anew with nothing kept but a Valkey server on this machine. A short prompt goes
-first each time, so that no row pays for a start. `ratio` is cold_ms over host_ms; `state_bytes` is what the host tier
-holds for the context.
+Model, prefix cache and engine are those of the service with default settings (`app.model_loading.build_model`), without
+retrieval and HTTP. Each round uses new contexts: the sample documents with shuffled paragraphs and changed numbers.
+Each is asked three questions: cold; with its state in this process; and after everything was closed and rebuilt, with
+its state only in a Valkey server on this machine. A short prompt comes first as a warm-up. `ratio` is cold_ms over
+host_ms; `state_bytes` is the size of the context's states in the host tier.
     python -m bench.first_token [--rounds 7] [--threads 2] [--picture docs/images/first-token.png]
-`--rows FILE` draws an earlier run instead of measuring.
+`--rows FILE` plots an earlier run instead of measuring.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Does rewriting a follow-up into a question of its own find its passage? Recall over hand-written conversations.
+"""Retrieval recall for follow-up questions, with and without rewriting, on hand-written conversations.
 
-The documents are samples/documents, the conversations bench/data/followups.json: `turns` alternate user and assistant,
-`gold` stands word for word in the passage that answers the question. `kind`: what the question leans on (a pronoun,
-the words left out, the answer before, an earlier question), or `change`, a new topic that must not be dragged along.
+The documents are samples/documents, the conversations bench/data/followups.json: `turns` alternate between user and
+assistant; `gold` occurs literally in the passage that answers the question. `kind`: what the question depends on (a
+pronoun, an ellipsis, the previous answer, an earlier question), or `change` for a new topic that must not be affected.
 Run: `python -m bench.followups`.
 """
 

@@ -1,13 +1,13 @@
-"""The large Jamba on one GPU with random int8 weights: speed and memory beside what the card itself reaches.
+"""The large Jamba on one GPU with random int8 weights: speed and memory relative to the limits of the GPU.
 
-Sections: copy (the ceilings), memory, decode, batch, first-token, prefill, sharing (time between the tokens of running
-answers while a long prompt is computed), profile. Each prints a table and writes its JSON; one that fails or takes too
-long prints why and the next one begins. Contexts of decoding are random numbers, which cost the same as a prefill's.
-On a card `batch` has each row twice: contexts of their own, then contexts that share all but the last 256 tokens, each
-copy read for as many of them as one read can serve. `first-token` is asked of the engine behind a prefix in its cache,
-and of the model alone with the state where it is needed.
-`times_vllm` is against vLLM 0.24, measured on an H100.
-`--quick` runs the most telling rows of all within 90 seconds; `--w8a8` lets prefills round activations to int8.
+Sections: copy (the limits), memory, decode, batch, first-token, prefill, sharing (time between tokens of running
+answers during a long prefill), profile. Each prints a table and writes its JSON; if one fails or takes too long, it prints why
+and the next one begins. Decoding uses random states, which cost the same as those of a prefill. On a GPU `batch` has
+each row twice: with separate contexts, and with contexts that share all but the last 256 tokens, which are read once
+for as many sequences as one read can serve. `first-token` measures the engine with a cached prefix, and the model alone
+with the state in place.
+`times_vllm` is relative to vLLM 0.24, measured on an H100.
+`--quick` runs the most informative rows of all sections in 90 seconds; `--w8a8` quantizes activations in prefills.
     python -m bench.gpu [--shape jamba-52b] [--sections copy,decode] [--segments 16384,32768] [--limit-s 75] [--quick]
 """
 

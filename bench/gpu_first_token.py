@@ -1,4 +1,4 @@
-"""Sections of gpu.py: the first token of a question behind a long prefix whose state is kept."""
+"""Sections of gpu.py: time to first token of a question after a long prefix whose state is cached."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Each CUDA kernel alone at the shapes of the 52B Jamba: checked against float32, then timed against the card's copy.
+"""Each CUDA kernel at the shapes of the 52B Jamba: checked against float32, then timed relative to copy bandwidth.
 
-Launches are captured in a CUDA graph, over copies of the weights or other experts: none comes from the L2 cache.
-`us` is a launch among its like that overlap as in decode (programmatic dependent launch), `us_alone` without overlap.
+Launches are captured in a CUDA graph, over several copies of the weights or different experts, so that nothing comes
+from the L2 cache. `us`: time per launch with overlap as in decode (programmatic dependent launch); `us_alone`: without.
     python -m bench.gpu_kernels [--shape jamba-52b] [--only decode prefill mixers] [--tokens 1 2 4 8 16 32 64]
 """
 

@@ -1,4 +1,4 @@
-"""What the benchmarks on a GPU share: ceilings, clocks that wait for it, states filled at no cost, time limits."""
+"""Shared by the GPU benchmarks: hardware limits, synchronized timing, states without a prefill, time limits."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """The shipped checkpoint on a GPU (int8 weights, bfloat16 activations) against the CPU (the same weights, float32).
 
-Logits over the prompts of hf_parity.py; greedy texts, and how near a tie the first different token was; 64K tokens in
-segments against one piece; batches against each sequence alone; states through bytes. `w8a8` rounds prefills too.
-    python -m bench.gpu_parity --save-prompts prompts.json     # where the sample documents can be read
+Logits over the prompts of hf_parity.py; greedy texts, and how close to a tie the first different token was; 64K tokens
+in segments against one piece; batches against single sequences; states after serialization. `w8a8` also quantizes the
+activations of prefills.
+    python -m bench.gpu_parity --save-prompts prompts.json     # on a machine with the sample documents
     python -m bench.gpu_parity --prompts prompts.json          # on the GPU
 """
 

@@ -1,4 +1,4 @@
-"""Draws docs/images/gpu.png from rows of gpu.py: prefill, decode and first token beside vLLM 0.24.
+"""Plots docs/images/gpu.png from rows of gpu.py: prefill, decode and first token compared with vLLM 0.24.
 
     python -m bench.gpu_plot --int8 gpu-prefill-A.json --w8a8 gpu-prefill-B.json --batch gpu-batch-C.json \
         --decode gpu-decode-D.json --first-token gpu-first-token-E.json

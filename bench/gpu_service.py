@@ -1,11 +1,11 @@
-"""The whole service with the large Jamba on one card, over HTTP: what its operator sees, and what a restart costs.
+"""The whole service with the large Jamba on one GPU, over HTTP: latency, throughput, and the cost of a restart.
 
-The checkpoint has the published shape and int8 weights that repeat (bench/loading.py). Its tokenizer has no quote
-tokens, so that it is asked as published ones are: through a chat template, quotes in plain text. What it says is noise,
-what it takes is not. States are kept by a Valkey server on this machine. Rows: each collection is uploaded and asked
-whole, for the first time and once more (GPU); `load`: questions come as they come at each of `--rates` a second, most
-about whole collections that are known, the others by search in the largest; after SIGKILL (Redis), once more, and by a
-service without a cache on the GPU (main memory). `--leave-gib` takes the rest of the card, as if it were a smaller one.
+The checkpoint has the published shape and repeating int8 weights (bench/loading.py). Its tokenizer has no quote tokens,
+so it is prompted like published ones, with a chat template and quotes in plain text. The answers are noise, but the
+costs are real. States are stored in a Valkey server on this machine. Rows: each collection is uploaded and asked as a
+whole, cold and again (GPU); `load`: open-loop arrivals at each of `--rates` per second, most about whole cached
+collections, the others by search in the largest; after SIGKILL (Redis), again, and with a service without a GPU cache
+(main memory). `--leave-gib` occupies the rest of the GPU memory, to simulate a smaller GPU.
     python -m bench.gpu_service --directory /tmp/jamba [--quantize w8a8] [--contexts 8192 261000] [--rates 1 2 4 8]
 """
 

@@ -1,4 +1,4 @@
-"""Draws docs/images/gpu-service.png from rows of gpu_service.py: first tokens by where the documents' state came from.
+"""Plots docs/images/gpu-service.png from rows of gpu_service.py: time to first token by the tier of the cached state.
 
 python -m bench.gpu_service_plot gpu-service-A.json
 """

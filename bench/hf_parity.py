@@ -1,7 +1,7 @@
-"""The shipped checkpoint in float32, ours and `transformers`' Jamba side by side: same tokens, how far the logits.
+"""The shipped checkpoint in float32 with our Jamba and with `transformers`': equal tokens, difference of the logits.
 
-`convert_checkpoint(…, to="fp32")` writes what both load. Each continues every prompt greedily on its own: one prefill,
-then a token at a time on its own cache. Not about speed; that is cpu_prefill.py.
+Both load the output of `convert_checkpoint(…, to="fp32")`. Each continues every prompt greedily: one prefill, then one
+token at a time with its own cache. Speed is measured in cpu_prefill.py.
     python -m bench.hf_parity [--prompts 50] [--new-tokens 12] [--threads 2]
 """
 

@@ -1,8 +1,8 @@
-"""How fast, how small and how good is the vector index at size?
+"""Speed, size and recall of the vector index at scale.
 
-Vectors are made: mixtures around centres, as texts about subjects are; questions are new draws of the same. Exact
-search over all of them, in numpy, says which ten are the nearest. `--manuals` takes the vectors that bench/retrieval.py
-left behind and the questions of its set instead: fewer, but real.
+Vectors are synthetic: mixtures around centres, similar to texts grouped by topic; queries are drawn from the same
+distribution. Exact search in numpy gives the ten nearest. `--manuals` uses the vectors stored by bench/retrieval.py and
+the questions of its set instead: fewer, but real.
     python -m bench.index [--vectors 1000000] [--questions 200]
     python -m bench.index --manuals
     python -m bench.index --filtered --questions 60 [--plot docs/images/filters.png]   # within a share of the vectors

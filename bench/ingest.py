@@ -1,13 +1,13 @@
-"""How fast do documents become searchable, and in how much memory?
+"""Throughput and memory of ingestion.
 
-Default: every `--every`-th of the manuals of bench/retrieval_sets.py (HTML, PDF, text) through workers as the
-service's, for each of `--workers` in turn, beside the embedder alone on the same chunks, all of them together.
-`--upload`: a text of so many bytes is sent to a service over HTTP; then the service reads it, or says why it can't.
-`--small`: so many small documents parsed one after the other, each in its process: what these cost.
-`--parse`: PDF pages a second, parsed and no more, in one process and in two, and as a service does, each document in a
-limited process of its own. The PDFs are the sample, the manuals if they were fetched, and those (also as .gz) in the
-folders named, of several pages each.
-`--bulk`: so many chunks with stand-ins for their vectors, the worker stopped and started on the way.
+Default: every `--every`-th of the manuals of bench/retrieval_sets.py (HTML, PDF, text), ingested by workers like the
+service's, for each number in `--workers`; compared with the embedder alone on all these chunks.
+`--upload`: a text of this many bytes is sent to a service over HTTP, which ingests it or reports why it cannot.
+`--small`: this many small documents parsed one after the other, each in its own process, to measure that overhead.
+`--parse`: PDF pages parsed per second, in one process and in two, and as in the service, with each document in a
+sandboxed process. The PDFs are the sample, the manuals if they were fetched, and those with several pages (also .gz) in
+the given folders.
+`--bulk`: this many chunks with placeholder vectors, with the worker stopped and restarted on the way.
     python -m bench.ingest [--workers 1 2 3] [--every 50] [--suffix .pdf]
     python -m bench.ingest --upload 1_000_000_000
     python -m bench.ingest --bulk 100_000 [--stops 5]

@@ -1,10 +1,10 @@
-"""What int8 weights change in the shipped checkpoint, for each kind of matrix by itself and for all linear layers.
+"""Drift of the shipped checkpoint caused by int8 weights, for each kind of matrix and for all linear layers.
 
-Against the same checkpoint in float32, over the sample documents as they stand in a prompt: KL a token in nats,
-agreement of the likeliest token, relative RMS of the hidden states before the head and of the recurrent states at the
-end. The checkpoint holds its matrices as int4 or int8 already, so that rounding to the same int8 rows would change some
-by nothing. They are rounded to 121 steps a side instead of 127: an error as large as that of weights which were never
-rounded, and 5% more. `share` is the part of all parameters that the kind has.
+Compared with the same checkpoint in float32, on the sample documents as in a prompt: KL per token in nats, agreement of
+the likeliest token, relative RMS of the hidden states before the head and of the final recurrent states. The matrices
+are stored as int4 or int8, so quantizing them to the same int8 grid would not change some of them at all. Instead they
+are rounded to 121 steps per side instead of 127, with an error 5% larger than that of int8 on unquantized weights.
+`share`: share of all parameters that are of this kind.
     python -m bench.int8_drift [--tokens 384] [--threads 2]
 """
 

@@ -1,8 +1,8 @@
-"""How the service holds up under load: questions and uploads that come when they come, answered or not (open loop).
+"""Open-loop load test of the service, with questions and uploads.
 
-Arrivals are a Poisson process at each of `--rates` questions a second, with `--uploads` documents a second beside them.
-Some questions go to a collection that all users share, the others to a user's own. A row for each rate: what was
-answered, refused (429) and failed, the first token and the whole answer by percentile, and the service's memory.
+Arrivals are a Poisson process at each of `--rates` questions per second, with `--uploads` documents per second. Some
+questions are about a collection shared by all users, the others about a user's own. One row per rate: answered, refused
+(429) and failed questions, percentiles of time to first token and of total time, and the service's memory.
 Without `--url` a service is started with the shipped checkpoint. Run: `python -m bench.load --rates 0.5 1 2 4`.
 """
 

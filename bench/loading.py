@@ -1,9 +1,9 @@
-"""How fast a checkpoint is converted and loaded, beside what the disk gives to a plain read in the same run.
+"""Speed of converting and loading a checkpoint, compared with a plain read from the disk in the same run.
 
-The checkpoint has hub layout (a tensor an expert, bf16, several shards) and layers of the real size, but few of them
-and few experts, with numbers that repeat; with `--int8` it is written as converted, whole if wanted, and only loaded.
-`cold` runs begin with the files dropped from the page cache, `cached` ones follow a read. `gb_per_s` counts the bytes
-of the files; `anonymous_gib` is the most memory of the process's own beside what it had before, without the mapped
+The checkpoint has the Hub layout (one tensor per expert, bf16, several shards) and layers of the real size, but few
+layers and experts, with repeating values; with `--int8` it is written in converted form, at full size if desired, and
+only loaded. `cold` runs start with the files dropped from the page cache, `cached` ones follow a read. `gb_per_s`
+refers to the size of the files; `anonymous_gib` is the peak increase of the process's anonymous memory, without mapped
 files. The files need up to 6 GB (49 GB: `--int8 --layers 32 --experts 16`) and are removed at the end.
     python -m bench.loading [--layers 2] [--experts 4] [--directory /tmp] [--int8]
 """

@@ -1,8 +1,8 @@
-"""Scores on files of LongBench and L-Eval, for whoever has them; nothing is downloaded.
+"""Scores on LongBench and L-Eval, from local files; nothing is downloaded.
 
-LongBench: a JSON line is one question {input, context, answers, dataset}. L-Eval: a JSON line is one text with several
-questions {input, instructions, outputs}; the file's name is its set. Texts longer than the context lose their middle,
-as in LongBench. Run: `python -m bench.long_context narrativeqa.jsonl longfqa.jsonl --model DIR`.
+LongBench: each JSON line is a question {input, context, answers, dataset}. L-Eval: each JSON line is a text with
+several questions {input, instructions, outputs}; the file name is the set. Texts longer than the context are truncated
+in the middle, as in LongBench. Run: `python -m bench.long_context narrativeqa.jsonl longfqa.jsonl --model DIR`.
 Sources: Bai et al., LongBench, 2308.14508, metrics.py; An et al., L-Eval, 2307.11088.
 """
 

@@ -1,13 +1,13 @@
-"""How many tokens of evidence come from the cache when questions differ, by how evidence is chosen and ordered?
+"""Share of evidence tokens that come from the prefix cache for different questions, by selection and order of evidence.
 
 The manuals of bench/retrieval_sets.py, searched and packed by the service's own code; every question is asked once, so
-nothing is shared because a question is repeated. Traces: `zipf`, topics (the document that answers) drawn by Zipf;
+that nothing is shared by repetition. Traces: `zipf`, topics (the answering document) drawn from a Zipf distribution;
 `sessions`, interleaved runs of questions on one topic. Orders: `score`, documents by their best hit; `canonical`, the
-collection's order; `recent`, as earlier evidence began and then what it lacked, together up to twice as much
-(retrieval/packing.py). A prefix is what a prompt shares with an earlier one up to the end of a document. Nothing is
-evicted, no model runs.
+collection's order; `recent`, the beginning of earlier evidence followed by what it lacks, up to twice as much in total
+(retrieval/packing.py). The cached prefix of a prompt is what it shares with an earlier one, up to the end of a
+document. Nothing is evicted, no model runs.
 
-`recall`: the words that answer stand in the evidence, % of the questions.
+`recall`: share of the questions, in %, whose answer is in the evidence.
     python -m bench.retrieval_sets                       # fetch the manuals, once
     python -m bench.packing [--budgets 4096 16384] [--plot docs/images/packing.png]
 """

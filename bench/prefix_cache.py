@@ -1,11 +1,11 @@
-"""Prefix states to and from a Redis server on this machine: GB/s against a bare socket, and whole states of the 52B.
+"""Transfer of prefix states to and from a local Redis server: GB/s compared with a bare socket, and whole 52B states.
 
-`transfer`: 16 values a call, through RedisStateStore, through redis-py's own client, and the same bytes over a bare
-socket of this machine between two processes (`sendall` of the values, `recv_into` one buffer), all in turn.
-`state`: what PrefixCache saves of a prompt of the 52B layout (16 KiB of KV a token, a snapshot of 16 MB), written and
-loaded, checksums included; nothing is computed, so no model is needed. TCP on loopback and a Unix socket.
+`transfer`: 16 values per call, with RedisStateStore, with redis-py's own client, and the same bytes over a bare local
+socket between two processes (`sendall` of the values, `recv_into` one buffer), alternating.
+`state`: the states of a prompt in the 52B layout (16 KiB of KV per token, a snapshot of 16 MB), saved and loaded by
+PrefixCache, including checksums; nothing is computed, so no model is needed. Over TCP on loopback and a Unix socket.
     python -m bench.prefix_cache [--repeats 7] [--tokens 8192 32768 65536] [--url tls=rediss://... cluster=redis://...]
-With `--url`, `transfer` to servers that run already, by names that are `tls`, `cluster` or any, instead of all else.
+With `--url`, only `transfer`, to running servers, each with a name: `tls`, `cluster` or any other.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""The policies that bench/prefix_traces.py compares: ours as it runs, and simulations of what others do.
+"""The cache policies that bench/prefix_traces.py compares: our implementation, and simulations of others.
 
-Ours is the service's own PrefixCache over its store of tensors, with states that are smaller than a model's. The others
-are simulated from their descriptions, token positions and bytes only. All of them get a prompt, say how many of its
-tokens they had, and keep what they keep.
-`bound_hit_rate` is what none of them can exceed.
+Ours is the service's own PrefixCache over its tensor store, with states smaller than a model's. The others are
+simulated from their descriptions, with token positions and sizes only. Each gets a prompt, returns how many of its
+tokens were cached, and updates its cache. `bound_hit_rate` is an upper bound for all of them.
 """
 
 from __future__ import annotations

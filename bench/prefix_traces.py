@@ -1,10 +1,10 @@
-"""Which prefix states to keep: three synthetic traces of questions, replayed without a model against several policies.
+"""Compares policies for keeping prefix states on three synthetic traces of questions, without a model.
 
-Token positions and bytes at the sizes of the 52B model; policies: bench/prefix_policies.py. `zipf`: 1 to 4 of 400
-documents a question, 3% of them getting about 60% of the picks. `sessions`: interleaved conversations about 2 to 5 of
-the same documents. `collections`: each question reads one of 8 whole collections, to which documents are added. A
-system text opens every prompt; documents stand in the order of their collection. Rates are means over the seeds; the
-rows of `bound` are what no policy can exceed. Seeds 0 to 2 were used to choose the policy, others were not.
+Token positions and sizes are those of the 52B model; policies: bench/prefix_policies.py. `zipf`: 1 to 4 of 400
+documents per question, 3% of which get about 60% of the picks. `sessions`: interleaved conversations about 2 to 5 of
+the same documents. `collections`: each question reads one of 8 whole collections, to which documents are added. Every
+prompt begins with the system text, then documents in the order of their collection. Rates are means over the seeds;
+`bound` rows are upper bounds for all policies. Seeds 0 to 2 were used to tune the policy, others were not.
     python -m bench.prefix_traces [--seeds 10 11 12] [--no-plot]
 """
 

@@ -1,7 +1,7 @@
-"""A model with random int8 weights, made where it will run: the cost of a checkpoint without having one.
+"""A model with random int8 weights, created on its device: the costs of a checkpoint without needing one.
 
-Nothing is loaded or copied, so at no time is there more memory in use than the model keeps. The scales are such that
-activations stay near 1 through all layers and that each expert gets about its share of the tokens.
+Nothing is loaded or copied, so peak memory is that of the model. Scales are chosen so that activations stay near 1
+through all layers and tokens are distributed about evenly among the experts.
 """
 
 from __future__ import annotations

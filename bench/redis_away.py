@@ -1,9 +1,9 @@
-"""How much later is an answer when Redis is away? Against the same answers of a service without Redis.
+"""Latency added to answers by a Redis failure, compared with a service without Redis.
 
-New prompts of 256 tokens through the engine with the shipped model, none of them cached. `answers`: the server is well;
-`refuses`: its port is closed; `stalls`: it takes connections and says nothing (SIGSTOP); `slow`: what it says comes 20
-ms late, a piece at a time. The server is broken after two questions, so the first failure is in the rows.
-`load_ms` is what a question waited for its state, the only time that an answer waits for the server.
+New, uncached prompts of 256 tokens with the shipped model. `answers`: the server works; `refuses`: its port is closed;
+`stalls`: it accepts connections but does not respond (SIGSTOP); `slow`: each piece of its output is delayed by 20 ms.
+The failure begins after two questions, so that its onset is included. `load_ms`: time spent waiting for states, the
+only time that answers wait for the server.
     python -m bench.redis_away [--questions 24] [--timeout-s 0.08]
 """
 

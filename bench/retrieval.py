@@ -1,13 +1,13 @@
-"""How often does a search find the passage that answers? Lexical, dense and fused, over chunk sizes.
+"""Retrieval quality of lexical, dense and fused search, by chunk size.
 
     python -m bench.retrieval_sets                       # fetch the manuals, once
     python -m bench.retrieval [--chunks 128 256 384 512] [--plot docs/images/retrieval.png]
     python -m bench.retrieval --beir FOLDER [--split test]
     python -m bench.retrieval --reranker DIRECTORY       # of a cross-encoder, instead of the one that ships
 
-Documents are parsed, cut, embedded and stored by the service's own code; vectors are kept in data/retrieval-bench/, so
-a second run embeds nothing. A chunk answers when it holds half of the words that do. Intervals are bootstraps over
-questions (95%). The fused weights are also chosen on four fifths of the questions and measured on the fifth.
+Documents are parsed, chunked, embedded and stored by the service's own code; vectors are cached in
+data/retrieval-bench/. A chunk is relevant if it has at least half of the words of the answer. Confidence intervals
+(95%) are bootstrapped over questions. The fusion weights are also cross-validated in five folds.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The picture of bench/retrieval.py: nDCG@10 by chunk size and by kind of question. Needs matplotlib."""
+"""The plot of bench/retrieval.py: nDCG@10 by chunk size and by kind of question. Needs matplotlib."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""The test sets of bench/retrieval.py: documents, questions, and where their answers stand.
+"""The test sets of bench/retrieval.py: documents, questions, and locations of their answers.
 
-Two kinds: a folder in the format of BEIR (corpus.jsonl, queries.jsonl, qrels/*.tsv), and the manuals set made for this
-project. Its questions and the words that answer them are in bench/data/retrieval/questions.jsonl; its documents are
-manuals with free licences out of the Debian packages of packages.json, fetched into a folder that git ignores by
+Two kinds: a folder in BEIR format (corpus.jsonl, queries.jsonl, qrels/*.tsv), and the manuals set made for this
+project. Its questions and the words of their answers are in bench/data/retrieval/questions.jsonl; its documents are
+freely licensed manuals from the Debian packages of packages.json, fetched into a folder that git ignores by
     python -m bench.retrieval_sets
 which needs apt-get and dpkg-deb of Debian 12. Packages are unpacked, never installed.
 """

@@ -1,8 +1,8 @@
-"""What a checkpoint still finds in long texts: tasks in the manner of RULER, from 4K to 256K tokens.
+"""Long-context retrieval of a checkpoint: tasks modelled on RULER, from 4K to 256K tokens.
 
 Tasks: `single` needle at a depth, `multi_value` (several needles of one key), `multi_key` (one among look-alikes),
 `variables` (a chain of assignments), `aggregation` (the most frequent words), `qa` (a fact among facts of its kind).
-The score is RULER's: the share of the expected strings that stand in the answer. Texts are made up from a seed.
+The score is RULER's: the share of the expected strings that occur in the answer. Texts are generated from a seed.
 Run: `python -m bench.ruler --lengths 4096 8192 --picture depth.png`. Source: Hsieh et al., RULER, 2404.06654.
 """
 

@@ -1,7 +1,7 @@
-"""One run of a benchmark: rows in, a table on stdout and a JSON file under bench/results/ out.
+"""One run of a benchmark: collects rows, prints a table and writes a JSON file under bench/results/.
 
-The JSON says what ran where: arguments, versions, processor, GPU, commit and whether the tree differed from it, and the
-load of the machine before and after. Times are seconds unless a column's name says otherwise.
+The JSON records arguments, versions, CPU, GPU, commit and whether the tree was modified, and the load of the machine
+before and after. Times are in seconds unless a column's name says otherwise.
 """
 
 from __future__ import annotations

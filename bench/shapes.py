@@ -1,7 +1,7 @@
-"""Shapes of models whose weights a benchmark makes at random: config.json fields, and how much work they mean.
+"""Model shapes for benchmarks with random weights: config.json fields, and their compute and memory costs.
 
-`jamba-52b` is the published v0.1; `mixtral-8x7b` the same network with attention alone, the comparison of the Jamba
-paper, table 1 (its rotary positions are left out: they cost nothing here); `small-test` runs in seconds on a CPU.
+`jamba-52b` is the published v0.1; `mixtral-8x7b` the same network with attention only, for the comparison in the Jamba
+paper, table 1 (without RoPE, whose cost is negligible); `small-test` runs in seconds on a CPU.
 """
 
 from __future__ import annotations

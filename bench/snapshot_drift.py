@@ -1,11 +1,11 @@
-"""What int8 snapshots change in the shipped checkpoint, as they are kept and for other ways of rounding.
+"""Drift of the shipped checkpoint caused by int8 snapshots, for the method in use and for other ways of rounding.
 
-A prompt is read to some length, its SSM state rounded there (`once`), or as it is kept every --every tokens and there,
-as in a prompt with so many snapshots; then --tokens more are read. Against the same without rounding: KL of these
-tokens in nats, agreement of the likeliest token, relative RMS of the state behind the prompt. Prompts are the documents
-of this repository as they stand in one, begun at several places. `percent_saved` is of a snapshot's bytes, its conv in
-float32 included. For comparison, without rounding: the model in bfloat16, and with int8 weights; otherwise it is in
-float32.
+A prompt is read up to some length, where its SSM state is rounded (`once`), or it is rounded there and every --every
+tokens before, as in a prompt with that many snapshots; then --tokens more are read. Compared with no rounding: KL of
+these tokens in nats, agreement of the likeliest token, relative RMS of the state after the prompt. Prompts are the
+documents of this repository in the service's format, from several starting points. `percent_saved`: reduction in size
+of a snapshot, including its conv state in float32. For comparison, without rounding: the model in bfloat16, and with
+int8 weights; otherwise the model is in float32.
     python -m bench.snapshot_drift [--lengths 512 2048 8192] [--prompts 4] [--tokens 128] [--every 2048]
 """
 

@@ -1,9 +1,9 @@
-"""An hour's work and three losses: does memory stay, and is anything that was accepted lost?
+"""Soak and fault test: whether memory is stable over an hour's work, and whether accepted work survives failures.
 
-First as many questions as come in an hour at one a second, and an upload with every twentieth, from `--users` that each
-ask again when they have their answer. Of the uploads the newest 50 stay, the others are deleted. The service's memory
-is read as it goes; `--picture` draws it. Then open loop (see load.py) while parsers are killed with SIGKILL, Redis goes
-and an empty one comes, and the service itself is killed and started again. A row for each.
+First as many questions as in an hour at one per second, with an upload every twentieth, from `--users` closed-loop
+users. The newest 50 uploads are kept, others deleted. The service's memory is sampled; `--picture` plots it. Then,
+under open-loop load (see load.py), parsers are killed with SIGKILL, Redis is replaced by an empty one, and the service
+itself is killed and restarted. One row each.
 Run: `python -m bench.soak --picture docs/images/load-memory.png`.
 """
 

@@ -1,10 +1,10 @@
-"""Where questions are lost on the way from the documents to a right answer, through the whole service.
+"""Error analysis of the whole service: at which stage questions fail on the way to a right answer.
 
-The hand-written questions (`model.train.testset`) are asked about the documents that they were written on, all of them
-in one collection, in mode `rag`, at each evidence budget. A question with an answer ends in one of five ways: *not
-retrieved* (no hit shown holds the gold words), *not packed* (a hit does, the evidence does not), *refused* although the
-evidence does, *not read* (another answer was given, F1 under 0.5), *read*. The others are refused or answered.
-With `--thresholds` nothing is refused, and a row each says how it would have ended from there.
+The hand-written questions (`model.train.testset`) are asked about the documents that they were written on, all in one
+collection, in mode `rag`, at each evidence budget. An answerable question has one of five outcomes: *not retrieved* (no
+returned hit has the gold words), *not packed* (a hit has them, the evidence does not), *refused* although the evidence
+has them, *not read* (another answer was given, F1 under 0.5), *read*. Unanswerable ones are refused or answered.
+With `--thresholds` nothing is refused, and one row per threshold says what the outcomes would be.
 Run: `python -m bench.stages --held-out DIR/corpora/held_out --budgets 300 700 --picture stages.png`.
 """
 

@@ -1,11 +1,11 @@
-"""What rounding activations to int8 changes in the shipped checkpoint, for each place where it can be done, as the
-checkpoint is and with its residual stream turned (model/rotation.py).
+"""Drift of the shipped checkpoint caused by int8 activations, for each product and all of them, with the checkpoint as
+it is and with its residual stream rotated (model/rotation.py).
 
-Against the same int8 weights with float32 activations, over the sample documents as they stand in a prompt: KL a token
-in nats, agreement of the likeliest token, relative RMS of the hidden states before the head and of the recurrent states
-at the end. `peak_over_rms` is a token's largest input to these products over its RMS (the median and the largest
-token): what rounding by the largest value suffers from. By the definition, on the CPU; "as on a CPU" by its kernel, 64
-columns at a time.
+Compared with the same int8 weights and float32 activations, on the sample documents as in a prompt: KL per token in
+nats, agreement of the likeliest token, relative RMS of the hidden states before the head and of the final recurrent
+states. `peak_over_rms`: a token's largest input to these products over its RMS (median and maximum over tokens), which
+determines the error of absmax quantization. Computed by the reference on the CPU; "as on a CPU" uses the CPU kernel,
+with one scale per 64 columns.
     python -m bench.w8a8_drift [--tokens 384] [--threads 2]
 """
 

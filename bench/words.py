@@ -1,7 +1,7 @@
-"""How long does a search take over a million chunks, or `--chunks`, and what do its two indexes cost?
+"""Search latency over a million chunks (or `--chunks`), and the costs of the word and the vector index.
 
-Chunks are words drawn with the frequencies of the manuals of bench/retrieval_sets.py, each word for itself; questions
-are that set's 390. Vectors are made as in bench/index.py.
+Chunks are words drawn independently with the frequencies of the manuals of bench/retrieval_sets.py; questions are the
+390 of that set. Vectors are generated as in bench/index.py.
     python -m bench.words [--chunks 1000000] [--directory DIR]
 """
 
