@@ -1,11 +1,11 @@
 """The large Jamba on one GPU with random int8 weights: speed and memory relative to the limits of the GPU.
 
 Sections: copy (the limits), memory, decode, batch, first-token, prefill, sharing (time between tokens of running
-answers during a long prefill), profile. Each prints a table and writes its JSON; if one fails or takes too long, it prints why
-and the next one begins. Decoding uses random states, which cost the same as those of a prefill. On a GPU `batch` has
-each row twice: with separate contexts, and with contexts that share all but the last 256 tokens, which are read once
-for as many sequences as one read can serve. `first-token` measures the engine with a cached prefix, and the model alone
-with the state in place.
+answers during a long prefill), profile. Each prints a table and writes its JSON; if one fails or takes too long, it
+prints why and the next one begins. Decoding uses random states, which cost the same as those of a prefill. On a GPU
+`batch` has each row twice: with separate contexts, and with contexts that share all but the last 256 tokens, which are
+read once for as many sequences as one read can serve. `first-token` measures the engine with a cached prefix, and the
+model alone with the state in place.
 `times_vllm` is relative to vLLM 0.24, measured on an H100.
 `--quick` runs the most informative rows of all sections in 90 seconds; `--w8a8` quantizes activations in prefills.
     python -m bench.gpu [--shape jamba-52b] [--sections copy,decode] [--segments 16384,32768] [--limit-s 75] [--quick]
