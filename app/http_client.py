@@ -4,12 +4,13 @@ Start at `open_service`.
 """
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import httpx
 
@@ -52,9 +53,11 @@ class Service:
             return {}
 
     def upload(self, path: Path, fields: dict[str, str]) -> dict[str, Any]:
-        """Upload one file, streamed from disk."""
+        """Upload one file, streamed from disk. Raises CommandFailed, and OSError where it cannot be read."""
+        if path.exists() and not path.is_file():  # a pipe has no length, and may have no end
+            raise CommandFailed("this is no file; write what comes from it into one and send that", "unreadable_file")
         with path.open("rb") as file:
-            files = {"file": (path.name, file, "application/octet-stream")}
+            files = {"file": (path.name, _FileAsItIs(file), "application/octet-stream")}
             return self.request("POST", "/v1/documents", files=files, data=fields, timeout=UPLOAD_TIMEOUT_S)
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -88,6 +91,27 @@ class Service:
             waited_s += pause_s
             for part in options.get("files", {}).values():
                 part[1].seek(0)
+
+
+class _FileAsItIs:
+    """An open file, of which nothing is read that is appended from now on, as to a log. `read` raises OSError if it
+    becomes shorter."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._size = file, os.fstat(file.fileno()).st_size
+
+    def read(self, nbytes: int) -> bytes:
+        wanted = min(nbytes, self._size - self._file.tell())
+        data = self._file.read(wanted)
+        if len(data) < wanted:
+            raise OSError("the file became shorter while it was sent; send it again")
+        return data
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset + (self._size if whence == os.SEEK_END else 0))
 
 
 def _pause_before_retry(response: httpx.Response) -> float | None:

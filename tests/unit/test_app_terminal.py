@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shlex
 import socket
 import subprocess
@@ -70,6 +71,34 @@ def test_collections_are_listed_with_what_they_hold_and_whether_it_is_in_memory(
     assert code == 0 and rows[0] == ["name", "documents", "pending", "failed", "tokens", "state"]
     assert rows[1:] == [["default", *"0000", "-"], ["coast", *"100", str(coast["tokens"]), "ready"]]
     assert "default" in bound and "coast" not in bound
+
+
+@pytest.mark.parametrize("change", ["grows", "shrinks"])
+def test_a_file_that_changes_while_it_is_sent_is_sent_as_it_was_or_not_at_all(tmp_path, change):
+    log = tmp_path / "service.log"
+    log.write_bytes(b"first line\n" * 9000)
+
+    class Transport(httpx.BaseTransport):
+        def handle_request(self, request: httpx.Request) -> httpx.Response:
+            log.write_bytes(b"first line\n" * (9500 if change == "grows" else 10))
+            body = b"".join(request.stream)
+            assert len(body) == int(request.headers["content-length"])
+            assert body.count(b"first line\n") == 9000
+            return httpx.Response(202, json={"data": []})
+
+    service = Service(httpx.Client(base_url="http://service", transport=Transport()))
+    if change == "grows":
+        assert service.upload(log, {}) == {"data": []}
+    else:
+        with pytest.raises(OSError, match="became shorter while it was sent"):
+            service.upload(log, {})
+
+
+def test_what_is_no_file_is_named_and_not_waited_for(run, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", tmp_path / "pipe"):
+        code, _, err = run("ingest", path, "--data-dir", tmp_path / "data")
+        assert code == 1 and f"{path}: this is no file" in err
 
 
 def test_a_closed_stdout_is_no_fault(tmp_path):
