@@ -209,10 +209,10 @@ def _ingest_limits(settings: Settings) -> IngestLimits:
 
 
 def _kept_secret(store: DocumentStore, name: str, nbytes: int) -> str:
-    """Random hexadecimal digits, drawn once per database and kept.
+    """Random hexadecimal digits, generated once per database and stored.
 
-    Used for the salt, so that no two deployments share a prefix state, whatever else they share; and for the nonce that
-    fences documents, which must be unknown and must not change, since with a new one no prefix would be found again.
+    For the salt, so that deployments never share prefix states; and for the nonce that fences documents, which must be
+    secret and constant, because a new nonce would invalidate all cached prefixes.
     """
     secret = store.get_setting(name)
     if secret is None:

@@ -131,7 +131,7 @@ class QuoteFormat(AnswerFormat):
         row.add(self._kept.of(self._format.system))
         boundaries, starts = [len(row)], {}
         for document_id, group in groupby(evidence.passages, key=lambda passage: passage.document_id):
-            starts.setdefault(document_id, len(row))  # it may stand in two places
+            starts.setdefault(document_id, len(row))  # a document may occur twice
             row.add(*self._document(list(group)))
             boundaries.append(len(row))
         row.add(self._format.ask(question))

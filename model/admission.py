@@ -1,6 +1,6 @@
-"""How much memory the states of running requests may take together, so that what is let in can be finished.
+"""Memory budget for the states of running requests, so that every admitted request can be completed.
 
-Knows bytes of states and of a device; not who waits for them (engine.py).
+Waiting requests are handled in engine.py.
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ import torch
 from model.jamba import Jamba
 from model.state import HybridState, StateLayout
 
-_SLACK = 1.25  # a prefill whose tokens prefer one expert needs more than the one that was measured
+_SLACK = 1.25  # a prefill whose tokens favour one expert needs more workspace than the measured one
 _LONGEST_TOKENS = 1 << 26
-_SPARE_BYTES = 1 << 30  # beside that, for what the allocator cannot use and for graphs of decode steps
+_SPARE_BYTES = 1 << 30  # for fragmentation and for the CUDA graphs of decode steps
 
 
 class HoldsMemory(Protocol):
-    """A state, or what is kept of others to be lent."""
+    """A state, or KV kept for lending."""
 
     @property
     def memory(self) -> Mapping[int, int]:
-        """Address and bytes; what several hold is counted once."""
+        """Address -> bytes, so that shared memory is counted once."""
         ...
 
 
 class StateBudget:
-    """`max_bytes` for all states under way; None: no bound."""
+    """`max_bytes` for the states of all running requests; None: no limit."""
 
     def __init__(self, layout: StateLayout, max_bytes: int | None = None) -> None:
         self._layout, self.max_bytes = layout, max_bytes
 
     @property
     def max_tokens(self) -> int | None:
-        """Of the longest sequence that fits when it is alone; 0 if none does."""
+        """Length of the longest sequence that fits by itself; 0 if none does, None without a limit."""
         if self.max_bytes is None:
             return None
         return bisect_right(range(1, _LONGEST_TOKENS), self.max_bytes, key=self._bytes_of)
 
     def has_room(self, num_tokens: int, others: Sequence[HoldsMemory]) -> bool:
-        """Whether a state with KV of its own for `num_tokens` fits beside these, and what they are lent."""
+        """Whether a state with its own KV for `num_tokens` fits in addition to the memory of `others`."""
         if self.max_bytes is None:
             return True
         held: dict[int, int] = {}
@@ -58,9 +58,9 @@ class StateBudget:
 
 @torch.inference_mode()
 def measure_state_bytes(model: Jamba, segment_tokens: int) -> int | None:
-    """What a GPU has left for states: its free memory less what a prefill segment needs, which is run once for that.
+    """GPU memory available for states: free memory minus the workspace of a prefill segment, measured by running one.
 
-    None on other devices. Also run is what builds the other kernels, so that no request waits for them.
+    None on other devices. Also runs all other kernels once to compile them, so that no request waits for that.
     """
     device = model.embed_tokens.weight.device
     if device.type != "cuda":
@@ -73,10 +73,10 @@ def measure_state_bytes(model: Jamba, segment_tokens: int) -> int | None:
     model.forward_packed(tokens, [segment_tokens], [state]).sum().item()
     workspace = torch.cuda.max_memory_allocated(device) - before
     del state, tokens
-    for t in (1, 8, 16, 32, 64):  # a decode step, and short pieces in all shapes that linear.cu has
+    for t in (1, 8, 16, 32, 64):  # a decode step, and short segments in all shapes of linear.cu
         model.forward_packed(torch.zeros(t, dtype=torch.int64), [t], [model.new_state()])
     if (padded := model.padded_layers(model.padded_tokens)) is not None:
-        for _ in range(2):  # the second time as graphs, whose memory is that of shorter ones too
+        for _ in range(2):  # the second time as CUDA graphs, whose memory is shared with shorter ones
             padded.run(torch.zeros(model.padded_tokens, dtype=torch.int64, device=device), model.new_state())
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)

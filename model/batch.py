@@ -30,8 +30,8 @@ class Group:
 
     b: int
     t: int
-    rows: Tensor | None  # (b*t,) where these tokens stand in the packed T; None: they are all of it, in order
-    states: tuple[HybridState, ...]  # b of them, or none
+    rows: Tensor | None  # (b*t,) indices of these tokens among the packed T; None: all of them, in order
+    states: tuple[HybridState, ...]  # b states, or none
     conv: Tensor | None  # (n_mamba, b, e, w-1): the states' own memory when b = 1, otherwise gathered
     ssm: Tensor | None  # (n_mamba, b, e, n)
     padding: Padding | None = None  # b = 1
@@ -43,7 +43,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What the mixers need to know about a call. `states` is empty in training: every sequence starts from zero."""
+    """The layout of a call, for the mixers. `states` is empty in training, where every sequence starts from zero."""
 
     lengths: tuple[int, ...]
     states: tuple[HybridState, ...]

@@ -1,8 +1,8 @@
-"""The shipped model's prompt and answer, piece by piece: the one place that knows their tokens.
+"""The token format of the shipped model's prompts and answers, used by both training and the service.
 
-`system | documents | question`: what varies comes last, each piece is tokenised by itself, so prompts over the same
-documents share their token prefix exactly. The fences are special tokens that no text can produce. Training and the
-service both build their prompts here; the same as text is the checkpoint's chat template.
+`system | documents | question`: the varying part comes last, and each piece is tokenized separately, so that prompts
+over the same documents share their token prefix exactly. Fences are special tokens that no text can produce. The
+checkpoint's chat template is the same format as text.
 """
 
 from __future__ import annotations
@@ -35,39 +35,39 @@ class ChatFormat:
         return [self.im_start, *self.tokenizer.encode(SYSTEM_TEXT + "\n")]
 
     def document(self, ordinal: int, title: str, passages: Sequence[Sequence[int]]) -> list[int]:
-        """One document; `passages` are the token ids of its spans in order, set apart by `<|gap|>`."""
+        """One document; `passages`: token ids of its spans, in order, which are separated by `<|gap|>`."""
         return list(itertools.chain(*self.document_pieces(self.document_head(ordinal, title), passages)))
 
     def document_head(self, ordinal: int, title: str) -> list[int]:
         return [self.doc, *self.tokenizer.encode(f"d{ordinal} {title}\n")]
 
     def document_pieces(self, head: Sequence[int], passages: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-        """What `document` puts one behind the other."""
+        """The pieces that `document` concatenates."""
         pieces = [head]
         for i, passage in enumerate(passages):
             pieces += [(self.gap,), passage] if i else [passage]
         return [*pieces, (self.doc_end,)]
 
     def ask(self, question: str) -> list[int]:
-        """The question, up to where the model begins to answer."""
+        """The question, up to the start of the answer."""
         return [self.question, *self.tokenizer.encode(question), self.answer]
 
     def ask_back(self, quote: Sequence[int], question: str, answers: bool = True) -> tuple[list[int], list[int]]:
-        """A quote, and then the question and, in its last token, whether the quote `answers` it.
+        """Tokens of a quote, and tokens of the question, the last of which is the verdict whether the quote answers it.
 
-        How likely these are behind the documents, tells one quote from another. Source: noisy channel (Lewis and Fan,
-        Generative Question Answering, 2019), and a verifier (Hu et al., Read + Verify, 2019).
+        The likelihood of the latter ranks quotes. Sources: noisy channel (Lewis and Fan, Generative Question Answering,
+        2019), and a verifier (Hu et al., Read + Verify, 2019).
         """
         verdict = self.quote if answers else self.none
         said = [*self.tokenizer.encode(question), self.answer, verdict]
         return [self.quote, *quote, self.quote_end, self.question], said
 
     def citation(self, ordinal: int) -> list[int]:
-        """What follows a quote: the document it is from."""
+        """The document id that follows a quote."""
         return self.tokenizer.encode(f"d{ordinal}")
 
     def quoted_answer(self, quote: Sequence[int], ordinal: int) -> list[int]:
-        """The answer the model is trained to give: one quote in the evidence's own tokens, and its document."""
+        """The answer that the model is trained on: one quote, as tokenized in the evidence, and its document."""
         return [self.quote, *quote, self.quote_end, *self.citation(ordinal), self.im_end]
 
     def no_answer(self) -> list[int]:

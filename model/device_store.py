@@ -99,7 +99,7 @@ class PinnedStateStore(MemoryStateStore):
 
 
 def _pin(tensor: Tensor, buffer: Tensor | None = None) -> Tensor:
-    """A copy in `buffer`, or in a new buffer of locked memory, which is reused once nobody holds it."""
+    """A copy in `buffer`, or in a new page-locked buffer, which is reused when it has no more references."""
     if buffer is None:
         buffer = torch.empty(_rounded(tensor.nbytes), dtype=torch.uint8, pin_memory=True)
     return buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)

@@ -1,10 +1,9 @@
-"""Large values to and from a Redis server without copies: on redis-py's connections, past its serializer and parser.
+"""Zero-copy transfer of large values to and from Redis: on redis-py's connections, bypassing its serializer and parser.
 
-Knows how bytes are sent and received; not what is stored or when a server is left alone (redis_store.py). Everything
-but the two bulk transfers goes through the client as usual. redis-py's own way costs two to three passes over a value
-in each direction (hiredis' packer joins command and value; both parsers collect, then cut out). Here a value is sent
-from where it lies (`send_packed_command` takes buffers) and received where it stays (`BulkParser`).
-Start at `open_client`.
+What is stored, and when a server is bypassed, is decided in redis_store.py. Everything except the two bulk transfers
+goes through the client as usual. redis-py itself takes two to three passes over a value in each direction (hiredis'
+packer joins command and value; both parsers collect, then slice). Here values are sent from their own buffers
+(`send_packed_command`) and received directly into their final memory (`BulkParser`). Start at `open_client`.
 """
 
 from __future__ import annotations
@@ -26,24 +25,24 @@ from model.redis_url import read_url
 
 Buffer = bytes | bytearray | memoryview
 _LINES = 1 << 16
-_BULK = 1 << 14  # shorter strings are bytes, as the client's own commands want them
-_MAX_BULK = 512 << 20  # the protocol's own limit
+_BULK = 1 << 14  # shorter strings are returned as bytes, as the client's own commands expect
+_MAX_BULK = 512 << 20  # limit of the protocol
 _REUSED = 8
-_SENT_AT_ONCE = 1 << 20  # the timeout is one for all of it
+_SENT_AT_ONCE = 1 << 20  # per send call, to which the timeout applies
 
 
 class BufferPool:
-    """Memory for received values: touching new pages costs more than receiving into them.
+    """Reusable memory for received values, because faulting in new pages costs more than receiving into them.
 
-    A buffer is taken again when no view of it is left. Not thread safe: each connection has its own.
+    A buffer is reused when no view of it is left. Not thread safe: each connection has its own pool.
     """
 
     def __init__(self) -> None:
         self._buffers: deque[np.ndarray] = deque([np.empty(0, np.uint8)], maxlen=_REUSED)
-        (self._free,) = self._references()  # of one that nobody has: how Python counts differs from version to version
+        (self._free,) = self._references()  # reference count of an unused buffer, which depends on the Python version
 
     def take(self, nbytes: int) -> memoryview:
-        """Writable bytes of any content."""
+        """An uninitialized writable buffer."""
         for place, references in enumerate(self._references()):
             if references == self._free and nbytes <= len(self._buffers[place]) <= 1.25 * nbytes:
                 return memoryview(self._buffers[place])[:nbytes]
@@ -183,13 +182,13 @@ def open_client(url: str, timeout_s: float, cluster: bool = False) -> redis.Redi
 
 
 def get_bulk(client: redis.Redis, names: Sequence[str]) -> list[Buffer | Exception | None]:
-    """The values in one round trip; a server's refusal stands in its place. Raises redis.RedisError, OSError."""
+    """The values, in one round trip; an error reply takes the place of its value. Raises redis.RedisError, OSError."""
     command = b"".join(b"*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n" % (len(name), name) for name in map(str.encode, names))
     return _exchange(client, [command], len(names))
 
 
 def set_bulk(client: redis.Redis, items: Sequence[tuple[str, Buffer]], ttl_s: int) -> list[object]:
-    """Set the values in one round trip, sent from where they lie; a refusal stands in its place.
+    """Set the values in one round trip, without copying them; an error reply takes the place of its result.
 
     Raises redis.RedisError, OSError.
     """

@@ -27,7 +27,7 @@ class StateRoom:
 
     @property
     def max_tokens(self) -> int | None:
-        """Length of the longest sequence that fits when alone; 0 if none does, None without a bound."""
+        """Length of the longest sequence that fits by itself; 0 if none does, None without a limit."""
         return self._budget.max_tokens
 
     def new_state(
@@ -55,7 +55,7 @@ class StateRoom:
             if keep is None and not self._budget.has_room(max_tokens, others):
                 return None
             if not self._lenders.drop_oldest(keep) and (others or not self._lenders.drop_oldest()):
-                return None  # until another ends; where there is none, nothing is kept back
+                return None  # retry when another request ends
 
     def leave(self, state: HybridState) -> None:
         """A sequence has ended and no longer needs its state."""

@@ -32,7 +32,7 @@ class FusionWeights:
     """How the dense and lexical scores of a hybrid search are fused; measured in docs/retrieval.md.
 
     `minmax`: the scores of each half are scaled so that no similarity is 0 and the best score 1, weighted and summed;
-    `rrf`: weighted reciprocal rank fusion. `candidates`: at least so many from each half. `trust_from`, `trust_all`:
+    `rrf`: weighted reciprocal rank fusion. `candidates`: minimum number from each half. `trust_from`, `trust_all`:
     the lexical weight counts in full if the best lexical score is at least `trust_all` of what a passage with all words
     of the question is expected to have, not at all up to `trust_from`, in proportion between; the dense half gets the
     rest. Source: Bruch, Gai, Ingber 2023, section 4: the minimum of a score is its theoretical one, not the worst seen.
