@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from app import render
 from app.client import CommandFailed, Service, connect
+from app.datadir import DataDir
 from app.settings import Settings
 
 _POLL_S = 0.1
@@ -36,12 +37,17 @@ def expand_paths(patterns: Sequence[str]) -> list[Path]:
 
 
 def _files_of(path: Path) -> list[Path]:
-    """The files below a folder, sorted, or the file itself; unreadable ones are reported on stderr."""
+    """The files below a folder, sorted, or the file itself; unreadable ones are reported on stderr, and so is the data
+    directory of a service, whose own files are no documents."""
     if not path.is_dir():
         return [path]
     files: list[Path] = []
     left_out: list[Path] = []
     for folder, folders, names in os.walk(path, onerror=lambda error: left_out.append(Path(error.filename))):
+        if DataDir.database_in(Path(folder)).is_file():  # with the key of its admin
+            left_out.append(Path(folder))
+            folders.clear()
+            continue
         folders[:] = [name for name in folders if not name.startswith(".")]
         left_out.extend(Path(folder, name) for name in folders if Path(folder, name).is_symlink())
         for file in (Path(folder, name) for name in names if not name.startswith(".")):
@@ -49,7 +55,9 @@ def _files_of(path: Path) -> list[Path]:
     if left_out:
         named = ", ".join(render.tame(str(file)) for file in sorted(left_out)[:_NAMED])
         more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
-        what = "links to folders or to nothing, or what cannot be read; name them to have them sent"
+        what = (
+            "links to folders or to nothing, or what cannot be read: name them to have them sent; or a data directory"
+        )
         render.err.print(f"left out: {named}{more} ({what})", style="yellow", markup=False)
     return sorted(files)
 

@@ -73,6 +73,19 @@ def test_collections_are_listed_with_what_they_hold_and_whether_it_is_in_memory(
     assert "default" in bound and "coast" not in bound
 
 
+def test_a_folder_is_sent_without_the_data_directory_in_it(run, tmp_path):
+    """Whoever may ask could ask for the admin's key."""
+    (tmp_path / "lighthouse.md").write_text(LIGHTHOUSE)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "admin.key").write_text("rag_secret")
+    DocumentStore(tmp_path / "data" / "rag.sqlite3").close()
+    code, out, err = run("ingest", tmp_path, "--json", "--data-dir", tmp_path / "data")
+    assert code == 0 and [document["filename"] for document in json.loads(out)["data"]] == ["lighthouse.md"]
+    assert f"left out: {tmp_path / 'data'} (" in err
+    code, _, err = run("ingest", tmp_path / "data", "--data-dir", tmp_path / "data")
+    assert code == 1 and "a data directory" in err
+
+
 @pytest.mark.parametrize("change", ["grows", "shrinks"])
 def test_a_file_that_changes_while_it_is_sent_is_sent_as_it_was_or_not_at_all(tmp_path, change):
     log = tmp_path / "service.log"
