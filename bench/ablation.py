@@ -30,7 +30,7 @@ SAMPLES = 200
 
 @torch.no_grad()
 def share_right(model: Jamba, language: Language, task: str, length: int, samples: int) -> float:
-    """Of `samples` documents, a question each: the share whose answer is right."""
+    """Accuracy on one question for each of `samples` documents."""
     rng, right = random.Random(f"{task} {length}"), 0
     for _ in range(samples):
         row = language.draw(rng, length, IDLE[task], questions=1, test=True)
@@ -41,7 +41,7 @@ def share_right(model: Jamba, language: Language, task: str, length: int, sample
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """A panel a task: % right over the length, a line a mixture."""
+    """Plot accuracy in % by length: one panel per task, one line per mixture."""
     import matplotlib
 
     matplotlib.use("agg")

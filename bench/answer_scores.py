@@ -38,7 +38,7 @@ _ALL = {"set": "all", "evidence tokens": "all"}
 
 @dataclass(frozen=True, slots=True)
 class GoldPlace:
-    """Where a gold answer stands: in document d<ordinal> its passage, and in that the places of its words."""
+    """The location of a gold answer: the passage in document d<ordinal>, and the occurrences of its words there."""
 
     ordinal: int
     passage: Span
@@ -46,7 +46,7 @@ class GoldPlace:
 
     @classmethod
     def find(cls, ordinal: int, start: int, text: str, answers: Sequence[str]) -> GoldPlace:
-        """In the passage `text`, which begins at `start` of its document; whatever white space stands between words."""
+        """Find the answers in the passage `text`, which begins at `start` of its document, ignoring white space."""
         spans = {(start + begin, start + end) for one in answers for begin, end in _places(one, text)}
         passage = (start, start + len(text))
         return cls(ordinal, passage, tuple(sorted(spans)) or (passage,))
@@ -55,7 +55,7 @@ class GoldPlace:
         return bool(self._shared(quote, self.passage))
 
     def is_supported_by(self, quote: LocatedQuote) -> bool:
-        """Whether the quote has words of the answer, as answers are compared: an article alone is none."""
+        """Whether the quote overlaps the answer in normalized words, so that an article alone does not count."""
         return any(normalize_answer(self._shared(quote, span)) for span in self.answers)
 
     def _shared(self, quote: LocatedQuote, span: Span) -> str:
@@ -66,7 +66,7 @@ class GoldPlace:
 
 
 def _places(answer: str, text: str) -> list[Span]:
-    """Where the answer stands as whole words, else where it stands at all."""
+    """Occurrences of the answer as whole words, or otherwise anywhere."""
     if not (words := answer.split()):
         return []
     spelled = r"\s+".join(map(re.escape, words))
@@ -97,12 +97,12 @@ class Outcome:
 
 
 def citation_recall(citations: Sequence[bool]) -> float:
-    """1 if what an answer cites supports it, else 0."""
+    """1 if any citation supports the answer, else 0."""
     return float(any(citations))
 
 
 def citation_precision(citations: Sequence[bool]) -> float:
-    """The share of an answer's citations that support it; 0 if there is none."""
+    """Share of the citations that support the answer; 0 if there are none."""
     return sum(citations) / len(citations) if citations else 0.0
 
 
@@ -111,7 +111,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def summarize(outcomes: Sequence[Outcome], threshold: float) -> dict[str, float | int]:
-    """Scores in % when margins over `threshold` mean "not in the documents"; without what there is nothing of."""
+    """Scores in % if margins over `threshold` count as refusals; scores without data are left out."""
     held, others = ([o for o in outcomes if o.answerable is answerable] for answerable in (True, False))
     row: dict[str, float | int] = {"questions": len(outcomes)}
     row["tokens"] = round(mean([o.prompt_tokens for o in outcomes]))
@@ -169,13 +169,13 @@ def _group(outcomes: Iterable[Outcome], name_of: Callable[[Outcome], str]) -> di
 
 
 def name_size(tokens: int, edges: Sequence[int]) -> str:
-    """What a bucket of ascending upper bounds is called."""
+    """The label of the bucket that contains `tokens`; `edges`: ascending upper bounds."""
     place = bisect_left(edges, tokens)
     return f"to {edges[place]}" if place < len(edges) else f"over {edges[-1]}"
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Scores over the size of the evidence, a line a mode."""
+    """Plot scores by evidence size, one line per mode."""
     import matplotlib
 
     matplotlib.use("agg")

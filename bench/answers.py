@@ -67,7 +67,7 @@ class Reader:
         self.limits = QuoteLimits(max_quotes=max_quotes, allow_none=False)
 
     def ask(self, question: str, evidence: Evidence, apart: bool = False) -> tuple[AnswerWriter, float, int]:
-        """The answer it would give, its margin towards none, and the prompt's tokens."""
+        """The answer with refusals disallowed, its `none` margin, and the number of prompt tokens."""
         readings = split_passages(evidence) if apart else [evidence]
         requests = [self._request(question, reading) for reading in readings]
         prompt_tokens = sum(len(request.token_ids) for request in requests)
@@ -87,7 +87,7 @@ class Reader:
         return writer, margin, prompt_tokens
 
     def count_evidence(self, passages: Sequence[tuple[str, str]]) -> int:
-        """Tokens of the passages as the service counts them, each a document, whatever mode they are read in."""
+        """Tokens of the passages by the service's count, each as its own document, independent of the mode."""
         return sum(self.format.count_tokens([passage]) for passage in evidence_of(passages).passages)
 
     def _request(self, question: str, reading: Evidence) -> EngineRequest:
@@ -119,7 +119,7 @@ def _one_token(request: EngineRequest) -> EngineRequest:
 
 
 def lay_out(item: dict[str, Any], mode: str) -> tuple[Evidence, GoldPlace | None]:
-    """An item's passages as a mode reads them, and where its gold answer stands in that."""
+    """The evidence of an item in this mode, and the location of its gold answer in it."""
     passages = [(title, text) for title, text in item["passages"]]
     titled = [f"{title}\n\n{text}" for title, text in passages]
     whole = mode == "full_context"
@@ -159,7 +159,7 @@ def judge(reader: Reader, item: dict[str, Any], mode: str = "rag") -> Outcome:
 
 
 def read_items(path: Path, limit: int | None) -> list[dict[str, Any]]:
-    """The questions of a file, the first `limit` of each set."""
+    """The first `limit` questions of each set in a file."""
     items, counts = [], Counter[str]()
     for item in map(json.loads, path.read_text().splitlines()):
         counts[item["set"]] += 1
@@ -180,7 +180,7 @@ def ask_all(reader: Reader, items: Sequence[dict[str, Any]], modes: Sequence[str
 
 
 def write_outcomes(items: Sequence[dict[str, Any]], outcomes: Sequence[Outcome], path: Path) -> None:
-    """A JSON line an answer; the items stand in each mode once."""
+    """Write one JSON line per answer; each mode has all items once."""
     kept = ("mode", "said", "margin", "exact", "f1", "cited", "citations", "evidence_tokens")
     lines = (items[i % len(items)] | {name: getattr(o, name) for name in kept} for i, o in enumerate(outcomes))
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -201,11 +201,9 @@ def main() -> None:
     modes.add_argument(
         "--apart", action="store_const", const=["rag-apart"], dest="modes", help="read each passage alone: rag-apart"
     )
-    parser.add_argument(
-        "--ask-back", type=float, default=0.0, help="weight of the question's likelihood, given a quote"
-    )
-    parser.add_argument("--verdict", type=float, default=0.0, help="weight of that a quote answers the question")
-    parser.add_argument("--missing-words", type=float, default=0.0, help="nats for a question of unread words")
+    parser.add_argument("--ask-back", type=float, default=0.0, help="weight of log P(question | quote)")
+    parser.add_argument("--verdict", type=float, default=0.0, help="weight of the verdict on a quote")
+    parser.add_argument("--missing-words", type=float, default=0.0, help="nats if all words are missing in the passage")
     parser.add_argument("--evidence-tokens", type=int, nargs="+", default=[256, 512, 1024, 2048], help="upper bounds")
     parser.add_argument("--outcomes", type=Path, help="write every answer there, as JSON lines")
     parser.add_argument("--picture", type=Path, help="PNG of the scores by evidence size; needs matplotlib")

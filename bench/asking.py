@@ -48,7 +48,7 @@ class Asker:
         return len(self._model.tokenizer.encode(text))
 
     def ask(self, question: str, text: str, max_new_tokens: int) -> Reply:
-        """What the model answers when it reads `text` as one document. Raises ContextTooLong."""
+        """Answer a question with `text` as the only document. Raises ContextTooLong."""
         form, engine = self._model.format, self._model.engine
         evidence = evidence_of([("Text", text)], "full_context")
         prompt = form.build_prompt(question, evidence)
@@ -74,7 +74,7 @@ class Asker:
 
 @contextmanager
 def open_asker(checkpoint: Path, max_context_tokens: int, quantize: str, max_quotes: int) -> Iterator[Asker]:
-    """Load a checkpoint; nothing is cached between questions, so that each pays for its own prompt."""
+    """Load a checkpoint; nothing is cached between questions, so that each needs a full prefill."""
     groups = {
         "model": {"path": checkpoint, "max_context_tokens": max_context_tokens, "quantize": quantize},
         "cache": {"host_max_bytes": 0, "gpu_max_bytes": 0},

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--segment", type=int, default=16_384)
     parser.add_argument("--loads", default="8192x16,131072x1", help="prompt tokens x sequences, comma-separated")
     parser.add_argument("--out", type=int, default=512, help="tokens of every answer")
-    parser.add_argument("--state-max-bytes", type=int, help="of all states; unset: what the GPU has")
+    parser.add_argument("--state-max-bytes", type=int, help="memory for all states; default: what the GPU has left")
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args(argv)
     run = BenchRun("compare-paper", argv=sys.argv if argv is None else ["compare_paper", *argv])
@@ -81,7 +81,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 @torch.inference_mode()
 def try_context(model: Jamba, num_tokens: int) -> int:
-    """Really hold a context of `num_tokens` and compute its last piece."""
+    """Allocate a context of `num_tokens` and compute its last segment."""
     piece = random_tokens(model, min(LAST_PIECE_TOKENS, num_tokens))
     state = filled_state(model, num_tokens - len(piece), room=len(piece))
     logits = model.forward_packed(piece, [len(piece)], [state])
@@ -93,7 +93,7 @@ def try_context(model: Jamba, num_tokens: int) -> int:
 def answer_all(
     model: Jamba, budget: StateBudget, prompt_tokens: int, batch: int, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """`batch` different prompts at once through the engine; what does not fit waits, as in the service."""
+    """Run `batch` different prompts through the engine; those that do not fit wait, as in the service."""
     load, total = f"{prompt_tokens}x{batch}", prompt_tokens + arguments.out
     if budget.max_tokens is not None and total > budget.max_tokens:
         return {f"{load}_tok_per_s": None}
@@ -128,7 +128,7 @@ def answer_all(
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Bars of the two shapes, a panel each for memory, context and throughput."""
+    """Plot bars of the two shapes, with panels for memory, context and throughput."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -46,7 +46,7 @@ SHAPES = {
 
 
 class Candidate(NamedTuple):
-    """One way to run the checkpoint; `rival` is the row that its speed is divided by."""
+    """One way to run the checkpoint; `rival`: the row that its speed is compared with."""
 
     name: str
     dtype: torch.dtype
@@ -107,7 +107,7 @@ def load_candidates(path: Path) -> list[Candidate]:
 
 
 def check_agreement(candidates: list[Candidate], token_ids: Tensor) -> None:
-    """Every unquantized candidate gives the logits of `transformers` in float32; others are held to their own tests."""
+    """Check that unquantized candidates agree with `transformers` in float32; others have their own tests."""
     expected = run_prefill(candidates[0].model, token_ids)[0].float()
     for candidate in candidates:
         logits = run_prefill(candidate.model, token_ids)[0].float()
@@ -118,7 +118,7 @@ def check_agreement(candidates: list[Candidate], token_ids: Tensor) -> None:
 
 
 def run_prefill(model: Jamba | JambaForCausalLM, token_ids: Tensor) -> tuple[Tensor, object]:
-    """Logits (1, v) of the last token, and the state or cache to go on from."""
+    """Logits (1, v) of the last token, and the state or cache to continue from."""
     if isinstance(model, Jamba):
         state = model.new_state()
         return model(token_ids, state, logits="last"), state
@@ -141,14 +141,14 @@ def bench_prefill(run: BenchRun, candidates: list[Candidate], token_ids: Tensor,
 
 
 def bench_decode(run: BenchRun, candidates: list[Candidate], token_ids: Tensor, repeats: int) -> None:
-    """`DECODE_STEPS` greedy steps behind the prompt; the memory grows alike in all."""
+    """Time `DECODE_STEPS` greedy steps after the prompt."""
     started = {c.name: run_prefill(c.model, token_ids) for c in candidates}
     cases = {c.name: lambda c=c: run_decode(c.model, *started[c.name]) for c in candidates}
     add_rows(run, "decode", candidates, time_interleaved(cases, warmup=2, repeats=repeats), DECODE_STEPS)
 
 
 def bench_attention(run: BenchRun, shape: dict[str, int], repeats: int) -> None:
-    """One layer's, of some tokens to those before them and to themselves."""
+    """Time the attention of one layer, for some tokens after a past."""
     heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
     head_dim = shape["hidden_size"] // heads
     for dtype, (tokens, past) in itertools.product((torch.float32, torch.bfloat16), ATTENTION):
@@ -193,7 +193,7 @@ def add_rows(
 
 
 def count_active_weights(model: Jamba | JambaForCausalLM) -> int:
-    """Weights of matrices that one token is multiplied with, the head apart."""
+    """Matrix weights that are active for one token, without the head."""
     config, total = model.config, 0
     sizes = [(name, weight.shape) for name, weight in model.named_parameters()]
     for name, module in model.named_modules():  # what is packed is no parameter
@@ -211,7 +211,7 @@ def _packed(module: nn.Module) -> list[cpu.Packed]:
 
 
 def bench_ceilings(run: BenchRun, repeats: int) -> None:
-    """What one large product and one reading of memory reach on this machine, now."""
+    """Measure compute and memory limits with a large matrix product and a memory read."""
     for dtype in (torch.float32, torch.bfloat16):
         square = torch.randn(2048, 2048).to(dtype)
         times_s = time_interleaved({"": lambda square=square: square @ square}, warmup=2, repeats=repeats)[""]

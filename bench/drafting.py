@@ -48,7 +48,7 @@ FREE_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One decoding: tokens, seconds from the first to the last, steps of the engine in between, guesses."""
+    """One decoding: tokens, seconds from the first to the last token, engine steps, drafts."""
 
     tokens: tuple[int, ...]
     seconds: float
@@ -74,7 +74,7 @@ def decode(engine: JambaEngine, request: EngineRequest) -> Run:
 
 
 async def make_requests(settings: Settings, mode: str) -> list[EngineRequest]:
-    """As the service makes them for the questions about the sample documents."""
+    """The service's requests for the questions about the sample documents."""
     app = create_app(settings, answering=False)
     questions = json.loads((SAMPLES / "questions.json").read_text())["questions"]
     async with app.router.lifespan_context(app):
@@ -102,7 +102,7 @@ def make_free(request: EngineRequest, seed: int) -> EngineRequest:
 
 
 def measure(engines: dict[str, JambaEngine], request: EngineRequest, rounds: int) -> dict[str, list[Run]]:
-    """The engines in turn, after one round that is not counted. Raises SystemExit when their tokens differ."""
+    """Run the engines alternately, after a warm-up round. Raises SystemExit if their tokens differ."""
     runs: dict[str, list[Run]] = {name: [] for name in engines}
     for number in range(rounds + 1):
         for name, engine in engines.items():
@@ -115,7 +115,7 @@ def measure(engines: dict[str, JambaEngine], request: EngineRequest, rounds: int
 
 
 def summarize(name: str, measured: Sequence[dict[str, list[Run]]]) -> dict[str, Any]:
-    """One row over some requests; milliseconds are sums of each request's median."""
+    """One row for several requests; times are sums of the requests' medians."""
     ms = {
         (kind, clock): 1000 * sum(median(getattr(run, clock) for run in runs[kind]) for runs in measured)
         for kind in ("plain", "drafts")
@@ -134,7 +134,7 @@ def summarize(name: str, measured: Sequence[dict[str, list[Run]]]) -> dict[str, 
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Processor time to decode each answer, without and with guesses."""
+    """Plot the CPU time to decode each answer, without and with drafts."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -25,7 +25,7 @@ WORDS = Path(__file__).parent / "data" / "followups.json"  # what the chunks are
 
 
 def make_chunks(count: int) -> list[str]:
-    """Texts that are cut after `TOKENS` tokens, no two alike."""
+    """Distinct texts of at least `TOKENS` tokens, which are truncated there."""
     words, rng = WORDS.read_text().split(), random.Random(7)
     return [" ".join(rng.choices(words, k=TOKENS)) for _ in range(count)]
 
@@ -33,8 +33,8 @@ def make_chunks(count: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--devices", nargs="+", default=["cpu"])
-    parser.add_argument("--chunks", type=int, default=4096, help="of one time on a GPU")
-    parser.add_argument("--threads", type=int, default=2, help="cores that a CPU works with")
+    parser.add_argument("--chunks", type=int, default=4096, help="per measurement on a GPU")
+    parser.add_argument("--threads", type=int, default=2, help="CPU cores to use")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--embedder", type=Path)
     args = parser.parse_args()

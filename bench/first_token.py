@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> Sequence[dict[str, Any]]:
-    """All rounds; the rows as they were written."""
+    """Run all rounds; returns the rows."""
     run = BenchRun("first-token", argv=sys.argv)
     paragraphs = [text for document in sample_texts().values() for text in document.split("\n\n")]
     times_ms: dict[tuple[int, str], list[float]] = defaultdict(list)
@@ -81,7 +81,7 @@ def measure(arguments: argparse.Namespace) -> Sequence[dict[str, Any]]:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Time to the first token over the length of the documents, a line for each place that their state came from."""
+    """Plot time to first token by length of the documents, one line per tier of their state."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -114,7 +114,7 @@ def play_round(
     times_ms: dict[tuple[int, str], list[float]],
     state_bytes: dict[int, int],
 ) -> None:
-    """All contexts once, before and after a restart; adds to `times_ms` and sets `state_bytes`."""
+    """Measure all contexts once, before and after a restart; adds to `times_ms`, sets `state_bytes`."""
     contexts: dict[int, list[int]] = {}
     with started(redis_url, threads) as model:
         for size in CONTEXT_TOKENS:
@@ -130,7 +130,7 @@ def play_round(
 
 @contextmanager
 def started(redis_url: str, threads: int) -> Iterator[LoadedModel]:
-    """The service's model after its first question, until the block ends; what waits for Redis is written then."""
+    """The service's model, warmed up by a question; pending states are written to Redis at the end of the block."""
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         settings = load_settings(
             None, data_dir=Path(directory), url=None, redis={"url": redis_url}, model={"threads": threads}
@@ -145,7 +145,7 @@ def started(redis_url: str, threads: int) -> Iterator[LoadedModel]:
 
 
 def make_context(model: LoadedModel, paragraphs: Sequence[str], size: int, seed: str) -> list[int]:
-    """System text and one document, `size` tokens in all, that no other seed's begins like."""
+    """System text and one document, `size` tokens in total, with a different beginning for each seed."""
     rng, chat = random.Random(seed), ChatFormat(model.tokenizer)
     shuffled = chain.from_iterable(rng.sample(paragraphs, len(paragraphs)) for _ in range(4))
     text = re.sub(r"\d+", lambda match: str(rng.randrange(10 ** len(match[0]))), "\n\n".join(shuffled))
@@ -164,7 +164,7 @@ def ask(model: LoadedModel, context: list[int], tier: str) -> float:
 
 
 def first_token(model: LoadedModel, request: EngineRequest) -> StepOutput:
-    """Run a request to its end; its first output."""
+    """Run a request to its end; returns the first output."""
     model.engine.add(request)
     outputs: list[StepOutput] = []
     while model.engine.has_work():

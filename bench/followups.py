@@ -35,7 +35,7 @@ Rewrite = Callable[[str, Sequence[Turn]], str]
 
 
 def join_last(question: str, turns: Sequence[Turn]) -> str:
-    """The whole question before, then this one."""
+    """The previous question followed by this one."""
     return " ".join([*[turn.text for turn in turns if turn.role == "user"][-1:], question])
 
 
@@ -48,7 +48,7 @@ RULES: dict[str, Rewrite] = {
 
 
 def index_samples(directory: Path) -> Retriever:
-    """Search over the sample documents, cut and embedded as the service does it."""
+    """A retriever over the sample documents, chunked and embedded like in the service."""
     store, files, embedder = DocumentStore(directory / "db"), FileStore(directory / "files"), MiniLMEmbedder()
     index = open_index(store, directory / "faiss", embedder.dim, embedder.name)
     for path in sorted((ROOT / "samples" / "documents").iterdir()):
@@ -64,7 +64,7 @@ def index_samples(directory: Path) -> Retriever:
 
 
 def find_rank(retriever: Retriever, query: str, gold: str) -> int | None:
-    """Which hit, from 1, holds the gold words; None among the first ten."""
+    """The rank, from 1, of the first hit with the gold words; None if not among the first ten."""
     hits = retriever.search(query, ["default"], SearchParams(10))
     return next((rank for rank, hit in enumerate(hits, 1) if gold in " ".join(hit.chunk.text.split())), None)
 
@@ -100,8 +100,8 @@ def turns_of(one: dict) -> list[Turn]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--show", action="store_true", help="print what was searched for, where it failed")
-    parser.add_argument("--answers", action="store_true", help="ask the shipped model too")
+    parser.add_argument("--show", action="store_true", help="print the search queries that failed")
+    parser.add_argument("--answers", action="store_true", help="also ask the shipped model")
     arguments = parser.parse_args()
     conversations = json.loads(CONVERSATIONS.read_text(encoding="utf-8"))
     run = BenchRun("followups", sys.argv)

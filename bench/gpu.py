@@ -75,10 +75,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="comma-separated, in their order")
     parser.add_argument("--segments", help="prefill segment lengths, comma-separated")
-    parser.add_argument("--contexts", help="lengths of prefills and of kept prefixes, comma-separated")
+    parser.add_argument("--contexts", help="lengths of prefills and of cached prefixes, comma-separated")
     parser.add_argument("--limit-s", type=float, default=75.0, help="longest time of one section")
     parser.add_argument("--quick", action="store_true", help="few rows of each section, 15 s at most")
-    parser.add_argument("--w8a8", action="store_true", help="as quantize: w8a8")
+    parser.add_argument("--w8a8", action="store_true", help="quantize activations in prefills")
     arguments = parser.parse_args(argv)
     names = arguments.sections.split(",")
     if strangers := set(names) - SECTIONS.keys():
@@ -112,7 +112,7 @@ def start(shape: str, device: torch.device, sizes: Sizes) -> Bench:
 
 
 def run_section(name: str, bench: Bench, limit_s: float, argv: Sequence[str]) -> None:
-    """Whatever happens to a section, its rows so far are printed and stored."""
+    """Run a section; its rows so far are printed and stored even if it fails."""
     print(f"\n{name}", flush=True)
     run, begin = BenchRun(f"gpu-{name}", argv=argv), time.perf_counter()
     try:
@@ -136,7 +136,7 @@ def bench_copy(bench: Bench, run: BenchRun) -> None:
 
 
 def bench_memory(bench: Bench, run: BenchRun) -> None:
-    """To be run before the others: the peak is that of making the weights."""
+    """Must run first: the peak is that of creating the weights."""
     row: dict[str, Any] = {"weights_gib": resident_bytes(bench.model) / 2**30}
     if bench.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(bench.device)
@@ -200,7 +200,7 @@ def add_decode_row(bench: Bench, run: BenchRun, context: int, batch: int, shared
 
 
 def bench_prefill(bench: Bench, run: BenchRun) -> None:
-    """Cold prompts in segments; the shorter ones several times."""
+    """Cold prefills in segments; shorter ones are repeated."""
     for segment in bench.sizes.segments:
         prefill(bench, min(segment, max(bench.sizes.prefill)), segment)
         for num_tokens in bench.sizes.prefill:
@@ -218,7 +218,7 @@ def bench_prefill(bench: Bench, run: BenchRun) -> None:
 
 
 def prefill(bench: Bench, num_tokens: int, segment: int) -> float:
-    """Seconds."""
+    """Seconds of one prefill."""
     model, tokens = bench.model, random_tokens(bench.model, num_tokens)
     state = model.new_state()
     state.reserve(num_tokens)
@@ -231,7 +231,7 @@ def run_segments(model: Jamba, state: HybridState, tokens: torch.Tensor, segment
 
 
 def bench_sharing(bench: Bench, run: BenchRun) -> None:
-    """Milliseconds from step to step of the answers that run, before and while the long prompt is computed."""
+    """Milliseconds between steps of running answers, before and during the prefill of a long prompt."""
     model, (answers, short, long) = bench.model, bench.sizes.sharing
     plan = PlanSettings(256, bench.sizes.segments[0], 0, 0)
     engine = JambaEngine(
@@ -273,7 +273,7 @@ def step_ms(engine: JambaEngine) -> float:
 
 
 def bench_profile(bench: Bench, run: BenchRun) -> None:
-    """Kernels by time, of one prefill segment and of some decode steps."""
+    """Kernels by time, for one prefill segment and for some decode steps."""
     model, segment, steps, new = bench.model, bench.sizes.segments[0], bench.sizes.steps, bench.sizes.new_tokens
     tokens, state = random_tokens(model, segment), model.new_state()
     state.reserve(segment)

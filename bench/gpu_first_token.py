@@ -61,7 +61,7 @@ def add_first_token_row(
 
 
 def ask_engine(bench: Bench, state: HybridState) -> tuple[list[float], str]:
-    """Milliseconds to the first token behind a prefix whose state the cache keeps on the device, and that tier."""
+    """Milliseconds to the first token after a prefix cached on the device, and the tier it came from."""
     store = DeviceStateStore(kept_bytes(bench, state), bench.device)
     with engine_behind(bench, state, [store]) as ask:
         return [ask(store.tier) for _ in range(6)][1:], store.tier
@@ -102,13 +102,13 @@ def engine_behind(bench: Bench, state: HybridState, stores: list[StateStore]) ->
 
 
 def kept_bytes(bench: Bench, state: HybridState) -> int:
-    """Of the state and of the snapshots before it, with some room."""
+    """Bytes of the state and of the snapshots before it, with some slack."""
     snapshots = state.num_tokens // bench.sizes.segments[0] + 2
     return state_bytes(state.layout, state.num_tokens) + snapshots * state_bytes(state.layout, 256)
 
 
 def save_in_segments(cache: PrefixCache, prefix: list[int], state: HybridState, segment: int) -> None:
-    """As a prefill does, which the slower stores keep up with."""
+    """Save in segments, like a prefill, so that the slower stores can keep up."""
     ends = [*range(segment, len(prefix), segment), len(prefix)]
     plan = cache.plan([*prefix, 0], ends)
     for kept, end in zip([0, *ends], ends, strict=False):

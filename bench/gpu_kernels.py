@@ -33,7 +33,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 
 
 class Case(NamedTuple):
-    """A kernel at one shape; launch i reads other memory than launch i - 1."""
+    """A kernel at one shape; successive launches read different memory."""
 
     name: str
     num_bytes: int  # that one launch must read or write
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def decode_cases(config: JambaConfig, m: int, device: torch.device) -> Iterator[Case]:
-    """The products of one decode step of m sequences, one case alive at a time."""
+    """The matrix products of one decode step of m sequences, created one at a time."""
     d, f, e = config.hidden_size, config.intermediate_size, config.mamba_d_inner
     rank = config.mamba_dt_rank + 2 * config.mamba_d_state
     yield conv_case(m, e, d, config.mamba_d_conv, device)
@@ -140,7 +140,7 @@ def swiglu_case(m: int, f: int, d: int, device: torch.device) -> Case:
 
 
 class Choice(NamedTuple):
-    """m tokens' experts at random; copy i has others."""
+    """Random experts for m tokens, different in each copy."""
 
     chosen: list[Tensor]  # a copy: (m, k) int32
     rows: list[tuple[int, int]]  # of copy 0: (token, expert)
@@ -280,7 +280,7 @@ def attention_case(config: JambaConfig, keys: int, device: torch.device) -> Case
 
 
 def bench_prefill(run: BenchRun, config: JambaConfig, device: torch.device, copy: float, all_rows: list[int]) -> None:
-    """Unpacking alone; then four experts of one MoE, with their weights unpacked in time or before it."""
+    """Unpacking by itself; then four experts of one MoE, including or excluding the time for unpacking."""
     d, f, experts, k = config.hidden_size, config.intermediate_size, 4, 2
     up, down = Weight.random(experts, 2 * f, d, device), Weight.random(experts, d, f, device)
     room = torch.empty(2 * f, d, dtype=BF16, device=device)
@@ -347,12 +347,12 @@ def _add(
 
 
 def largest_error(ours: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest value."""
+    """Maximum absolute difference over the maximum absolute value."""
     return ((ours.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
 
 
 def time_launches(case: Case, overlap: bool, repeats: int = 9) -> list[float]:
-    """Seconds a launch: of each of `repeats` replays of a graph that goes over all copies."""
+    """Seconds per launch, for each of `repeats` replays of a graph over all copies."""
     launches = max(case.copies, 16)
 
     def run() -> None:
@@ -379,7 +379,7 @@ def time_launches(case: Case, overlap: bool, repeats: int = 9) -> list[float]:
 
 
 def copies_of(num_bytes: int) -> int:
-    """So many that a round through them leaves nothing of the first in the L2 cache."""
+    """Number of copies such that a pass over all of them evicts the first from the L2 cache."""
     return max(2, -(-4 * L2_BYTES // num_bytes)) if torch.cuda.is_available() else 2
 
 

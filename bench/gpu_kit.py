@@ -23,7 +23,7 @@ _FILL_TOKENS = 1 << 16  # made at a time, so that filling takes hardly more memo
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """What the device reaches on simple work, in this run."""
+    """Measured limits of the device."""
 
     copy_bytes_per_s: float  # read and written
     matmul_flop_per_s: float  # bfloat16
@@ -59,12 +59,12 @@ class Bench:
 
 
 class Overtime(Exception):
-    """A section took longer than it was given."""
+    """A section exceeded its time limit."""
 
 
 @contextmanager
 def limit_time(seconds: float) -> Iterator[None]:
-    """Raise Overtime in the block when its time is up; a call into the device returns first."""
+    """Raise Overtime in the block after `seconds`, once a running device call has returned."""
 
     def stop(*_: object) -> None:
         raise Overtime(f"stopped after {seconds:g} s")
@@ -84,7 +84,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def time_calls(device: torch.device, call: Callable[[], object], warmup: int = 2, repeats: int = 7) -> list[float]:
-    """Seconds of each of `repeats` calls, all of the device's work included."""
+    """Seconds of each of `repeats` calls, including all work on the device."""
     times_s = []
     for i in range(warmup + repeats):
         synchronize(device)
@@ -97,7 +97,7 @@ def time_calls(device: torch.device, call: Callable[[], object], warmup: int = 2
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:
-    """The fastest of several calls each: what the device can do, not what it usually does."""
+    """Measure the limits by the fastest of several calls each."""
     on_gpu = device.type == "cuda"
     source = torch.ones(1 << (31 if on_gpu else 26), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -109,14 +109,14 @@ def measure_ceilings(device: torch.device) -> Ceilings:
 
 
 def random_tokens(model: Jamba, count: int, seed: int = 0) -> Tensor:
-    """(count,) int64 where the model is."""
+    """(count,) int64 on the model's device."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, model.config.vocab_size, (count,), generator=generator)
     return tokens.to(model.embed_tokens.weight.device)
 
 
 def filled_state(model: Jamba, num_tokens: int, room: int, lent: LentKv | None = None) -> HybridState:
-    """A state as after `num_tokens` tokens, of random numbers, with place for `room` more."""
+    """A random state of `num_tokens` tokens, with room for `room` more."""
     state = model.new_state(lent)
     state.reserve(num_tokens + room)
     state.num_tokens = state.lent_tokens
@@ -132,6 +132,6 @@ def filled_state(model: Jamba, num_tokens: int, room: int, lent: LentKv | None =
 
 
 def word_tokenizer(vocab_size: int) -> Tokenizer:
-    """A word for each id, for engines whose text nobody reads."""
+    """A tokenizer with one word per id, for engines whose text is not used."""
     vocab = {f"w{i}": i for i in range(vocab_size)}
     return Tokenizer(tokenizers.Tokenizer(WordLevel(vocab, unk_token="w0")))

@@ -67,7 +67,7 @@ def forward(model: Jamba, prompt: list[int]) -> Tensor:
 
 @torch.inference_mode()
 def decode(model: Jamba, prompts: list[list[int]], new_tokens: int) -> list[list[tuple[int, float]]]:
-    """Greedy tokens of each sequence, decoded together, and by how much each was likelier than the next (nats)."""
+    """Greedy tokens of each sequence, decoded as a batch, and the margin of each over the runner-up, in nats."""
     states, logits = [model.new_state() for _ in prompts], []
     for prompt, state in zip(prompts, states, strict=True):
         logits.append(model.forward_packed(torch.tensor(prompt), [len(prompt)], [state])[0])
@@ -91,7 +91,7 @@ def add_logits(run: BenchRun, quantize: str, ours: list[Tensor], expected: list[
 def add_texts(
     run: BenchRun, quantize: str, ours: list[list[tuple[int, float]]], expected: list[list[tuple[int, float]]]
 ) -> None:
-    """`worst` is how much the reference preferred its token where the texts part, nats; a tie is 0."""
+    """`worst`: largest margin, in nats, of the reference for its own token where the texts diverge; 0: a tie."""
     margins = []
     for own, other in zip(ours, expected, strict=True):
         pairs = zip(own, other, strict=True)
@@ -121,7 +121,7 @@ def add_batch(run: BenchRun, quantize: str, model: Jamba, prompts: list[list[int
 
 @torch.inference_mode()
 def add_bytes(run: BenchRun, quantize: str, model: Jamba, prompts: list[list[int]]) -> None:
-    """A question behind a state, and behind the same one after it was bytes: the same bits."""
+    """Compare a question after a state with one after the serialized and restored state: same bits."""
     same, question = 0, torch.tensor(prompts[0][-40:])
     for prompt in prompts[:10]:
         state = model.new_state()

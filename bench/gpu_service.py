@@ -50,7 +50,7 @@ class Checkpoint:
 
     @classmethod
     def make(cls, path: Path, shape: str) -> Checkpoint:
-        """Use what is there from an earlier run, or write it."""
+        """Reuse the checkpoint of an earlier run, or write it."""
         if not (path / "tokenizer.json").exists():
             shutil.rmtree(path, ignore_errors=True)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ class Checkpoint:
         return cls(path, Tokenizer.load(path))
 
     def make_documents(self, tokens: int, seed: int) -> list[str]:
-        """Texts that are together about so many tokens of a prompt, no two alike."""
+        """Distinct texts with a total of about `tokens` prompt tokens."""
         words, rng, left, texts = WORDS.read_text().split(), random.Random(seed), tokens - _ROOM_TOKENS, []
         while left > 2 * _OF_A_DOCUMENT:
             wanted, paragraphs, count = min(left, _DOCUMENT_TOKENS) - _OF_A_DOCUMENT, [f"Report {rng.random()}"], 0
@@ -74,7 +74,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Client:
-    """Of one service, waiting for each reply."""
+    """A synchronous client of one service."""
 
     http: httpx.Client
 
@@ -83,7 +83,7 @@ class Client:
         return cls(httpx.Client(base_url=service.url, headers={"Authorization": f"Bearer {service.key}"}, timeout=600))
 
     def upload(self, collection: str, texts: Sequence[str]) -> None:
-        """Ends when the documents can be asked."""
+        """Upload the texts and wait until they are ready."""
         self.http.post("/v1/collections", json={"name": collection}).raise_for_status()
         files = [("file", (f"report {i}.txt", text.encode())) for i, text in enumerate(texts)]
         self.http.post("/v1/documents", files=files, data={"collection": collection}).raise_for_status()
@@ -91,20 +91,20 @@ class Client:
             time.sleep(0.2)
 
     def wait_for_memory(self, host_bytes: int) -> dict[str, float]:
-        """Until the service has locked main memory for states, which it does while nobody asks."""
+        """Wait until the service has page-locked main memory for states, which it does while idle."""
         start = time.perf_counter()
         while self._stores().get(("host", "max_bytes"), host_bytes) < host_bytes:
             time.sleep(0.2)
         return {"locked_s": time.perf_counter() - start}
 
     def ask(self, collection: str, question: str, output_tokens: int) -> dict[str, Any]:
-        """The columns of one answer; asked for all documents of the collection."""
+        """Ask about all documents of the collection; returns the columns of the answer."""
         start = time.perf_counter()
         answer = self.http.post("/v1/answers", json=body_of(collection, question, "full_context", output_tokens))
         return columns_of(answer.raise_for_status().json(), 1e3 * (time.perf_counter() - start))
 
     def settle(self) -> dict[str, Any]:
-        """Wait until all states are in all tiers; how long that took, and what was lost on the way."""
+        """Wait until all states are in all tiers; returns how long that took, and what was dropped."""
         start = time.perf_counter()
         while (stores := self._stores()) and any(
             value for (_, what), value in stores.items() if what == "pending_bytes"
@@ -117,11 +117,11 @@ class Client:
 
     @staticmethod
     def _sum(stores: dict[tuple[str, str], float], wanted: str) -> float:
-        """Over the tiers."""
+        """Sum of a statistic over the tiers."""
         return sum(value for (_, what), value in stores.items() if what == wanted)
 
     def engine(self) -> dict[str, float]:
-        """Seconds of its thread by part, and what it did."""
+        """Seconds of the engine thread by activity, and its counters."""
         pattern = r'^jamba_rag_engine_(?:seconds|done)_total\{\w+="(\w+)"\} (\S+)'
         found = re.findall(pattern, self.http.get("/metrics").raise_for_status().text, re.MULTILINE)
         return {name: float(value) for name, value in found}
@@ -155,7 +155,7 @@ def new_question() -> str:
 
 @contextmanager
 def started(data: Path, settings: dict[str, str], run: BenchRun, what: str) -> Iterator[tuple[Served, Client]]:
-    """A service that ends by SIGKILL with the block; a row says how long its start took."""
+    """A service that is killed by SIGKILL at the end of the block; adds a row with its startup time."""
     start = time.perf_counter()
     with serving(data, **settings) as service:
         wall_ms, client = 1e3 * (time.perf_counter() - start), Client.open(service)
@@ -196,7 +196,7 @@ async def ask_later(client: httpx.AsyncClient, at: float, body: dict[str, Any], 
 
 
 async def load(service: Served, contexts: Sequence[int], rate: float, seconds: float, tokens: int) -> dict[str, Any]:
-    """The row of one rate."""
+    """Measure one rate; returns its row."""
     rng, outcomes, start = random.Random(rate), Outcomes(), time.perf_counter()
     async with open_client(service.url, service.key) as client:
         asked = []
@@ -224,13 +224,13 @@ _held: list[torch.Tensor] = []
 
 
 def hold_memory(leave_gib: float) -> None:
-    """Take of the card what a smaller one would not have."""
+    """Allocate GPU memory so that only `leave_gib` are left, to simulate a smaller GPU."""
     free, _ = torch.cuda.mem_get_info()
     _held.append(torch.empty(max(0, free - int(leave_gib * 2**30)), dtype=torch.uint8, device="cuda"))
 
 
 def used_memory() -> dict[str, float]:
-    """GiB of the card that others than this process have."""
+    """GiB of GPU memory used by other processes."""
     if not torch.cuda.is_available():
         return {}
     free, total = torch.cuda.mem_get_info()
@@ -239,17 +239,17 @@ def used_memory() -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--directory", type=Path, required=True, help="for the checkpoint (52 GB), which stays")
+    parser.add_argument("--directory", type=Path, required=True, help="for the checkpoint (52 GB), which is kept")
     parser.add_argument("--shape", choices=SHAPES, default="jamba-52b")
     parser.add_argument("--quantize", choices=("int8", "w8a8"), default="w8a8")
     parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32_768, 131_072, 261_000])
     parser.add_argument("--output-tokens", type=int, default=16)
     parser.add_argument("--rates", type=float, nargs="*", default=[1, 2, 4, 8])
-    parser.add_argument("--seconds", type=float, default=25.0, help="of each rate")
-    parser.add_argument("--load-tokens", type=int, default=128, help="of an answer under load")
+    parser.add_argument("--seconds", type=float, default=25.0, help="seconds per rate")
+    parser.add_argument("--load-tokens", type=int, default=128, help="tokens per answer under load")
     parser.add_argument("--host-gib", type=float, default=12.0, help="main memory for states")
-    parser.add_argument("--leave-gib", type=float, help="of the card's memory; default: all")
-    parser.add_argument("--first-only", action="store_true", help="end with the first service")
+    parser.add_argument("--leave-gib", type=float, help="GPU memory to leave for the service; default: all")
+    parser.add_argument("--first-only", action="store_true", help="stop after the first service")
     parser.add_argument("--set", nargs="*", default=[], help="further settings: NAME=value, without JAMBA_RAG_")
     args = parser.parse_args()
     run = BenchRun("gpu-service", argv=[part.replace(str(args.directory), "DIR") for part in sys.argv])

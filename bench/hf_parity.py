@@ -34,7 +34,7 @@ SAMPLES = ROOT / "samples"
 
 
 class Continuation(NamedTuple):
-    """Greedy tokens behind a prompt of t tokens, and the logits (t + n - 1, v) that they and the prompt got."""
+    """Greedy tokens after a prompt of t tokens, and the logits (t + n - 1, v) of prompt and tokens."""
 
     token_ids: list[int]
     logits: Tensor
@@ -105,7 +105,7 @@ def sample_prompts(number: int) -> list[list[int]]:
 
 
 def load_transformers(folder: Path) -> JambaForCausalLM:
-    """Its PyTorch path in float32."""
+    """`transformers`' Jamba in float32, using its PyTorch path."""
     return JambaForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     ).eval()
@@ -134,7 +134,7 @@ def continue_theirs(model: JambaForCausalLM, prompt: list[int], new_tokens: int)
 
 
 def relative_rms(ours: Continuation, theirs: Continuation, prompt_tokens: int) -> float:
-    """Of the logits' difference: over all of them if the tokens are the same, else over the prompt's."""
+    """Relative RMS of the difference of logits: of all if the tokens are equal, else of the prompt's."""
     end = None if ours.token_ids == theirs.token_ids else prompt_tokens
     difference = ours.logits[:end].double() - theirs.logits[:end].double()
     return (difference.norm() / theirs.logits[:end].double().norm()).item()

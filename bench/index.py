@@ -44,7 +44,7 @@ def make_vectors(number: int, questions: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_manuals() -> tuple[np.ndarray, np.ndarray]:
-    """The vectors of all chunk sizes together, and those of the questions."""
+    """The vectors of all chunk sizes, and those of the questions."""
     paths = sorted((FOLDER / "vectors").glob("*.npy"))
     if not paths:
         raise SystemExit("there are no vectors yet: run python -m bench.retrieval first")
@@ -54,7 +54,7 @@ def read_manuals() -> tuple[np.ndarray, np.ndarray]:
 
 
 class ArraySource:
-    """A store with one generation of vectors."""
+    """A vector source with one generation."""
 
     def __init__(self, vectors: np.ndarray) -> None:
         self.all = vectors
@@ -136,7 +136,7 @@ def bench_index(
 
 
 def bench_filtered(run: BenchRun, source: ArraySource, questions: np.ndarray) -> None:
-    """Search within rows drawn at random, where no list is left out as a whole, and within those nearest to one."""
+    """Filtered search, with random rows, which occur in all lists, and with rows nearest to one vector."""
     index = FaissIndex(DIM, "made", len(source.all) // 2)
     index.catch_up(source)
     index.settle()
@@ -179,7 +179,7 @@ def add_filtered(
 
 
 def plot_filtered(rows: Sequence[Mapping[str, Any]], path: Path, source: str) -> None:
-    """Time and recall by how many rows the filter leaves."""
+    """Plot time and recall by number of allowed rows."""
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")

@@ -55,7 +55,7 @@ BULK_WORDS = 200_000  # of a document of the bulk: about 1,000 chunks
 
 
 def queue_documents(folder: Path, paths: Sequence[Path]) -> tuple[DocumentStore, FileStore]:
-    """A data directory in which they wait."""
+    """A data directory with these documents in the queue."""
     store, files = DocumentStore(folder / "rag.sqlite3"), FileStore(folder / "files")
     for path in paths:
         with path.open("rb") as file:
@@ -67,7 +67,7 @@ def queue_documents(folder: Path, paths: Sequence[Path]) -> tuple[DocumentStore,
 
 
 def ingest(paths: Sequence[Path], embedder: MiniLMEmbedder, threads: int) -> dict[str, Any]:
-    """Seconds until all are ready or have failed, and what they became."""
+    """Seconds until all documents are ready or failed, and the documents."""
     with tempfile.TemporaryDirectory() as directory:
         store, files = queue_documents(Path(directory), paths)
         index = FaissIndex(embedder.dim, embedder.name)
@@ -96,7 +96,7 @@ def ingest(paths: Sequence[Path], embedder: MiniLMEmbedder, threads: int) -> dic
 
 
 def cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
+    """CPU seconds of this process and its terminated children."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
 
@@ -162,7 +162,7 @@ def open_service(service: Served) -> httpx.Client:
 
 @contextmanager
 def peak_of(service: Served) -> Iterator[dict[str, float]]:
-    """Resident memory of a service's process when the block begins, and the most it grows to in it."""
+    """Resident memory of a service at the start of the block, and its peak within."""
     process = Path(f"/proc/{service.process.pid}")
     (process / "clear_refs").write_text("5")  # forget the peak so far
     memory = {"before_mb": read_status(process, "VmRSS")}
@@ -171,13 +171,13 @@ def peak_of(service: Served) -> Iterator[dict[str, float]]:
 
 
 def read_status(process: Path, name: str) -> float:
-    """Megabytes."""
+    """A field of /proc/<pid>/status in megabytes."""
     lines = (process / "status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(name))
 
 
 def write_text(path: Path, nbytes: int) -> None:
-    """Made-up prose, no block of it the same as another."""
+    """Write synthetic prose without repeated blocks."""
     rng = np.random.default_rng(0)
     with path.open("wb") as file:
         while (left := nbytes - file.tell()) > 0:
@@ -185,14 +185,14 @@ def write_text(path: Path, nbytes: int) -> None:
 
 
 def make_text(rng: np.random.Generator, number: int) -> str:
-    """So many words, a paragraph each 100."""
+    """This many random words, in paragraphs of 100."""
     words = np.array(["tide", "pier", "rope", "lamp", "storm", "harbour", "keeper", "noon", "light", "anchor"])
     chosen = words[rng.integers(0, len(words), number)]
     return "\n\n".join(" ".join(chosen[i : i + 100]) + "." for i in range(0, number, 100)) + "\n\n"
 
 
 class StandIn(MiniLMEmbedder):
-    """Counts tokens as the real one, and takes no time for vectors."""
+    """A stand-in embedder that counts tokens like the real one and returns placeholder vectors."""
 
     def embed_passages(self, texts: Sequence[str]) -> np.ndarray:
         made = np.random.default_rng(len(texts)).standard_normal((len(texts), self.dim)).astype(np.float32)
@@ -242,7 +242,7 @@ SMALL = {
 
 
 def measure_small(run: BenchRun, number: int) -> None:
-    """Processor time counts: the embedder has use for the cores. The clock is a matter of the load."""
+    """Measures CPU time, which competes with the embedder for the cores; wall time depends on the load."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "small"
         for media_type, text in SMALL.items():
@@ -262,7 +262,7 @@ def measure_small(run: BenchRun, number: int) -> None:
 
 
 def find_pdfs(folders: Sequence[Path], unpacked: Path) -> dict[Path, int]:
-    """Those that can be read and have several pages, with how many; packed ones are unpacked into `unpacked`."""
+    """Readable PDFs with several pages, and their page counts; compressed ones are unpacked into `unpacked`."""
     paths = [path for folder in (ROOT / "samples", *folders) for path in sorted(folder.rglob("*.pdf"))]
     with suppress(ValueError):  # not fetched
         paths += [path for _, path in manual_paths() if path.suffix == ".pdf"]
@@ -278,14 +278,14 @@ def find_pdfs(folders: Sequence[Path], unpacked: Path) -> dict[Path, int]:
 
 
 def parse_pages(path: Path) -> tuple[int, float]:
-    """Its pages, and the processor's seconds for them."""
+    """Number of pages, and CPU seconds to parse them."""
     before = time.process_time()
     pages = len(parse_file(path, PDF).pages)
     return pages, time.process_time() - before
 
 
 def parse_pages_caged(path: Path) -> tuple[int, float]:
-    """As `parse_pages`, in a process that takes its seconds with it."""
+    """Like `parse_pages`, in the service's sandboxed process."""
     return len(parse_in_child(path, PDF).pages), 0.0
 
 
@@ -295,7 +295,7 @@ def measure_parsing(run: BenchRun, folders: Sequence[Path], repeats: int) -> Non
 
 
 def time_parsing(run: BenchRun, pdfs: dict[Path, int], repeats: int) -> None:
-    """Each document is read several times, the long ones first, so that two processes are busy to the end."""
+    """Parse each document several times, long ones first, so that two processes stay busy until the end."""
     rounds = -(-PARSED_PAGES // sum(pdfs.values()))
     tasks, pages = sorted(pdfs, key=lambda path: -pdfs[path]) * rounds, sum(pdfs.values()) * rounds
     cases, cpu_s = {}, defaultdict(list)
@@ -328,8 +328,8 @@ def time_parsing(run: BenchRun, pdfs: dict[Path, int], repeats: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--every", type=int, default=50, help="manuals, to one taken")
-    parser.add_argument("--suffix", default="", help="of the manuals to take, such as .pdf")
+    parser.add_argument("--every", type=int, default=50, help="use every n-th manual")
+    parser.add_argument("--suffix", default="", help="use only manuals with this suffix, such as .pdf")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--upload", type=int, metavar="BYTES")
     parser.add_argument("--bulk", type=int, metavar="CHUNKS")

@@ -44,7 +44,7 @@ _WORDS = 1500  # of an uploaded document: a few pages
 
 @dataclass
 class Outcomes:
-    """What became of the requests of one rate; seconds."""
+    """Outcomes of the requests of one rate; times in seconds."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     first_token: list[float] = field(default_factory=list)
@@ -55,13 +55,13 @@ class Outcomes:
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
-    """The value that `share` of the values do not exceed; None of none."""
+    """The percentile `share` of the values; None if there are none."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None
 
 
 async def ask(client: httpx.AsyncClient, question: str, collection: str, outcomes: Outcomes) -> None:
-    """One streamed answer."""
+    """Request one streamed answer."""
     start, first = time.perf_counter(), None
     body = {"question": question, "collections": [collection], "stream": True}
     status = "broken off"
@@ -85,7 +85,7 @@ async def ask(client: httpx.AsyncClient, question: str, collection: str, outcome
 async def upload(
     client: httpx.AsyncClient, number: int, collection: str, outcomes: Outcomes, words: int = _WORDS
 ) -> None:
-    """One document that nobody else has."""
+    """Upload one unique document."""
     rng = random.Random(number)
     text = " ".join(rng.choice(("tide", "pier", "rope", "lamp", "storm", "harbour", "keeper")) for _ in range(words))
     files = {"file": (f"{number}.txt", f"Document {number}.\n\n{text}".encode())}
@@ -111,7 +111,7 @@ async def watch_memory(client: httpx.AsyncClient, outcomes: Outcomes, every_s: f
 
 
 def arrivals(rate: float, duration_s: float, rng: random.Random) -> Iterator[float]:
-    """Seconds after the start at which something comes: a Poisson process."""
+    """Arrival times in seconds of a Poisson process."""
     at = rng.expovariate(rate) if rate else duration_s
     while at < duration_s:
         yield at
@@ -121,7 +121,7 @@ def arrivals(rate: float, duration_s: float, rng: random.Random) -> Iterator[flo
 async def drive(
     client: httpx.AsyncClient, rate: float, uploads: float, duration_s: float, seed: int, words: int = _WORDS
 ) -> Outcomes:
-    """Send what arrives within `duration_s`, then wait for all replies."""
+    """Send the requests that arrive within `duration_s`, then wait for all responses."""
     rng, outcomes = random.Random(seed), Outcomes()
     collections = itertools.cycle([SHARED, *(f"user-{number}" for number in range(USERS))])
     due = [
@@ -143,7 +143,7 @@ async def drive(
 
 
 async def prepare(client: httpx.AsyncClient) -> None:
-    """Make the collections and put the sample documents into each; ends when all can be asked."""
+    """Create the collections with the sample documents, and wait until all are ready."""
     documents = ("oncall-runbook.md", "release-notes.html")
     for collection in (SHARED, *(f"user-{number}" for number in range(USERS))):
         await client.post("/v1/collections", json={"name": collection})
@@ -154,7 +154,7 @@ async def prepare(client: httpx.AsyncClient) -> None:
 
 
 def open_client(url: str, key: str) -> httpx.AsyncClient:
-    """One that never makes a request wait for another."""
+    """An HTTP client without a limit on connections."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=50)
     return httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=600, limits=limits)
 
@@ -188,7 +188,7 @@ def summarize(outcomes: Outcomes, rate: float, seconds: float) -> dict[str, obje
 
 @dataclass(frozen=True)
 class Served:
-    """A service that was started, as `jamba-rag serve` in a process of its own."""
+    """A running `jamba-rag serve` process."""
 
     url: str
     key: str
@@ -214,7 +214,7 @@ def serving(data: Path, **settings: str) -> Iterator[Served]:
 
 
 def wait_until_ready(url: str, process: subprocess.Popen) -> None:
-    """Raises RuntimeError when the service has ended or takes too long."""
+    """Raises RuntimeError if the service exits or takes too long."""
     deadline = time.monotonic() + _START_S
     while process.poll() is None and time.monotonic() < deadline:
         try:
@@ -228,12 +228,12 @@ def wait_until_ready(url: str, process: subprocess.Popen) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rates", nargs="+", type=float, default=[0.5, 1.0, 2.0, 4.0], help="questions a second")
-    parser.add_argument("--uploads", type=float, default=0.2, help="documents a second")
-    parser.add_argument("--duration", type=float, default=60.0, help="seconds of each rate")
-    parser.add_argument("--max-pending", type=int, default=16, help="of the service that is started")
-    parser.add_argument("--url", help="a running service; else one is started")
-    parser.add_argument("--key", default="", help="its key: a writer's")
+    parser.add_argument("--rates", nargs="+", type=float, default=[0.5, 1.0, 2.0, 4.0], help="questions per second")
+    parser.add_argument("--uploads", type=float, default=0.2, help="documents per second")
+    parser.add_argument("--duration", type=float, default=60.0, help="seconds per rate")
+    parser.add_argument("--max-pending", type=int, default=16, help="setting of the started service")
+    parser.add_argument("--url", help="a running service; default: start one")
+    parser.add_argument("--key", default="", help="API key for --url, with role writer")
     args = parser.parse_args()
     run = BenchRun("load", sys.argv)
     if args.url:

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--int8", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--directory", type=Path, help="where the files go for the time of the run; a disk, not memory")
+    parser.add_argument("--directory", type=Path, help="folder for temporary files; on a disk, not in memory")
     arguments = parser.parse_args(argv)
     config = replace(SHAPES[arguments.shape], num_hidden_layers=arguments.layers, num_experts=arguments.experts)
     device = torch.device(arguments.device)
@@ -74,7 +74,7 @@ def add_load_rows(run: BenchRun, path: Path, name: str, device: torch.device) ->
 
 
 def write_checkpoint(path: Path, config: JambaConfig, int8: bool = False) -> None:
-    """As it lies on the hub, or as convert.py leaves it; numbers of the right size that repeat every few million."""
+    """Write a checkpoint in Hub layout, or as from convert.py; plausible values that repeat every few million."""
     path.mkdir()
     with torch.device("meta"):
         model = Jamba(config)
@@ -99,7 +99,7 @@ def write_checkpoint(path: Path, config: JambaConfig, int8: bool = False) -> Non
 
 
 def split_by_size(tensors: dict[str, Tensor]) -> Iterator[list[str]]:
-    """Names in order, together at most SHARD_BYTES / 2 elements."""
+    """Groups of names, in order, with at most SHARD_BYTES / 2 elements each."""
     names, elements = [], 0
     for name, tensor in tensors.items():
         if names and elements + tensor.numel() > SHARD_BYTES / 2:
@@ -117,7 +117,7 @@ def repeat(numbers: Tensor, shape: torch.Size) -> Tensor:
 
 
 def add_read_rows(run: BenchRun, path: Path, name: str) -> None:
-    """The files read from one end to the other, as dd would."""
+    """Add rows for reading the files sequentially, like dd."""
     drop_from_page_cache(path)
     for state in ("cold", "cached"):
         add_row(run, f"plain read of the {name} files, {state}", path, lambda: read_files(path))
@@ -156,7 +156,7 @@ class Memory:
 
 @contextmanager
 def watch_memory() -> Iterator[Memory]:
-    """Look at the process's anonymous memory every few milliseconds."""
+    """Sample the anonymous memory of the process every few milliseconds."""
     memory, before, done = Memory(), anonymous_bytes(), threading.Event()
 
     def watch() -> None:
@@ -181,7 +181,7 @@ def anonymous_bytes() -> int:
 
 
 def drop_from_page_cache(path: Path) -> None:
-    """Where the system can be asked to; pages that are mapped or not yet written stay."""
+    """Drop a file from the page cache, if supported; mapped and dirty pages stay."""
     for file in weight_files(path) if hasattr(os, "posix_fadvise") else ():
         with file.open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -66,7 +66,7 @@ def rouge_l(said: str, gold: str) -> float:
 
 
 def word_f1(said: str, gold: str) -> float:
-    """LongBench's qa_f1_score: of punctuation it drops what is ASCII."""
+    """LongBench's qa_f1_score, which drops only ASCII punctuation."""
     return token_f1(said, gold, string.punctuation.__contains__)
 
 
@@ -76,19 +76,19 @@ def exact(said: str, gold: str) -> float:
 
 
 def choice(said: str, gold: str) -> float:
-    """Of multiple choice: the same letters."""
+    """For multiple choice: whether the letters are equal."""
     letters = lambda text: set(re.findall(r"\b[A-D]\b", text.upper()))
     return float(letters(said) == letters(gold) != set())
 
 
 def number_share(said: str, gold: str) -> float:
-    """Share of the numbers said that are the one wanted: LongBench's score of counting and of retrieval."""
+    """Share of the numbers in the answer that equal the gold one: LongBench's score for counting and retrieval."""
     said_numbers, wanted = re.findall(r"\d+", said), re.findall(r"\d+", gold)
     return sum(number in wanted for number in said_numbers) / len(said_numbers) if said_numbers else 0.0
 
 
 def code_similarity(said: str, gold: str) -> float:
-    """Of the first line that is code."""
+    """Similarity of the first line that is code."""
     lines = [line for line in said.lstrip("\n").split("\n") if not re.search(r"[`#]|//", line)]
     return difflib.SequenceMatcher(None, lines[0] if lines else "", gold).ratio()
 
@@ -103,7 +103,7 @@ METRICS: dict[str, Callable[[str, str], float]] = {
 
 
 def judge(item: Item, said: str) -> float:
-    """Score from 0 to 1, of the answer nearest to what was said."""
+    """Score from 0 to 1 with the best-matching right answer."""
     if item.classes:
         named = [one for one in item.classes if one in said]
         named = [one for one in named if not any(one in other for other in item.answers if one != other)]
@@ -113,7 +113,7 @@ def judge(item: Item, said: str) -> float:
 
 
 def cut_middle(text: str, max_tokens: int, asker: Asker) -> str:
-    """The text without its middle, if it has more tokens than that."""
+    """The text, truncated in the middle if it has more than `max_tokens`."""
     tokens = asker.count_tokens(text)
     while tokens > max_tokens:
         half = int(len(text) * max_tokens / tokens * 0.99) // 2
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=SHIPPED_CHECKPOINT)
     parser.add_argument("--quantize", choices=("auto", "none", "int8", "w8a8"), default="auto")
     parser.add_argument("--context", type=int, default=32_768, help="tokens of prompt and answer")
-    parser.add_argument("--limit", type=int, help="at most so many questions a set")
+    parser.add_argument("--limit", type=int, help="maximum questions per set")
     args = parser.parse_args()
     run, scores = BenchRun("long-context", sys.argv), defaultdict[str, list[float]](list)
     with open_asker(args.model, args.context, args.quantize, max_quotes=4) as asker:

@@ -44,13 +44,13 @@ ORDERS = ("score", "canonical", "recent")
 
 
 class Prefixes:
-    """Beginnings of evidence that a model has read, each ending behind a document."""
+    """Prefixes of evidence that have been read, each ending after a document."""
 
     def __init__(self) -> None:
         self._read: set[tuple[object, ...]] = set()
 
     def read(self, groups: Sequence[tuple[object, ...]]) -> int:
-        """How many of these groups stood at the beginning of an earlier prompt; now all do."""
+        """How many leading groups are a known prefix; afterwards all are known."""
         beginnings = [tuple(groups[:end]) for end in range(1, len(groups) + 1)]
         known = sum(beginning in self._read for beginning in beginnings)
         self._read.update(beginnings)
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def gold_texts(manuals: QuestionSet) -> dict[str, list[str]]:
-    """For each question the words that answer it, as they stand in the manuals."""
+    """The answers of each question, as written in the manuals."""
     return {
         q.id: sorted({manuals.documents[span.document].text[span.start : span.end] for span, _ in q.gold})
         for q in manuals.questions
@@ -98,12 +98,12 @@ def gold_texts(manuals: QuestionSet) -> dict[str, list[str]]:
 
 
 def topic_of(question: Question) -> str:
-    """The document that answers it first."""
+    """The first document that answers the question."""
     return question.gold[0][0].document
 
 
 def zipf_trace(questions: Sequence[Question], seed: int) -> Iterator[Question]:
-    """Each question once; topics come up as often as Zipf says, as long as they have questions."""
+    """Each question once, with topics drawn from a Zipf distribution while they have questions left."""
     rng = np.random.default_rng(seed)
     left = _shuffled_by_topic(questions, rng)
     weights = dict(zip(rng.permutation(sorted(left)), 1 / np.arange(1, len(left) + 1), strict=True))
@@ -117,7 +117,7 @@ def zipf_trace(questions: Sequence[Question], seed: int) -> Iterator[Question]:
 
 
 def session_trace(questions: Sequence[Question], seed: int, open_sessions: int = 8) -> Iterator[Question]:
-    """Each question once; those on one topic follow one another, with others between."""
+    """Each question once, in interleaved runs of questions on one topic."""
     rng = np.random.default_rng(seed)
     left = _shuffled_by_topic(questions, rng)
     waiting = list(rng.permutation(sorted(left)))
@@ -174,7 +174,7 @@ def replay(
 
 
 def by_score(evidence: Evidence) -> Evidence:
-    """The same passages, documents by their best hit."""
+    """The same passages, with documents ordered by their best hit."""
     place = {document_id: i for i, document_id in enumerate(evidence.relevance)}
     return replace(evidence, passages=tuple(sorted(evidence.passages, key=lambda p: place[p.document_id])))
 
@@ -184,7 +184,7 @@ def _place(passage: Passage) -> tuple[object, ...]:
 
 
 def plot_rows(rows: Sequence[dict[str, object]], path: Path, source: str) -> None:
-    """New tokens a question for each trace and budget, an order a bar."""
+    """Plot new tokens per question for each trace and budget, one bar per order."""
     import matplotlib.pyplot as plt
 
     traces = list(dict.fromkeys(row["trace"] for row in rows))

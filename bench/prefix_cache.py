@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def measure_transfer(run: BenchRun, transport: str, url: str, value_bytes: int, repeats: int) -> None:
-    """A row for SET and one for GET: GB/s of ours with one and two connections, redis-py's, and the bare socket's."""
+    """One row each for SET and GET: GB/s with our client on one and two connections, redis-py, and a bare socket."""
     values = [memoryview(np.random.default_rng(i).bytes(value_bytes)) for i in range(VALUES)]
     items = [StateItem(f"{i}", value) for i, value in enumerate(values)]
     keys = [item.key for item in items]
@@ -118,7 +118,7 @@ def pipeline(
 
 
 class BareSocket:
-    """Another process that takes or gives as many bytes as a row moves, over the same kind of socket."""
+    """A process that receives or sends the same number of bytes over the same kind of socket."""
 
     def __init__(self, context: Any, transport: str, value_bytes: int) -> None:
         family = socket.AF_INET if transport != "unix" else socket.AF_UNIX
@@ -177,7 +177,7 @@ def _receive(source: socket.socket, buffer: memoryview, total: int) -> None:
 
 
 def measure_state(run: BenchRun, url: str, num_tokens: int, repeats: int) -> None:
-    """Save a state of so many tokens into an empty server, and load it as after a restart."""
+    """Save a state of `num_tokens` to an empty server, and load it as after a restart."""
     store = RedisStateStore(url, timeout_s=_TIMEOUT_S)
     cache = PrefixCache([store], b"bench", PlanSettings(sparse_snapshot_tokens=0))
     ends = [*range(SEGMENT, num_tokens, SEGMENT), num_tokens]

@@ -43,11 +43,11 @@ class Prompt(NamedTuple):
 
 class CachePolicy(Protocol):
     def ask(self, prompt: Prompt) -> int:
-        """How many tokens of the prompt came from the cache; what is kept of the rest is in it afterwards."""
+        """Number of cached tokens of the prompt; updates the cache."""
         ...
 
     def used_bytes(self) -> int:
-        """Bytes held now, at the sizes of the 52B model."""
+        """Bytes in use, at the sizes of the 52B model."""
         ...
 
 
@@ -84,7 +84,7 @@ class OurCache:
         return self._cache.stats()[0].saved
 
     def _pass(self, token_ids: np.ndarray, boundaries: Sequence[int], counted: bool = True) -> int:
-        """Look a prompt up, keep what its plan wants kept; returns the tokens that were there."""
+        """Look up a prompt and save according to its plan; returns the number of cached tokens."""
         plan = self._cache.plan(token_ids, boundaries)
         hit = self._cache.longest_prefix(plan, counted)
         cached = kept = hit.num_tokens if hit else 0
@@ -99,7 +99,7 @@ class OurCache:
 
 
 class LeastRecentlyUsed:
-    """Gives up what was put or asked for longest ago; of one prefix the end before the beginning."""
+    """LRU; within a prefix, the end is evicted before the beginning."""
 
     def __init__(self) -> None:
         self._order: OrderedDict[str, str] = OrderedDict()  # key -> the one it stands behind

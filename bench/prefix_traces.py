@@ -43,7 +43,7 @@ _ALPHAS = (0.0, 0.5, 1.0, 2.0)
 
 
 class Writer:
-    """Random texts as token ids; no two are alike."""
+    """Makes distinct random texts of token ids."""
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
@@ -57,7 +57,7 @@ class Writer:
         return [self.text(length) for length in lengths]
 
     def prompt(self, parts: Sequence[np.ndarray]) -> Prompt:
-        """`system | parts | question`, a boundary behind each part."""
+        """`system | parts | question`, with a boundary after each part."""
         pieces = [self._system, *parts]
         ends = np.cumsum([len(piece) for piece in pieces])
         token_ids = np.concatenate([*pieces, self.text(60)])
@@ -81,7 +81,7 @@ def zipf_trace(seed: int, questions: int = 800) -> list[Prompt]:
 
 
 def session_trace(seed: int, questions: int = 800, open_sessions: int = 24) -> list[Prompt]:
-    """A session ends after a question with probability 1/5, and another one begins."""
+    """After each question a session ends with probability 1/5 and a new one begins."""
     writer = Writer(seed)
     documents = writer.documents(400, 3000)
     weights = writer.rng.permutation(zipf_weights(len(documents), 1.15))
@@ -103,7 +103,7 @@ def session_trace(seed: int, questions: int = 800, open_sessions: int = 24) -> l
 
 
 def collection_trace(seed: int, questions: int = 300) -> list[Prompt]:
-    """Before one question in ten its collection gets a document more, until it holds about 120K tokens."""
+    """Before one question in ten a document is added to its collection, up to about 120K tokens."""
     writer = Writer(seed)
     collections = [writer.documents(int(writer.rng.integers(4, 16)), 5000) for _ in range(8)]
     trace = []
@@ -156,7 +156,7 @@ def main() -> None:
 def replay_all(
     traces: Sequence[Sequence[Prompt]], build: Callable[[int], CachePolicy], max_bytes: int
 ) -> dict[str, Any]:
-    """Means over the traces, and the lowest and the highest hit rate."""
+    """Means over the traces, and the minimum and maximum hit rate."""
     results = [replay(trace, build(max_bytes)) for trace in traces]
     rates = [result["token_hit_rate"] for result in results]
     means = {name: float(np.mean([result[name] for result in results])) for name in results[0]}
@@ -180,7 +180,7 @@ def replay(trace: Sequence[Prompt], policy: CachePolicy) -> dict[str, float]:
 
 
 def places(prompt: Prompt) -> tuple[list[tuple[int, bytes]], int]:
-    """Where prompts of these traces part, for `bound_hit_rate`: boundaries and the end of the answer."""
+    """Positions where prompts of these traces diverge, for `bound_hit_rate`: boundaries and the end of the answer."""
     sequence, start, digest, found = np.concatenate([prompt.token_ids, prompt.answer]), 0, b"", []
     for end in (*prompt.boundaries, len(sequence)):
         digest = hashlib.blake2b(sequence[start:end], key=digest, digest_size=16).digest()
@@ -190,7 +190,7 @@ def places(prompt: Prompt) -> tuple[list[tuple[int, bytes]], int]:
 
 
 def plot(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Token hit rate over the budget, a panel a trace."""
+    """Plot the token hit rate by memory budget, one panel per trace."""
     import matplotlib
 
     matplotlib.use("Agg")

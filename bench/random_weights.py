@@ -46,7 +46,7 @@ def random_model(
 
 @torch.no_grad()
 def _fill(name: str, module: nn.Module, adds: float, generator: torch.Generator) -> None:
-    """The module's own parameters; its children have their turn."""
+    """Fill the module's own parameters, without those of its children."""
     if isinstance(getattr(module, "bias", None), Tensor):
         module.bias.fill_(_DT_BIAS if name == "dt_proj" else 0.0)
     match module:
@@ -69,7 +69,7 @@ def _fill(name: str, module: nn.Module, adds: float, generator: torch.Generator)
 
 
 def _fill_rows(values: Tensor, scale: Tensor, gain: float, generator: torch.Generator) -> None:
-    """Even int8 numbers whose products with activations of size 1 are of size `gain`."""
+    """Fill with uniform int8 values, scaled so that products with unit-RMS activations have RMS `gain`."""
     for matrix in values if values.ndim == 3 else (values,):  # a draw counts its numbers in 32 bits
         matrix.random_(-127, 128, generator=generator)
     scale.fill_(gain * values.shape[-1] ** -0.5 / _INT8_STD)

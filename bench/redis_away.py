@@ -66,7 +66,7 @@ def main() -> None:
 
 
 class Service:
-    """An engine with its stores, and the server that it has its states in."""
+    """An engine with its stores, and its state server."""
 
     def __init__(
         self, name: str, engine: JambaEngine, redis: RedisStateStore | None, valkey: ValkeyServer | None
@@ -109,7 +109,7 @@ class Service:
                 os.kill(self._valkey._process.pid, signal.SIGSTOP)
 
     def summarize(self, without: Service) -> dict[str, object]:
-        """Of the questions since the server was broken."""
+        """Statistics of the questions since the failure began."""
         load_ms, ttft_ms = self.load_ms[_WELL:], self.ttft_ms[_WELL:]
         ratios = [one / other for one, other in zip(ttft_ms, without.ttft_ms[_WELL:], strict=True)]
         counted = self._redis.stats() if self._redis else {"errors": 0, "skipped": 0}
@@ -127,7 +127,7 @@ class Service:
 
 @contextmanager
 def running_server() -> Iterator[ValkeyServer]:
-    """A server that may be stopped or killed."""
+    """A server that can be stopped or killed."""
     server = ValkeyServer(config={"save": ""})
     server.start()
     process = server._process
@@ -141,7 +141,7 @@ def running_server() -> Iterator[ValkeyServer]:
 
 @contextmanager
 def delaying(port: int) -> Iterator[int]:
-    """A port in front of another one; what is said in either direction comes _DELAY_S later."""
+    """A proxy port that delays traffic in both directions by _DELAY_S."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def accept() -> None:

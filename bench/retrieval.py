@@ -47,7 +47,7 @@ UNTRUSTING = {"trust_from": 0.0, "trust_all": 1e-9}  # the lexical weight always
 
 
 class WindowEmbedder(MiniLMEmbedder):
-    """MiniLM that reads as many tokens of a passage as it is told to."""
+    """MiniLM with a configurable window."""
 
     max_tokens = 0
 
@@ -58,7 +58,7 @@ class WindowEmbedder(MiniLMEmbedder):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What both halves give for one question: row -> score, as `Retriever` collects them."""
+    """Candidates of both halves for one question, row -> score, as collected by `Retriever`."""
 
     dense: dict[int, float]
     lexical: dict[int, float]
@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def bench_size(run: BenchRun, questions: QuestionSet, size: int, reranker_dir: Path | None) -> None:
-    """Rows of one chunk size. The embedder reads whole chunks: beyond its own window with the long one."""
+    """Rows of one chunk size. The embedder's window covers whole chunks, and is extended for long ones."""
     embedder = MiniLMEmbedder() if size <= MiniLMEmbedder().max_tokens else WindowEmbedder(LONG_WINDOW)
     with tempfile.TemporaryDirectory() as directory:
         store = DocumentStore(Path(directory) / "rag.sqlite3")
@@ -136,7 +136,7 @@ def bench_size(run: BenchRun, questions: QuestionSet, size: int, reranker_dir: P
 
 
 def fill_store(store: DocumentStore, questions: QuestionSet, size: int, embedder: MiniLMEmbedder) -> Corpus:
-    """Ingest the set as the service does, embedding only what no earlier run has."""
+    """Ingest the set like the service, embedding only what is not cached from earlier runs."""
     limits, count = fit_limits(ChunkLimits(size), embedder), token_counter(embedder)
     pieces = {name: chunk_document(parsed, name, limits, count) for name, parsed in questions.documents.items()}
     texts = [text_to_embed(questions.documents[name].title, c) for name, cut in pieces.items() for c in cut]
@@ -157,7 +157,7 @@ def fill_store(store: DocumentStore, questions: QuestionSet, size: int, embedder
 
 
 def find_gold(questions: QuestionSet, chunks: dict[int, Chunk], first: dict[int, int] | None) -> list[dict[int, int]]:
-    """For each question row -> grade; `chunks` name their document as the set does."""
+    """Relevance of rows for each question (row -> grade); `chunks` have the set's document names."""
     by_document: dict[str, list[int]] = {}
     for row, chunk in chunks.items():
         by_document.setdefault(chunk.document_id, []).append(row)
@@ -174,7 +174,7 @@ def find_gold(questions: QuestionSet, chunks: dict[int, Chunk], first: dict[int,
 
 
 def embed_cached(texts: Sequence[str], embedder: MiniLMEmbedder) -> np.ndarray:
-    """(len(texts), dim) float32; kept under a name that says model, window and texts."""
+    """(len(texts), dim) float32; cached by model, window and texts."""
     digest = hashlib.blake2b(f"{embedder.name} {embedder.max_tokens} {embedder.dtype}".encode(), digest_size=16)
     for text in texts:
         digest.update(text.encode("utf-8", "replace") + b"\0")
@@ -188,7 +188,7 @@ def embed_cached(texts: Sequence[str], embedder: MiniLMEmbedder) -> np.ndarray:
 
 
 def search_halves(words: WordIndex, index: FaissIndex, embedder: MiniLMEmbedder, question: str) -> Found:
-    """The candidates of both halves and the cosines of those that only the lexical one found, best first."""
+    """The candidates of both halves, best first, with cosines also for those that only lexical search found."""
     lexical = dict(words.search(query_terms(question), DEPTH))
     vector = embedder.embed_query(question)
     rows, scores = index.search(vector, DEPTH)
@@ -200,7 +200,7 @@ def search_halves(words: WordIndex, index: FaissIndex, embedder: MiniLMEmbedder,
 
 
 def check_retriever(retriever: Retriever, corpus: Corpus, found: Sequence[Found], weights: FusionWeights) -> None:
-    """What is measured is what the service answers: both ways give the same ten hits."""
+    """Check that this measurement and the service's retriever return the same ten hits."""
     for question, one in zip(corpus.questions[:20], found[:20], strict=True):
         assert search_rows(retriever, corpus, question.text, 10) == one.fuse(weights)[:10], question
 
@@ -235,7 +235,7 @@ def reciprocal_rank(ranking: Sequence[int], gold: dict[int, int]) -> float:
 
 
 def answered_within(ranking: Sequence[int], gold: dict[int, int], chunks: dict[int, Chunk], budget: int) -> float:
-    """Whether an answering chunk is among the best that fit into so many tokens."""
+    """Whether a relevant chunk is among the best hits that fit into `budget` tokens."""
     spent = 0
     for row in ranking:
         spent += chunks[row].tokens
@@ -305,7 +305,7 @@ def cross_validate(corpus: Corpus, found: Sequence[Found]) -> np.ndarray:
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], number: int) -> tuple[float, float]:
-    """The 95% interval of a statistic of resampled questions."""
+    """The 95% bootstrap interval of a statistic over questions."""
     rng = np.random.default_rng(0)
     values = [statistic(rng.integers(0, number, number)) for _ in range(SAMPLES)]
     low, high = np.percentile(values, [2.5, 97.5])

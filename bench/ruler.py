@@ -103,7 +103,7 @@ _NAMES = [
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """`expected` strings stand in `text`; `depth` is where the needle is, from 0 to 1, None for many places."""
+    """`expected` strings occur in `text`; `depth`: relative position of the needle, 0 to 1, None for several."""
 
     task: str
     text: str
@@ -113,12 +113,12 @@ class Sample:
 
 
 def score(answer: str, expected: Sequence[str]) -> float:
-    """Share of the expected strings that stand in the answer, whatever their case."""
+    """Share of the expected strings that occur in the answer, ignoring case."""
     return sum(one.lower() in answer.lower() for one in expected) / len(expected)
 
 
 def fill(rng: random.Random, needles: Sequence[tuple[float, str]], tokens: int, count: Callable[[str], int]) -> str:
-    """About `tokens` tokens of idle sentences, each needle (depth, sentence) at its place; never more."""
+    """At most about `tokens` tokens of filler, with each needle (depth, sentence) inserted at its depth."""
     per_sentence = count(" ".join(_idle(rng) for _ in range(200))) / 200
     room = tokens - count(" ".join(text for _, text in needles))
     idle = [_idle(rng) for _ in range(max(1, int(0.97 * room / per_sentence)))]
@@ -220,7 +220,7 @@ def make_samples(tasks: Sequence[str], length: int, repeats: int, count: Callabl
 
 
 def draw(rows: Sequence[dict], path: Path) -> None:
-    """Depth over length, coloured by the score of `single`."""
+    """Plot the score of `single` by depth and length."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -245,7 +245,7 @@ def draw(rows: Sequence[dict], path: Path) -> None:
 
 
 def measure(asker: Asker, tasks: Sequence[str], lengths: Sequence[int], repeats: int, run: BenchRun) -> None:
-    """Ask everything; a row for each task, length and depth."""
+    """Ask all questions; one row per task, length and depth."""
     for length in lengths:
         found: dict[tuple[str, float | None], list[tuple[float, float]]] = {}
         for sample in make_samples(tasks, length, repeats, asker.count_tokens):

@@ -60,7 +60,7 @@ class BenchRun:
 
 
 def _without_place(argument: str) -> str:
-    """An absolute path as its name alone: where a machine keeps its files says nothing to others."""
+    """An absolute path reduced to its name, because the folders of a machine mean nothing to others."""
     option, is_one, value = argument.rpartition("=")
     return f"{option}{is_one}{os.path.basename(value)}" if os.path.isabs(value) else argument
 
@@ -68,7 +68,7 @@ def _without_place(argument: str) -> str:
 def time_interleaved(
     cases: Mapping[str, Callable[[], object]], warmup: int = 1, repeats: int = 7
 ) -> dict[str, list[float]]:
-    """Seconds of each case, `repeats` times in turn, so that a slow minute of the machine strikes all alike."""
+    """Seconds of each case, `repeats` times, interleaved so that noise affects all cases equally."""
     times_s: dict[str, list[float]] = {name: [] for name in cases}
     for i in range(warmup + repeats):
         for name, run in cases.items():
@@ -80,7 +80,7 @@ def time_interleaved(
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table over all columns that occur, numbers to four digits."""
+    """A Markdown table of all columns, with numbers to four significant digits."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [names, *([_format(row.get(name)) for name in names] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -115,7 +115,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    """The name, and of the features that decide the speed of a matrix product those it has."""
+    """The CPU's name, and those of its features that matter for matrix products."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

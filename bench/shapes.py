@@ -44,19 +44,19 @@ SHAPES: Mapping[str, JambaConfig] = {name: JambaConfig.from_dict(dict(raw)) for 
 
 
 def resident_bytes(model: Jamba) -> int:
-    """Of the weights, each counted once."""
+    """Bytes of the weights, each counted once."""
     return sum(weight.nbytes for weight in model.parameters())
 
 
 def state_bytes(layout: StateLayout, num_tokens: int) -> int:
-    """Of one sequence: KV of `num_tokens`, conv and SSM."""
+    """Bytes of one sequence's state: KV of `num_tokens`, conv and SSM."""
     kv = math.prod(layout.kv_shape(num_tokens)) * layout.kv_dtype.itemsize
     recurrent = math.prod(layout.conv_shape) * layout.conv_dtype.itemsize + 4 * math.prod(layout.ssm_shape)
     return kv + recurrent
 
 
 def prefill_flop(config: JambaConfig, past: int, num_tokens: int) -> float:
-    """Multiplications and additions of matrices for `num_tokens` behind `past`; the head for the last token alone."""
+    """FLOPs of matrix products for `num_tokens` after `past`; the head only for the last token."""
     pairs = num_tokens * (past + (num_tokens + 1) / 2)  # of queries and the keys they may see
     attention = 4 * config.hidden_size * pairs * config.num_attention_layers
     return 2 * _active_weights(config) * num_tokens + attention + 2 * config.vocab_size * config.hidden_size
@@ -78,7 +78,7 @@ def decode_bytes(model: Jamba, past: int, batch: int, unread: int = 0) -> float:
 
 
 def _active_weights(config: JambaConfig) -> float:
-    """Weights of the layers' matrices that one token is multiplied with."""
+    """Matrix weights of the layers that are active for one token."""
     with torch.device("meta"):
         model = Jamba(config)
     share = config.num_experts_per_tok / config.num_experts

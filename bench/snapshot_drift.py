@@ -31,20 +31,20 @@ _SEGMENT = 512
 
 
 def scaled(ssm: Tensor, dims: tuple[int, ...], steps: int = 127) -> tuple[Tensor, int]:
-    """One scale for what lies along `dims`."""
+    """One scale per slice along `dims`."""
     scale = (ssm.abs().amax(dims, keepdim=True) / steps).clamp_min(torch.finfo(torch.float32).tiny)
     return (ssm / scale).round() * scale, ssm.numel() + 4 * scale.numel()
 
 
 def grouped(ssm: Tensor, channels: int) -> tuple[Tensor, int]:
-    """A scale for so many channels of one state index."""
+    """One scale per group of channels of one state index."""
     groups = ssm.unflatten(1, (-1, channels))
     rounded, nbytes = scaled(groups, (2,))
     return rounded.flatten(1, 2), nbytes
 
 
 def levelled(ssm: Tensor) -> tuple[Tensor, int]:
-    """A scale for each state index, then one for each channel of what is left."""
+    """A scale per state index, then one per channel of the result."""
     of_index = ssm.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     rounded, nbytes = scaled(ssm / of_index, (2,))
     return rounded * of_index, nbytes + 4 * of_index.numel()
@@ -57,7 +57,7 @@ def as_kept(ssm: Tensor) -> tuple[Tensor, int]:
 
 
 def rooted(ssm: Tensor) -> tuple[Tensor, int]:
-    """A scale for each channel; steps are finer near zero."""
+    """A scale per channel, with finer steps near zero."""
     root = ssm.abs().sqrt() * ssm.sign()
     rounded, nbytes = scaled(root, (2,))
     return rounded.square() * rounded.sign(), nbytes
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 class State:
-    """Of a model that has read these tokens, rounded at each multiple of `every` before their end."""
+    """The state after these tokens, rounded at each multiple of `every` before their end."""
 
     @torch.inference_mode()
     def __init__(self, model: Jamba, token_ids: list[int], every: int = 0, rounding: Rounding | None = None) -> None:
@@ -139,7 +139,7 @@ class State:
 
 
 def read_prompts(num_tokens: int, count: int) -> Iterator[list[int]]:
-    """Prompts of `num_tokens` tokens whose documents begin at another one each."""
+    """Prompts of `num_tokens` tokens, each starting with a different document."""
     tokenizer = Tokenizer.load(SHIPPED)
     chat = ChatFormat(tokenizer)
     pages = {path.name: path.read_text() for path in sorted((Path(__file__).parent.parent / "docs").glob("*.md"))}

@@ -37,7 +37,7 @@ CHECK = ("When does the on-call week start?", SHARED)
 
 
 async def work_an_hour(client: httpx.AsyncClient, questions: int, users: int) -> list[dict[str, Any]]:
-    """Rows of the memory as the work goes on, then one of the whole."""
+    """Rows of the memory over time, then one for the whole."""
     outcomes, numbers, uploaded = Outcomes(), iter(range(questions)), deque[str]()
     memory: list[tuple[float, int, float]] = []  # seconds, questions answered, GB
     start = time.perf_counter()
@@ -96,7 +96,7 @@ async def read_text(client: httpx.AsyncClient) -> str:
 
 
 async def settle(client: httpx.AsyncClient, documents: Sequence[str]) -> dict[str, int]:
-    """How many are ready, have failed, and are not known, once none is on its way."""
+    """How many documents are ready, failed and lost, once none is pending."""
     counts = {"ready": 0, "failed": 0, "lost": 0}
     for document in documents:
         while True:
@@ -110,13 +110,13 @@ async def settle(client: httpx.AsyncClient, documents: Sequence[str]) -> dict[st
 
 
 def find_children(pid: int) -> list[int]:
-    """Processes that this one has started: of a service, those that parse at this moment."""
+    """Child processes; those of a service are its running parsers."""
     files = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for file in files for child in file.read_text().split()]
 
 
 async def kill_parsers(service: Served) -> int:
-    """SIGKILL for three of them, as they come."""
+    """Kill three parsers with SIGKILL as they appear."""
     killed = 0
     while killed < KILLED_PARSERS:
         for child in find_children(service.process.pid):
@@ -127,7 +127,7 @@ async def kill_parsers(service: Served) -> int:
 
 
 async def lose_redis(first: ValkeyServer, second: ValkeyServer, pause_s: float) -> None:
-    """Gone in the middle, and an empty one in its place after a while."""
+    """Stop Redis during the load, and start an empty one after a pause."""
     await asyncio.sleep(pause_s)
     first.terminate()
     await asyncio.sleep(pause_s)
@@ -140,13 +140,13 @@ async def kill_service(service: Served, pause_s: float) -> None:
 
 
 async def lose(client: httpx.AsyncClient, loss: Awaitable[object], seconds: float, seed: int) -> Outcomes:
-    """What became of the load in which the loss came."""
+    """Run the load with this failure; returns its outcomes."""
     outcomes, _ = await asyncio.gather(drive(client, rate=2, uploads=1, duration_s=seconds, seed=seed), loss)
     return outcomes
 
 
 async def judge(client: httpx.AsyncClient, what: str, outcomes: Outcomes, text: str) -> dict[str, Any]:
-    """The row of a loss, when all is at rest again."""
+    """The row of a failure, after everything has settled."""
     counts = await settle(client, outcomes.accepted)
     return {
         "what": what,
@@ -206,9 +206,9 @@ def plot_memory(rows: Sequence[dict[str, Any]], path: Path, source: str) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--questions", type=int, default=3600, help="of the hour")
+    parser.add_argument("--questions", type=int, default=3600, help="number of questions in the first part")
     parser.add_argument("--users", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of load around each loss")
+    parser.add_argument("--seconds", type=float, default=20.0, help="seconds of load around each failure")
     parser.add_argument("--picture", type=Path, help="PNG of the memory; needs matplotlib")
     args = parser.parse_args()
     run = BenchRun("soak", sys.argv)

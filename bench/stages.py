@@ -68,19 +68,19 @@ def write_documents(held_out: Path, folder: Path, questions: Sequence[dict[str, 
 
 
 def file_names(row: dict[str, Any]) -> Iterator[str]:
-    """Names for the documents of this name: a package may have several."""
+    """File names for the documents of this name, of which a package may have several."""
     name = re.sub(r"[^\w.-]+", "_", f"{row['source']}_{row['doc']}")
     yield f"{name}.txt"
     yield from (f"{name}-{number}.txt" for number in count(2))
 
 
 def find_words(text: str, words: str, start: int = 0) -> re.Match[str] | None:
-    """The words from `start` on, whatever white space stands between them."""
+    """Find the words from `start` on, ignoring white space."""
     return re.compile(r"\s+".join(map(re.escape, words.split()))).search(text, start)
 
 
 def place(service: RagService, questions: Sequence[dict[str, Any]]) -> list[Asked]:
-    """Questions with their gold words found in the stored text, behind the beginning of their passage."""
+    """Questions with their gold words located in the stored text, after the beginning of their passage."""
     documents = {document.filename: document.id for document in service.store.ready_documents(["default"])}
     asked = []
     for row in questions:
@@ -97,13 +97,13 @@ def place(service: RagService, questions: Sequence[dict[str, Any]]) -> list[Aske
 
 
 def holds(read: Chunk | Passage, asked: Asked) -> bool:
-    """Whether this piece of a document has the gold words, where they stand or as another document repeats them."""
+    """Whether this piece of a document has the gold words, in the original place or in a document that repeats it."""
     is_there = read.char_start <= asked.span[0] and asked.span[1] <= read.char_end
     return (is_there and read.document_id == asked.document_id) or find_words(read.text, asked.around) is not None
 
 
 async def ask(service: RagService, asked: Asked, budget: int) -> dict[str, Any]:
-    """How one question ended, with what the answer cost."""
+    """Ask one question; returns its outcome and costs."""
     query = Query(asked.question, ["default"], None, None, "rag", budget, 128)
     found = await asyncio.to_thread(service.finder.find, query)
     running = await service.start_answer(query)
@@ -117,7 +117,7 @@ async def ask(service: RagService, asked: Asked, budget: int) -> dict[str, Any]:
 
 
 def judge(asked: Asked, outcome: dict[str, Any], said: str) -> dict[str, Any]:
-    """How good an answer is, and in which stage the question ended."""
+    """The score of an answer, and the stage at which the question ended."""
     if asked.answer is None:
         return {"said": said, "stage": "answered" if said else "refused", "exact": 0.0, "f1": 0.0}
     f1 = token_f1(said, asked.answer) if said else 0.0
@@ -134,7 +134,7 @@ def judge(asked: Asked, outcome: dict[str, Any], said: str) -> dict[str, Any]:
 def refuse_from(
     outcomes: Sequence[tuple[Asked, dict[str, Any]]], threshold: float
 ) -> list[tuple[Asked, dict[str, Any]]]:
-    """As if margins over `threshold` had been refused."""
+    """The outcomes if margins over `threshold` had been refused."""
     return [
         (asked, outcome | judge(asked, outcome, "") if outcome["margin"] > threshold else outcome)
         for asked, outcome in outcomes
@@ -188,7 +188,7 @@ async def measure(
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bars of the five ends, one a budget."""
+    """Plot the five outcomes as bars, one per budget."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -214,16 +214,16 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--held-out", type=Path, required=True, help="corpora/held_out of model.train.corpora")
-    parser.add_argument("--data-dir", type=Path, help="keep the index there for the next run; default: a new one")
+    parser.add_argument("--data-dir", type=Path, help="keep the index here for later runs; default: temporary")
     parser.add_argument("--model", type=Path, default=SHIPPED_CHECKPOINT)
     parser.add_argument("--budgets", type=int, nargs="+", default=[300])
-    parser.add_argument("--limit", type=int, help="so many questions, drawn at random")
-    parser.add_argument("--read-apart", action=argparse.BooleanOptionalAction, help="instead of what is advised")
-    parser.add_argument("--ask-back", type=float, help="instead of what is advised")
-    parser.add_argument("--verdict", type=float, help="instead of what is advised")
-    parser.add_argument("--none-margin", type=float, help="instead of what is advised")
-    parser.add_argument("--thresholds", type=float, nargs="+", help="a row each, of one run that refuses nothing")
-    parser.add_argument("--answers", type=Path, help="what was said to each question, JSON lines")
+    parser.add_argument("--limit", type=int, help="number of questions, drawn at random")
+    parser.add_argument("--read-apart", action=argparse.BooleanOptionalAction, help="overrides the checkpoint's advice")
+    parser.add_argument("--ask-back", type=float, help="overrides the checkpoint's advice")
+    parser.add_argument("--verdict", type=float, help="overrides the checkpoint's advice")
+    parser.add_argument("--none-margin", type=float, help="overrides the checkpoint's advice")
+    parser.add_argument("--thresholds", type=float, nargs="+", help="one row each, from a run that refuses nothing")
+    parser.add_argument("--answers", type=Path, help="file for the answers, as JSON lines")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     run = BenchRun("stages", argv=sys.argv)

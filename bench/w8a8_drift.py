@@ -74,7 +74,7 @@ def measure(checkpoint: Path, documents: list[list[int]], float32: Outputs) -> I
 
 
 def sample_documents(num_tokens: int) -> list[list[int]]:
-    """Prompts up to the end of their only document."""
+    """Prompts that end after their only document."""
     tokenizer = Tokenizer.load(SHIPPED)
     chat = ChatFormat(tokenizer)
     return [
@@ -85,7 +85,7 @@ def sample_documents(num_tokens: int) -> list[list[int]]:
 
 @torch.inference_mode()
 def read(model: Jamba, documents: list[list[int]]) -> Outputs:
-    """Each document in one piece."""
+    """Run each document in one call."""
     logprobs, hidden, ssm = [], [], []
     model.final_layernorm.register_forward_hook(lambda module, inputs, out: hidden.append(out))
     for ids in documents:
@@ -97,7 +97,7 @@ def read(model: Jamba, documents: list[list[int]]) -> Outputs:
 
 @contextmanager
 def collected_peaks() -> Iterator[list[Tensor]]:
-    """Of every token that is rounded meanwhile: its largest value over its RMS."""
+    """Collect the largest value over the RMS of every quantized token."""
     peaks: list[Tensor] = []
     quantize = w8a8.quantize_tokens_ref
 
@@ -113,7 +113,7 @@ def collected_peaks() -> Iterator[list[Tensor]]:
 
 
 def drift(ours: Outputs, expected: Outputs, same_stream: bool = True) -> dict[str, float]:
-    """same_stream: hidden states may be compared, because neither model's residual stream is turned."""
+    """same_stream: whether hidden states are comparable, because neither residual stream is rotated."""
     kl = (expected.logprobs.exp() * (expected.logprobs - ours.logprobs)).sum(-1)
     agreement = (expected.logprobs.argmax(-1) == ours.logprobs.argmax(-1)).float().mean()
     hidden = {"hidden_error": _relative_rms(ours.hidden, expected.hidden)} if same_stream else {}

@@ -35,7 +35,7 @@ _BATCH = 10_000
 
 
 class MadeTexts:
-    """Chunks of 60 to 240 words, the same for the same seed; a new pass begins anew."""
+    """Chunks of 60 to 240 words, reproducible by seed; each iteration starts over."""
 
     def __init__(self) -> None:
         texts = [document.text for document in load_manuals().documents.values()]
@@ -56,7 +56,7 @@ class MadeTexts:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chunks", type=int, default=1_000_000)
-    parser.add_argument("--directory", type=Path, help="where the data goes; default: a temporary one")
+    parser.add_argument("--directory", type=Path, help="folder for the data; default: a temporary one")
     arguments = parser.parse_args()
     run = BenchRun("words", argv=sys.argv)
     questions = [json.loads(row)["question"] for row in (DATA / "questions.jsonl").read_text().splitlines()]
@@ -154,7 +154,7 @@ def search_mode(run: BenchRun, retriever: Retriever, questions: Sequence[str], w
 
 
 def bench_change(run: BenchRun, store: DocumentStore, words: WordIndex, embedder: MiniLMEmbedder) -> None:
-    """A document of 100 chunks comes, then goes: how long until searches know."""
+    """Add and remove a document of 100 chunks; time until searches reflect it."""
     vectors, _ = make_vectors(CHUNKS_A_DOCUMENT, 1)
     times_s: dict[str, list[float]] = {"added": [], "removed": []}
     for number in range(15):
