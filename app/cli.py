@@ -339,7 +339,7 @@ def reembed(
     with render.progress("chunks") as show:
         name = reembed_all(choose_settings(None, None, data_dir), path, show)
     setting = f"with JAMBA_RAG_RETRIEVAL__EMBEDDER_PATH={path.resolve()}" if path else "without an embedder's path"
-    render.err.print(f"all chunks have vectors of {name}; start the service anew {setting} to use them", markup=False)
+    render.err.print(f"all chunks have vectors of {name}; restart the service {setting} to use them", markup=False)
 
 
 @app.command()

@@ -82,11 +82,11 @@ def take_over(store: DocumentStore, embedder: BertEmbedder) -> BertEmbedder:
     if adopts or (has_untuned(store, embedder) and missing <= _UNASKED):
         reembed(store, embedder)
         if store.adopt_embedder(embedder.name, embedder.dim):
-            log.warning("%s has taken over; the vector index is made anew", embedder.name)
+            log.warning("switched to the embedder %s; the vector index will be rebuilt", embedder.name)
     if has_untuned(store, embedder):
         log.warning(
-            "the vectors stored are those of %s, which find less than those of %s: run `jamba-rag reembed`, also while "
-            "the service runs, and start anew",
+            "the stored vectors are those of %s, with which searches find less than with %s: run `jamba-rag reembed`, "
+            "which is possible while the service runs, then restart it",
             *(MiniLMEmbedder.name, embedder.name),
         )
         embedder = MiniLMEmbedder(device=str(embedder.device), adapter=None)

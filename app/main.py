@@ -135,7 +135,7 @@ async def _run(parts: _Parts) -> AsyncIterator[None]:
             try:
                 await asyncio.to_thread(parts.save_index)
             except OSError as error:
-                log.warning("the vector index is not saved and will be made anew: %s", error)
+                log.warning("the vector index cannot be saved and will be rebuilt at the next start: %s", error)
 
 
 def _build(settings: Settings, stack: ExitStack, answering: bool) -> _Parts:

@@ -31,8 +31,8 @@ from typing import Any
 from app.quotes import LocatedQuote
 from model.train.scoring import normalize_answer
 
-FALSE_REFUSALS = 0.08  # at the threshold that is taken where none is given
-Span = tuple[int, int]  # characters of a document
+FALSE_REFUSALS = 0.08  # at the default threshold
+Span = tuple[int, int]  # character offsets in a document
 _ALL = {"set": "all", "evidence tokens": "all"}
 
 

@@ -27,7 +27,7 @@ from model.attention import attend_ref
 from model.kernels import cpu
 
 DECODE_STEPS = 16
-ATTENTION = ((1, 8192), (4, 8192), (40, 8192), (512, 8192), (1200, 0))  # tokens, and those before them
+ATTENTION = ((1, 8192), (4, 8192), (40, 8192), (512, 8192), (1200, 0))  # (tokens, past tokens)
 MAX_LOGIT_ERROR = {torch.float32: 1e-5, torch.bfloat16: 0.1}  # relative RMS
 COMMON = {"mamba_d_state": 16, "mamba_d_conv": 4, "expert_layer_period": 2, "expert_layer_offset": 1, "pad_token_id": 0}
 QUANTIZED = (("int8", "int8", ""), ("w8a8", "w8a8", ""), ("w4a8", "w8a8", "int4"))  # name, loaded as, stored in
@@ -196,7 +196,7 @@ def count_active_weights(model: Jamba | JambaForCausalLM) -> int:
     """Matrix weights that are active for one token, without the head."""
     config, total = model.config, 0
     sizes = [(name, weight.shape) for name, weight in model.named_parameters()]
-    for name, module in model.named_modules():  # what is packed is no parameter
+    for name, module in model.named_modules():  # packed weights are not parameters
         sizes += [(f"{name}.weight", matrix.shape) for matrix in _packed(module)]
     for name, shape in sizes:
         matrix = len(shape) > 1 and not any(part in name for part in ("embed", "lm_head", "conv1d", "A_log", "scale"))

@@ -19,9 +19,9 @@ import torch
 from bench.runs import BenchRun, time_interleaved
 from retrieval.embedder import BertEmbedder, MiniLMEmbedder
 
-TOKENS = 256  # of a chunk, the special ones counted
-CPU_CHUNKS = 256  # of one time on a CPU: as many as a GPU gets would take it minutes
-WORDS = Path(__file__).parent / "data" / "followups.json"  # what the chunks are mixed from: English
+TOKENS = 256  # per chunk, including special tokens
+CPU_CHUNKS = 256  # per measurement on a CPU, where as many as on a GPU would take minutes
+WORDS = Path(__file__).parent / "data" / "followups.json"  # source of words: English
 
 
 def make_chunks(count: int) -> list[str]:

@@ -53,7 +53,7 @@ from model.sampling import SamplingParams
 from model.state import HybridState, Origin
 from model.w8a8 import round_activations
 
-VLLM_PREFILL = {8192: 16_700, 32_768: 16_200, 131_072: 15_100, 262_144: 14_300}  # tokens a second
+VLLM_PREFILL = {8192: 16_700, 32_768: 16_200, 131_072: 15_100, 262_144: 14_300}  # tokens per second
 VLLM_DECODE = {(1024, 1): 110, (131_072, 1): 101, (261_000, 1): 95, (8192, 8): 477, (8192, 16): 779}
 VLLM_DECODE |= {(8192, 32): 1337, (131_072, 4): 361}
 
@@ -148,7 +148,7 @@ def bench_memory(bench: Bench, run: BenchRun) -> None:
     run.add(**row)
 
 
-_DECODE_ROOM = 256  # tokens that a state is decoded by
+_DECODE_ROOM = 256  # maximum tokens decoded per state
 
 
 def bench_decode(bench: Bench, run: BenchRun) -> None:
@@ -176,7 +176,7 @@ def add_decode_row(bench: Bench, run: BenchRun, context: int, batch: int, shared
         state.origin = Origin(tuple(f"block {i}" for i in range(shared // 256)), 256)
     config = model.config
     members = gpu_attention.max_members(config.num_attention_heads // config.num_key_value_heads)
-    copies = -(-batch // members) if shared else batch  # of the shared tokens, that are read
+    copies = -(-batch // members) if shared else batch  # copies of the shared tokens that are read
     tokens = random_tokens(model, batch)
 
     def decode() -> None:
@@ -243,7 +243,7 @@ def bench_sharing(bench: Bench, run: BenchRun) -> None:
         return engine.add(EngineRequest(tuple(random_tokens(model, num_tokens, seed).tolist()), sampling=sampling))
 
     try:
-        # compiles what is missing, also what reads behind a past
+        # compiles missing kernels, including those for a past
         ask(min(long, 2 * plan.segment_tokens + short), 1, seed=answers + 1)
         while engine.has_work():
             engine.step()

@@ -85,7 +85,7 @@ def engine_behind(bench: Bench, state: HybridState, stores: list[StateStore]) ->
         outputs = []
         while engine.has_work():
             outputs += engine.step()
-        cache.flush(60)  # what is brought up behind the answer would be found by the next one
+        cache.flush(60)  # promotions after this answer would otherwise be found by the next one
         (output,) = outputs
         if (output.tier, output.cached_tokens) != (tier, context):
             raise RuntimeError(f"{output.cached_tokens} of {context} tokens, from {output.tier}: {output.error}")

@@ -26,8 +26,8 @@ from model.kernels.causal_conv import causal_conv, causal_conv_ref
 from model.kernels.selective_scan import selective_scan, selective_scan_ref
 
 L2_BYTES = 50 << 20
-MAX_ERROR = 2e-2  # of the largest value: bfloat16 outputs
-PREFILL_ROWS = (512, 1024, 2048, 4096)  # an expert
+MAX_ERROR = 2e-2  # relative to the largest value; outputs are bfloat16
+PREFILL_ROWS = (512, 1024, 2048, 4096)  # per expert
 SECTIONS = ("decode", "prefill", "mixers")
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -36,12 +36,12 @@ class Case(NamedTuple):
     """A kernel at one shape; successive launches read different memory."""
 
     name: str
-    num_bytes: int  # that one launch must read or write
+    num_bytes: int  # minimum traffic of one launch
     launch: Callable[[int, bool], None]
     copies: int
     out: Tensor  # of the last launch
-    expected: Callable[[], Tensor]  # of launch 0 behind `reset`
-    reset: Callable[[], object] = lambda: None  # of states that launches advance
+    expected: Callable[[], Tensor]  # result of launch 0 after `reset`
+    reset: Callable[[], object] = lambda: None  # resets states that launches advance
 
 
 class Weight(NamedTuple):
@@ -142,7 +142,7 @@ def swiglu_case(m: int, f: int, d: int, device: torch.device) -> Case:
 class Choice(NamedTuple):
     """Random experts for m tokens, different in each copy."""
 
-    chosen: list[Tensor]  # a copy: (m, k) int32
+    chosen: list[Tensor]  # per copy: (m, k) int32
     rows: list[tuple[int, int]]  # of copy 0: (token, expert)
     distinct: int
 

@@ -18,7 +18,7 @@ from model.jamba import Jamba
 from model.state import HybridState, LentKv
 from model.tokenizer import Tokenizer
 
-_FILL_TOKENS = 1 << 16  # made at a time, so that filling takes hardly more memory than the state
+_FILL_TOKENS = 1 << 16  # generated at a time, to need little memory beyond the state
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,9 @@ class Sizes:
         *((131_072, 4), (131_072, 16), (261_000, 8), (261_000, 32)),
     )
     first_token: tuple[int, ...] = (32_768, 131_072, 261_000)
-    sharing: tuple[int, int, int] = (4, 1024, 131_072)  # answers under way, their prompts, the long prompt
+    sharing: tuple[int, int, int] = (4, 1024, 131_072)  # running answers, their prompt length, that of the long prompt
     new_tokens: int = 64
-    steps: int = 16  # decode steps between two looks at the clock
+    steps: int = 16  # decode steps per time measurement
 
 
 @dataclass(frozen=True, slots=True)

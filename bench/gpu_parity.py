@@ -26,7 +26,7 @@ from model.state import Snapshot
 from model.state_codec import decode_value, encode_value
 
 SHIPPED = Path(__file__).parent.parent / "model" / "checkpoints" / "jamba-small"
-LONG_TOKENS, SEGMENT = 65_536, 10_007  # a segment that no tile divides
+LONG_TOKENS, SEGMENT = 65_536, 10_007  # not a multiple of any tile
 
 
 def main() -> None:

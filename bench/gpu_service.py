@@ -36,10 +36,10 @@ from bench.runs import BenchRun
 from bench.shapes import SHAPES
 from model.tokenizer import Tokenizer
 
-WORDS = Path(__file__).parent / "data" / "followups.json"  # what documents are mixed from
+WORDS = Path(__file__).parent / "data" / "followups.json"  # source of words
 _DOCUMENT_TOKENS, _PARAGRAPH_WORDS = 6000, 60
 _ROOM_TOKENS, _OF_A_DOCUMENT = 400, 60  # system text, question and reminder; fence and title
-_SEARCHED = 0.3  # of the questions under load
+_SEARCHED = 0.3  # share of the questions under load
 _WRITE_S = 300.0
 
 

@@ -26,8 +26,8 @@ from retrieval.index import FaissIndex
 
 DIM = 384
 BATCH = 8192
-SHARES = (0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of the vectors that a filter leaves
-SPREAD = 0.7  # of a vector about its centre, in lengths of the centre
+SHARES = (0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # share of the vectors that pass the filter
+SPREAD = 0.7  # distance of vectors from their centre, relative to its length
 
 
 def make_vectors(number: int, questions: int) -> tuple[np.ndarray, np.ndarray]:

@@ -49,9 +49,9 @@ from retrieval.store import DocumentStore
 
 BLOCK_BYTES = 1 << 20
 PDF = "application/pdf"
-PARSED_PAGES = 1000  # of one measurement, at least
+PARSED_PAGES = 1000  # minimum per measurement
 ROOT = Path(__file__).parent.parent
-BULK_WORDS = 200_000  # of a document of the bulk: about 1,000 chunks
+BULK_WORDS = 200_000  # per bulk document: about 1,000 chunks
 
 
 def queue_documents(folder: Path, paths: Sequence[Path]) -> tuple[DocumentStore, FileStore]:
@@ -164,7 +164,7 @@ def open_service(service: Served) -> httpx.Client:
 def peak_of(service: Served) -> Iterator[dict[str, float]]:
     """Resident memory of a service at the start of the block, and its peak within."""
     process = Path(f"/proc/{service.process.pid}")
-    (process / "clear_refs").write_text("5")  # forget the peak so far
+    (process / "clear_refs").write_text("5")  # reset the peak
     memory = {"before_mb": read_status(process, "VmRSS")}
     yield memory
     memory["peak_mb"] = read_status(process, "VmHWM")

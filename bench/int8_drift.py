@@ -23,7 +23,7 @@ from bench.w8a8_drift import drift, read, sample_documents
 from model import Jamba, load_model
 from model.weights import Slot, find_slots
 
-STEPS = 121  # of 127
+STEPS = 121  # instead of 127
 KINDS = {
     "attention q, k, v": r"self_attn\.[qkv]_proj",
     "attention out": r"self_attn\.o_proj",

@@ -39,7 +39,7 @@ QUESTIONS = (
     "How long is a downgrade to 6.3 possible?",
 )
 _START_S = 600.0
-_WORDS = 1500  # of an uploaded document: a few pages
+_WORDS = 1500  # per uploaded document: a few pages
 
 
 @dataclass

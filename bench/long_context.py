@@ -99,7 +99,7 @@ METRICS: dict[str, Callable[[str, str], float]] = {
     **dict.fromkeys(("lcc", "repobench-p"), code_similarity),
     **dict.fromkeys(("coursera", "quality", "tpo"), choice),
     **dict.fromkeys(("gsm100", "codeu", "sci_fi", "sfiction"), exact),
-}  # all others are questions, scored by the F1 of words
+}  # all others are questions, scored by word F1
 
 
 def judge(item: Item, said: str) -> float:

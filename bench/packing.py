@@ -39,7 +39,7 @@ from retrieval.search import Retriever
 from retrieval.store import DocumentStore
 from retrieval.types import Evidence, Hit, Passage, SearchParams
 
-HITS = 24  # what the service packs from
+HITS = 24  # as in the service
 ORDERS = ("score", "canonical", "recent")
 
 

@@ -23,12 +23,12 @@ from model.prefix_plan import PlanSettings
 from model.state import HybridState, StateLayout
 from model.state_eviction import Entry, EvictionPolicy
 
-KV_BYTES = 16_384  # a token, all attention layers of the 52B model in bfloat16
+KV_BYTES = 16_384  # per token, for all attention layers of the 52B model in bfloat16
 SNAPSHOT_BYTES = 512 * 31_360  # conv and SSM of its 28 Mamba layers
 BLOCK_TOKENS = 256
 
 
-SCALE = 128  # of the states that are really kept: `LAYOUT` is like the 52B's, so many times smaller
+SCALE = 128  # the states actually stored (`LAYOUT`) are smaller than the 52B's by this factor
 LAYOUT = StateLayout(1, 28, 1, 32, 64, 16, 4, torch.bfloat16, torch.bfloat16)
 NEAR = PlanSettings(block_tokens=BLOCK_TOKENS, min_snapshot_distance=512)
 
@@ -102,7 +102,7 @@ class LeastRecentlyUsed:
     """LRU; within a prefix, the end is evicted before the beginning."""
 
     def __init__(self) -> None:
-        self._order: OrderedDict[str, str] = OrderedDict()  # key -> the one it stands behind
+        self._order: OrderedDict[str, str] = OrderedDict()  # key -> its predecessor
 
     def add(self, key: str, entry: Entry) -> None:
         self._order[key] = entry.after
@@ -271,7 +271,7 @@ def bound_hit_rate(prompts: Sequence[tuple[Sequence[tuple[int, bytes]], int]], m
     Source: after Berger, Beckmann and Harchol-Balter, Practical bounds on optimal caching (PFOO), POMACS 2(2), 2018.
     """
     passed: dict[bytes, int] = {}
-    gains: list[tuple[float, float, int]] = []  # tokens a byte-lookup, byte-lookups, tokens
+    gains: list[tuple[float, float, int]] = []  # tokens per byte-lookup, byte-lookups, tokens
     for now, (places, num_tokens) in enumerate(prompts):
         kv_cost, before, hull = 0, 0, [(0, 0)]  # (byte-lookups, tokens)
         for position, digest in places:

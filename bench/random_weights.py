@@ -17,12 +17,12 @@ from model.jamba import Jamba
 from model.mamba import MambaMixer
 from model.weights import allocate
 
-_INT8_STD = math.sqrt(((2 * 127 + 1) ** 2 - 1) / 12)  # of whole numbers drawn evenly from -127..127
-_DT_BIAS = math.log(math.expm1(0.01))  # a delta of 0.01 after softplus, the middle of what training starts with
+_INT8_STD = math.sqrt(((2 * 127 + 1) ** 2 - 1) / 12)  # of uniform integers in -127..127
+_DT_BIAS = math.log(math.expm1(0.01))  # delta is 0.01 after softplus, the middle of the initial range in training
 _ADDS = ("o_proj", "out_proj", "down_proj")  # their outputs are added to the residual stream
 
 
-@torch.inference_mode(False)  # weights as those of `load_model`, whatever the caller's mode
+@torch.inference_mode(False)  # like `load_model`, independent of the caller's mode
 def random_model(
     config: JambaConfig, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, seed: int = 0
 ) -> Jamba:
@@ -36,7 +36,7 @@ def random_model(
     swap_linears(model)
     allocate(model, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16), device)
     generator = torch.Generator(device).manual_seed(seed)
-    adds = (2 * config.num_hidden_layers) ** -0.5  # so that all layers together add as much as the embedding
+    adds = (2 * config.num_hidden_layers) ** -0.5  # all layers together add as much as the embedding
     for name, module in model.named_modules():
         _fill(name.rpartition(".")[2], module, adds, generator)
     if config.tie_word_embeddings:
@@ -70,6 +70,6 @@ def _fill(name: str, module: nn.Module, adds: float, generator: torch.Generator)
 
 def _fill_rows(values: Tensor, scale: Tensor, gain: float, generator: torch.Generator) -> None:
     """Fill with uniform int8 values, scaled so that products with unit-RMS activations have RMS `gain`."""
-    for matrix in values if values.ndim == 3 else (values,):  # a draw counts its numbers in 32 bits
+    for matrix in values if values.ndim == 3 else (values,):  # random generation is limited to 32-bit sizes
         matrix.random_(-127, 128, generator=generator)
     scale.fill_(gain * values.shape[-1] ** -0.5 / _INT8_STD)

@@ -41,7 +41,7 @@ from model.tokenizer import Tokenizer
 _PROMPT_TOKENS = 256
 _DELAY_S = 0.02
 SERVERS = ("none", "answers", "refuses", "stalls", "slow")
-_WELL = 2  # questions before the server is broken
+_WELL = 2  # questions before the failure
 
 
 def main() -> None:

@@ -34,8 +34,8 @@ from retrieval.store import DocumentStore
 from retrieval.types import Chunk, SearchParams
 from retrieval.words import WordIndex
 
-LONG_WINDOW = 512  # positions that MiniLM has; its default is 256
-DEPTH = 100  # candidates of a half
+LONG_WINDOW = 512  # positions of MiniLM; its default window is 256
+DEPTH = 100  # candidates per half
 FOLDS = 5
 SAMPLES = 2000
 GRID = [

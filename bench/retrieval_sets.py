@@ -23,7 +23,7 @@ from retrieval.types import ParsedDocument
 
 DATA = Path(__file__).parent / "data" / "retrieval"
 FOLDER = Path(__file__).parent.parent / "data" / "retrieval-bench"
-_LEAST_SHARE = 0.5  # of a gold span that a chunk must hold to answer
+_LEAST_SHARE = 0.5  # share of a gold span that makes a chunk relevant
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from bench.runs import BenchRun
 
 LENGTHS = (4_096, 8_192, 16_384, 32_768, 65_536, 131_072, 262_144)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-_PROMPT_TOKENS = 1024  # for all that is no text: question, form and answer
+_PROMPT_TOKENS = 1024  # for everything except the text: question, format and answer
 _SUBJECTS = [
     "river",
     "harbour",
@@ -166,7 +166,7 @@ def make_variables(rng: random.Random, tokens: int, count: Callable[[str], int])
     names = [f"VAR{number}" for number in rng.sample(range(10_000, 99_999), 5)]
     value = rng.randint(10_000, 99_999)
     said = [f"{names[0]} = {value}."] + [f"{new} = {old}." for old, new in pairwise(names)]
-    depths = sorted(rng.random() for _ in said)  # each assignment stands after the one it needs
+    depths = sorted(rng.random() for _ in said)  # each assignment comes after the one it depends on
     text = fill(rng, list(zip(depths, said, strict=True)), tokens, count)
     return Sample("variables", text, f"Which variables have the value {value}?", tuple(names))
 

@@ -57,7 +57,7 @@ def state_bytes(layout: StateLayout, num_tokens: int) -> int:
 
 def prefill_flop(config: JambaConfig, past: int, num_tokens: int) -> float:
     """FLOPs of matrix products for `num_tokens` after `past`; the head only for the last token."""
-    pairs = num_tokens * (past + (num_tokens + 1) / 2)  # of queries and the keys they may see
+    pairs = num_tokens * (past + (num_tokens + 1) / 2)  # pairs of queries and visible keys
     attention = 4 * config.hidden_size * pairs * config.num_attention_layers
     return 2 * _active_weights(config) * num_tokens + attention + 2 * config.vocab_size * config.hidden_size
 

@@ -26,7 +26,7 @@ from model.chat_format import ChatFormat
 from model.ssm_rounding import dequantize_ssm, quantize_ssm
 from model.tokenizer import Tokenizer
 
-Rounding = Callable[[Tensor], tuple[Tensor, int]]  # ssm (n_mamba, e, n) -> what it becomes, bytes it takes
+Rounding = Callable[[Tensor], tuple[Tensor, int]]  # ssm (n_mamba, e, n) -> (rounded ssm, bytes)
 _SEGMENT = 512
 
 

@@ -31,7 +31,7 @@ from bench.runs import BenchRun
 
 KEPT_DOCUMENTS = 50
 QUESTIONS_PER_UPLOAD = 20
-SAMPLES = 60  # of the memory, a row each
+SAMPLES = 60  # memory samples, one row each
 KILLED_PARSERS = 3
 CHECK = ("When does the on-call week start?", SHARED)
 
@@ -76,7 +76,7 @@ async def work_an_hour(client: httpx.AsyncClient, questions: int, users: int) ->
         "asked": outcomes.statuses.total(),
         "refused_429": outcomes.statuses["429"],
         "broken_off": outcomes.statuses["broken off"],
-        "ended_by_error": outcomes.statuses["answer.error"],  # such as the deletion of a document that it reads
+        "ended_by_error": outcomes.statuses["answer.error"],  # for instance if a document that it reads is deleted
         "uploads_202": outcomes.uploads["202"],
         "deleted": outcomes.uploads["202"] - len(uploaded),
     }

@@ -39,7 +39,7 @@ from retrieval.types import Chunk, Passage
 QUESTIONS = Path(__file__).parent.parent / "model" / "train" / "testsets" / "questions.jsonl"
 STAGES = ("not retrieved", "not packed", "refused", "not read", "read")
 READ_F1 = 0.5
-REFUSES_NOTHING = 50.0  # nats, the most that the setting takes
+REFUSES_NOTHING = 50.0  # nats, the maximum of the setting
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from retrieval.types import Chunk, ParsedDocument, SearchParams
 from retrieval.words import WordIndex, open_words
 
 CHUNKS_A_DOCUMENT = 100
-LIMIT = 100  # candidates, as `Retriever` asks for
+LIMIT = 100  # candidates, as in `Retriever`
 _BATCH = 10_000
 
 
@@ -129,7 +129,7 @@ def bench_queries(
     run: BenchRun, what: str, search: Callable[[str], object], questions: Sequence[str], **more: object
 ) -> None:
     search(questions[0])
-    times_s, cpu_s = [], []  # of the clock, and of all cores: less of a matter of what else the machine does
+    times_s, cpu_s = [], []  # wall time, and CPU time of all cores, which depends less on other load
     for question in questions:
         began, began_cpu = time.perf_counter(), time.process_time()
         search(question)

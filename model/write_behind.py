@@ -22,16 +22,16 @@ from model.device_store import StateTensors
 from model.state_codec import encode_value
 from model.state_store import MemoryStateStore, StateItem, StateStore
 
-_MAX_JOBS = 1 << 14  # that wait, of each kind: values that are still in another store have no size here
+_MAX_JOBS = 1 << 14  # waiting jobs of each kind, because values still in another store do not count as bytes here
 _TOGETHER = 8  # jobs taken at a time
 _ENCODERS = 4  # threads with a GPU; without one the model needs the cores
 _log = logging.getLogger(__name__)
 
 
 class _Job(NamedTuple):
-    """`held`: bytes of the value kept with the job; 0 if it will be read from `source`, if still there. `room`: of the
-    first of a prefix's values, bytes of all; a full store that took them bit by bit would evict each bit at once, as
-    nothing of use stands behind it yet."""
+    """`held`: bytes of the value stored in the job; 0 if it will be read from `source`, if still there. `room`: for the
+    first value of a prefix, bytes of all its values; a full store that received them one by one would evict each at
+    once, because nothing useful follows it yet."""
 
     item: StateItem
     stores: Sequence[StateStore]
@@ -79,9 +79,9 @@ class WriteBehind:
         """Copy states found in a slower store into the first `levels` stores, except those that they have by then.
 
         Items that `source`, a store that keeps tensors, has are read from it later and need no memory here. Of others
-        (no GPU store) at most `max_pending_bytes` wait: of a longer prefix each question promotes the next part, and
-        reads the rest from the slower store until then; a full store gives up a part again, since it is of no use by
-        itself. More must not wait, to leave room for new states, which exist nowhere else yet.
+        (no GPU store) at most `max_pending_bytes` wait: for a longer prefix each question promotes the next part, and
+        reads the rest from the slower store; a full store evicts a part again, since it is useless by itself. The limit
+        leaves room for new states, which exist nowhere else yet.
         """
         stores = self._stores[:levels]
         there = source.contains_many([item.key for item in items], peek=True) if source else [False] * len(items)

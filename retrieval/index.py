@@ -195,7 +195,7 @@ class FaissIndex:
                 self._keep()
         except Exception:
             if not self._closing.is_set():
-                _LOG.exception("cannot fill the vector index; the next search begins anew")
+                _LOG.exception("cannot fill the vector index; the next search starts over")
                 self._generation = 0
 
     def _keep(self) -> None:
@@ -203,7 +203,7 @@ class FaissIndex:
             try:
                 self.save(self._directory)
             except OSError:
-                _LOG.exception("cannot save the vector index; it is made anew at the next start")
+                _LOG.exception("cannot save the vector index; it is rebuilt at the next start")
 
     def _consider_training(self, source: VectorSource) -> bool:
         """Start a training thread if due; returns whether it did. The caller holds `_writer`."""

@@ -181,9 +181,9 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("gguf", "corpora", "tokens", "tokenizer", "pairs", "items", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, help="float checkpoint to start from, e.g. of `convert --to fp32`")
-    parser.add_argument("--rivals", type=Path, help="folder with what `model.train.rivals` found")
+    parser.add_argument("--rivals", type=Path, help="output folder of `model.train.rivals`")
     parser.add_argument("--weights", type=Path, nargs="*", default=[], help="saved masters to start from, in order")
-    parser.add_argument("--tuned", type=Path, help="masters of `model.train.tune`; taken up when the file appears")
+    parser.add_argument("--tuned", type=Path, help="masters of `model.train.tune`; loaded when the file appears")
     parser.add_argument("--seconds", type=float, default=300, help="wall-clock time of this call, without startup")
     parser.add_argument("--from-share", type=float, default=0.0, help="where in the schedule this call starts")
     parser.add_argument("--to-share", type=float, default=1.0, help="and where it ends")
