@@ -73,10 +73,10 @@ def serve(
     running = SteadyServer(config, settings.server.stall_s)
     try:
         running.run()
-    except SystemExit:  # its own codes; what failed is logged
+    except SystemExit:  # uvicorn's own codes; the cause has been logged
         failed = "start" if running.lifespan.should_exit else f"listen on {config.host}:{config.port}"
         raise typer.Exit(_fail(f"cannot {failed}; the messages above say why")) from None
-    except KeyboardInterrupt:  # has stopped in order
+    except KeyboardInterrupt:  # after an orderly shutdown
         pass
 
 
@@ -151,7 +151,7 @@ def _show_stream(events: Any) -> None:
 def search(
     query: Annotated[str, typer.Argument(help="Words or a question, in quotation marks.")],
     collection: Annotated[list[str] | None, typer.Option("--collection", "-c", help="May be repeated.")] = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=50, help="Most passages.")] = 10,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=50, help="Maximum passages.")] = 10,
     mode: Annotated[Literal["hybrid", "dense", "lexical"], typer.Option(help="By words, meaning or both.")] = "hybrid",
     rerank: Annotated[bool | None, typer.Option(help="Default: in hybrid mode.")] = None,
     url: Url = None,
@@ -170,8 +170,8 @@ def search(
 
 @documents.command("list")
 def list_documents(
-    collection: Annotated[str | None, typer.Option("--collection", "-c", help="Of this one alone.")] = None,
-    status: Annotated[Status | None, typer.Option(help="In this state alone.")] = None,
+    collection: Annotated[str | None, typer.Option("--collection", "-c", help="Only this collection.")] = None,
+    status: Annotated[Status | None, typer.Option(help="Only in this state.")] = None,
     url: Url = None,
     key: Key = None,
     data_dir: DataDirectory = None,
@@ -298,7 +298,7 @@ def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", exists=True, file_okay=False)],
     target: Annotated[Path, typer.Argument(metavar="DST")],
     to: Annotated[Literal["int8", "int4", "bf16", "fp32"], typer.Option(help="How weights are stored.")] = "int8",
-    rotate: Annotated[bool, typer.Option("--rotate", help="Turn the residual stream: for int8 activations.")] = False,
+    rotate: Annotated[bool, typer.Option("--rotate", help="Rotate the residual stream, for w8a8.")] = False,
 ) -> None:
     """Write a Hugging Face checkpoint in another number format."""
     from model import convert_checkpoint
@@ -363,14 +363,14 @@ def restore(
 
 
 @app.command()
-def completion(shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="Whose script.")]) -> None:
+def completion(shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="The shell.")]) -> None:
     """Print the script that completes commands and options in a shell: eval "$(jamba-rag completion bash)"."""
     script = get_completion_script(prog_name="jamba-rag", complete_var="_JAMBA_RAG_COMPLETE", shell=shell)
     sys.stdout.write(script + "\n")
 
 
 def _exit_if_failed(documents: Sequence[dict[str, Any]]) -> None:
-    """What is printed on stdout says why."""
+    """Exit with 1 if documents failed; the reasons have been printed on stdout."""
     if failed := [render.tame(document["filename"]) for document in documents if document["status"] == "failed"]:
         raise typer.Exit(_fail(f"{len(failed)} of {len(documents)} documents failed: {', '.join(failed)}"))
 
@@ -388,7 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SettingsError as error:
         _fail(str(error))
         sys.exit(2)
-    except (ValueError, RuntimeError, OSError) as error:  # the rooms' own errors: their messages say what to do
+    except (ValueError, RuntimeError, OSError) as error:  # the messages of our own errors say what to do
         hint = "; name a key with --key or JAMBA_RAG_KEY" if getattr(error, "code", "") == "unauthorized" else ""
         sys.exit(_fail(f"{error}{hint}"))
 

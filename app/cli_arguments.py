@@ -6,15 +6,15 @@ import typer
 
 from retrieval.types import Role
 
-_Document = typer.Argument(metavar="ID", help="As `documents list` shows it.")
+_Document = typer.Argument(metavar="ID", help="As shown by `documents list`.")
 DocumentId, DocumentIds = Annotated[str, _Document], Annotated[list[str], _Document]
 KeyRole = Annotated[
     Role,
     typer.Option(
-        metavar="ROLE", help="reader: asks; writer: also adds and deletes documents; admin: also handles keys."
+        metavar="ROLE", help="reader: asks; writer: also adds and deletes documents; admin: also manages keys."
     ),
 ]
-KeyId = Annotated[str, typer.Argument(metavar="ID", help="As `keys list` shows it, not the key.")]
+KeyId = Annotated[str, typer.Argument(metavar="ID", help="As shown by `keys list`, not the key itself.")]
 Limit = Annotated[
     int | None, typer.Option(min=0, metavar="N", help="Limit of this key; 0: none. Default: the service's.")
 ]

@@ -38,7 +38,7 @@ def expand_paths(patterns: Sequence[str]) -> list[Path]:
 
 def _files_of(path: Path) -> list[Path]:
     """The files below a folder, sorted, or the file itself; unreadable ones are reported on stderr, and so is the data
-    directory of a service, whose own files are no documents."""
+    directory of a service, because its files are not documents."""
     if not path.is_dir():
         return [path]
     files: list[Path] = []

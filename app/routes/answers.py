@@ -20,8 +20,8 @@ async def create_answer(
     body: schemas.AnswerRequest, request: Request, principal: Reader, service: ServiceDep, settings: SettingsDep
 ) -> schemas.Answer | Response:
     """Answer from the indexed documents; with `stream`, as Server-Sent Events: `answer.created`, `answer.sources`,
-    `answer.text.delta`, `answer.citation.added`, at the end `answer.completed` (the whole answer) or `answer.error`.
-    With the header `Prefer: progress` also `answer.progress`: how much is read, every second before the first word."""
+    `answer.text.delta`, `answer.citation.added`, finally `answer.completed` (the whole answer) or `answer.error`. With
+    the header `Prefer: progress` also `answer.progress`, every second before the first word: how much has been read."""
     query = await anyio.to_thread.run_sync(service.read_query, body, principal)
     answer = await service.start_answer(query)
     if body.stream:

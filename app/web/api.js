@@ -1,9 +1,9 @@
-/** Talks to /v1: adds the key, turns problem+json into `Problem`, reads Server-Sent Events. Knows nothing of the page. */
+/** Client of /v1: adds the key, turns problem+json into `Problem`, reads Server-Sent Events. */
 
 const STORED_KEY = "jamba-rag.key";
 const MAX_WAITS = 5; // times that one call waits for a busy server before it gives up
 
-/** What the service said no to: `detail` is written for people. */
+/** An error response of the service; `detail` is written for people. */
 export class Problem extends Error {
   constructor(status, body, retryAfterS = null) {
     super(body.detail || body.title || `The server answered ${status}.`);
@@ -43,7 +43,7 @@ function authorization() {
   return session.key ? { Authorization: `Bearer ${session.key}` } : {};
 }
 
-/** What `action` gives; where the network fails the browser's words for it, which differ and say little, become ours. */
+/** Runs `action`; replaces the browsers' differing and vague messages for network failures with ours. */
 async function reach(action) {
   try {
     return await action();
@@ -67,7 +67,7 @@ const readJson = async (path, options) => (await request(path, options)).json();
 const documentPath = (id) => `v1/documents/${encodeURIComponent(id)}`;
 const collectionPath = (name) => `v1/collections/${encodeURIComponent(name)}`;
 
-/** What a list holds, as JSON, and whether this key may add to it (`mayAdd`). */
+/** The JSON of a list, and whether this key may add to it (`mayAdd`). */
 async function readList(path) {
   const response = await request(path);
   const allowed = response.headers.get("Allow");
@@ -83,14 +83,14 @@ export const deleteDocument = (id) => request(documentPath(id), { method: "DELET
 export const getFile = async (id) => (await request(`${documentPath(id)}/file`)).blob();
 export const getText = (id, start, end) => readJson(`${documentPath(id)}/text?start=${start}&end=${end}`);
 
-/** A page of a PDF with a passage marked: `{blob, boxes}`, a box being [left, top, width, height] in fractions of it. */
+/** A page of a PDF with a passage highlighted: `{blob, boxes}`; a box is [left, top, width, height] in fractions. */
 export async function getPageImage(id, page, start, end) {
   const response = await request(`${documentPath(id)}/pages/${page}/image?start=${start}&end=${end}`);
   const boxes = (response.headers.get("Highlight-Boxes") || "").split(", ").filter(Boolean);
   return { blob: await response.blob(), boxes: boxes.map((box) => box.split(" ").map(Number)) };
 }
 
-/** Every document of a collection, or "": of all, read 1,000 at a time: `{data, mayAdd}`. */
+/** All documents of a collection ("": of all collections), fetched 1,000 at a time: `{data, mayAdd}`. */
 export async function listDocuments(collection) {
   const documents = [];
   for (let after = ""; ; after = documents.at(-1).id) {
@@ -158,7 +158,7 @@ async function* readEvents(body) {
   }
 }
 
-/** The events of an answer as `{type, data}`. EventSource cannot send a key, so the stream is read by hand. */
+/** The events of an answer as `{type, data}`. Parsed here, because EventSource cannot send a key. */
 export async function* streamAnswer(body, signal) {
   const json = { ...body, stream: true };
   const response = await request("v1/answers", { method: "POST", json, signal, prefer: "progress" });

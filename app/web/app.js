@@ -27,7 +27,7 @@ function showSignIn(message = "") {
   byId("key").focus();
 }
 
-/** Forgets the key and what was read with it; what is on its way ends, and none of it can sign out anybody later. */
+/** Forgets the key and all data, and aborts running requests, so that none can sign out somebody later. */
 function leave(message = "") {
   session.onUnauthorized = () => {};
   session.key = "";

@@ -1,4 +1,4 @@
-/** A conversation: streams each answer, numbers its citations, says plainly when the documents hold none. */
+/** A conversation: streams each answer, numbers its citations, says clearly if the documents have no answer. */
 import * as api from "./api.js";
 import { announce, byId, counted, formatDuration, formatNumber, formatPages, formatWait, h } from "./dom.js";
 import { sliceText } from "./source.js";
@@ -18,7 +18,7 @@ const ROW = / \| /; // of a table, as the service writes it
 const AROUND = 120; // characters shown before and after a quote
 const TIERS = { gpu: "GPU", host: "memory", redis: "Redis" };
 
-/** What happens before the first word of an answer, from the data of `answer.progress`. */
+/** Describes the data of `answer.progress`, before the first word of an answer. */
 export function describeProgress(progress) {
   if (progress?.stage === "waiting") return "Waiting for its turn: other questions are being answered…";
   if (progress?.stage === "writing") return "All is read; writing the answer…";
@@ -27,13 +27,13 @@ export function describeProgress(progress) {
   return `Reading: ${formatNumber(progress.done)} of ${formatNumber(progress.total)} tokens${left}`;
 }
 
-/** The line or lines of a text, counted in code points, that hold what stands between two places. */
+/** The line or lines of a text that contain the span between two offsets in code points. */
 const lineAt = (text, start, end) => sliceText(text, 0, start).split("\n").at(-1) + sliceText(text, start, end) + sliceText(text, end).split("\n")[0];
 
-/** The text in one paragraph, but for the rows of tables. */
+/** The text as one paragraph, except for table rows. */
 const keepRows = (text) => text.replace(/([^\n]*)\n+(?=([^\n]*))/g, (_, line, next) => line + (ROW.test(line) || ROW.test(next) ? "\n" : " "));
 
-/** The text of a passage without the heading that stands above it anyway. */
+/** The text of a passage without its heading, which is shown above it. */
 export function withoutHeading({ text, location }) {
   const heading = location?.heading_path?.at(-1);
   const bare = text.replace(/^[#*\s]+/, "");
@@ -41,7 +41,7 @@ export function withoutHeading({ text, location }) {
   return rest.match(/^[#* \t]*\n[*\s]*([^]+)/)?.[1] || text; // else it is the beginning of a sentence
 }
 
-/** One question with its answer as far as it has come. */
+/** One question and its answer so far. */
 class Turn {
   constructor(panel, { question, collection, answer = null }) {
     Object.assign(this, { panel, question, collection, answer, text: "", citations: [], sources: [], frame: 0, asked: performance.now() });
@@ -93,7 +93,7 @@ class Turn {
     this.body.replaceChildren(...nodes);
   }
 
-  /** Of an answer that is complete and has quotes, else none. */
+  /** The sentences without a quote, of a complete answer with quotes; otherwise none. */
   get unsupported() {
     return this.answer?.citations.length ? unsupportedSpans(this.text, this.citations) : [];
   }
@@ -138,7 +138,7 @@ class Turn {
     if (this.answeredEarly) this.footer.prepend(h("p", { class: "hint" }, STILL_READING));
   }
 
-  /** The quote between the words around it, as far as its passage is among the sources. */
+  /** The quote with the words around it, if its passage is among the sources. */
   excerpt({ chunk_id: id, cited_text: quote, location }) {
     const words = h("span", { class: "quote" }, quote);
     const source = this.sources.find(({ chunk_id: other }) => other === id);
@@ -180,7 +180,7 @@ class Turn {
     return h("p", { class: "measures" }, parts.filter(Boolean).join(" · "));
   }
 
-  /** Says why there is no whole answer, and offers to ask again. */
+  /** Says why the answer is missing or incomplete, and offers to ask again. */
   stop(message, isError) {
     cancelAnimationFrame(this.frame);
     this.showText();
@@ -209,7 +209,7 @@ export class AskPanel {
     byId("clear-thread").addEventListener("click", () => this.clear());
   }
 
-  /** Brings back the questions of this tab; one that a reload cut off can be asked again. */
+  /** Restores the questions of this tab; one interrupted by a reload can be asked again. */
   restore() {
     for (const stored of JSON.parse(sessionStorage.getItem(STORED_THREAD) || "[]")) {
       const turn = this.append(new Turn(this, stored));
@@ -226,7 +226,7 @@ export class AskPanel {
     }
   }
 
-  /** The conversation so far, about this collection, with `question` at its end; the form that the service reads. */
+  /** The conversation about this collection, ending with `question`, in the form of the API. */
   messages(question, collection) {
     const before = this.turns.filter((turn) => turn.answer && turn.collection === collection).slice(-SENT_TURNS);
     const said = before.flatMap((turn) => [

@@ -1,4 +1,4 @@
-/** The documents of one collection: choose it, add files, follow each one until it is ready or has failed, retry, delete. */
+/** The documents of one collection: selection, upload, progress until ready or failed, retry, delete. */
 import * as api from "./api.js";
 import { announce, byId, confirmed, counted, formatNumber, h } from "./dom.js";
 import { Entry } from "./entry.js";
@@ -45,12 +45,12 @@ export class DocumentsPanel {
     return this.select.value;
   }
 
-  /** Whether documents of the collection are still on their way. */
+  /** Whether documents of the collection are still being ingested. */
   get isReading() {
     return this.entries.some((entry) => !entry.failure && (entry.active || !entry.document));
   }
 
-  /** Runs an action and shows what went wrong instead of losing it. What nobody asked for leaves an older error there. */
+  /** Runs an action and shows its error. A background action does not clear an older error. */
   async guard(action, isAsked = true) {
     const error = byId("documents-error");
     if (isAsked) error.hidden = true;
@@ -67,7 +67,7 @@ export class DocumentsPanel {
     await this.load();
   }
 
-  /** Shows what another tab or another person has changed meanwhile. */
+  /** Shows changes by other tabs and users. */
   async catchUp() {
     if (byId("workspace").hidden || this.catchingUp) return;
     this.catchingUp = true;
@@ -80,7 +80,7 @@ export class DocumentsPanel {
     this.catchingUp = false;
   }
 
-  /** Ends what is on its way, and forgets what was shown. */
+  /** Aborts running requests, and forgets what was shown. */
   clear() {
     clearTimeout(this.factsTimer);
     for (const entry of this.uploads) entry.cancelling.abort();
@@ -91,7 +91,7 @@ export class DocumentsPanel {
     this.list.replaceChildren();
   }
 
-  /** Keeps the choice, also one made meanwhile, and over a reload of the page. */
+  /** Preserves the selection, also if changed meanwhile, and across reloads of the page. */
   async loadCollections(wanted = "") {
     const { data, mayAdd } = await api.listCollections();
     this.collections = data;
@@ -125,7 +125,7 @@ export class DocumentsPanel {
       this.factsTimer = setTimeout(() => this.refreshFacts(), FACTS_EVERY_MS);
   }
 
-  /** The service reads a collection that fits some seconds after it has changed. */
+  /** The service prefetches a collection that fits a few seconds after it has changed. */
   async refreshFacts() {
     await this.guard(async () => {
       this.collections = (await api.listCollections()).data;
@@ -161,7 +161,7 @@ export class DocumentsPanel {
     this.poll();
   }
 
-  /** Offers nothing to a reader that the service would refuse. */
+  /** Hides actions that the service would refuse for this key. */
   setReadOnly(isReadOnly) {
     this.isReadOnly = isReadOnly;
     byId("workspace").classList.toggle("read-only", isReadOnly);
@@ -232,7 +232,7 @@ export class DocumentsPanel {
     this.update(entry);
   }
 
-  /** Asks for the documents in work until none is left; then the collection's counts are read again. */
+  /** Polls pending documents until none is left; then refreshes the collection's counts. */
   async poll() {
     if (this.polling) return;
     this.polling = true;
@@ -277,7 +277,7 @@ export class DocumentsPanel {
     });
   }
 
-  /** As `guard`; a document that was deleted elsewhere leaves the list. */
+  /** Like `guard`; removes a document from the list if it was deleted elsewhere. */
   async guardGone(entry, action) {
     await this.guard(async () => {
       try {
@@ -346,7 +346,7 @@ export class DocumentsPanel {
     this.select.focus(); // the button may be disabled by now
   }
 
-  /** Files can be dropped anywhere; other things that are dragged, such as selected text, are left to the browser. */
+  /** Files can be dropped anywhere; other drags, such as selected text, are left to the browser. */
   acceptDrops(area) {
     const highlight = (on) => byId("dropzone").classList.toggle("over", on);
     const onFiles = (type, act) =>

@@ -1,4 +1,4 @@
-/** Builds elements and asks for confirmation. Text always goes in as text: no markup from outside is ever parsed. */
+/** Builds elements and asks for confirmation. Text is always inserted as text; external markup is never parsed. */
 
 /** `h("p", {class: "hint", hidden: true}, "text", child)`; functions become listeners (`onclick`), `false` and `null` are left out. */
 export function h(tag, attributes = {}, ...children) {
@@ -14,12 +14,12 @@ export function h(tag, attributes = {}, ...children) {
 
 export const byId = (id) => document.getElementById(id);
 
-/** Says `text` to a screen reader without moving the focus. */
+/** Announces `text` to screen readers without moving the focus. */
 export function announce(text) {
   byId("announcer").textContent = text;
 }
 
-/** Resolves to true when the person agrees; the focus returns to where it was. */
+/** Resolves to true if the user agrees; restores the focus. */
 export function confirmed(question, action) {
   const dialog = byId("confirm");
   byId("confirm-text").textContent = question;
@@ -48,7 +48,7 @@ export const formatWait = (seconds) => (seconds < 100 ? `${Math.max(1, Math.roun
 
 export const counted = (count, noun) => `${formatNumber(count)} ${noun}${count === 1 ? "" : "s"}`;
 
-/** "page 3", "pages 3–4" or "" from a location; `separator` stands before it. */
+/** "page 3", "pages 3–4" or "" for a location, preceded by `separator`. */
 export function formatPages(location, separator = "") {
   if (!location || location.page_start === null || location.page_start === undefined) return "";
   const { page_start: first, page_end: last } = location;

@@ -1,4 +1,4 @@
-/** One line in the list of documents. What it does when somebody chooses it stands in documents.js. */
+/** One line in the list of documents. Its actions are in documents.js. */
 import { counted, formatBytes, formatNumber, h } from "./dom.js";
 
 const FINISHED = new Set(["ready", "failed"]);
@@ -11,7 +11,7 @@ const STAGES = {
   deleting: "Deleting",
 };
 
-/** One line of the list: a file on its way to the server, then its Document. Updated in place, so the focus stays. */
+/** One line of the list: a file being uploaded, then its Document. Updated in place, to keep the focus. */
 export class Entry {
   constructor(panel, { file = null, document = null }) {
     Object.assign(this, { panel, file, document, sent: 0, problem: null, cancelling: new AbortController() });
@@ -31,7 +31,7 @@ export class Entry {
     return this.document ? this.document.filename : this.file.webkitRelativePath || this.file.name;
   }
 
-  /** What it can be found by. */
+  /** The text that the search box matches. */
   get words() {
     const { status } = this.element.dataset;
     return `${this.filename} ${status} ${STAGES[status] || ""}`.toLowerCase();
@@ -48,7 +48,7 @@ export class Entry {
     return page ? `${message} (page ${page})` : message;
   }
 
-  /** What of a document that is ready is not in its text: scanned pages, files in an archive. */
+  /** What could not be read of a ready document: scanned pages, files in an archive. */
   get unread() {
     const { status, last_error: gap } = this.document || {};
     return status === "ready" && gap ? `Read only in part: ${gap.message}` : "";

@@ -7,7 +7,7 @@ const MAX_PAGES = 3; // of a passage that are shown as pictures
 const READABLE_WIDTH = 420; // CSS pixels of a page; in less room it is shown larger than the room
 const WINDOW = 6000; // characters read before and after what is shown
 
-/** `text` between two offsets in code points, which is how the service counts (JavaScript counts UTF-16 units). */
+/** `text` between two offsets in code points, as used by the service (JavaScript counts UTF-16 units). */
 export const sliceText = (text, start, end) => Array.from(text).slice(start, end).join("");
 
 export class SourcePanel {
@@ -25,7 +25,7 @@ export class SourcePanel {
     });
   }
 
-  /** `location` gives the passage's pages, char_start and char_end; without it the document's text opens at its beginning. */
+  /** `location` has the passage's pages, char_start and char_end; without it the text opens at its beginning. */
   async open({ id, filename, location = null, quote = "" }, opener = document.activeElement) {
     Object.assign(this, { id, filename, location, quote, opener });
     byId("source-title").textContent = filename;
@@ -140,7 +140,7 @@ export class SourcePanel {
     return h("button", { type: "button", class: "more", onclick: () => this.load(start, end) }, label);
   }
 
-  /** Saves the original; it is never opened in the page. */
+  /** Downloads the original; it is never opened in the page. */
   async download() {
     const { id, filename } = this;
     try {
@@ -160,7 +160,7 @@ export class SourcePanel {
     if (this.opener?.isConnected) this.opener.focus();
   }
 
-  /** The document was deleted elsewhere: nothing of it stays in sight. */
+  /** The document was deleted elsewhere: hides all of it. */
   tellIfGone(id) {
     if (this.element.hidden || this.id !== id) return;
     this.request += 1;

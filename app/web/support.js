@@ -1,9 +1,9 @@
-/** Which sentences of an answer have no quote in them. The same rule as app/support.py; offsets count code points. */
+/** Finds the sentences of an answer without a quote. The same rule as app/support.py; offsets are in code points. */
 
-// A sentence ends at its mark and what closes behind it, or with its line; a line that ends in a colon leads to the next.
+// A sentence ends at its mark plus closing quotes or brackets, or with its line; a line ending in a colon continues.
 const BOUNDARY = /(?<=[.!?…])["'”’»)\]]*\s+|(?<=[。！？])|(?<![:：\s])\s*\n\s*/gu;
 
-/** `{start, end}` of the sentences of `text` that none of `quotes` reaches into. A boundary inside a quote is none. */
+/** `{start, end}` of the sentences of `text` that no quote overlaps. Boundaries inside quotes do not count. */
 export function unsupportedSpans(text, quotes) {
   const points = (length) => Array.from(text.slice(0, length)).length;
   const quoted = (from, to) => quotes.some(({ start, end }) => start < to && from < end);
