@@ -331,8 +331,11 @@ def _split_fused(entry: _Entry) -> Iterator[tuple[str, _Entry]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UnsupportedWeights(f"{path.parent} holds no {path.name}: not a checkpoint of Hugging Face") from error
     except (OSError, ValueError) as error:
         raise UnsupportedWeights(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise UnsupportedWeights(f"{path} holds no JSON object")
+    return value

@@ -90,6 +90,9 @@ def test_a_damaged_file_is_named(copied_dir: Path) -> None:
     (copied_dir / "config.json").write_text("{")
     with pytest.raises(UnsupportedWeights, match=r"config\.json cannot be read"):
         load_model(copied_dir)
+    (copied_dir / "config.json").write_text("null")
+    with pytest.raises(UnsupportedWeights, match=r"config\.json holds no JSON object"):
+        load_model(copied_dir)
     (copied_dir / "config.json").unlink()
     with pytest.raises(UnsupportedWeights) as error:
         load_model(copied_dir)
