@@ -158,3 +158,33 @@ def test_after_a_kill_while_restoring_nothing_starts_until_it_is_done_again(back
     DataDir(target).close()
     assert held(target) == {"an old owl", "an old fox"}
     assert not (target / "restoring").exists()
+
+
+@pytest.mark.parametrize("name", ["rag.sqlite3", "rag.sqlite3-wal", "lock", "admin.key", "files/new", "faiss/a"])
+def test_a_backup_does_not_take_the_place_of_what_it_backs_up(tmp_path, name):
+    data = tmp_path / "data"
+    make_data(data, "an old owl")
+    target = data / name
+    target.parent.mkdir(exist_ok=True)
+    (tmp_path / "link").symlink_to(target)
+    for path in (target, tmp_path / "link"):
+        with pytest.raises(BackupFailed, match="keeps its own data"):
+            write_backup(data, path)
+    assert held(data) == {"an old owl"}
+    assert write_backup(data, data / "backup.tar") == 1
+
+
+def test_a_device_or_pipe_is_not_replaced_by_a_backup(tmp_path):
+    make_data(tmp_path / "data", "an old owl")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BackupFailed, match="no file, but a device or a pipe"):
+        write_backup(tmp_path / "data", tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_backup_to_a_link_is_where_the_link_leads(backup, tmp_path):
+    (tmp_path / "latest").symlink_to(backup)
+    backup.write_text("an earlier one")
+    write_backup(tmp_path / "data", tmp_path / "latest")
+    assert (tmp_path / "latest").is_symlink()
+    assert restore_backup(backup, tmp_path / "restored") == 2
