@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Self
 
+_FOLDERS = ("files", "faiss", "words", "audit")
 _LEAST_BYTES = 512 << 10  # SQLite's log, and the first writes of the indexes
 
 
@@ -22,8 +23,14 @@ class DataDir:
 
     def __init__(self, path: Path, restoring: bool = False) -> None:
         """Create it if it does not exist. Raises DataDirInUse, naming the process that holds it, and DataDirUnusable,
-        also if a restore was interrupted, unless it is about to be repeated (`restoring`)."""
+        also if a restore was interrupted, unless it is about to be repeated (`restoring`), and if it seems to be for
+        something else, whose files would be lost."""
         self.path = path
+        if not restoring and (name := _find_foreign(path)) is not None:
+            raise DataDirUnusable(
+                f"{path} holds no database, but {name}, which may be somebody else's: name a new folder with "
+                "--data-dir; if the database was lost, `jamba-rag restore` a backup, or remove what is left of it"
+            )
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -96,9 +103,16 @@ class DataDir:
         self.close()
 
 
+def _find_foreign(path: Path) -> str | None:
+    """A folder in use that has the name of one of ours, where there is no database that it could belong to."""
+    if DataDir.database_in(path).exists() or (path / "restoring").exists():
+        return None
+    return next((name for name in _FOLDERS if (path / name).is_dir() and any((path / name).iterdir())), None)
+
+
 def find_unwritable(path: Path) -> str | None:
     """What in a data directory is not writable for this user, and what to do; None if everything is."""
-    folders = [path / name for name in ("faiss", "words", "audit")]
+    folders = [path / name for name in _FOLDERS if name != "files"]
     inside = (child for folder in folders for child in folder.glob("*"))
     needed = (path, *path.glob("rag.sqlite3*"), path / "files", *folders, *inside)
     locked = next((one for one in needed if one.exists() and not _may_write(one)), None)

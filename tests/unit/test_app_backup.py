@@ -188,3 +188,17 @@ def test_a_backup_to_a_link_is_where_the_link_leads(backup, tmp_path):
     write_backup(tmp_path / "data", tmp_path / "latest")
     assert (tmp_path / "latest").is_symlink()
     assert restore_backup(backup, tmp_path / "restored") == 2
+
+
+@pytest.mark.parametrize("name", ["files/upload-1.txt", "words/list.txt", "faiss/notes.txt"])
+def test_a_folder_that_is_for_something_else_is_no_data_directory(tmp_path, name):
+    """Its files would make room for the service's own."""
+    other = tmp_path / name
+    other.parent.mkdir()
+    other.write_text("precious")
+    with pytest.raises(DataDirUnusable, match=f"holds no database, but {other.parent.name}, "):
+        DataDir(tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [other]
+    DataDir(tmp_path, restoring=True).close()
+    DocumentStore(tmp_path / "rag.sqlite3").close()
+    DataDir(tmp_path).close()

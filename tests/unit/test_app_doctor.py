@@ -134,7 +134,9 @@ def test_a_data_directory_of_another_user(settings):
 @pytest.mark.parametrize("place", ["rag.sqlite3-shm", "words/meta.json", "audit"])
 def test_nothing_starts_where_another_user_left_something(place):
     with tempfile.TemporaryDirectory() as directory:
-        os.chown(directory, 65534, 65534)
+        (Path(directory) / "rag.sqlite3").touch()
+        for path in (directory, f"{directory}/rag.sqlite3"):
+            os.chown(path, 65534, 65534)
         left = Path(directory) / place
         left.parent.mkdir(exist_ok=True)
         left.mkdir() if place == "audit" else left.touch()
