@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 _DATABASE = "rag.sqlite3"
 _TRIES = 5  # attempts to copy a database whose originals all still exist
 _FILES = "files"
-_OWN = ("lock", "admin.key", _FILES, "faiss", "words", "audit", "restoring")  # in a data directory
+_OWN = ("lock", "admin.key", "owed-deletes.json", _FILES, "faiss", "words", "audit", "restoring")  # in a data directory
 _SCRATCH = ".backup-"  # prefix of the temporary directory beside the backup
 _UNFINISHED = "backup.tar"
 
