@@ -100,7 +100,7 @@ class FaissIndex:
         self._trainer: threading.Thread | None = None
         self._directory: Path | None = None  # where it is saved after expensive work
         self._filler: threading.Thread | None = None
-        self._closing = threading.Event()
+        self._closing, self._filling = threading.Event(), False  # it is filled before the thread ends, which saves it
         self._embedder_name = embedder_name
         self._generation = 0
         self._index = _empty_index(dim)
@@ -143,7 +143,7 @@ class FaissIndex:
     @property
     def is_filling(self) -> bool:
         """Whether a thread is still adding vectors that the index lacks."""
-        return self._filler is not None
+        return self._filling
 
     def settle(self) -> None:
         """Wait until the index is neither being filled nor trained."""
@@ -166,8 +166,8 @@ class FaissIndex:
                 break
         with self._lock:
             self._index, self._generation, self._trained = fresh, upto, 0
-        self._filler = None
-        if fresh.ntotal >= _AT_ONCE:
+        self._filling = fresh.ntotal >= _AT_ONCE
+        if self._filling:
             _LOG.warning("vector index: more than %d vectors are still to come from the database", fresh.ntotal)
             self._filler = threading.Thread(
                 target=self._fill, args=(source, fresh, batches), name="index-filling", daemon=True
@@ -184,7 +184,7 @@ class FaissIndex:
                         return
                     rows, vectors = next(batches, (None, None))
                     if rows is None:
-                        self._filler = None
+                        self._filling = False
                         _LOG.info("vector index: complete with %d vectors", fresh.ntotal)
                         trains = self._consider_training(source)
                         break
@@ -208,7 +208,7 @@ class FaissIndex:
     def _consider_training(self, source: VectorSource) -> bool:
         """Start a training thread if due; returns whether it did. The caller holds `_writer`."""
         count = self._index.ntotal
-        if count <= self._flat_max or count < _GROWTH * self._refused or self._filler:
+        if count <= self._flat_max or count < _GROWTH * self._refused or self._filling:
             return False
         if self._trainer and self._trainer.is_alive():
             return False
