@@ -25,7 +25,7 @@ from app.measures import Measures
 from app.progress import ReadingProgress
 from app.prompting import engine_request
 from app.quotes import QuoteLimits
-from app.reading import none_margin, read_at_once, reads_apart, split_passages
+from app.reading import chance_nats, none_margin, read_at_once, reads_apart, split_passages
 from app.rows import OTHER_ROWS_NATS, AskedLines
 from app.sse import Event, with_pauses
 from model.engine_request import EngineRequest, StepOutput
@@ -64,6 +64,7 @@ class RunningAnswer:
         self._citations: list[schemas.Citation] = []
         self._truncated = False
         self._was_counted = False  # whether this prompt was counted before, when its passage was read apart
+        self._chance_nats = 0.0  # of the passages read, see reading.py
         self._epoch = 0  # epoch of the prefix cache before the documents were chosen
         self._gone: set[str] = set()  # documents deleted since then
 
@@ -159,12 +160,14 @@ class RunningAnswer:
     async def _choose(self, evidence: Evidence) -> Evidence:
         """All of the evidence or, if passages are read apart, the one that most likely contains the answer."""
         service, self._was_counted = self._service, False
+        self._chance_nats = chance_nats(evidence, 1)
         if not service.advice.read_apart or evidence.mode != "rag" or not service.format.decision_ids:
             return evidence
         if not reads_apart(evidence, await anyio.to_thread.run_sync(self._count_question)):
             return read_at_once(evidence)
         requests = [(await self._request(reading), reading) for reading in split_passages(evidence)]
         self._progress.begin(sum(len(request.token_ids) for request, _ in requests))
+        self._chance_nats = chance_nats(evidence, len(requests))
         lines = await anyio.to_thread.run_sync(AskedLines, self._query.question, evidence.passages)
         weighed, read_tokens = [], 0
         for request, reading in requests:
@@ -276,8 +279,10 @@ class RunningAnswer:
                     first = False
                     self._measures.add_first_token()
                     self._service.finder.remember(reading)
-                    if output.watch_logprobs and self._is_refused(writer, await self._margin(reading, output)):
-                        return
+                    if output.watch_logprobs:
+                        margin = self._chance_nats + await self._margin(reading, output)
+                        if self._is_refused(writer, margin):
+                            return
                 if output.branch_logprobs:  # the quote's verdict, before any of it is shown
                     doubt = -self._service.advice.verdict * verdict_of([output])
                     if self._is_refused(writer, writer.none_margin + doubt):

@@ -5,6 +5,7 @@ evidence can be read passage by passage, each alone after the system text, and t
 gives the answer. The requests to the engine are made in generation.py.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from retrieval.types import Evidence, Passage
 _AGAIN_TOKENS = 1024  # most question tokens read again for further passages; 2 s on two cores
 _PIECE_CHARS = 1200  # the shipped model was trained on passages of up to 1,150
 _OPENING_CHARS = 200
+_TOGETHER = 4
 _GAP = re.compile(r"\s*\n\s*")
 
 
@@ -59,6 +61,15 @@ def reads_apart(evidence: Evidence, question_tokens: int) -> bool:
     """Whether there are several passages, and the question, which is read again with each, is short enough."""
     again = len(evidence.passages) - 1
     return again > 0 and again * question_tokens <= max(evidence.tokens, _AGAIN_TOKENS)
+
+
+def chance_nats(evidence: Evidence, readings: int) -> float:
+    """Added to the margin of the best of so many readings: the more passages are read, the likelier it is that one
+    looks by chance as if it had the answer. With this, one threshold refuses the same share of the questions that no
+    passage answers, whether one passage is read or eight (docs/small-model.md, "How many passages were read"). Evidence
+    in one reading counts by its length, but at most as `_TOGETHER` passages: the model weighs them itself."""
+    length = sum(len(passage.text) for passage in evidence.passages)
+    return math.log(max(readings, min(-(-length // _PIECE_CHARS), _TOGETHER), 1))
 
 
 def none_margin(

@@ -31,7 +31,7 @@ from app.answering import AnswerWriter
 from app.likeliest import QuoteSearch, ask_back_by, generate_likeliest, verdict_of
 from app.prompting import QuoteFormat
 from app.quotes import QuoteLimits, TokenBytes
-from app.reading import none_margin, split_passages
+from app.reading import chance_nats, none_margin, split_passages
 from bench.answer_scores import GoldPlace, Outcome, draw, tabulate
 from bench.asking import evidence_of
 from bench.runs import BenchRun
@@ -79,6 +79,7 @@ class Reader:
         reading = readings[best]
         outputs = self._generate(requests[best], self.advice.quote_beginnings, question)
         margin = self._margin(question, reading, outputs[0]) - self.advice.verdict * verdict_of(outputs)
+        margin += chance_nats(evidence, len(readings))
         writer = AnswerWriter(self.tokenizer, self.format.answer_tokens(reading), reading.passages, question)
         for output in outputs:
             if output.token_id is not None:

@@ -1,5 +1,6 @@
 """How little a reading seems to hold the answer: the model's margin, and the question's words that it lacks."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,8 @@ from app_kit import GARDEN, LIGHTHOUSE, make_settings, read_events, running_serv
 
 from app.answering import NOT_FOUND_TEXT
 from app.conversation import missing_words, only_repeats
-from app.reading import none_margin, read_at_once, reads_apart, split_passages
+from app.evidence import Query
+from app.reading import chance_nats, none_margin, read_at_once, reads_apart, split_passages
 from app.render import measures_of
 from model.tokenizer import Tokenizer
 from retrieval.types import Evidence, Heading, Passage
@@ -130,6 +132,34 @@ def test_a_passage_that_is_read_alone_stands_under_the_heading_that_it_does_not_
         replace(both, passages=()),
     ]
     assert read_at_once(Evidence((replace(fill, headings=()),), "rag", 5)).passages[0].title == "Car"
+
+
+def test_a_margin_counts_how_many_passages_it_is_the_best_of():
+    assert chance_nats(EVIDENCE, readings=8) == math.log(8)
+    one = replace(EVIDENCE, passages=EVIDENCE.passages[:1])
+    assert chance_nats(one, readings=1) == 0
+    long = replace(one.passages[0], text="owl " * 600)
+    assert chance_nats(replace(one, passages=(long,)), readings=1) == math.log(2)
+    assert chance_nats(replace(one, passages=100 * (long,)), readings=1) == math.log(4)  # the model weighs them itself
+    assert chance_nats(replace(EVIDENCE, passages=()), readings=1) == 0
+
+
+@pytest.mark.anyio
+async def test_the_best_of_three_passages_is_refused_sooner_than_the_same_passage_alone(tiny_checkpoint, tmp_path):
+    limits = {"none_margin": 50, "read_apart": True, "rag_evidence_tokens": 900}
+    async with running_service(make_settings(tiny_checkpoint, tmp_path / "data", answers=limits)) as client:
+        documents = [
+            await client.upload(f"{i}.md", f"# {i}\n\nThe owl sleeps in hole {i}, far from here.\n") for i in range(3)
+        ]
+
+        async def margin(document_ids: list[str] | None) -> float:
+            query = Query("Where does the owl sleep?", ["default"], document_ids, None, "rag", None, 8)
+            answer = await client.app.state.service.start_answer(query)
+            await answer.collect()
+            return answer.none_margin
+
+        alone = [await margin([document["id"]]) for document in documents]
+        assert await margin(None) == pytest.approx(min(alone) + math.log(3), abs=1e-4)
 
 
 @pytest.mark.anyio
