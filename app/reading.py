@@ -18,7 +18,7 @@ from retrieval.types import Evidence, Passage
 _AGAIN_TOKENS = 1024  # most question tokens read again for further passages; 2 s on two cores
 _PIECE_CHARS = 1200  # the shipped model was trained on passages of up to 1,150
 _OPENING_CHARS = 200
-_TOGETHER = 4
+_TOGETHER = 3
 _GAP = re.compile(r"\s*\n\s*")
 
 
