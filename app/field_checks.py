@@ -63,6 +63,13 @@ def filterable(value: object) -> object:
     return value
 
 
+def by_key(filters: object) -> object:
+    """Filters by metadata key, not the comparison objects that OpenAI's file search takes: these would find nothing."""
+    if isinstance(filters, dict) and filters.keys() == {"type", "key", "value"}:
+        raise ValueError('must map metadata keys to values: {"key": "value"}; comparison objects are not supported')
+    return filters
+
+
 def from_home(path: Path) -> Path:
     """Expand `~`, which shells leave as it is after `--data-dir=` and in .env files."""
     try:

@@ -32,7 +32,10 @@ Count = Annotated[int, Field(ge=1), Whole]
 Size = Annotated[int, Field(ge=0, lt=2**63), Whole]
 Temperature = Annotated[float, Field(ge=0, le=2), Numeric]
 FilterValue = str | int | Annotated[float, Field(allow_inf_nan=False)] | bool | None
-Filters = dict[Text, Annotated[FilterValue | list[FilterValue], BeforeValidator(field_checks.filterable)]]
+Filters = Annotated[
+    dict[Text, Annotated[FilterValue | list[FilterValue], BeforeValidator(field_checks.filterable)]],
+    BeforeValidator(field_checks.by_key),
+]
 
 
 class Request(BaseModel):

@@ -22,6 +22,10 @@ pytestmark = pytest.mark.anyio
         ({"question": "x", "mode": "best"}, "mode: must be 'auto', 'rag' or 'full_context'"),
         ({"question": "x", "messages": []}, "messages: must have at least 1 item, not 0"),
         ({"question": "x", "filters": []}, "filters: must be a JSON object"),
+        (
+            {"question": "x", "filters": {"type": "eq", "key": "year", "value": 2024}},
+            'filters: must map metadata keys to values: {"key": "value"}; comparison objects are not supported',
+        ),
         ({"question": "x", "collections": "a"}, "collections: must be a list"),
         ({"question": "x", "seed": "a"}, "seed: must be a whole number"),
         ({"question": "x", "stream": "often"}, "stream: must be true or false"),
