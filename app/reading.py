@@ -18,7 +18,7 @@ from retrieval.types import Evidence, Passage
 _AGAIN_TOKENS = 1024  # most question tokens read again for further passages; 2 s on two cores
 _PIECE_CHARS = 1200  # the shipped model was trained on passages of up to 1,150
 _OPENING_CHARS = 200
-_TOGETHER = 3
+_MOST_CHANCES = 3
 _GAP = re.compile(r"\s*\n\s*")
 
 
@@ -65,11 +65,10 @@ def reads_apart(evidence: Evidence, question_tokens: int) -> bool:
 
 def chance_nats(evidence: Evidence, readings: int) -> float:
     """Added to the margin of the best of so many readings: the more passages are read, the likelier it is that one
-    looks by chance as if it had the answer. With this, one threshold refuses the same share of the questions that no
-    passage answers, whether one passage is read or eight (docs/small-model.md, "How many passages were read"). Evidence
-    in one reading counts by its length, but at most as `_TOGETHER` passages: the model weighs them itself."""
+    looks by chance as if it had the answer. Evidence in one reading counts by its length. Beyond `_MOST_CHANCES`, the
+    model's verdict on the quote makes up for it (docs/small-model.md, "How many passages were read")."""
     length = sum(len(passage.text) for passage in evidence.passages)
-    return math.log(max(readings, min(-(-length // _PIECE_CHARS), _TOGETHER), 1))
+    return math.log(max(1, min(max(readings, -(-length // _PIECE_CHARS)), _MOST_CHANCES)))
 
 
 def none_margin(
