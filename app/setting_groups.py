@@ -189,8 +189,8 @@ class AnswerSettings(Group):
     max_quotes: int = setting(4, "Most quotes in an answer.", "quotes", ge=1)
     none_margin: float | None = setting(
         None,
-        "Answer `not_found` when log P(none) - log P(quote), plus log n for the best of n passages, exceeds this; "
-        "unset: as the checkpoint advises, else 0.",
+        "Answer `not_found` when log P(none) - log P(quote), plus log n (n <= 3) for the best of n passages, exceeds "
+        "this; unset: as the checkpoint advises, else 0.",
         "nats",
         ge=-50,
         le=50,
