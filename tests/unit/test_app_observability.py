@@ -103,7 +103,7 @@ async def test_an_index_that_cannot_be_saved_stops_in_order(tiny_checkpoint, tmp
         await client.upload("a.md", LIGHTHOUSE)
         shutil.rmtree(index, ignore_errors=True)
         index.touch()
-    assert "index is not saved" in caplog.text
+    assert "vector index cannot be saved" in caplog.text
     index.unlink()
     async with running_service(settings) as client:
         assert (await client.ask("Who is the keeper?"))["text"]
