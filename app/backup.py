@@ -16,7 +16,7 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Collection, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -156,9 +156,10 @@ def restore_backup(source: Path, data_dir: Path) -> int:
         shutil.rmtree(opened.unfinished, ignore_errors=True)
         opened.unfinished.mkdir(mode=0o700)
         try:
-            database = opened.unfinished / _DATABASE
-            count = _unpack(source, database, FileStore(opened.files))
-            _verify(database)
+            database, files = opened.unfinished / _DATABASE, FileStore(opened.files)
+            with _only_as_a_whole(opened.files):
+                count = _unpack(source, database, files)
+                _verify(database)
             _sync(database)
             for log_of_another in ("-wal", "-shm"):  # of an earlier database; SQLite would apply it to this one
                 opened.database.with_name(_DATABASE + log_of_another).unlink(missing_ok=True)
@@ -167,6 +168,18 @@ def restore_backup(source: Path, data_dir: Path) -> int:
         finally:
             shutil.rmtree(opened.unfinished)
     return count
+
+
+@contextmanager
+def _only_as_a_whole(folder: Path) -> Iterator[None]:
+    """If the block raises, remove the files that it added: without their database no service would start there."""
+    before = set(folder.iterdir())
+    try:
+        yield
+    except BaseException:
+        for path in set(folder.iterdir()) - before:
+            path.unlink()
+        raise
 
 
 def _sync(*paths: Path) -> None:

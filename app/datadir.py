@@ -52,7 +52,7 @@ class DataDir:
             self.close()
             raise DataDirUnusable(
                 f"restoring a backup into {path} was interrupted: run `jamba-rag restore` again, or remove "
-                f"{self.unfinished} to begin without it"
+                f"{self.unfinished} and {self.files} to begin without it"
             )
         if (fault := find_unwritable(path)) is not None:
             self.close()

@@ -124,6 +124,17 @@ def test_a_damaged_backup_is_not_restored(backup, tmp_path):
         with pytest.raises(BackupFailed, match=f"{name}[^\n]*$"):
             restore_backup(tmp_path / name, tmp_path / f"new-{name}")
         assert not (tmp_path / f"new-{name}" / "rag.sqlite3").exists()
+        DataDir(tmp_path / f"new-{name}").close()  # a service can start there, without what was unpacked
+
+
+def test_a_damaged_backup_leaves_the_originals_of_a_lost_database(backup, tmp_path):
+    (tmp_path / "data" / "rag.sqlite3").unlink()
+    before = sorted((tmp_path / "data" / "files").iterdir())
+    (tmp_path / "cut").write_bytes(backup.read_bytes()[: backup.stat().st_size // 2])
+    with pytest.raises(BackupFailed):
+        restore_backup(tmp_path / "cut", tmp_path / "data")
+    assert before and sorted((tmp_path / "data" / "files").iterdir()) == before
+    assert restore_backup(backup, tmp_path / "data") == 2
 
 
 def test_the_log_of_a_lost_database_does_not_get_into_a_restored_one(backup, tmp_path):
