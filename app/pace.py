@@ -10,7 +10,7 @@ from typing import NamedTuple
 from app.errors import Overloaded
 
 _UNMEASURED_S = 1.0  # assumed time between two answers until it has been measured
-_KEPT = 64  # measurements; more than answers that finish together
+_KEPT = 64  # measurements: as many as a GPU decodes, and may finish, together
 _HALF_LIFE_S = 600.0  # a measurement so long before the last answer counts half as much
 _ALWAYS = 2  # always admitted: one slow answer must not shut all others out
 

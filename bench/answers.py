@@ -2,7 +2,8 @@
 
 Questions are JSON lines: {set, passages: [[title, text], ...], question, answer or null, gold or null}; `gold` is the
 index of the passage with the answer. Every question is answered once with `<|none|>` disallowed, and the margin
-log P(none) − log P(quote) of the first step is recorded, so that one run gives the scores at every threshold.
+log P(none) − log P(quote) of the first step, plus what the service adds to it, is recorded, so that one run gives the
+scores at every threshold.
 
 Modes: `rag` reads all passages in one prompt; `rag-apart` reads each alone and answers from the one with the lowest
 margin, as `read_apart` does; `full_context` has all passages in one document, each under its title.

@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="wall-clock time, without startup")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--part", type=int, default=0, help="number of shares of the passages")
+    parser.add_argument("--part", type=int, default=0, help="which of `--parts` shares of the passages to read")
     parser.add_argument("--parts", type=int, default=1)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
