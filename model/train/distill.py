@@ -178,8 +178,9 @@ def looks_weight(args: argparse.Namespace, share: float) -> float:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("gguf", "corpora", "tokens", "tokenizer", "pairs", "items", "out"):
+    for name in ("gguf", "corpora", "tokens", "tokenizer", "items", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--pairs", type=Path, nargs="+", required=True, help="files of `model.train.pairs`")
     parser.add_argument("--checkpoint", type=Path, help="float checkpoint to start from, e.g. of `convert --to fp32`")
     parser.add_argument("--rivals", type=Path, help="output folder of `model.train.rivals`")
     parser.add_argument("--weights", type=Path, nargs="*", default=[], help="saved masters to start from, in order")

@@ -32,23 +32,34 @@ SILENT = 0.2  # share of lone passages that answer none of their questions
 CONTESTED = 0.5  # share of lone passages drawn from those with known wrong quotes
 
 
-def load_pairs(path: Path, rivals: Path | None = None) -> PairContexts:
-    """Load `pairs_X.jsonl` and the `passages_X.jsonl` beside it, as `model.train.pairs` writes them.
+def load_pairs(paths: Sequence[Path], rivals: Path | None = None) -> PairContexts:
+    """Load files `pairs_X.jsonl` and the `passages_X.jsonl` beside each, as `model.train.pairs` writes them.
 
     `rivals`: output folder of `model.train.rivals`, with wrong quotes for questions.
     """
-    pairs = [widen_answer(json.loads(line)) for line in path.read_text().splitlines()]
-    wanted = {i for pair in pairs for i in pair["negatives"]}
-    passages = {}
-    with path.with_name(path.name.replace("pairs_", "passages_")).open() as file:
-        for record in map(json.loads, file):
-            if record["id"] in wanted:
-                passages[record["id"]] = (record["title"] or record["doc"], record["text"])
+    pairs: list[dict] = []
+    passages: dict[int, tuple[str, str]] = {}
+    for path in paths:
+        _load_file(path, pairs, passages)
     found = {}
     for file in sorted(rivals.glob("*.jsonl")) if rivals else ():
         for line in map(json.loads, file.read_text().splitlines()):
             found[line["asked"]] = tuple((words, start) for words, start, _ in line["rivals"])
     return PairContexts(pairs, passages, found)
+
+
+def _load_file(path: Path, pairs: list[dict], passages: dict[int, tuple[str, str]]) -> None:
+    """Add the pairs of a file and their negatives, whose ids begin at 0 in each file and behind the earlier ones' here."""
+    first = 1 + max([*passages, *(pair.get("passage_id", -1) for pair in pairs)], default=-1)
+    new = [widen_answer(json.loads(line)) for line in path.read_text().splitlines()]
+    wanted = {i for pair in new for i in pair["negatives"]}
+    for pair in new:
+        moved = {"passage_id": pair["passage_id"] + first} if "passage_id" in pair else {}
+        pairs.append(pair | {"negatives": [i + first for i in pair["negatives"]]} | moved)
+    with path.with_name(path.name.replace("pairs_", "passages_")).open() as file:
+        for record in map(json.loads, file):
+            if record["id"] in wanted:
+                passages[record["id"] + first] = (record["title"] or record["doc"], record["text"])
 
 
 def asked_of(passage: str, question: str) -> str:

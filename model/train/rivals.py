@@ -206,8 +206,9 @@ def _batches(lones: Sequence[Lone], asks: Callable[[Lone], int]) -> Iterator[lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("checkpoint", "tokenizer", "pairs", "out"):
+    for name in ("checkpoint", "tokenizer", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--pairs", type=Path, nargs="+", required=True, help="files of `model.train.pairs`")
     parser.add_argument("--seconds", type=float, default=60, help="wall-clock time, without startup")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=8)

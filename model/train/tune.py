@@ -25,8 +25,9 @@ from model.train.trainer import Clock, Cluster, Log, MasterOptimizer, cosine, lo
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("gguf", "corpora", "tokenizer", "pairs", "items", "out"):
+    for name in ("gguf", "corpora", "tokenizer", "items", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--pairs", type=Path, nargs="+", required=True, help="files of `model.train.pairs`")
     parser.add_argument("--rivals", type=Path, help="output folder of `model.train.rivals`")
     parser.add_argument("--weights", type=Path, help="masters of an earlier run to start from")
     parser.add_argument("--seconds", type=float, default=300, help="wall-clock time of training, without startup")

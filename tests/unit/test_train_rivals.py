@@ -69,7 +69,7 @@ def test_what_the_stage_writes_is_what_training_reads(pairs, tmp_path, monkeypat
     monkeypatch.setattr("sys.argv", ["rivals", *map(str, words), "--workers", "1"])
     monkeypatch.setattr(rivals, "accelerate", lambda model: None)
     rivals.main()
-    read = load_pairs(pairs, out)
+    read = load_pairs([pairs], out)
     drawn = [read.draw_lone(random.Random(seed), 1400) for seed in range(12)]
     told = {(question.text, passages[0][1], rival) for passages, questions in
             ((context.passages, context.questions) for context in drawn)
@@ -77,3 +77,17 @@ def test_what_the_stage_writes_is_what_training_reads(pairs, tmp_path, monkeypat
     assert {question for question, *_ in told} == {pair["question"] for pair in PAIRS}
     assert {passage for _, passage, _ in told} == {TEXT, NEAR[0]["text"]}
     assert all(passage[start : start + len(words)] == words for _, passage, (words, start) in told)
+
+
+def test_ids_of_two_files_do_not_meet(tmp_path):
+    for name, text in (("old", "Pumps leak."), ("new", "Valves stick.")):
+        (tmp_path / name).mkdir()
+        pair = PAIRS[0] | {"passage": f"{text} {TEXT}", "start": PAIRS[0]["start"] + len(text) + 1, "passage_id": 0}
+        (tmp_path / name / "pairs_train.jsonl").write_text(json.dumps(pair) + "\n")
+        (tmp_path / name / "passages_train.jsonl").write_text(json.dumps(NEAR[0] | {"text": f"Near {name}."}) + "\n")
+    read = load_pairs([tmp_path / name / "pairs_train.jsonl" for name in ("old", "new")])
+    assert sorted(text for _, text in read.near.values()) == ["Near new.", "Near old."]
+    negatives = [[read.near[i][1] for i in pair["negatives"]] for (pair,) in read.asked]
+    assert negatives == [["Near old."], ["Near new."]]
+    numbers = {pair["passage_id"] for (pair,) in read.asked}
+    assert len(numbers) == 2 and not numbers & read.near.keys()
