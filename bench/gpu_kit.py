@@ -36,7 +36,7 @@ class Sizes:
     decode: tuple[int, ...] = (1024, 131_072, 261_000)
     batches: tuple[tuple[int, int], ...] = (  # context, sequences
         *((8192, 8), (8192, 16), (8192, 32)),
-        *((131_072, 4), (131_072, 16), (261_000, 8), (261_000, 32)),
+        *((131_072, 4), (131_072, 16), (261_000, 8), (261_000, 32), (261_000, 64)),
     )
     first_token: tuple[int, ...] = (32_768, 131_072, 261_000)
     sharing: tuple[int, int, int] = (4, 1024, 131_072)  # running answers, their prompt length, that of the long prompt

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 MAX_BATCH = 64
 _STAGED_ROWS = 11  # see _Inputs
-_MIN_SHARED_TOKENS = 1024  # less is not worth the kernel that fits fewer blocks on a multiprocessor; a guess
+_MIN_SHARED_TOKENS = 1024  # less is not worth parts of its own; a guess
 
 
 def fits(model: Jamba) -> bool:

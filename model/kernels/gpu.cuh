@@ -75,6 +75,16 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Four matrices of 8 x 8 from shared memory: lane 8 i + r gives the address of row r of the i-th, 16 bytes; d[i]: of its
+// column lane / 4 the rows 2 (lane % 4) + 0..1. All 32 lanes take part.
+__device__ __forceinline__ void load_transposed(unsigned (&d)[4], const bf16* row) {
+    const unsigned at = (unsigned)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(at)
+                 : "memory");
+}
+
 // Until the kernel before this one has ended and its writes are seen; nothing for a kernel launched without overlap.
 __device__ __forceinline__ void grid_wait() {
 #if __CUDA_ARCH__ >= 900

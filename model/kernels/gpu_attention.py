@@ -16,9 +16,10 @@ from torch import Tensor
 from model.kernels import gpu
 
 _THREADS = 128
-_BLOCKS_A_PROCESSOR, _BLOCKS_THAT_SHARE = 3, 2  # blocks whose registers fit a multiprocessor; the same with sharing
-_HEADS_A_BLOCK, _ROWS_A_BLOCK = 8, 16  # query heads per block: of one sequence, and of all that share its keys
-SHARED_UNIT = 64  # keys that the warps of a block read at once
+_HEADS_A_BLOCK, _ROWS_A_BLOCK = 8, 64  # query heads per block: of one sequence, and of all that share its keys
+SHARED_UNIT = 64  # keys of a tile
+_BLOCKS, _STAGES = 3, 2  # blocks that a multiprocessor has room for, and tiles of each
+_PADDING = 40  # elements that a tile has besides each key and its value
 _JOINERS = 4  # threads of attend_combine per dimension of a head
 
 
@@ -62,8 +63,7 @@ class Partials(NamedTuple):
     def empty(cls, q: Tensor, g: int, sharing: bool = False) -> Partials:
         """For q (b, h, p) and g KV heads: enough parts to fill the card once, or a few for each of many sequences."""
         b, h, p = q.shape
-        blocks = _BLOCKS_THAT_SHARE if sharing else _BLOCKS_A_PROCESSOR
-        parts = max(blocks * gpu.sm_count(q.device) // (g * _tiles(h // g)), 4 * b)
+        parts = max(_BLOCKS * gpu.sm_count(q.device) // (g * _tiles(h // g)), 4 * b)
         members = max_members(h // g) if sharing else 1
         return cls(*(torch.empty(parts, members, h, size, dtype=torch.float32, device=q.device) for size in (p, 2)))
 
@@ -97,13 +97,15 @@ def attend(
     kernel must not write to the caches.
     """
     (b, h, p), g, (parts, members) = q.shape, k.shape[1], partials.outs.shape[:2]
-    constants = {"HEAD_DIM": p, "GROUP": h // g, "MEMBERS": members}
+    constants = {"HEAD_DIM": p, "GROUP": h // g, "MEMBERS": members, "STAGES": _STAGES, "BLOCKS": _BLOCKS}
     split, combine = (gpu.kernel("decode_attention", name, **constants) for name in ("attend_split", "attend_combine"))
     scale = math.log2(math.e) / math.sqrt(p)
     addresses, capacities, lengths = caches
     step = (lengths, *(sharing or (None,) * 2))
     inputs = (q, k, v, addresses, capacities, *step, *loans, *partials)
-    split((parts, g * _tiles(h // g)), _THREADS, *inputs, layer, b, g, scale, overlap=overlap)
+    shared_bytes = _STAGES * SHARED_UNIT * 2 * (2 * p + _PADDING)
+    grid = (parts, g * _tiles(h // g))
+    split(grid, _THREADS, *inputs, layer, b, g, scale, shared_bytes=shared_bytes, overlap=overlap)
     combine((h, b), _JOINERS * p, *partials, *step, out, b, parts, overlap=overlap)
 
 

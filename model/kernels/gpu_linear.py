@@ -52,7 +52,12 @@ PAIRED = {
     4: Tiling(row_tiles=4, warps_n=4, warps_k=2, depth=1, resident=1, blocks=1, stages=3),
     8: Tiling(row_tiles=2, warps_n=4, warps_k=1, depth=2, resident=2, blocks=2, stages=2),
 }
-EXPERT_TILES = 2  # tiles of tokens that an expert processes at a time; for further tiles its weights are read again
+# the same for experts, by the tiles that one processes at a time; for further tiles its weights are read again
+EXPERTS_PAIRED = {
+    1: PAIRED[1],
+    2: Tiling(row_tiles=2, warps_n=2, warps_k=4, depth=1, resident=2, blocks=2),
+}
+EXPERTS_SINGLE = dict.fromkeys((1, 2), Tiling(row_tiles=2, warps_n=1, warps_k=8, depth=1, resident=2, blocks=2))
 # for fewer rows than fill the card, with one tile of tokens all columns on their way at once
 FEW_ROWS = {
     1: Tiling(row_tiles=1, warps_n=1, warps_k=16, depth=4, resident=1, blocks=1),
@@ -141,7 +146,7 @@ def experts_gate_up(
     """
     (m, top_k), num_experts, (n, k) = chosen.shape, len(weight), (weight.shape[1] // 2, weight.shape[2])
     _check(x, (m, k), out, (m, top_k, n))
-    launch = _launch_experts(PAIRED, chosen, num_experts, n, k)
+    launch = _launch_experts(EXPERTS_PAIRED, chosen, num_experts, n, k)
     kernel = gpu.kernel("linear", "experts_gate_up", **launch.constants)
     arguments = (x, chosen, weight, scale, out, m * top_k, top_k, num_experts, n, k)
     kernel((launch.slots,), launch.block, *arguments, shared_bytes=launch.shared_bytes, overlap=overlap)
@@ -154,7 +159,7 @@ def experts_down(h: Tensor, chosen: Tensor, weight: Tensor, scale: Tensor, out: 
     """
     (m, top_k), (num_experts, n, k) = chosen.shape, weight.shape
     _check(h, (m, top_k, k), out, (m, top_k, n))
-    launch = _launch_experts(SINGLE, chosen, num_experts, n, k)
+    launch = _launch_experts(EXPERTS_SINGLE, chosen, num_experts, n, k)
     kernel = gpu.kernel("linear", "experts_down", **launch.constants)
     arguments = (h, chosen, weight, scale, out, m * top_k, num_experts, n, k)
     kernel((launch.slots,), launch.block, *arguments, shared_bytes=launch.shared_bytes, overlap=overlap)
@@ -245,8 +250,8 @@ def _launch_experts(tilings: dict[int, Tiling], chosen: Tensor, num_experts: int
             f"chosen must be int32 of at most {MAX_ASSIGNMENTS} for at most {MAX_EXPERTS} experts, "
             f"got {chosen.dtype} {tuple(chosen.shape)} for {num_experts}"
         )
-    tiles = min(token_tiles(m), EXPERT_TILES)
-    launch = _make(tilings[tiles], tilings is PAIRED, tiles, n, k, gpu.sm_count(device), 1)
+    tiles = expert_tiles(m, top_k, num_experts)
+    launch = _make(tilings[tiles], tilings is EXPERTS_PAIRED, tiles, n, k, gpu.sm_count(device), 1)
     most = min(num_experts + m * top_k // (8 * tiles), m * top_k)
     return launch._replace(slots=min(launch.slots, launch.tiles * most))
 
@@ -284,6 +289,11 @@ def _split(tiling: Tiling, token_tiles: int, n: int, k: int, sms: int) -> int:
     ):
         split *= 2
     return split
+
+
+def expert_tiles(m: int, top_k: int, num_experts: int) -> int:
+    """How many tiles of 8 tokens an expert processes at a time: 1 as long as few experts have more, 2 otherwise."""
+    return 1 if 8 * token_tiles(m) * top_k <= 4 * num_experts or m <= 8 else 2
 
 
 def token_tiles(m: int) -> int:

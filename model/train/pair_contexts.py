@@ -49,7 +49,7 @@ def load_pairs(paths: Sequence[Path], rivals: Path | None = None) -> PairContext
 
 
 def _load_file(path: Path, pairs: list[dict], passages: dict[int, tuple[str, str]]) -> None:
-    """Add the pairs of a file and their negatives, whose ids begin at 0 in each file and behind the earlier ones' here."""
+    """Add the pairs of a file and their negatives, whose ids begin at 0 in each file, here behind the earlier ones'."""
     first = 1 + max([*passages, *(pair.get("passage_id", -1) for pair in pairs)], default=-1)
     new = [widen_answer(json.loads(line)) for line in path.read_text().splitlines()]
     wanted = {i for pair in new for i in pair["negatives"]}

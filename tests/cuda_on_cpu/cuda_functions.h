@@ -138,5 +138,11 @@ static inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const uns
     cuda_on_cpu::warp_operation(0xffffffffu, cuda_on_cpu::multiply, &mine);
 }
 
+static inline void load_transposed(unsigned (&d)[4], const bf16* row) {
+    cuda_on_cpu::check_aligned(row, "load_transposed");
+    cuda_on_cpu::Transposed mine = {d, row};
+    cuda_on_cpu::warp_operation(0xffffffffu, cuda_on_cpu::transpose, &mine);
+}
+
 static inline void grid_wait() {}
 static inline void grid_launch_dependents() {}

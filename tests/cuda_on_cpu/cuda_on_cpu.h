@@ -198,6 +198,22 @@ static void multiply(void** lanes, unsigned) {
     }
 }
 
+struct Transposed {
+    unsigned* d;
+    const void* row;
+};
+
+static void transpose(void** lanes, unsigned) {
+    const auto element = [&](int row, int column) {
+        return (unsigned)static_cast<const unsigned short*>(static_cast<Transposed*>(lanes[row])->row)[column];
+    };
+    for (int lane = 0; lane < WARP; ++lane)
+        for (int i = 0; i < 4; ++i) {
+            const int row = 8 * i + 2 * (lane % 4);
+            static_cast<Transposed*>(lanes[lane])->d[i] = element(row, lane / 4) | element(row + 1, lane / 4) << 16;
+        }
+}
+
 // A thread of one block after the other, until an error leaves it somewhere inside.
 static void enter() {
     for (;;) {

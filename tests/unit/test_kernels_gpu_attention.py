@@ -153,8 +153,15 @@ def test_first_keys_in_memory_that_another_has_lent(sharing: list[tuple[int, int
         assert torch.equal(cache[:, :, tokens:], rest)
 
 
-@pytest.mark.parametrize(("group", "members"), [(1, 16), (3, 5), (4, 4), (8, 2), (12, 2)])
-def test_as_many_share_as_a_product_has_rows(group: int, members: int) -> None:
+@pytest.mark.parametrize(("h", "g", "members"), [(4, 1, 9), (4, 1, 16), (6, 2, 21), (12, 1, 7)])
+def test_more_members_than_one_warp_has_rows_for(h: int, g: int, members: int, device: str) -> None:
+    """With nine of four heads three warps have rows, and the fourth none."""
+    lengths = [192 + 7 * i % 100 for i in range(members)]
+    check(lengths, h, g, 64, device, parts=2 * members + 6, sharing=[(members - 1, 192)] * members)
+
+
+@pytest.mark.parametrize(("group", "members"), [(1, 64), (3, 21), (4, 16), (8, 8), (12, 8)])
+def test_as_many_share_as_a_block_has_rows(group: int, members: int) -> None:
     assert max_members(group) == members
 
 

@@ -152,11 +152,11 @@ def test_projection_and_convolution_advance_states_where_they_are(device, b, e, 
         ([[0, 15 - i % 15] for i in range(64)], 16),  # all meet in the first
     ],
 )
-@pytest.mark.parametrize("expert_tiles", [1, 2, 8])
+@pytest.mark.parametrize("expert_tiles", [1, 2])
 def test_only_the_chosen_experts_are_read_and_every_token_gets_its_own(
     device, monkeypatch, chosen, num_experts, expert_tiles
 ):
-    monkeypatch.setattr(gpu_linear, "EXPERT_TILES", expert_tiles)
+    monkeypatch.setattr(gpu_linear, "expert_tiles", lambda *_: expert_tiles)
     d, f = 144, 48
     chosen = torch.tensor(chosen, dtype=torch.int32, device=device)
     x = tokens(device, len(chosen), d)
@@ -171,6 +171,12 @@ def test_only_the_chosen_experts_are_read_and_every_token_gets_its_own(
     assert_close("h", h, expected_h, RATIO[torch.bfloat16])
     gpu_linear.experts_down(h, chosen, down, down_scale, out)
     assert_close("out", out, expected, RATIO[torch.bfloat16])
+
+
+@pytest.mark.parametrize(("m", "tiles"), [(1, 1), (8, 1), (17, 1), (32, 1), (33, 2), (64, 2)])
+def test_an_expert_takes_two_tiles_when_many_have_more_than_eight_tokens(m, tiles):
+    assert gpu_linear.expert_tiles(m, 2, 16) == tiles
+    assert gpu_linear.expert_tiles(m, 1, 2) == (1 if m <= 8 else 2)
 
 
 def test_what_the_kernels_do_not_take_is_refused(device):
