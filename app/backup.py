@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from app.datadir import DataDir
+from app.datadir import DataDir, is_own
 from ingest.files import FileStore
 from retrieval.store import DocumentStore, StoreUnusable
 
@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 _DATABASE = "rag.sqlite3"
 _TRIES = 5  # attempts to copy a database whose originals all still exist
 _FILES = "files"
-_OWN = ("lock", "admin.key", "owed-deletes.json", _FILES, "faiss", "words", "audit", "restoring")  # in a data directory
 _SCRATCH = ".backup-"  # prefix of the temporary directory beside the backup
 _UNFINISHED = "backup.tar"
 
@@ -54,7 +53,7 @@ def write_backup(data_dir: Path, target: Path) -> int:
         raise BackupFailed(f"{target} is a folder; name the file that the backup is to be")
     if target.exists() and not target.is_file():
         raise BackupFailed(f"{target} is no file, but a device or a pipe; name the file that the backup is to be")
-    if _is_own(target, data_dir.resolve()):
+    if is_own(target, data_dir.resolve()):
         raise BackupFailed(f"{target} is where the service keeps its own data; write the backup somewhere else")
     try:
         for leftover in filter(_is_abandoned, target.parent.glob(f"{_SCRATCH}*")):
@@ -65,14 +64,6 @@ def write_backup(data_dir: Path, target: Path) -> int:
         raise BackupFailed(f"{target} cannot be written: {error}") from error
     except sqlite3.Error as error:
         raise BackupFailed(f"{database} cannot be copied to {target}: {error}") from error
-
-
-def _is_own(target: Path, data_dir: Path) -> bool:
-    """Whether the service itself has, or could have, a file there."""
-    if not target.is_relative_to(data_dir):
-        return False
-    name = target.relative_to(data_dir).parts[0]
-    return name.startswith(_DATABASE) or name in _OWN
 
 
 def _write(data_dir: Path, target: Path, scratch: Path) -> int:

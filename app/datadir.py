@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Self
 
 _FOLDERS = ("files", "faiss", "words", "audit")
+_OWN = (*_FOLDERS, "lock", "admin.key", "owed-deletes.json", "restoring")  # besides the database
 _LEAST_BYTES = 512 << 10  # SQLite's log, and the first writes of the indexes
 
 
@@ -26,7 +27,8 @@ class DataDir:
         also if a restore was interrupted, unless it is about to be repeated (`restoring`), and if it seems to be for
         something else, whose files would be lost."""
         self.path = path
-        if not restoring and (name := _find_foreign(path)) is not None:
+        lost_database = restoring and (path / "lock").exists()
+        if not lost_database and (name := _find_foreign(path)) is not None:
             raise DataDirUnusable(
                 f"{path} holds no database, but {name}, which may be somebody else's: name a new folder with "
                 "--data-dir; if the database was lost, `jamba-rag restore` a backup, or remove what is left of it"
@@ -108,6 +110,14 @@ def _find_foreign(path: Path) -> str | None:
     if DataDir.database_in(path).exists() or (path / "restoring").exists():
         return None
     return next((name for name in _FOLDERS if (path / name).is_dir() and any((path / name).iterdir())), None)
+
+
+def is_own(path: Path, data_dir: Path) -> bool:
+    """Whether the service itself has, or could have, a file or folder there. Both paths are absolute and resolved."""
+    if not path.is_relative_to(data_dir) or path == data_dir:
+        return False
+    name = path.relative_to(data_dir).parts[0]
+    return name.startswith(DataDir.database_in(data_dir).name) or name in _OWN
 
 
 def find_unwritable(path: Path) -> str | None:

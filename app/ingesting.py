@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from app import render
 from app.client import CommandFailed, Service, connect
-from app.datadir import DataDir
+from app.datadir import DataDir, is_own
 from app.settings import Settings
 
 _POLL_S = 0.1
@@ -38,13 +38,13 @@ def expand_paths(patterns: Sequence[str]) -> list[Path]:
 
 def _files_of(path: Path) -> list[Path]:
     """The files below a folder, sorted, or the file itself; unreadable ones are reported on stderr, and so is the data
-    directory of a service, because its files are not documents."""
-    if not path.is_dir():
+    directory of a service and what it keeps there, because that is no document, and may be the key of its admin."""
+    if not path.is_dir() and not _is_kept_by_a_service(path):
         return [path]
     files: list[Path] = []
     left_out: list[Path] = []
     for folder, folders, names in os.walk(path, onerror=lambda error: left_out.append(Path(error.filename))):
-        if DataDir.database_in(Path(folder)).is_file():  # with the key of its admin
+        if _is_kept_by_a_service(Path(folder)):
             left_out.append(Path(folder))
             folders.clear()
             continue
@@ -60,6 +60,12 @@ def _files_of(path: Path) -> list[Path]:
         )
         render.err.print(f"left out: {named}{more} ({what})", style="yellow", markup=False)
     return sorted(files)
+
+
+def _is_kept_by_a_service(path: Path) -> bool:
+    path = path.resolve()
+    above = filter(lambda folder: DataDir.database_in(folder).is_file(), (path, *path.parents))
+    return any(folder == path or is_own(path, folder) for folder in above)
 
 
 def ingest_paths(settings: Settings, paths: Sequence[str], fields: dict[str, str]) -> dict[str, Any]:

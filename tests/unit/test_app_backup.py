@@ -28,6 +28,7 @@ def make_data(directory: Path, *texts: str) -> None:
         files.save_stream([text.encode()], 1 << 20)
         add(store, text)
     store.close()
+    (directory / "lock").touch()  # every service leaves it
 
 
 def held(directory: Path) -> set[str]:
@@ -129,6 +130,7 @@ def test_a_damaged_backup_is_not_restored(backup, tmp_path):
 
 def test_a_damaged_backup_leaves_the_originals_of_a_lost_database(backup, tmp_path):
     (tmp_path / "data" / "rag.sqlite3").unlink()
+    (tmp_path / "data" / "lock").touch()  # as a service leaves it
     before = sorted((tmp_path / "data" / "files").iterdir())
     (tmp_path / "cut").write_bytes(backup.read_bytes()[: backup.stat().st_size // 2])
     with pytest.raises(BackupFailed):
@@ -209,7 +211,8 @@ def test_a_folder_that_is_for_something_else_is_no_data_directory(tmp_path, name
     other.write_text("precious")
     with pytest.raises(DataDirUnusable, match=f"holds no database, but {other.parent.name}, "):
         DataDir(tmp_path)
+    with pytest.raises(DataDirUnusable, match=f"holds no database, but {other.parent.name}, "):
+        DataDir(tmp_path, restoring=True)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [other]
-    DataDir(tmp_path, restoring=True).close()
     DocumentStore(tmp_path / "rag.sqlite3").close()
     DataDir(tmp_path).close()

@@ -82,8 +82,12 @@ def test_a_folder_is_sent_without_the_data_directory_in_it(run, tmp_path):
     code, out, err = run("ingest", tmp_path, "--json", "--data-dir", tmp_path / "data")
     assert code == 0 and [document["filename"] for document in json.loads(out)["data"]] == ["lighthouse.md"]
     assert f"left out: {tmp_path / 'data'} (" in err
-    code, _, err = run("ingest", tmp_path / "data", "--data-dir", tmp_path / "data")
-    assert code == 1 and "a data directory" in err
+    for own in ("data", "data/admin.key", "data/*", "data/files"):
+        code, _, err = run("ingest", tmp_path / own, "--data-dir", tmp_path / "data")
+        assert code == 1 and "a data directory" in err, own
+    (tmp_path / "data" / "notes.md").write_text(LIGHTHOUSE + "\nOf 1931.")  # nothing of the service's
+    code, out, _ = run("ingest", tmp_path / "data/*", "--json", "--data-dir", tmp_path / "data")
+    assert code == 0 and [document["filename"] for document in json.loads(out)["data"]] == ["notes.md"]
 
 
 @pytest.mark.parametrize("change", ["grows", "shrinks"])
