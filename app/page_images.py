@@ -34,7 +34,7 @@ def respond(
     OriginalMissing.
     """
     content = service.store.get_content(document.id)
-    shown = next(iter(service.store.ready_documents([document.collection], [document.id])), document)
+    shown = service.store.answering_version(document.id)
     if shown.media_type != "application/pdf":
         raise PageNotFound(f"{shown.filename!r} is no PDF and has no pages to show; read its text instead")
     if number > len(content.pages):

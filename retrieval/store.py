@@ -154,6 +154,11 @@ class DocumentStore(IndexFeed):
         with self._db.read() as c:
             return documents.get_document(c, document_id)
 
+    def answering_version(self, document_id: str) -> Document:
+        """The version that answers, or the newest as long as none is ready."""
+        with self._db.read() as c:
+            return documents.answering_version(c, document_id)
+
     def list_documents(
         self,
         collections: Sequence[str] | None = None,

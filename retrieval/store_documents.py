@@ -144,6 +144,11 @@ def get_current(c: sqlite3.Connection, document_id: str) -> tuple[int, Document]
     return row["document_row"], document_from_row(row)
 
 
+def answering_version(c: sqlite3.Connection, document_id: str) -> Document:
+    row = c.execute(f"{_CURRENT} WHERE d.id = ?", (document_id,)).fetchone()
+    return get_document(c, document_id) if row is None else document_from_row(row)
+
+
 def create_document(
     c: sqlite3.Connection, collection: str, upload: Upload, on_conflict: OnConflict, now: float
 ) -> tuple[Document, bool]:

@@ -132,8 +132,9 @@ async def _progress_events(document: Document, look: Callable[[], Document]) -> 
 def get_file(
     document_id: str, principal: Reader, service: ServiceDep, if_none_match: Annotated[str | None, Header()] = None
 ) -> Response:
-    """The original bytes, always as a download."""
-    document = service.visible_document(document_id, principal)
+    """The original bytes, always as a download: those of the version that answers, until a new one is ready."""
+    service.visible_document(document_id, principal)
+    document = service.store.answering_version(document_id)
     headers = {
         "Content-Security-Policy": "sandbox; default-src 'none'",
         "ETag": f'"{document.sha256}"',

@@ -205,6 +205,16 @@ async def test_a_new_version_of_the_same_bytes_may_bring_another_name(client):
     await client.delete(path)
 
 
+async def test_a_new_version_that_cannot_be_read_leaves_the_old_one_in_its_place(client):
+    old = await client.upload("tower.txt", "The old tower leans.")
+    broken = {"file": ("tower.pdf", b"%PDF-1.7 of a tower")}
+    assert (await client.put(f"/v1/documents/{old['id']}", files=broken)).status_code == 202
+    assert (await client.settle(old["id"]))["status"] == "failed"
+    file, text = [await client.get(f"/v1/documents/{old['id']}/{what}") for what in ("file", "text")]
+    assert (file.text, text.json()["text"]) == ("The old tower leans.",) * 2
+    assert "tower.txt" in file.headers["Content-Disposition"] and file.headers["ETag"] == f'"{old["sha256"]}"'
+
+
 async def test_a_new_version_cannot_move_a_document(client):
     document = await client.upload("stay.txt", "stays where it is")
     files = {"file": ("stay.txt", b"another text")}
