@@ -1,7 +1,7 @@
 """Stores pairs of `model.train.asking` without their passages, which are restored from the corpora.
 
 `python -m model.train.made strip made.jsonl made_pairs.jsonl.xz`, and `… restore made_pairs.jsonl.xz made.jsonl
---corpora DIR` on any machine. `made_pairs.jsonl.xz` beside this file holds all pairs generated so far: source, doc,
+--corpora DIR` on any machine. `made_pairs*.jsonl.xz` beside this file hold all pairs generated so far: source, doc,
 question, answer, start, kind, read, f1, sure, and the beginning and CRC-32 of the passage.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 from model.train.passages import cut_passages
 from model.train.tokens import read_records
 
-SHIPPED = Path(__file__).parent / "made_pairs.jsonl.xz"
+SHIPPED = tuple(sorted(Path(__file__).parent.glob("made_pairs*.jsonl.xz")))
 _BEGINS = 48
 
 
@@ -41,9 +41,9 @@ def strip(pairs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["source"], row["doc"], row["begins"]))
 
 
-def asked_before(path: Path = SHIPPED) -> set[tuple[str, str, int]]:
+def asked_before(paths: Sequence[Path] = SHIPPED) -> set[tuple[str, str, int]]:
     """Source, document and CRC-32 of each passage that has pairs."""
-    return {(row["source"], row["doc"], row["crc32"]) for row in _read(path)}
+    return {(row["source"], row["doc"], row["crc32"]) for row in _read(*paths)}
 
 
 def _mark(passage: str) -> dict[str, Any]:
@@ -65,15 +65,18 @@ def restore(rows: Iterable[dict[str, Any]], corpora: Path) -> Iterator[dict[str,
                     yield {k: v for k, v in row.items() if k not in mark} | {"title": title, "passage": text}
 
 
-def restore_file(source: Path, out: Path, corpora: Path) -> None:
-    """`restore` a JSONL(.xz) file into another, written atomically."""
-    rows = _read(source)
+def restore_files(sources: Sequence[Path], out: Path, corpora: Path) -> None:
+    """`restore` JSONL(.xz) files into another, written atomically."""
+    rows = _read(*sources)
     _write(out, list(restore(rows, corpora)), len(rows))
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+def _read(*paths: Path) -> list[dict[str, Any]]:
+    rows = []
+    for path in paths:
+        with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
+            rows += map(json.loads, file)
+    return rows
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]], of: int) -> None:
@@ -97,7 +100,7 @@ def main() -> None:
     elif args.corpora is None:
         parser.error("restore needs --corpora")
     else:
-        restore_file(args.source, args.out, args.corpora)
+        restore_files([args.source], args.out, args.corpora)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class Preparation:
         (self.out / "corpora" / "held_out" / "complete").touch()
 
     def restore_made(self) -> None:
-        made.restore_file(made.SHIPPED, self.out / "made.jsonl", self.out / "corpora")
+        made.restore_files(made.SHIPPED, self.out / "made.jsonl", self.out / "corpora")
 
     def make_pairs(self) -> None:
         (self.out / "pairs").mkdir(exist_ok=True)

@@ -152,5 +152,5 @@ def test_a_passage_that_pairs_were_made_of_is_not_asked_about_again(
     pair = {"source": "s", "doc": "d", "title": "T", "passage": every[0].passage, "question": "?"}
     shipped = tmp_path / "made_pairs.jsonl"
     shipped.write_text("".join(json.dumps(row) + "\n" for row in strip([pair])))
-    monkeypatch.setattr(asking, "asked_before", lambda: asked_before(shipped))
+    monkeypatch.setattr(asking, "asked_before", lambda: asked_before([shipped]))
     assert {a.passage for a in every} - {a.passage for a in asking.passages_of(job)} == {every[0].passage}
