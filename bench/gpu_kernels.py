@@ -229,6 +229,8 @@ def bench_mixers(run: BenchRun, config: JambaConfig, device: torch.device, copy:
         add_row(run, case, len(case.out), copy)
     for keys in (8192, 65_536, 262_144) if device.type == "cuda" else (100,):
         add_row(run, attention_case(config, keys, device), 1, copy)
+    for b in (4, 16, 64) if device.type == "cuda" else (3,):
+        add_row(run, attention_case(config, 262_144 if device.type == "cuda" else 128, device, b), b, copy)
 
 
 def step_case(config: JambaConfig, b: int, device: torch.device) -> Case:
@@ -255,28 +257,33 @@ def step_case(config: JambaConfig, b: int, device: torch.device) -> Case:
     return Case("ssm_step", e * (2 * r + 4 * n) + b * e * n * 8, launch, copies, out, expected, states.zero_)
 
 
-def attention_case(config: JambaConfig, keys: int, device: torch.device) -> Case:
+def attention_case(config: JambaConfig, keys: int, device: torch.device, b: int = 1) -> Case:
+    """One step of b sequences that share all earlier keys, a multiple of 64 if b > 1; the first lends them."""
     h, g, p = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    copies = copies_of(4 * keys * g * p)
+    copies, members = copies_of(4 * keys * g * p), gpu_attention.max_members(h // g)
     cache = torch.randn(copies, 2, keys + 1, g, p, dtype=BF16, device=device)
-    numbers = (torch.tensor([value], device=device) for value in (cache.data_ptr(), keys + 1, keys))
-    caches, q = gpu_attention.Caches(*numbers), random(h, p, device)[None]
-    loans = gpu_attention.Loans(*torch.zeros(3, 1, dtype=torch.int64, device=device))
-    k, v, out = random(g, p, device)[None], random(g, p, device)[None], torch.empty(1, h, p, dtype=BF16, device=device)
-    partials = gpu_attention.Partials.empty(q, g)
+    own = torch.empty(b, copies, 2, 1, g, p, dtype=BF16, device=device)
+    places = [(cache.data_ptr(), keys + 1, keys, 0, 0, 0)]
+    places += [(own[i].data_ptr(), 1, keys, cache.data_ptr(), keys + 1, keys) for i in range(1, b)]
+    numbers = torch.tensor(places, device=device).T.contiguous()
+    caches, loans = gpu_attention.Caches(*numbers[:3]), gpu_attention.Loans(*numbers[3:])
+    groups = torch.tensor([(i // members * members, keys) for i in range(b)], device=device).T.contiguous()
+    sharing = gpu_attention.Sharing(*groups) if b > 1 else None
+    q, k, v, out = (random(b * n, p, device).view(b, n, p) for n in (h, g, g, h))
+    partials = gpu_attention.Partials.empty(q, g, b > 1)
 
     def launch(i: int, overlap: bool) -> None:
-        gpu_attention.attend(q, k, v, caches, loans, i, partials, out, overlap=overlap)
+        gpu_attention.attend(q, k, v, caches, loans, i, partials, out, sharing, overlap=overlap)
 
     def expected() -> Tensor:
-        ours = cache[:1].transpose(1, 2)[0].float()  # (s+1, 2, g, p)
-        ours[keys] = torch.stack([k[0], v[0]]).float()
-        keys_, values = (x.transpose(0, 1)[None] for x in ours.unbind(1))
-        return F.scaled_dot_product_attention(q.float().transpose(0, 1)[None], keys_, values, enable_gqa=True)[
-            0
-        ].transpose(0, 1)[None]
+        seen = cache[0, :, :keys].float()  # (2, s, g, p)
+        whole = [torch.cat([seen, torch.stack([k[i], v[i]])[:, None].float()], 1).transpose(1, 2) for i in range(b)]
+        asked = q.float()[:, :, None]
+        answers = [F.scaled_dot_product_attention(asked[i], *whole[i], enable_gqa=True) for i in range(b)]
+        return torch.stack(answers)[:, :, 0]
 
-    return Case(f"attend, {keys} keys", 4 * keys * g * p, launch, copies, out, expected)
+    name = f"attend, {keys} keys" + (f" shared by {b}" if b > 1 else "")
+    return Case(name, 4 * keys * g * p * -(-b // members), launch, copies, out, expected, reset=own.zero_)
 
 
 def bench_prefill(run: BenchRun, config: JambaConfig, device: torch.device, copy: float, all_rows: list[int]) -> None:
