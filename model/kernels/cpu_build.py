@@ -16,6 +16,7 @@ import stat
 import subprocess
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
@@ -68,7 +69,8 @@ def _build(compile_command: list[str], link_command: list[str], path: Path) -> N
     """Builds in a temporary directory first: several processes may do this at once, and none may see half a library."""
     run = partial(subprocess.run, check=True, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        run([*compile_command, "-c", *(str(_HERE / name) for name in _SOURCES)], cwd=scratch)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda name: run([*compile_command, "-c", str(_HERE / name)], cwd=scratch), _SOURCES))
         objects = [Path(name).with_suffix(".o").name for name in _SOURCES]
         run([*link_command, *objects, "-o", path.name, "-lm"], cwd=scratch)
         os.replace(Path(scratch) / path.name, path)
