@@ -27,11 +27,12 @@ class DataDir:
         also if a restore was interrupted, unless it is about to be repeated (`restoring`), and if it seems to be for
         something else, whose files would be lost."""
         self.path = path
-        lost_database = restoring and (path / "lock").exists()
+        lost_database = restoring and (path / "lock").exists()  # every service leaves its lock
         if not lost_database and (name := _find_foreign(path)) is not None:
+            others = "" if restoring else "if the database was lost, `jamba-rag restore` a backup, or "
             raise DataDirUnusable(
                 f"{path} holds no database, but {name}, which may be somebody else's: name a new folder with "
-                "--data-dir; if the database was lost, `jamba-rag restore` a backup, or remove what is left of it"
+                f"--data-dir; {others}remove what is left of an earlier service"
             )
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -10,7 +10,6 @@ from fastapi import Response
 from app.errors import Overloaded, PageNotFound
 from app.service import RagService
 from ingest.page_image import PageImage, render_page
-from retrieval.types import Document
 
 _DRAWING = 1  # part of the ETag; increment when rendering changes
 _AT_ONCE = 2
@@ -22,7 +21,7 @@ _places = threading.BoundedSemaphore(_AT_ONCE + _MOST_WAITING)
 
 def respond(
     service: RagService,
-    document: Document,
+    document_id: str,
     number: int,
     span: tuple[int, int],
     if_none_match: str | None,
@@ -33,8 +32,8 @@ def respond(
     Shows the current ready version, as `/text` does. Raises PageNotFound, DocumentNotReady, ParseError, Overloaded,
     OriginalMissing.
     """
-    content = service.store.get_content(document.id)
-    shown = service.store.answering_version(document.id)
+    content = service.store.get_content(document_id)
+    shown = service.store.answering_version(document_id)
     if shown.media_type != "application/pdf":
         raise PageNotFound(f"{shown.filename!r} is no PDF and has no pages to show; read its text instead")
     if number > len(content.pages):

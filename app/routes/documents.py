@@ -194,8 +194,8 @@ def get_page_image(
     The header Highlight-Boxes lists the highlighted rectangles as `left top width height`, in fractions of the image,
     separated by commas; it is empty if the passage is not found on the page.
     """
-    document = service.visible_document(document_id, principal)
-    return page_images.respond(service, document, page, (start, end), if_none_match, settings.ingest.parse_max_bytes)
+    service.visible_document(document_id, principal)
+    return page_images.respond(service, document_id, page, (start, end), if_none_match, settings.ingest.parse_max_bytes)
 
 
 @router.get("/{document_id}/chunks")

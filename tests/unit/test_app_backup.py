@@ -130,7 +130,6 @@ def test_a_damaged_backup_is_not_restored(backup, tmp_path):
 
 def test_a_damaged_backup_leaves_the_originals_of_a_lost_database(backup, tmp_path):
     (tmp_path / "data" / "rag.sqlite3").unlink()
-    (tmp_path / "data" / "lock").touch()  # as a service leaves it
     before = sorted((tmp_path / "data" / "files").iterdir())
     (tmp_path / "cut").write_bytes(backup.read_bytes()[: backup.stat().st_size // 2])
     with pytest.raises(BackupFailed):
